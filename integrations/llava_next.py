@@ -1,0 +1,71 @@
+"""LLaVA-NeXT (1.6) as transformers has it: a thumbnail, AnyRes crops on an unpadded canvas, a newline token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+from vtr.integrations.llava import tile_layout
+
+from vtr.base import Layout
+from vtr.engine.adapters import Adapter
+
+
+@lru_cache(maxsize=1024)
+def anyres_layout(
+    size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], tile_pixels: int, patch: int
+) -> Layout:
+    """The tokens of one image of ``size`` (height, width) in pixels, as ``pack_image_features`` orders them.
+
+    The thumbnail's patches, then the canvas of all crops row by row, cut back to the picture's aspect ratio, each
+    canvas row followed by one newline token.
+    """
+    side = tile_pixels // patch
+    rows, columns = get_anyres_image_grid_shape(size, [list(p) for p in pinpoints], tile_pixels)
+    y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
+    canvas = torch.stack([1 + (y // side) * columns + x // side, y % side, x % side])
+    tile, y, x = unpad_image(canvas, size)
+    zero, one = torch.zeros_like(tile), torch.ones_like(tile[:, :1])
+    tile, y, x, newline = (
+        torch.cat([body, end], 1).reshape(-1)
+        for body, end in ((tile, tile[:, -1:]), (y, y[:, -1:]), (x, x[:, -1:] + 1), (zero, one))
+    )
+    thumbnail = tile_layout(side, side)
+    return Layout(
+        torch.cat([thumbnail.tile, tile]),
+        torch.cat([thumbnail.y, y]),
+        torch.cat([thumbnail.x, x]),
+        torch.cat([thumbnail.newline, newline]),
+        (side, side),
+    )
+
+
+class LlavaNext(Adapter):
+    """``LlavaNextForConditionalGeneration``."""
+
+    family = "LLaVA-NeXT"
+    classes = ("LlavaNextForConditionalGeneration",)
+
+    def text_model(self, model: nn.Module) -> Any:
+        return model.model.language_model  # type: ignore[union-attr]
+
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Layout]:
+        """Thumbnail and crops of every image, from ``image_sizes``.
+
+        Raises:
+            ValueError: pixel_values without image_sizes.
+        """
+        if inputs.get("pixel_values") is None:
+            return []
+        sizes = inputs.get("image_sizes")
+        if sizes is None:
+            raise ValueError("LLaVA-NeXT needs image_sizes beside pixel_values: pass everything the processor returned")
+        config: Any = model.config
+        pinpoints = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
+        sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+        vision = config.vision_config
+        return [anyres_layout((int(h), int(w)), pinpoints, vision.image_size, vision.patch_size) for h, w in sizes]

@@ -1,0 +1,36 @@
+"""vtr: vision-token reduction for multimodal LLMs, patched into a running model, chosen per request."""
+
+import vtr.integrations  # noqa: F401  (makes the model families known)
+from vtr import pocket
+from vtr.accounting import Report, report
+from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
+from vtr.engine.install import patch, unpatch, use
+from vtr.policies import FastV, GSearch, Random, UniformGrid
+from vtr.registry import Chain, list_policies, policy, register_policy
+from vtr.schedule import Schedule
+
+__all__ = [
+    "Chain",
+    "FastV",
+    "GSearch",
+    "Image",
+    "Policy",
+    "Pooled",
+    "Random",
+    "Report",
+    "Route",
+    "Schedule",
+    "Token",
+    "Tokens",
+    "UniformGrid",
+    "UnsupportedError",
+    "list_policies",
+    "patch",
+    "pocket",
+    "policy",
+    "register_policy",
+    "report",
+    "unpatch",
+    "use",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,176 @@
+"""What a call kept and what it cost: tokens per layer, FLOPs, KV bytes, selector time.
+
+FLOPs are those of the decoder's matrix products (2 · in · out a token for each Linear, 4 · n · m · head_dim a head for
+n queries over m keys, attention counted in full), prefill and decode. Vision tower, projector, language-model head and
+the selectors are not in it; the selectors' score products stand apart in ``selector_flops``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vtr.engine.call import last_traces
+from vtr.engine.install import patch_of
+from vtr.engine.trace import DenseTrace, Geometry, RowTrace, Trace
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """One prompt of the call.
+
+    Attributes:
+        policy: its spec string, or None for no reduction.
+        vision_tokens: per decoder layer, how many vision tokens entered it (were routed through it).
+        total: vision tokens of the prompt before any reduction.
+    """
+
+    policy: str | None
+    vision_tokens: list[int]
+    total: int
+    _kept: list[list[int]] = field(repr=False, default_factory=list)
+    _sources: list[list[list[int]]] = field(repr=False, default_factory=list)
+
+    def kept(self, layer: int) -> list[int]:
+        """Slots in the ``input_ids`` row as passed of the vision tokens that entered ``layer``, ascending.
+
+        Pooled tokens have no slot of their own; see :meth:`sources`.
+        """
+        return self._kept[layer]
+
+    def sources(self, layer: int) -> list[list[int]]:
+        """For each vision token that entered ``layer``: the slots it was made from (one for a token merely kept)."""
+        return self._sources[layer]
+
+    @property
+    def mean_keep(self) -> float:
+        """Mean over layers of the share of the prompt's vision tokens that entered; 1.0 without vision tokens."""
+        return sum(self.vision_tokens) / (len(self.vision_tokens) * self.total) if self.total else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last call kept and cost. Plain numbers; holds no reference to the model.
+
+    Attributes:
+        rows: one per prompt (beams share one).
+        flops: decoder prefill + decode. prefill_flops, decode_flops: its parts.
+        selector_flops: score products of the selectors, not in ``flops``.
+        kv_bytes: keys and values live when the call ended; kv_bytes_allocated: the storage that held them.
+        selector_ms: time spent on choosing tokens.
+        steps: tokens decoded after the prefill.
+    """
+
+    rows: list[RowReport]
+    flops: int
+    prefill_flops: int
+    decode_flops: int
+    selector_flops: int
+    kv_bytes: int
+    kv_bytes_allocated: int
+    selector_ms: float
+    steps: int
+
+    def table(self) -> str:
+        """A plain-text table: a line a row."""
+        lines = [f"{'row':>3}  {'policy':<32} {'vision tokens':>13}  {'mean keep':>9}  per layer"]
+        for i, row in enumerate(self.rows):
+            per_layer = " ".join(map(str, row.vision_tokens))
+            lines.append(f"{i:>3}  {row.policy or 'none':<32} {row.total:>13}  {row.mean_keep:>9.1%}  {per_layer}")
+        lines.append(
+            f"decoder {self.flops / 1e9:.3f} GFLOPs (prefill {self.prefill_flops / 1e9:.3f}), "
+            f"KV {self.kv_bytes / 1024:.1f} KiB live, {self.kv_bytes_allocated / 1024:.1f} KiB allocated, "
+            f"selector {self.selector_ms:.2f} ms"
+        )
+        return "\n".join(lines)
+
+
+def report(model: Any) -> Report:
+    """What the last call of ``model`` in this context kept and cost.
+
+    A call made by another thread (a streamer's) is reported if this context has made none itself.
+
+    Raises:
+        ValueError: the model is not patched, or has not been called since.
+    """
+    patch = patch_of(model)
+    trace = last_traces.get().get(patch.key, patch.last)
+    if trace is None:
+        raise ValueError("nothing to report yet: call model.generate(...) or model(..., policy=...) first")
+    return _dense(trace) if isinstance(trace, DenseTrace) else _reduced(trace)
+
+
+def _reduced(trace: Trace) -> Report:
+    g = trace.geometry
+    attended = [int(a) for a in trace.attended]
+    decode = trace.decode_linear_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
+    return Report(
+        rows=[_row(row) for row in trace.rows[:: trace.beams]],
+        flops=trace.prefill_flops + decode,
+        prefill_flops=trace.prefill_flops,
+        decode_flops=decode,
+        selector_flops=trace.selector_flops,
+        kv_bytes=sum(int(n) for n in trace.kv_tokens) * 2 * g.kv_heads * g.head_dim * trace.kv_itemsize,
+        kv_bytes_allocated=trace.kv_allocated,
+        selector_ms=sum(clock.ms() for clock in trace.clocks),
+        steps=trace.decode_steps,
+    )
+
+
+def _row(row: RowTrace) -> RowReport:
+    slots = row.slots.tolist()
+    made_of = row.sources if row.sources is not None else [[slot] for slot in slots]
+    kept, sources = [], []
+    last: tuple[torch.Tensor | None, list[int], list[list[int]]] | None = None
+    for alive in row.alive:
+        if last is None or alive is not last[0]:  # most layers keep what the layer before kept
+            here = range(len(slots)) if alive is None else alive.tolist()
+            last = (alive, [slots[i] for i in here if slots[i] >= 0], [made_of[i] for i in here])
+        kept.append(last[1])
+        sources.append(last[2])
+    return RowReport(row.spec, list(row.counts), row.original, kept, sources)
+
+
+def _dense(trace: DenseTrace) -> Report:
+    """An unreduced call: transformers computes every row at the padded length, and every beam."""
+    g, rows = trace.geometry, trace.rows * trace.beams
+    n, steps = trace.length, trace.steps - 1
+    per_token, depth = sum(g.linear_flops), g.num_hidden_layers
+    attention = 4 * g.heads * g.head_dim * depth
+    prefill = rows * (n * per_token + attention * n * n)
+    if trace.cached:
+        decode = rows * (steps * per_token + attention * sum(n + t + 1 for t in range(steps)))
+        kv = rows * (n + steps) * depth * 2 * g.kv_heads * g.head_dim * trace.itemsize
+    else:
+        decode = rows * sum((n + t + 1) * per_token + attention * (n + t + 1) ** 2 for t in range(steps))
+        kv = 0
+    return Report(
+        rows=_dense_rows(trace),
+        flops=prefill + decode,
+        prefill_flops=prefill,
+        decode_flops=decode,
+        selector_flops=0,
+        kv_bytes=kv,
+        kv_bytes_allocated=kv,
+        selector_ms=0.0,
+        steps=steps,
+    )
+
+
+def _dense_rows(trace: DenseTrace) -> list[RowReport]:
+    assert trace.input_ids is not None
+    ids = trace.input_ids.cpu()
+    vision = ids == trace.image_token_id
+    if trace.attention_mask is not None:
+        vision &= trace.attention_mask.cpu().bool()
+    out = []
+    for row in vision:
+        slots = row.nonzero().squeeze(1).tolist()
+        depth = trace.geometry.num_hidden_layers
+        out.append(RowReport(None, [len(slots)] * depth, len(slots), [slots] * depth, [[[s] for s in slots]] * depth))
+    return out
+
+
+__all__ = ["Geometry", "Report", "RowReport", "report"]

@@ -1,0 +1,318 @@
+"""What a policy is: a small dataclass of settings, and the five questions the engine may ask it.
+
+A policy is asked *per row* (one request of the batch). It never sees the batch, the cache, the model class or the
+keyword arguments of transformers; it gets its own row's vision tokens and answers with indices. Every answer is
+optional: the engine asks only the questions a policy class defines.
+
+=============== ================================================ ==================================================
+question        asked                                            answer
+=============== ================================================ ==================================================
+``compress``    once per image, before the decoder               kept token indices, or :class:`Pooled` tokens
+``needs``       once per layer                                   which attention scores ``prune(layer)`` wants
+``prune``       on entering each decoder layer                   kept token indices; the others are gone
+``route``       on entering each decoder layer                   :class:`Route`: who passes, who goes around
+``remember``    per decoded token and layer                      whether its key/value enter the cache
+=============== ================================================ ==================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Keep = int | float
+"""``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of the row's vision tokens."""
+
+Scores = Literal["last", "text"]
+"""``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token."""
+
+CONFIG_NAME = "vtr_policy.json"
+WEIGHTS_NAME = "vtr_policy.safetensors"
+
+
+class UnsupportedError(RuntimeError):
+    """Something about the model, its cache or the call that vtr cannot do; the message says what to do instead."""
+
+
+def check_keep(keep: Keep, name: str = "keep") -> Keep:
+    """Validate a keep: an int count >= 0 or a float ratio in [0, 1] (``1`` is one token, ``1.0`` is all of them).
+
+    Raises:
+        TypeError: not an int or float (a bool is neither).
+        ValueError: out of range.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"{name} must be an int (a count) or a float (a ratio in [0, 1]), got {keep!r}")
+    if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
+        raise ValueError(
+            f"{name}={keep!r}: a float is the ratio of tokens that stay and lies in [0, 1]; "
+            f"for a count of tokens pass an int, e.g. {name}={max(1, round(abs(keep))) if keep == keep else 64}"
+        )
+    if isinstance(keep, int) and keep < 0:
+        raise ValueError(f"{name}={keep!r}: a count of tokens that stay cannot be negative")
+    return keep
+
+
+def keep_count(keep: Keep, total: int) -> int:
+    """How many of ``total`` tokens a keep leaves: a ratio ``floor(total * keep + 1e-9)``, a count itself at most."""
+    return int(total * keep + 1e-9) if isinstance(keep, float) else min(keep, total)
+
+
+def top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the ``k`` largest of ``scores`` ([n]), ascending; of equal scores the lower index wins."""
+    best = scores.argsort(descending=True, stable=True)[:k]
+    return best.sort().values
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each token of one image lies. All tensors are int64 [n], on the CPU, in the order of the image's slots.
+
+    Attributes:
+        tile: 0 is the thumbnail (or the only tile); crops count from 1, row by row.
+        y, x: patch row and column inside the tile. A newline token has the row it ends and x = one past the last.
+        newline: 1 for a newline (separator) token, else 0.
+        grid: (height, width) of one tile in tokens.
+    """
+
+    tile: torch.Tensor
+    y: torch.Tensor
+    x: torch.Tensor
+    newline: torch.Tensor
+    grid: tuple[int, int]
+
+    def __len__(self) -> int:
+        return int(self.tile.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """What ``compress`` sees of one image, before the decoder.
+
+    Attributes:
+        features: [n, hidden_size], the image's tokens as they would enter the text model (newline tokens included).
+        layout: tile, (y, x) and newline-ness of each of the n tokens.
+        index: which image of its row this is, from 0.
+        count: how many images the row has.
+    """
+
+    features: torch.Tensor
+    layout: Layout
+    index: int
+    count: int
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """An answer of ``compress`` that makes new tokens out of old ones.
+
+    Attributes:
+        features: [m, hidden_size], m at most the image's token count.
+        sources: m lists: the indices (into the image's tokens) each new token was made from.
+    """
+
+    features: torch.Tensor
+    sources: list[list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """An answer of ``route``: which vision tokens pass through this layer.
+
+    Attributes:
+        keep: int64 [k], indices into the row's vision tokens that pass; the others go around the layer.
+        weights: [n] or None. Kept tokens have the layer's MLP output multiplied by it, skipped tokens their whole
+            hidden state (p-MoD's symmetric token reweighting, section "STRing"); text is left alone.
+    """
+
+    keep: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class Tokens:
+    """A row's vision tokens on entering a decoder layer, as ``prune`` and ``route`` see them.
+
+    Attributes:
+        layer: the 0-based decoder layer about to run; num_hidden_layers: how many there are.
+        total: how many vision tokens the row had when it entered the text model.
+        image, tile, y, x, newline: int64 [n] each, n = len(tokens): the tokens still there.
+        hidden: [n, hidden_size], their hidden states. text: [t, hidden_size], those of the row's text tokens.
+        scores: float32 [n], what ``needs(layer)`` asked for, or None.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        num_hidden_layers: int,
+        total: int,
+        count: int,
+        field: Callable[[str], torch.Tensor],
+        scores: torch.Tensor | None,
+    ) -> None:
+        self.layer, self.num_hidden_layers, self.total = layer, num_hidden_layers, total
+        self._count, self._field, self.scores = count, field, scores
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def image(self) -> torch.Tensor:
+        return self._field("image")
+
+    @property
+    def tile(self) -> torch.Tensor:
+        return self._field("tile")
+
+    @property
+    def y(self) -> torch.Tensor:
+        return self._field("y")
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self._field("x")
+
+    @property
+    def newline(self) -> torch.Tensor:
+        return self._field("newline")
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self._field("hidden")
+
+    @property
+    def text(self) -> torch.Tensor:
+        return self._field("text")
+
+
+@dataclass(eq=False)
+class Token:
+    """One decoded token of one row on entering a decoder layer, as ``remember`` sees it.
+
+    Attributes:
+        hidden: [hidden_size].
+        memo: a dict of the policy's own, shared by all layers of this step (a decision made once can be kept in it).
+    """
+
+    hidden: torch.Tensor
+    memo: dict[str, Any]
+
+
+@dataclass
+class Policy:
+    """Base class of every reduction policy: a dataclass whose fields are its settings.
+
+    Subclass it, decorate with ``@dataclass`` and ``@vtr.register_policy("name")``, and define any of ``compress``,
+    ``prune``, ``route``, ``remember`` (and ``needs``, if ``prune`` ranks by attention).
+    """
+
+    name: ClassVar[str] = ""
+    question_guided: ClassVar[bool] = False
+    """True if what is kept depends on the question of this turn (a later turn may miss something)."""
+
+    compress: ClassVar[Callable[..., Any] | None] = None
+    prune: ClassVar[Callable[..., Any] | None] = None
+    route: ClassVar[Callable[..., Any] | None] = None
+    remember: ClassVar[Callable[..., Any] | None] = None
+
+    def needs(self, layer: int) -> Scores | None:
+        """Which attention scores, taken in layer ``layer - 1``, ``prune(layer, …)`` ranks by; None for none."""
+        return None
+
+    def check(self, num_hidden_layers: int) -> None:
+        """Raise ValueError if these settings cannot work on a model of so many decoder layers."""
+
+    def asks(self, question: str) -> bool:
+        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"`` or ``"remember"``."""
+        return getattr(self, question) is not None
+
+    # -- settings as data -------------------------------------------------------------------------------------------
+    def config(self) -> dict[str, Any]:
+        """The settings as plain JSON data."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @property
+    def spec(self) -> str:
+        """The spec string of an equal policy: ``vtr.policy(p.spec) == p``. Defaults (but the first) are left out."""
+        defaults = {f.name: _plain(f.default) for f in dataclasses.fields(self)}
+        items = self.config().items()
+        shown = [f"{k}={_compact(v)}" for i, (k, v) in enumerate(items) if i == 0 or repr(v) != repr(defaults[k])]
+        return self.name + (":" + ",".join(shown) if shown else "")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Learned weights to save beside the settings; none for a training-free policy."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the weights that :meth:`tensors` gave.
+
+        Raises:
+            ValueError: this policy has no weights.
+        """
+        if tensors:
+            raise ValueError(f"{type(self).__name__} has no weights, but the folder holds {sorted(tensors)}")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``vtr_policy.json`` (and ``vtr_policy.safetensors``, if there are weights) into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"policy": self.name, "settings": self.config()}
+        (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")
+        if tensors := self.tensors():
+            from safetensors.torch import save_file
+
+            save_file(tensors, str(folder / WEIGHTS_NAME))
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Policy:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: no ``vtr_policy.json`` in ``folder``.
+            ValueError: the file is not a policy's, names an unknown policy or unknown settings.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; policy.save_pretrained(folder) writes one")
+        try:
+            data = json.loads(path.read_text())
+            name, settings = data["policy"], dict(data["settings"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path} is not a policy file: it needs {{"policy": …, "settings": …}}') from error
+        from vtr import registry
+
+        loaded = registry.build(name, settings)
+        weights = Path(folder) / WEIGHTS_NAME
+        if weights.is_file():
+            from safetensors.torch import load_file
+
+            loaded.load_tensors(load_file(str(weights)))
+        return loaded
+
+    def __add__(self, other: Policy) -> Policy:
+        """``compressor + pruner``: both act, the left one first. Each question may be answered by one of them only."""
+        from vtr.registry import Chain
+
+        return Chain([self, other])
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON data (schedules and nested policies know how to say themselves)."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""The engine: applies decisions to a running model. It knows no particular policy and no particular model family."""

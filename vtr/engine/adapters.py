@@ -1,0 +1,70 @@
+"""What the engine must be told about a model family, and the list of families it knows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vtr.base import Layout, UnsupportedError
+
+
+class Adapter(ABC):
+    """Answers for one model family: where is the decoder, where do vision tokens sit, what grid do they form.
+
+    Attributes:
+        family: the name people know it by.
+        classes: names of the transformers classes it serves.
+        image_inputs: the keyword arguments of ``forward`` that carry images.
+    """
+
+    family: str
+    classes: tuple[str, ...]
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
+
+    @abstractmethod
+    def text_model(self, model: nn.Module) -> Any:
+        """The module whose forward runs the decoder layers; it has ``.layers`` and ``.config``."""
+
+    @abstractmethod
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Layout]:
+        """One layout per image of ``inputs`` (the call's keyword arguments), in the order of the images."""
+
+    def image_token_id(self, model: nn.Module) -> int:
+        """The id in ``input_ids`` that stands for one vision token."""
+        return int(model.config.image_token_id)  # type: ignore[union-attr,arg-type]
+
+
+_ADAPTERS: list[Adapter] = []
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Make a family known to :func:`vtr.patch`; a later adapter of the same class name wins."""
+    _ADAPTERS.insert(0, adapter)
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """The known families and the transformers classes they cover."""
+    return {a.family: a.classes for a in reversed(_ADAPTERS)}
+
+
+def find_adapter(model: object) -> Adapter:
+    """The adapter of ``model``'s family.
+
+    Raises:
+        TypeError: ``model`` is no torch module.
+        UnsupportedError: no adapter knows its class; the message lists the families and says how to add one.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vtr.patch needs a model (a torch.nn.Module), got {type(model).__name__}")
+    names = {cls.__name__ for cls in type(model).__mro__}
+    for adapter in _ADAPTERS:
+        if names & set(adapter.classes):
+            return adapter
+    known = "; ".join(f"{family} ({', '.join(classes)})" for family, classes in families().items())
+    raise UnsupportedError(
+        f"{type(model).__name__} is no model family vtr knows. Known: {known}. "
+        "To add one, subclass vtr.engine.adapters.Adapter and call register_adapter (see integrations/llava.py)"
+    )

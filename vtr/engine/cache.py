@@ -1,0 +1,279 @@
+"""The ragged cache layer: every row has its own physical length, while transformers sees the logical one.
+
+Rows of similar length share a dense bucket ``[b, kv_heads, capacity, head_dim]``, so that one unreduced row does not
+make every row's cache long. Buckets grow in blocks of about a tenth, never by a copy per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from vtr.base import Policy, UnsupportedError
+
+SIMILAR = 0.92
+"""Rows at least this fraction of a bucket's longest row may share the bucket."""
+
+
+def block(length: int) -> int:
+    """By how many tokens a bucket of ``length`` grows."""
+    return max(8, length // 10)
+
+
+@dataclass(eq=False)
+class CacheState:
+    """What the engine knows of a ragged cache between calls; shared by the layers, carried by the cache object."""
+
+    policies: list[Policy | None]
+    dropped: list[int]
+    """Per row: how many positions the prompt really lost before the decoder (compression renumbers positions)."""
+    logical: int = 0
+    tail: int = 0
+    """Tokens appended since the last reduction, the same for every row: what ``crop`` may take back."""
+    exact: bool = True
+    """False once ``remember`` has refused a token: rows then end at different places."""
+    memos: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, sources: list[int]) -> None:
+        self.policies = [self.policies[s] for s in sources]
+        self.dropped = [self.dropped[s] for s in sources]
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Rows of similar length. keys, values: [b, kv_heads, capacity, head_dim], left aligned."""
+
+    rows: list[int]
+    keys: torch.Tensor
+    values: torch.Tensor
+    lens: torch.Tensor
+    """int64 [b] on the device: tokens really there."""
+    upper: int
+    """An upper bound of ``lens`` known without asking the device."""
+    equal: bool
+    """True if every row has exactly ``upper`` tokens."""
+
+    def grow(self, capacity: int) -> None:
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self.upper] = old[:, :, : self.upper]
+            setattr(self, name, new)
+
+
+class RaggedLayer(DynamicLayer):
+    """One decoder layer's keys and values, a length per row. Only ever updated under a plan of a patched model."""
+
+    is_croppable = True
+
+    def __init__(self, state: CacheState, index: int) -> None:
+        super().__init__()
+        self.state, self.index = state, index
+        self.staged: Any = None
+        self.buckets: list[Bucket] = []
+        self.place: dict[int, tuple[Bucket, int]] = {}
+        self.attended: Any = 0
+        self._order: torch.Tensor | None = None
+        self.is_initialized = True
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+    def get_seq_length(self) -> int:
+        return self.state.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.state.logical + query_length, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values as the staged plan says; returns them as they came."""
+        plan, self.staged = self.staged, None
+        if plan is None:
+            raise UnsupportedError(
+                "this cache was filled by a model patched with vtr and holds rows of different lengths, so only that "
+                "model can go on with it: vtr.patch(model) again, or start with a new cache"
+            )
+        self.lazy_initialization(key_states, value_states)
+        if plan.decode:
+            self._append_one(key_states, value_states)
+        else:
+            self._append_packed(key_states, value_states, plan.lengths)
+        return key_states, value_states
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._take(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        self._take(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take([row for row in range(len(self.place)) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        self.buckets, self.place, self.attended = [], {}, 0
+        self.state.logical = self.state.tail = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        n = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: how many tokens to remove from the end")
+        if n > self.state.tail + (self.index > 0) * n or not self.state.exact:
+            raise UnsupportedError(
+                f"cannot crop {n} tokens: only tokens decoded after the last reduction, all of them remembered, can be "
+                "taken back; start with a new cache instead"
+            )
+        for bucket in self.buckets:
+            bucket.lens = bucket.lens - n
+            bucket.upper -= n
+        if self.index == 0:
+            self.state.logical -= n
+            self.state.tail -= n
+
+    # -- what the engine asks --------------------------------------------------------------------------------------
+    @property
+    def whole(self) -> bool:
+        """True if one bucket holds all rows, in order."""
+        return len(self.buckets) == 1
+
+    def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Put per-bucket results ([b, …] each) back into the order of the rows."""
+        if self.whole:
+            return parts[0]
+        if self._order is None:
+            rows = [row for bucket in self.buckets for row in bucket.rows]
+            self._order = torch.tensor(rows, device=parts[0].device).argsort()
+        return torch.cat(parts).index_select(0, self._order)
+
+    def row(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one row, [1, kv_heads, length, head_dim] each."""
+        bucket, i = self.place[row]
+        return bucket.keys[i : i + 1, :, :length], bucket.values[i : i + 1, :, :length]
+
+    def lengths(self) -> list[int]:
+        """Tokens of every row (reads the device if ``remember`` decided there)."""
+        out = [0] * len(self.place)
+        for bucket in self.buckets:
+            lens = [bucket.upper] * len(bucket.rows) if bucket.equal else bucket.lens.tolist()
+            for row, n in zip(bucket.rows, lens, strict=True):
+                out[row] = n
+        return out
+
+    def live(self) -> Any:
+        """Tokens held, all rows: an int, or a 0-d tensor where only the device knows."""
+        if all(b.equal for b in self.buckets):
+            return sum(b.upper * len(b.rows) for b in self.buckets)
+        return sum(b.lens.sum() for b in self.buckets)
+
+    def allocated(self) -> int:
+        """Bytes of key and value storage."""
+        return sum(t.numel() * t.element_size() for b in self.buckets for t in (b.keys, b.values))
+
+    # -- storage ---------------------------------------------------------------------------------------------------
+    def _append_packed(self, keys: torch.Tensor, values: torch.Tensor, lengths: tuple[int, ...]) -> None:
+        if not self.place:
+            self._allocate(list(lengths), keys, values)
+            old = [0] * len(lengths)
+        else:
+            old = self.lengths()
+            self._reserve([o + n for o, n in zip(old, lengths, strict=True)])
+        offset = 0
+        for row, n in enumerate(lengths):
+            bucket, i = self.place[row]
+            here = slice(old[row], old[row] + n)
+            bucket.keys[i, :, here] = keys[0, :, offset : offset + n]
+            bucket.values[i, :, here] = values[0, :, offset : offset + n]
+            offset += n
+        self._set_lengths([o + n for o, n in zip(old, lengths, strict=True)])
+
+    def _append_one(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
+        for bucket in self.buckets:
+            if bucket.upper + 1 > bucket.keys.shape[2]:
+                if not bucket.equal:
+                    bucket.upper = int(bucket.lens.max())
+                if bucket.upper + 1 > bucket.keys.shape[2]:
+                    bucket.grow(bucket.upper + 1 + block(bucket.upper))
+            new_k, new_v = (keys, values) if self.whole else (keys[bucket.rows], values[bucket.rows])
+            if bucket.equal:
+                bucket.keys[:, :, bucket.upper] = new_k[:, :, 0]
+                bucket.values[:, :, bucket.upper] = new_v[:, :, 0]
+            else:
+                each = torch.arange(len(bucket.rows), device=keys.device)
+                bucket.keys[each, :, bucket.lens] = new_k[:, :, 0]
+                bucket.values[each, :, bucket.lens] = new_v[:, :, 0]
+
+    def attend_done(self, remember: torch.Tensor | None) -> None:
+        """After the step's attention: the current token stays (``remember`` None or True) or is forgotten."""
+        for bucket in self.buckets:
+            count = bucket.upper * len(bucket.rows) if bucket.equal else bucket.lens.sum()
+            self.attended = self.attended + count + len(bucket.rows)
+            if remember is None:
+                bucket.lens = bucket.lens + 1
+            else:
+                bucket.lens = bucket.lens + remember[bucket.rows].to(bucket.lens)
+                bucket.equal = False
+            bucket.upper += 1
+
+    def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+        groups: list[list[int]] = []
+        for row in order:
+            if groups and lengths[row] >= SIMILAR * lengths[groups[-1][0]]:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        self.buckets, self.place, self._order = [], {}, None
+        for rows in groups:
+            rows.sort()
+            longest = max(lengths[r] for r in rows)
+            capacity = longest + block(longest)
+            new_k = keys.new_zeros(len(rows), keys.shape[1], capacity, keys.shape[3])
+            new_v = values.new_zeros(len(rows), values.shape[1], capacity, values.shape[3])
+            lens = torch.zeros(len(rows), dtype=torch.int64, device=keys.device)
+            bucket = Bucket(rows, new_k, new_v, lens, 0, True)
+            self.buckets.append(bucket)
+            self.place.update({row: (bucket, i) for i, row in enumerate(rows)})
+
+    def _reserve(self, lengths: list[int]) -> None:
+        for bucket in self.buckets:
+            need = max(lengths[r] for r in bucket.rows)
+            if need > bucket.keys.shape[2]:
+                bucket.grow(need + block(need))
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        for bucket in self.buckets:
+            here = [lengths[r] for r in bucket.rows]
+            bucket.lens = torch.tensor(here, dtype=torch.int64).to(bucket.keys.device, non_blocking=True)
+            bucket.upper, bucket.equal = max(here), len(set(here)) == 1
+
+    def _take(self, sources: list[int]) -> None:
+        """New row i is old row ``sources[i]`` (beam search reorders, batches are selected and repeated)."""
+        if self.index == 0:
+            self.state.take(sources)
+        if not self.place:
+            return
+        same = len(sources) == len(self.place) and all(
+            self.place[i][0] is self.place[s][0] for i, s in enumerate(sources)
+        )
+        if same:
+            for bucket in self.buckets:
+                local = [self.place[sources[row]][1] for row in bucket.rows]
+                index = torch.tensor(local, device=bucket.keys.device)
+                bucket.keys, bucket.values = bucket.keys.index_select(0, index), bucket.values.index_select(0, index)
+                bucket.lens = bucket.lens.index_select(0, index)
+            return
+        old, lengths = self.place, self.lengths()
+        first = self.buckets[0]
+        self._allocate([lengths[s] for s in sources], first.keys, first.values)
+        for row, source in enumerate(sources):
+            (bucket, i), (was, j), n = self.place[row], old[source], lengths[source]
+            bucket.keys[i, :, :n], bucket.values[i, :, :n] = was.keys[j, :, :n], was.values[j, :, :n]
+        self._set_lengths([lengths[s] for s in sources])

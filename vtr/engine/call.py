@@ -1,0 +1,149 @@
+"""Which policy applies to a call, and what one ``generate`` carries through its forwards.
+
+Three context variables, so that threads and interleaved generations never see each other's: what ``vtr.use`` set, the
+``generate`` now running, and the trace of the last call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from vtr.base import Layout, Policy, UnsupportedError
+from vtr.engine.cache import RaggedLayer
+from vtr.engine.trace import DenseTrace, Trace
+from vtr.registry import policy as as_policy
+
+Given = Policy | str | None | Sequence[Policy | str | None]
+
+# both are replaced, never changed in place
+in_use: ContextVar[Mapping[object, Given]] = ContextVar("vtr_in_use", default=MappingProxyType({}))
+last_traces: ContextVar[Mapping[object, Trace | DenseTrace]] = ContextVar(
+    "vtr_last_traces", default=MappingProxyType({})
+)
+
+
+@dataclass(eq=False)
+class Generation:
+    """One running ``generate``.
+
+    Attributes:
+        key: whose model it is. policies: one per prompt, or None if nothing is reduced.
+        layouts: of the prompt's images, read off the arguments before transformers encodes and drops them.
+        length: columns of input_ids as passed. started: True after the first forward.
+        queries_end: set by the first forward; later text was decoded.
+    """
+
+    key: object
+    policies: list[Policy | None] | None
+    layouts: list[Layout]
+    length: int
+    trace: Trace
+    started: bool = False
+    queries_end: int = 0
+    cache_layers: list[RaggedLayer] | None = None
+    attended_before: list[Any] | None = None
+
+
+running: ContextVar[Generation | None] = ContextVar("vtr_running", default=None)
+
+
+def resolve(given: Given, rows: int | None, num_hidden_layers: int) -> list[Policy | None] | None:
+    """One policy or one per row → a list with one entry per row; None if nothing is reduced.
+
+    Raises:
+        TypeError: neither policies, spec strings nor None.
+        ValueError: an unknown spec, settings impossible on this model, or not one policy per row.
+    """
+    if given is None:
+        return None
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    entries: Sequence[Any] = given if several else [given]  # type: ignore[assignment]
+    made = [None if p is None else as_policy(p) for p in entries]
+    for p in {id(p): p for p in made if p is not None}.values():
+        p.check(num_hidden_layers)
+    if several and rows is not None and len(made) != rows:
+        raise ValueError(
+            f"{len(made)} policies for {rows} rows: give one policy for all rows or a list with one per row "
+            "(None for a row that is not to be reduced)"
+        )
+    if rows is None:
+        raise UnsupportedError("vtr needs input_ids (or inputs_embeds) to know how many rows the call has")
+    return None if all(p is None for p in made) else made if several else made * rows
+
+
+def assign_images(layouts: list[Layout], placeholders: list[int]) -> list[list[Layout]]:
+    """Give every row its images, in order. ``placeholders``: vision tokens of each row.
+
+    Raises:
+        ValueError: the images do not fit the placeholders.
+    """
+    if sum(placeholders) and not layouts:
+        raise ValueError(
+            f"the prompt has {sum(placeholders)} image placeholders but no image: pass pixel_values (and image_sizes) "
+            "as the processor returned them"
+        )
+    left, rows = list(layouts), []
+    for row, wanted in enumerate(placeholders):
+        mine: list[Layout] = []
+        while wanted > 0 and left:
+            mine.append(left.pop(0))
+            wanted -= len(mine[-1])
+        if wanted != 0:
+            raise ValueError(
+                f"row {row} has {placeholders[row]} image placeholders, which is not what its images give: "
+                "tokenize text and images in one processor call, and do not truncate"
+            )
+        rows.append(mine)
+    if left:
+        raise ValueError(f"{len(left)} images are left over after every row's placeholders are filled")
+    return rows
+
+
+def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
+    """Refuse what a reduced call cannot do, before anything changes.
+
+    Raises:
+        UnsupportedError: naming the way out.
+    """
+    for flag in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(flag) or any(getattr(c, flag, False) for c in configs):
+            raise UnsupportedError(
+                f"{flag}=True is not available while tokens are reduced (layers hold different tokens): "
+                "drop it, or pass policy=None for this call"
+            )
+    check_cache(kwargs.get("past_key_values"))
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache that cannot become ragged.
+
+    Raises:
+        UnsupportedError: static, quantized, offloaded or sliding caches; a filled cache of an unreduced prompt.
+    """
+    if cache is None or is_ragged(cache):
+        return
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if not plain or cache.offloading:
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
+        raise UnsupportedError(
+            f"a reduced call needs a plain DynamicCache, got {type(cache).__name__}({', '.join(kinds)}): leave out "
+            "past_key_values and cache_implementation (rows get caches of their own length), or pass policy=None"
+        )
+    if cache.get_seq_length() > 0:
+        raise UnsupportedError(
+            f"this cache already holds {cache.get_seq_length()} unreduced tokens: pass the policy from the first call "
+            "of the conversation on, or go on with policy=None"
+        )
+
+
+def is_ragged(cache: Any) -> bool:
+    """True for a cache whose layers are vtr's."""
+    layers = getattr(cache, "layers", None) or [None]
+    return isinstance(layers[0], RaggedLayer)

@@ -1,0 +1,54 @@
+"""Decoding on a ragged cache: which new tokens are remembered, and what it all came to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vtr.base import Token
+from vtr.engine.attention import Plan
+from vtr.engine.call import Generation
+
+
+def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Ask each row's policy whether layer ``index`` remembers its new token. hidden: [rows, 1, D].
+
+    Decisions may stay on the device (a bool tensor) or be plain bools; rows without such a policy remember all.
+
+    Raises:
+        TypeError: a policy answered with something else.
+    """
+    plan: Plan = kwargs["vtr_plan"]
+    cache = plan.layers[index]
+    answers = []
+    for row, p in enumerate(cache.state.policies):
+        answer: Any = True
+        if p is not None and p.remember is not None:
+            answer = p.remember(index, Token(hidden[row, 0], cache.state.memos[row]))
+            single = isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.numel() == 1
+            if not (isinstance(answer, bool) or single):
+                raise TypeError(f"{type(p).__name__}.remember must return a bool or a bool tensor, got {answer!r}")
+        answers.append(answer)
+    if all(answer is True for answer in answers):
+        plan = replace(plan, remember=None)
+    else:
+        cache.state.exact = False
+        stacked = torch.stack([torch.as_tensor(a, device=hidden.device).reshape(()) for a in answers])
+        plan = replace(plan, remember=stacked)
+    cache.staged = plan
+    kwargs["vtr_plan"] = plan
+
+
+def note_decoded(generation: Generation) -> None:
+    """Add to the trace what the cache says at the end of the call; numbers only, the cache itself may go."""
+    trace, layers = generation.trace, generation.cache_layers
+    if not layers:
+        return
+    before = generation.attended_before or [0] * len(layers)
+    trace.attended = [layer.attended - b for layer, b in zip(layers, before, strict=True)]
+    trace.kv_tokens = [layer.live() for layer in layers]
+    trace.kv_allocated = sum(layer.allocated() for layer in layers)
+    trace.kv_itemsize = layers[0].buckets[0].keys.element_size() if layers[0].buckets else 0
+    generation.cache_layers = None

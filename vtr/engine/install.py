@@ -1,0 +1,85 @@
+"""``patch``, ``unpatch`` and ``use``: installs hooks, removes them, owns nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vtr.base import Policy
+from vtr.engine.adapters import find_adapter
+from vtr.engine.call import Given, in_use, resolve, running
+from vtr.engine.hooks import NAME, Patch
+
+
+def patch(model: Any, policy: Policy | str | None = None) -> Any:
+    """Let ``model`` take policies: ``model.generate(**inputs, policy=p)`` and ``model(**inputs, policy=p)``.
+
+    Changes nothing until a call carries a policy: without one, outputs are bit-identical to the unpatched model's.
+    May be called again to change the default.
+
+    Args:
+        model: a model of a family vtr knows (see :func:`vtr.engine.adapters.families`).
+        policy: the model's default for calls that name none, e.g. those a streamer makes in its own thread.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: not a model, or a policy that cannot work on it.
+        UnsupportedError: an unknown family or attention implementation.
+    """
+    adapter = find_adapter(model)
+    known: Patch | None = model.__dict__.get(NAME)
+    made = known or Patch(model, adapter, None)
+    resolved = resolve(policy, 1, made.geometry.num_hidden_layers)
+    made.default = resolved[0] if resolved else None
+    if known is None:
+        made.install()
+    return model
+
+
+def patch_of(model: Any) -> Patch:
+    """The patch of a patched model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    found = getattr(model, "__dict__", {}).get(NAME)
+    if found is None:
+        raise ValueError(f"this {type(model).__name__} is not patched: call vtr.patch(model) first")
+    return found
+
+
+def unpatch(model: Any) -> Any:
+    """Take everything :func:`patch` installed out again; a model that is not patched is left alone. Returns the model.
+
+    Raises:
+        RuntimeError: a ``generate`` of this model is running in this context.
+    """
+    found: Patch | None = getattr(model, "__dict__", {}).get(NAME)
+    if found is not None:
+        generation = running.get()
+        if generation is not None and generation.key is found.key:
+            raise RuntimeError("this model is generating right now: unpatch it when generate has returned")
+        found.remove()
+    return model
+
+
+@contextmanager
+def use(model: Any, policy: Given) -> Iterator[Any]:
+    """Within the block, calls of ``model`` that name no policy use this one (or these, one per row).
+
+    Only this thread (this context) is concerned; blocks nest, and an exception ends them as well.
+
+    Raises:
+        TypeError, ValueError: not a policy; not patched; or impossible on this model.
+    """
+    found = patch_of(model)
+    several = policy if isinstance(policy, (list, tuple)) else [policy]
+    resolve(policy, len(several), found.geometry.num_hidden_layers)
+    token = in_use.set({**in_use.get(), found.key: policy})
+    try:
+        yield model
+    finally:
+        in_use.reset(token)

@@ -1,0 +1,197 @@
+"""One row of the batch, packed: which of its tokens are still there, and where they came from."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from vtr.base import Image, Layout, Policy, Pooled, Tokens
+from vtr.engine.trace import RowTrace
+
+_FIELDS = ("tile", "y", "x", "newline")
+
+
+class Row:
+    """A row's tokens. ``text`` and ``vision`` are row-local indices (int64, ascending) of what is still there.
+
+    Args:
+        index: which row of the batch.
+        policy: what reduces it, or None.
+        slots: int64 [n] on the CPU: logical slots of the row's tokens (padding left out), ascending.
+        is_vision: bool [n] on the CPU.
+        layouts: the row's images, in order; empty where the row is treated as text only.
+        queries_end: logical slot from which on text tokens were decoded, not asked (they rank nothing).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        policy: Policy | None,
+        slots: torch.Tensor,
+        is_vision: torch.Tensor,
+        layouts: list[Layout],
+        queries_end: int,
+    ) -> None:
+        self.index, self.policy, self.layouts = index, policy, layouts
+        self.slots, self.is_vision = slots, is_vision
+        self.asked_slots = slots
+        """The row's slots before anything was dropped."""
+        self.length = len(slots)
+        self.dropped = 0
+        vision, text = is_vision.nonzero().squeeze(1), (~is_vision).nonzero().squeeze(1)
+        self.original = self.total = self.count = len(vision)
+        first, last = (int(vision[0]), int(vision[-1])) if len(vision) else (0, -1)
+        asked = slots[text] < queries_end
+        self._text_queries = ((text > first) & asked).nonzero().squeeze(1)
+        """Which of the text tokens may rank vision tokens."""
+        self.rankable = bool(((text > last) & asked).any())
+        """False if some vision token has no text query after it."""
+        self.text, self.vision = text, vision
+        self.alive: torch.Tensor | None = None
+        """Which of the vision tokens that entered the text model are still there; None for all."""
+        self._here: torch.Tensor | None = None
+        """Which of ``slots`` (text too) are still there; None for all."""
+        self.origin = slots[vision]
+        self.sources: list[list[int]] | None = None
+        self.pieces: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        """For a compressed row: (row-local indices, [k, D] features) of the new tokens of each image."""
+        self._fields = {}
+        if layouts:
+            self._fields = {name: torch.cat([getattr(lay, name) for lay in layouts]) for name in _FIELDS}
+            self._fields["image"] = torch.cat([torch.full((len(lay),), i) for i, lay in enumerate(layouts)])
+
+    # -- before the decoder ----------------------------------------------------------------------------------------
+    def compress(self, embeds: torch.Tensor) -> None:
+        """Let the policy shrink each image. embeds: [n, D], the row's tokens; afterwards the row is really shorter."""
+        assert self.policy is not None and self.policy.compress is not None
+        per_image = self.vision.split([len(lay) for lay in self.layouts])
+        gone = torch.zeros(self.length, dtype=torch.bool)
+        fields: dict[str, list[torch.Tensor]] = {name: [] for name in (*_FIELDS, "image")}
+        origin, sources, pieces = [], [], []
+        for i, (layout, local) in enumerate(zip(self.layouts, per_image, strict=True)):
+            image = Image(embeds.index_select(0, local.to(embeds.device)), layout, i, len(self.layouts))
+            keep, features, made_of = _compressed(self.policy, image)
+            at = local[keep]
+            gone[local] = True
+            gone[at] = False
+            for name in _FIELDS:
+                fields[name].append(getattr(layout, name)[keep])
+            fields["image"].append(torch.full((len(keep),), i))
+            slots = self.slots[local]
+            origin.append(torch.full((len(keep),), -1) if features is not None else slots[keep])
+            sources += [slots[torch.tensor(s)].tolist() for s in made_of]
+            if features is not None:
+                pieces.append((at, features))
+        stay = (~gone).nonzero().squeeze(1)
+        self.pieces = [(torch.searchsorted(stay, at), f) for at, f in pieces]
+        self.stay = stay
+        self.dropped = self.length - len(stay)
+        self.slots, self.is_vision, self.length = self.slots[stay], self.is_vision[stay], len(stay)
+        self.text = torch.searchsorted(stay, self.text)
+        self.vision = self.is_vision.nonzero().squeeze(1)
+        self.total = self.count = len(self.vision)
+        self.origin = torch.cat(origin)
+        self.sources = sources
+        self._fields = {name: torch.cat(parts) for name, parts in fields.items()}
+
+    # -- in the decoder --------------------------------------------------------------------------------------------
+    def to(self, device: torch.device) -> None:
+        """Move the index tensors to the device, once, before the first layer."""
+        self.text, self.vision = self.text.to(device), self.vision.to(device)
+        self._text_queries = self._text_queries.to(device)
+        self._fields = {name: t.to(device) for name, t in self._fields.items()}
+
+    def tokens(self, layer: int, depth: int, hidden: torch.Tensor, scores: torch.Tensor | None) -> Tokens:
+        """What the policy sees. hidden: [n, D], the row's tokens entering the layer; scores: [n] or None."""
+
+        def field(name: str) -> torch.Tensor:
+            if name == "hidden":
+                return hidden.index_select(0, self.vision)
+            if name == "text":
+                return hidden.index_select(0, self.text)
+            whole = self._fields[name]
+            return whole if self.alive is None else whole.index_select(0, self.alive)
+
+        ranked = None if scores is None else scores.index_select(0, self.vision)
+        return Tokens(layer, depth, self.total, self.count, field, ranked)
+
+    def queries(self, kind: str) -> torch.Tensor:
+        """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""
+        chosen = self._text_queries[-1:] if kind == "last" else self._text_queries
+        return self.text.index_select(0, chosen)
+
+    def cut(self, keep: torch.Tensor) -> torch.Tensor:
+        """Drop all vision tokens but ``keep`` (ascending); returns the row-local indices that stay, ascending."""
+        kept = self.vision.index_select(0, keep)
+        stay = torch.cat([self.text, kept]).sort().values
+        self.text, self.vision = torch.searchsorted(stay, self.text), torch.searchsorted(stay, kept)
+        self.alive = keep if self.alive is None else self.alive.index_select(0, keep)
+        self._here = stay if self._here is None else self._here.index_select(0, stay)
+        self.count, self.length = len(keep), len(stay)
+        return stay
+
+    def passing(self, keep: torch.Tensor) -> torch.Tensor:
+        """Row-local indices of the text and of the vision tokens ``keep``, ascending; the row stays as it is."""
+        return torch.cat([self.text, self.vision.index_select(0, keep)]).sort().values
+
+    def carriers(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every slot the row had: the slot, and the row-local index of the last surviving token up to it."""
+        slots = self.asked_slots.to(device, non_blocking=True)
+        alive = self.slots.to(device, non_blocking=True)
+        if self._here is not None:
+            alive = alive.index_select(0, self._here)
+        return slots, (torch.searchsorted(alive, slots, right=True) - 1).clamp_(min=0)
+
+    def trace(self, offset: int) -> RowTrace:
+        """What the report needs; ``offset`` is where this forward's slots start in the row the caller passed."""
+        slots = torch.where(self.origin >= 0, self.origin + offset, self.origin) if offset else self.origin
+        sources = self.sources and [[slot + offset for slot in made_of] for made_of in self.sources]
+        return RowTrace(self.policy.spec if self.policy else None, slots, sources, original=self.original)
+
+
+def checked_keep(answer: Any, count: int, question: str, policy: Policy, device: torch.device) -> torch.Tensor:
+    """A policy's indices, ascending, on ``device``.
+
+    Raises:
+        TypeError, ValueError: not a 1-D int64 tensor of distinct indices below ``count``.
+    """
+    who = f"{type(policy).__name__}.{question}"
+    if not isinstance(answer, torch.Tensor) or answer.dtype != torch.int64 or answer.dim() != 1:
+        raise TypeError(f"{who} must return a 1-D int64 tensor of kept indices, got {_short(answer)}")
+    keep = answer.to(device, non_blocking=True).sort().values
+    if len(keep) > count:
+        raise ValueError(f"{who} keeps {len(keep)} of {count} tokens")
+    on_cpu = keep.device.type == "cpu" and len(keep) > 0  # elsewhere the check would make the device wait
+    if on_cpu and (int(keep[0]) < 0 or int(keep[-1]) >= count or bool((keep[1:] == keep[:-1]).any())):
+        raise ValueError(f"{who} must return distinct indices in [0, {count}), got {_short(answer)}")
+    return keep
+
+
+def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, torch.Tensor | None, list[list[int]]]:
+    """(places on the image's slots, new features or None, sources) of one image's new tokens."""
+    assert policy.compress is not None
+    n, answer = len(image), policy.compress(image)
+    if answer is None:
+        return torch.arange(n), None, [[i] for i in range(n)]
+    if not isinstance(answer, Pooled):
+        keep = checked_keep(answer, n, "compress", policy, torch.device("cpu"))
+        return keep, None, [[i] for i in keep.tolist()]
+    m, width = len(answer.sources), image.features.shape[1]
+    who = f"{type(policy).__name__}.compress"
+    if tuple(answer.features.shape) != (m, width):
+        raise ValueError(f"{who}: {m} sources need features of shape {(m, width)}, got {tuple(answer.features.shape)}")
+    if m > n:
+        raise ValueError(f"{who} makes {m} tokens out of {n}: an image cannot become longer")
+    if any(not 0 <= s < n for s in itertools.chain.from_iterable(answer.sources)):
+        raise ValueError(f"{who}: sources must be indices in [0, {n})")
+    # pooled tokens take evenly spread slots of the image, the last one the last slot, so that order is kept
+    places = torch.arange(1, m + 1) * n // max(m, 1) - 1
+    return places, answer.features.to(image.features), answer.sources
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return repr(value)[:80]

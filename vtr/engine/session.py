@@ -1,0 +1,266 @@
+"""One packed forward: pack the rows, ask their policies at every layer, unpack.
+
+A session lives from the text model's pre-hook to its post-hook and travels in keyword arguments; nothing of it is kept
+on the model. It makes one immutable :class:`~vtr.engine.attention.Plan` per decoder layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtr.base import Layout, Policy
+from vtr.engine.attention import Plan, Probe, Routing
+from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.rows import Row, checked_keep
+from vtr.engine.trace import Clock, Trace
+
+
+@dataclass(eq=False)
+class Request:
+    """What a call asked for, from the model's pre-hook to the text model's.
+
+    Attributes:
+        policies: one per row. layouts: per row, those of its images.
+        is_vision: bool [rows, L] on the CPU, this forward's vision tokens.
+        queries_end: slots from here on were decoded, not asked.
+        offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
+    """
+
+    policies: list[Policy | None]
+    layouts: list[list[Layout]]
+    is_vision: torch.Tensor
+    queries_end: int
+    offset: int = 0
+
+
+class Session:
+    """The rows of one forward. ``rows`` in, ``layer()`` at each decoder layer, ``unpack()`` out.
+
+    Args:
+        embeds: [B, L, D], merged embeddings. mask: [B, L] bool or None (no padding). position_ids: [B or 1, L].
+        cache: the ragged layers, or None.
+    """
+
+    def __init__(
+        self,
+        request: Request | None,
+        embeds: torch.Tensor,
+        mask: torch.Tensor | None,
+        layers: list[RaggedLayer] | None,
+        state: CacheState | None,
+        trace: Trace,
+        depth: int,
+    ) -> None:
+        self.batch, self.logical = embeds.shape[:2]
+        self.layers, self.state, self.trace, self.depth = layers, state, trace, depth
+        self.clock = Clock(embeds.device)
+        self.rows = _rows(request, self.batch, self.logical, mask)
+        self._check()
+        self._scores: dict[int, torch.Tensor] = {}
+        self._rope: tuple[torch.Tensor, ...] = ()
+        self._positions: torch.Tensor = torch.empty(0)
+        self.lengths: list[list[int]] = []
+        self.past: list[list[int]] = []
+        self._offset = request.offset if request else 0
+
+    def _check(self) -> None:
+        for row in self.rows:
+            if row.length == 0:
+                raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros")
+            p = row.policy
+            ranks = p is not None and row.count and any(p.needs(layer) for layer in range(self.depth))
+            if ranks and not row.rankable:
+                raise ValueError(
+                    f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
+                    f"{p.spec!r}: put the question behind the image, or use a policy that needs no question"  # type: ignore[union-attr]
+                )
+
+    # -- into the decoder ------------------------------------------------------------------------------------------
+    def pack(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, L, D], [B or 1, L] → packed [1, T, D] and [1, T], compressed where a policy says so."""
+        device, parts, positions = embeds.device, [], []
+        position_ids = position_ids.expand(self.batch, -1)
+        for row in self.rows:
+            slots = row.slots.to(device, non_blocking=True)
+            here, at = embeds[row.index].index_select(0, slots), position_ids[row.index].index_select(0, slots)
+            if row.policy is not None and row.policy.compress is not None and row.layouts:
+                with self.clock:
+                    row.compress(here)
+                here = here.index_select(0, row.stay.to(device, non_blocking=True))
+                for local, features in row.pieces or []:
+                    here = here.index_copy(0, local.to(device, non_blocking=True), features)
+                at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt: positions close up
+            if self.state is not None:
+                at = at - self.state.dropped[row.index]
+                self.state.dropped[row.index] += row.dropped
+            parts.append(here)
+            positions.append(at)
+            row.to(device)
+        self.trace.rows = [row.trace(self._offset) for row in self.rows]
+        return torch.cat(parts)[None], torch.cat(positions)[None]
+
+    # -- at each layer ---------------------------------------------------------------------------------------------
+    def layer(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Ask every row what enters layer ``index``; puts rope, positions and the plan into ``kwargs``."""
+        if not self._rope:
+            self._rope, self._positions = kwargs["position_embeddings"], kwargs["position_ids"]
+        with self.clock:
+            stay = self._prune(index, hidden)
+        if stay is not None:
+            hidden = hidden.index_select(1, stay)
+            self._rope = tuple(t.index_select(1, stay) for t in self._rope)
+            self._positions = self._positions.index_select(1, stay)
+        with self.clock:
+            passes = self._route(index, hidden)
+        rope, positions, scale, routing = self._rope, self._positions, None, None
+        lengths = [row.length for row in self.rows]
+        counts, alive = [row.count for row in self.rows], [row.alive for row in self.rows]
+        if passes is not None:
+            through, lengths, counts, alive, weights = passes
+            around = hidden
+            if weights is not None:
+                around, scale = hidden * weights[None, :, None], weights.index_select(0, through)[None, :, None]
+            routing = Routing(around, through)
+            hidden = hidden.index_select(1, through)
+            rope = tuple(t.index_select(1, through) for t in rope)
+            positions = positions.index_select(1, through)
+        for noted, count, kept, length in zip(self.trace.rows, counts, alive, lengths, strict=True):
+            noted.counts.append(count)
+            noted.alive.append(kept)
+            noted.lengths.append(length)
+        past = self._stage(index)
+        self.lengths.append(lengths)
+        self.past.append(past or [0] * self.batch)
+        plan = Plan(
+            decode=False,
+            lengths=tuple(lengths),
+            past=tuple(past),
+            layers=self.layers,
+            probes=self._probes(index, past),
+            sink=self._scores,
+            clock=self.clock,
+            scale=scale,
+            routing=routing,
+        )
+        if self.layers is not None:
+            self.layers[index].staged = plan
+        kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
+        return hidden
+
+    def _prune(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        stays: list[torch.Tensor | None] = []
+        before, start = [row.length for row in self.rows], 0
+        for row, n in zip(self.rows, before, strict=True):
+            stay = None
+            p = row.policy
+            if p is not None and p.prune is not None and row.count:
+                tokens = row.tokens(index, self.depth, hidden[0, start : start + n], self._scores.get(row.index))
+                answer = p.prune(index, tokens)
+                if answer is not None and len(answer) < row.count:
+                    stay = row.cut(checked_keep(answer, row.count, "prune", p, hidden.device))
+                elif answer is not None:
+                    checked_keep(answer, row.count, "prune", p, hidden.device)
+            stays.append(stay)
+            start += n
+        self._scores = {}
+        return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
+
+    def _route(self, index: int, hidden: torch.Tensor) -> Any:
+        if not any(row.policy is not None and row.policy.route is not None and row.count for row in self.rows):
+            return None
+        through: list[torch.Tensor | None] = []
+        weights: list[torch.Tensor] = []
+        weighted, start = False, 0
+        before = [r.length for r in self.rows]
+        lengths, counts, alive = before[:], [r.count for r in self.rows], [r.alive for r in self.rows]
+        for i, row in enumerate(self.rows):
+            here, n, p = hidden[0, start : start + row.length], row.length, row.policy
+            start += n
+            passes, scale = None, hidden.new_ones(n)
+            if p is not None and p.route is not None and row.count:
+                answer = p.route(index, row.tokens(index, self.depth, here, None))
+                if answer is not None:
+                    keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
+                    passes = row.passing(keep)
+                    lengths[i], counts[i] = len(passes), len(keep)
+                    alive[i] = keep if row.alive is None else row.alive.index_select(0, keep)
+                    if answer.weights is not None:
+                        weighted = True
+                        scale = scale.index_copy(0, row.vision, answer.weights.to(scale))
+            through.append(passes)
+            weights.append(scale)
+        if all(p is None for p in through):
+            return None
+        joined = _joined(through, before, hidden.device)
+        return joined, lengths, counts, alive, torch.cat(weights) if weighted else None
+
+    def _stage(self, index: int) -> list[int]:
+        if self.layers is None or not self.layers[index].place:
+            return []
+        return self.layers[index].lengths()
+
+    def _probes(self, index: int, past: list[int]) -> tuple[Probe, ...]:
+        """The attention rows of this layer that rank tokens for the next one."""
+        if index + 1 >= self.depth:
+            return ()
+        probes = []
+        for row in self.rows:
+            kind = row.policy.needs(index + 1) if row.policy is not None and row.count else None
+            if kind is not None:
+                queries = row.queries(kind)
+                probes.append(Probe(row.index, queries))
+                g, keys = self.trace.geometry, row.length + (past[row.index] if past else 0)
+                self.trace.selector_flops += 2 * g.heads * g.head_dim * len(queries) * keys
+        return tuple(probes)
+
+    # -- out of the decoder ----------------------------------------------------------------------------------------
+    def unpack(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Packed [1, T, D] → [B, L, D]. A dropped slot carries the last surviving state before it; padding is zero."""
+        slots, sources, start = [], [], 0
+        for row in self.rows:
+            at, source = row.carriers(hidden.device)
+            slots.append(at + row.index * self.logical)
+            sources.append(source + start)
+            start += row.length
+        states = hidden[0].index_select(0, torch.cat(sources))
+        if len(states) < self.batch * self.logical:
+            padded = hidden.new_zeros(self.batch * self.logical, hidden.shape[-1])
+            states = padded.index_copy(0, torch.cat(slots), states)
+        return states.view(self.batch, self.logical, -1)
+
+    def finish(self) -> None:
+        """Note what the whole forward cost."""
+        self.trace.note_prefill(self.lengths, self.past)
+        self.trace.clocks.append(self.clock)
+        if self.state is not None:
+            self.state.logical += self.logical
+            in_step = all(n == self.logical for lengths in self.lengths for n in lengths)
+            self.state.tail = self.state.tail + self.logical if in_step else 0
+
+
+def _joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
+    """Row-local indices (None = the whole row) as indices into the packed sequence."""
+    out, start = [], 0
+    for part, n in zip(parts, before, strict=True):
+        out.append(torch.arange(start, start + n, device=device) if part is None else part + start)
+        start += n
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _rows(request: Request | None, batch: int, length: int, mask: torch.Tensor | None) -> list[Row]:
+    everything = torch.arange(length)
+    valid = None if mask is None else mask.cpu()
+    rows = []
+    for b in range(batch):
+        slots = everything if valid is None else valid[b].nonzero().squeeze(1)
+        if request is None:
+            rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], length))
+            continue
+        rows.append(
+            Row(b, request.policies[b], slots, request.is_vision[b][slots], request.layouts[b], request.queries_end)
+        )
+    return rows

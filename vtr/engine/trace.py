@@ -1,0 +1,137 @@
+"""What a call did, noted while it runs as cheaply as possible; ``vtr.accounting`` turns it into a report afterwards."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtr.base import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The decoder's sizes, read off its modules once."""
+
+    num_hidden_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    linear_flops: tuple[int, ...]
+    """Per decoder layer: FLOPs of all its Linear modules for one token (2 · in · out each)."""
+
+    @classmethod
+    def of(cls, text: Any) -> Geometry:
+        config = text.config
+        heads = config.num_attention_heads
+        linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
+        if not all(linears):
+            raise UnsupportedError(f"the decoder layers of {type(text).__name__} hold no Linear modules to account for")
+        return cls(
+            num_hidden_layers=len(text.layers),
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            linear_flops=tuple(sum(2 * m.in_features * m.out_features for m in layer) for layer in linears),
+        )
+
+
+class Clock:
+    """Time spent choosing tokens: a wall clock on the CPU, CUDA events (read later, no stall) on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+        self._start: Any = None
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._cuda:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._events.append((self._start, end))
+        else:
+            self._seconds += time.perf_counter() - self._start
+
+    def ms(self) -> float:
+        """Milliseconds so far (waits for the GPU)."""
+        if self._cuda and self._events:
+            torch.cuda.synchronize()
+            self._seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+            self._events = []
+        return self._seconds * 1e3
+
+
+@dataclass
+class RowTrace:
+    """One prompt of the call: per layer, how many vision tokens entered and which (indices into ``slots``)."""
+
+    spec: str | None
+    slots: torch.Tensor
+    """int64 [n] on the CPU: logical slot of each vision token that entered the text model, -1 for a pooled one."""
+    sources: list[list[int]] | None = None
+    """For compressed rows: the slots each of those tokens was made from."""
+    counts: list[int] = field(default_factory=list)
+    alive: list[torch.Tensor | None] = field(default_factory=list)
+    original: int = 0
+    """Vision tokens of the prompt before anything was reduced."""
+    lengths: list[int] = field(default_factory=list)
+    """All tokens of the row (text too) that entered each layer."""
+
+
+@dataclass
+class Trace:
+    """Everything noted of one call. Holds small index tensors and numbers, never the model."""
+
+    geometry: Geometry
+    rows: list[RowTrace] = field(default_factory=list)
+    beams: int = 1
+    prefill_flops: int = 0
+    selector_flops: int = 0
+    decode_linear_flops: int = 0
+    decode_steps: int = 0
+    attended: list[Any] = field(default_factory=list)
+    """Per layer: keys attended to while decoding, summed over rows and steps (an int, or a tensor on the device)."""
+    kv_tokens: list[Any] = field(default_factory=list)
+    """Per layer: cached tokens when the call ended, summed over rows."""
+    kv_allocated: int = 0
+    kv_itemsize: int = 0
+    clocks: list[Clock] = field(default_factory=list)
+
+    def note_prefill(self, lengths: list[list[int]], past: list[list[int]]) -> None:
+        """Add the FLOPs of a packed forward: ``lengths[layer][row]`` tokens over ``past[layer][row]`` cached ones."""
+        g = self.geometry
+        for layer, (here, before) in enumerate(zip(lengths, past, strict=True)):
+            self.prefill_flops += g.linear_flops[layer] * sum(here)
+            self.prefill_flops += sum(4 * g.heads * g.head_dim * n * (n + p) for n, p in zip(here, before, strict=True))
+
+    def note_decode(self, rows: int) -> None:
+        """Add one decoded token per row (its attention is counted from what the cache says it attended to)."""
+        self.decode_steps += 1
+        self.decode_linear_flops += rows * sum(self.geometry.linear_flops)
+
+
+@dataclass
+class DenseTrace:
+    """What an unreduced call of a patched model did: nothing is noted while it runs, all follows from its inputs."""
+
+    geometry: Geometry
+    input_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    image_token_id: int
+    rows: int
+    length: int
+    steps: int
+    beams: int
+    itemsize: int
+    cached: bool

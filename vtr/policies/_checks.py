@@ -1,0 +1,27 @@
+"""Checks that several policies share."""
+
+from __future__ import annotations
+
+ON_CONTINUE = ("warn", "keep", "error")
+
+
+def check_layer(layer: int, minimum: int = 0, why: str = "") -> None:
+    """Raise unless ``layer`` is an int >= ``minimum``."""
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"layer must be an int (0-based decoder layer), got {layer!r}")
+    if layer < minimum:
+        raise ValueError(f"layer={layer}: {why or f'decoder layers count from {minimum}'}")
+
+
+def check_depth(layer: int, num_hidden_layers: int) -> None:
+    """Raise unless decoder layer ``layer`` exists."""
+    if layer >= num_hidden_layers:
+        raise ValueError(
+            f"layer={layer}, but the model has {num_hidden_layers} decoder layers: choose 0…{num_hidden_layers - 1}"
+        )
+
+
+def check_on_continue(value: str) -> None:
+    """Raise unless ``value`` says what to do when a later turn meets tokens kept for an earlier question."""
+    if value not in ON_CONTINUE:
+        raise ValueError(f"on_continue={value!r}: choose one of {', '.join(ON_CONTINUE)}")

@@ -1,0 +1,54 @@
+"""FastV (Chen et al., ECCV 2024, arXiv 2403.06764): one cut, ranked by the last query's attention one layer before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from vtr.base import Keep, Policy, Scores, Tokens, check_keep, keep_count, top
+from vtr.policies._checks import check_depth, check_layer, check_on_continue
+from vtr.registry import register_policy
+
+if TYPE_CHECKING:
+    import torch
+
+
+@register_policy("fastv")
+@dataclass
+class FastV(Policy):
+    """Cut once, on entering decoder layer ``layer`` (the paper's K), to ``keep`` vision tokens.
+
+    A token's score is the attention the last text token paid to it in layer ``layer - 1``, mean over heads, as in the
+    official code (the paper's text says "average attention received"). Original positions stay.
+
+    Args:
+        keep: tokens that stay: a ratio (float, the paper's 1 - R) or a count (int).
+        layer: the decoder layer before which the cut happens, at least 1 (a layer before it must have run).
+        on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
+
+    Raises:
+        TypeError, ValueError: settings out of range.
+    """
+
+    keep: Keep = 0.5
+    layer: int = 2
+    on_continue: str = "warn"
+
+    question_guided: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_layer(self.layer, 1, "FastV ranks by the attention of the layer before, so layer must be at least 1")
+        check_on_continue(self.on_continue)
+
+    def check(self, num_hidden_layers: int) -> None:
+        check_depth(self.layer, num_hidden_layers)
+
+    def needs(self, layer: int) -> Scores | None:
+        return "last" if layer == self.layer else None
+
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:  # type: ignore[override]
+        if layer != self.layer:
+            return None
+        assert tokens.scores is not None
+        return top(tokens.scores, keep_count(self.keep, tokens.total))

@@ -1,0 +1,70 @@
+"""G-Search's way of reducing (Zhao et al., CVPR 2025, arXiv 2412.00556): a cut at every layer, by a keep-schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from vtr.base import Policy, Scores, Tokens, keep_count, top
+from vtr.policies._checks import check_on_continue
+from vtr.registry import register_policy
+from vtr.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+
+@register_policy("gsearch")
+@dataclass
+class GSearch(Policy):
+    """Before every decoder layer keep the best ``schedule[layer]`` vision tokens; dropped ones stay gone.
+
+    Tokens are ranked by the attention they got in the layer before (paper, Fig. 2), mean over heads. Which queries the
+    paper takes is not published; ``queries="text"`` (the mean over all text tokens after the image) is our choice.
+
+    Args:
+        schedule: one keep per decoder layer (:class:`~vtr.Schedule`, a list, or the path of a saved schedule).
+            ``schedule[0]`` must be 1.0: layer 0 has no layer before it to rank by.
+        queries: "text" or "last" (the last text token alone, as FastV).
+        on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
+
+    Raises:
+        TypeError, ValueError: settings out of range.
+    """
+
+    schedule: Schedule = field(default_factory=lambda: Schedule([1.0]))
+    queries: Scores = "text"
+    on_continue: str = "warn"
+
+    question_guided: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, (str, Path)):
+            self.schedule = Schedule.load(self.schedule)
+        elif not isinstance(self.schedule, Schedule):
+            self.schedule = Schedule(self.schedule)
+        if repr(self.schedule[0]) != "1.0":
+            raise ValueError(
+                f"schedule[0]={self.schedule[0]!r} must be 1.0: layer 0 has no attention before it to rank tokens by"
+            )
+        if self.queries not in ("text", "last"):
+            raise ValueError(f"queries={self.queries!r}: choose 'text' or 'last'")
+        check_on_continue(self.on_continue)
+
+    def check(self, num_hidden_layers: int) -> None:
+        if len(self.schedule) != num_hidden_layers:
+            raise ValueError(
+                f"the schedule has {len(self.schedule)} entries, but the model has {num_hidden_layers} decoder layers: "
+                "give one keep per layer"
+            )
+
+    def needs(self, layer: int) -> Scores | None:
+        cuts = layer > 0 and repr(self.schedule[layer]) != repr(self.schedule[layer - 1])
+        return self.queries if cuts else None
+
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:  # type: ignore[override]
+        keep = keep_count(self.schedule[layer], tokens.total)
+        if keep >= len(tokens) or tokens.scores is None:
+            return None
+        return top(tokens.scores, keep)

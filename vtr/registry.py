@@ -1,0 +1,166 @@
+"""Policies by name: registration, spec strings (``"fastv:keep=0.25,layer=2"``) and chains (``a + b``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vtr.base import Policy, Scores
+
+_POLICIES: dict[str, type[Policy]] = {}
+_QUESTIONS = ("compress", "prune", "route", "remember")
+
+P = TypeVar("P", bound=type[Policy])
+
+
+def register_policy(name: str) -> Callable[[P], P]:
+    """Class decorator: make a :class:`~vtr.Policy` known as ``name`` (for spec strings, saving and ``vtr list``).
+
+    Raises:
+        TypeError: the class is no Policy dataclass.
+        ValueError: another class already has the name, or the name cannot stand in a spec string.
+    """
+
+    def register(cls: P) -> P:
+        if not (isinstance(cls, type) and issubclass(cls, Policy) and "__dataclass_fields__" in cls.__dict__):
+            raise TypeError(f"{cls!r} must be a vtr.Policy subclass decorated with @dataclass (below this decorator)")
+        if not name or set(name) & set(":,+=[] "):
+            raise ValueError(f"{name!r} cannot be a policy's name: use letters, digits, '-' and '_'")
+        known = _POLICIES.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"a policy called {name!r} is already registered: {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        _POLICIES[name] = cls
+        return cls
+
+    return register
+
+
+def list_policies() -> list[str]:
+    """The names of all registered policies, sorted."""
+    return sorted(_POLICIES)
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class registered as ``name``.
+
+    Raises:
+        ValueError: no such policy; the message lists the known ones.
+    """
+    if name not in _POLICIES:
+        raise ValueError(f"unknown policy {name!r}; known: {', '.join(list_policies())} (see `vtr list`)")
+    return _POLICIES[name]
+
+
+def build(name: str, settings: dict[str, Any]) -> Policy:
+    """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones."""
+    cls = policy_class(name)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"policy {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(settings)):
+        raise ValueError(f"policy {name!r} needs {', '.join(missing)}, e.g. {name}:{missing[0]}=…")
+    return cls(**settings)
+
+
+def policy(spec: str | Policy) -> Policy:
+    """Make a policy from a spec string; a policy passes through.
+
+    ``name`` or ``name:key=value,key=value``, joined by ``+`` to let several act. Values are JSON (``0.5`` is a ratio,
+    ``64`` a count, ``[1.0,0.5]`` a list) or plain text.
+
+    Raises:
+        TypeError: neither a string nor a policy.
+        ValueError: unknown name or setting, or a value the policy refuses.
+    """
+    if isinstance(spec, Policy):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"a policy is a vtr.Policy, a spec string like 'fastv:keep=0.25,layer=2' or None, got {spec!r}")
+    parts = [_one(part.strip()) for part in _split(spec, "+")]
+    return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+def _one(spec: str) -> Policy:
+    name, colon, rest = spec.partition(":")
+    settings: dict[str, Any] = {}
+    for item in _split(rest, ",") if colon else []:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"cannot read {item!r} in policy spec {spec!r}: write name:key=value,key=value")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key.strip()] = value.strip()
+    return build(name.strip(), settings)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at ``separator`` outside of brackets and quotes."""
+    parts, depth, quoted, start = [], 0, False, 0
+    for i, char in enumerate(text):
+        quoted ^= char == '"'
+        depth += (char in "[{") - (char in "]}")
+        if char == separator and depth == 0 and not quoted:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+@register_policy("chain")
+@dataclass
+class Chain(Policy):
+    """Several policies acting together, e.g. a compressor before the decoder and a pruner in it. Written ``a + b``."""
+
+    policies: Sequence[Policy | dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        flat: list[Policy] = []
+        for item in self.policies:
+            made = build(item["policy"], item["settings"]) if isinstance(item, dict) else item
+            flat += made.policies if isinstance(made, Chain) else [made]  # type: ignore[arg-type]
+        self.policies = flat
+        self._answers: dict[str, Policy] = {}
+        for question in _QUESTIONS:
+            askable = [p for p in flat if p.asks(question)]
+            if len(askable) > 1:
+                both = " and ".join(type(p).__name__ for p in askable)
+                raise ValueError(f"{both} both {question}: only one policy of a chain may, drop one of them")
+            if askable:
+                self._answers[question] = askable[0]
+                setattr(self, question, getattr(askable[0], question))
+        pruner = self._answers.get("prune")
+        if "route" in self._answers and pruner is not None and pruner.question_guided:
+            raise ValueError("a policy that ranks by attention cannot act together with one that routes")
+
+    @property
+    def question_guided(self) -> bool:  # type: ignore[override]
+        return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
+
+    @property
+    def on_continue(self) -> str:
+        return next((p.on_continue for p in self.policies if hasattr(p, "on_continue")), "warn")
+
+    def needs(self, layer: int) -> Scores | None:
+        pruner = self._answers.get("prune")
+        return pruner.needs(layer) if pruner else None
+
+    def check(self, num_hidden_layers: int) -> None:
+        for p in self.policies:
+            p.check(num_hidden_layers)  # type: ignore[union-attr]
+
+    def config(self) -> dict[str, Any]:
+        return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]
+
+    @property
+    def spec(self) -> str:
+        return "+".join(p.spec for p in self.policies)  # type: ignore[union-attr]
