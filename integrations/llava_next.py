@@ -41,6 +41,7 @@ def anyres_layout(
         torch.cat([thumbnail.x, x]),
         torch.cat([thumbnail.newline, newline]),
         (side, side),
+        (rows, columns),
     )
 
 

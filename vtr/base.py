@@ -53,7 +53,7 @@ def check_keep(keep: Keep, name: str = "keep") -> Keep:
     if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
         raise ValueError(
             f"{name}={keep!r}: a float is the ratio of tokens that stay and lies in [0, 1]; "
-            f"for a count of tokens pass an int, e.g. {name}={max(1, round(abs(keep))) if keep == keep else 64}"
+            f"for a count of tokens pass an int, e.g. {name}=64"
         )
     if isinstance(keep, int) and keep < 0:
         raise ValueError(f"{name}={keep!r}: a count of tokens that stay cannot be negative")
@@ -80,6 +80,7 @@ class Layout:
         y, x: patch row and column inside the tile. A newline token has the row it ends and x = one past the last.
         newline: 1 for a newline (separator) token, else 0.
         grid: (height, width) of one tile in tokens.
+        crops: (rows, columns) of crop tiles; (0, 0) where there is only one tile.
     """
 
     tile: torch.Tensor
@@ -87,6 +88,7 @@ class Layout:
     x: torch.Tensor
     newline: torch.Tensor
     grid: tuple[int, int]
+    crops: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return int(self.tile.shape[0])

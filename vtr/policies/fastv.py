@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 @register_policy("fastv")
 @dataclass
 class FastV(Policy):
-    """Cut once, on entering decoder layer ``layer`` (the paper's K), to ``keep`` vision tokens.
+    """One cut, on entering one decoder layer: the vision tokens the question looked at most in the layer before stay.
 
+    The paper's K is ``layer``.
     A token's score is the attention the last text token paid to it in layer ``layer - 1``, mean over heads, as in the
     official code (the paper's text says "average attention received"). Original positions stay.
 

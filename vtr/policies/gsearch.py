@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @register_policy("gsearch")
 @dataclass
 class GSearch(Policy):
-    """Before every decoder layer keep the best ``schedule[layer]`` vision tokens; dropped ones stay gone.
+    """A cut before every decoder layer, as a schedule says: the best vision tokens stay, dropped ones stay gone.
 
     Tokens are ranked by the attention they got in the layer before (paper, Fig. 2), mean over heads. Which queries the
     paper takes is not published; ``queries="text"`` (the mean over all text tokens after the image) is our choice.

@@ -14,7 +14,7 @@ from vtr.registry import register_policy
 @register_policy("random")
 @dataclass
 class Random(Policy):
-    """Keep a random ``keep`` of the vision tokens on entering decoder layer ``layer``.
+    """Baseline: vision tokens drawn at random, on entering one decoder layer.
 
     The draw depends on (seed, layer, number of tokens) only: the same row gives the same tokens in any batch.
 

@@ -30,7 +30,7 @@ def dither_rank(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @register_policy("uniform")
 @dataclass
 class UniformGrid(Policy):
-    """Keep ``keep`` vision tokens spread evenly over the patch grid of every tile, on entering decoder layer ``layer``.
+    """Baseline: vision tokens spread evenly over the patch grid of every tile, on entering one decoder layer.
 
     Args:
         keep: tokens that stay: a ratio (float) or a count (int).

@@ -1,0 +1,78 @@
+"""How long a call takes: the text model's prefill (selection included), the first token, each decoded token."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in milliseconds of ``repeats`` runs after one warm-up.
+
+    Attributes:
+        prefill_ms: the text model on the prompt, selection included, vision tower not.
+        first_token_ms: the whole first forward: vision tower, projector, text model, head.
+        decode_ms: one decoded token, or None where none was asked for.
+    """
+
+    prefill_ms: float
+    first_token_ms: float
+    decode_ms: float | None
+    repeats: int
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def median_ms(run: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 1) -> float:
+    """Median time of ``run()`` in milliseconds."""
+    times = []
+    for i in range(warmup + repeats):
+        start = _now(device)
+        run()
+        if i >= warmup:
+            times.append(_now(device) - start)
+    return statistics.median(times) * 1e3
+
+
+@torch.inference_mode()
+def time_call(
+    model: Any, inputs: Mapping[str, Any], policy: Any = None, *, repeats: int = 5, new_tokens: int = 0
+) -> Timing:
+    """Time one prompt batch under ``policy`` on a patched model.
+
+    Args:
+        inputs: what the processor returned. new_tokens: how many tokens to decode for ``decode_ms`` (0: none).
+    """
+    device, spans = model.device, []
+    text = model.get_decoder()
+
+    def enter(*_: Any) -> None:
+        spans.append(_now(device))
+
+    def leave(*_: Any) -> None:
+        spans[-1] = _now(device) - spans[-1]
+
+    hooks = [text.register_forward_pre_hook(enter, prepend=True), text.register_forward_hook(leave)]
+    try:
+        first = median_ms(lambda: model(**inputs, policy=policy, logits_to_keep=1, use_cache=True), repeats, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    decode = None
+    if new_tokens:
+        once = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False, "policy": policy}
+        more = {**once, "max_new_tokens": 1 + new_tokens, "min_new_tokens": 1 + new_tokens}
+        short = median_ms(lambda: model.generate(**inputs, **once), repeats, device)
+        long = median_ms(lambda: model.generate(**inputs, **more), repeats, device)
+        decode = max(long - short, 0.0) / new_tokens
+    return Timing(statistics.median(spans[1:]) * 1e3, first, decode, repeats)

@@ -1,0 +1,117 @@
+"""The ragged cache layer by itself, against plain lists of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vtr.base import UnsupportedError
+from vtr.engine.attention import Plan
+from vtr.engine.cache import CacheState, RaggedLayer
+
+HEADS, DIM = 2, 3
+
+
+def make(rows: int) -> RaggedLayer:
+    return RaggedLayer(CacheState([None] * rows, [0] * rows), 0)
+
+
+def prefill(layer: RaggedLayer, lengths: list[int]) -> list[torch.Tensor]:
+    """Store packed random keys; returns each row's own."""
+    packed = torch.randn(1, HEADS, sum(lengths), DIM)
+    layer.staged = Plan(decode=False, lengths=tuple(lengths), layers=[layer])
+    layer.update(packed, packed + 1)
+    layer.state.logical = max(lengths)
+    return list(packed[0].split(lengths, 1))
+
+
+def step(layer: RaggedLayer, rows: list[torch.Tensor], remember: torch.Tensor | None = None) -> None:
+    """Decode one token in every row, on the layer and on the lists."""
+    new = torch.randn(len(rows), HEADS, 1, DIM)
+    layer.staged = Plan(decode=True, layers=[layer])
+    layer.update(new, new + 1)
+    layer.attend_done(remember)
+    layer.state.logical += 1
+    layer.state.tail += 1
+    for i in range(len(rows)):
+        if remember is None or bool(remember[i]):
+            rows[i] = torch.cat([rows[i], new[i]], 1)
+
+
+def check(layer: RaggedLayer, rows: list[torch.Tensor]) -> None:
+    assert layer.lengths() == [r.shape[1] for r in rows]
+    assert int(layer.live()) == sum(r.shape[1] for r in rows)
+    for i, row in enumerate(rows):
+        keys, values = layer.row(i, row.shape[1])
+        assert torch.equal(keys[0], row) and torch.equal(values[0], row + 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 30), st.randoms(use_true_random=False))
+def test_rows_keep_their_own_tokens(lengths: list[int], steps: int, rng) -> None:
+    layer = make(len(lengths))
+    rows = prefill(layer, lengths)
+    for _ in range(steps):
+        step(layer, rows)
+    check(layer, rows)
+    order = [rng.randrange(len(rows)) for _ in rows]
+    layer.reorder_cache(torch.tensor(order))
+    rows = [rows[i] for i in order]
+    for _ in range(3):
+        step(layer, rows, torch.tensor([rng.random() < 0.5 for _ in rows]))
+    check(layer, rows)
+    layer.batch_repeat_interleave(2)
+    rows = [r for r in rows for _ in range(2)]
+    check(layer, rows)
+    layer.batch_select_indices(torch.tensor([len(rows) - 1]))
+    check(layer, rows[-1:])
+
+
+@pytest.mark.parametrize("lengths", [[100], [700, 180, 160, 400], [744, 110, 112, 90], [300] * 4 + [100]])
+def test_allocation_stays_near_what_is_live(lengths: list[int]) -> None:
+    layer = make(len(lengths))
+    rows = prefill(layer, lengths)
+    for _ in range(40):
+        live = 2 * HEADS * DIM * 4 * int(layer.live())
+        assert layer.allocated() <= 1.25 * live
+        step(layer, rows)
+
+
+def test_growing_copies_in_blocks() -> None:
+    layer = make(1)
+    rows = prefill(layer, [200])
+    buffers = set()
+    for _ in range(100):
+        step(layer, rows)
+        buffers.add(layer.buckets[0].keys.data_ptr())
+    assert len(buffers) <= 6
+
+
+def test_a_forgotten_token_is_overwritten() -> None:
+    layer = make(2)
+    rows = prefill(layer, [5, 9])
+    for remember in ([True, False], [False, False], [True, True]):
+        step(layer, rows, torch.tensor(remember))
+    check(layer, rows)
+    assert layer.lengths() == [7, 10]
+
+
+def test_crop_takes_back_decoded_tokens_only() -> None:
+    layer = make(2)
+    rows = prefill(layer, [5, 9])
+    for _ in range(3):
+        step(layer, rows)
+    layer.crop(-2)
+    check(layer, [r[:, :-2] for r in rows])
+    assert layer.get_seq_length() == 9 + 1
+    with pytest.raises(UnsupportedError, match="cannot crop 2 tokens"):
+        layer.crop(-2)
+
+
+def test_an_update_without_a_plan_says_whose_cache_it_is() -> None:
+    layer = make(1)
+    prefill(layer, [4])
+    with pytest.raises(UnsupportedError, match="vtr.patch"):
+        layer.update(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM))

@@ -1,0 +1,143 @@
+"""What ``vtr run`` does: one picture, one question, one or several policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import vtr
+from vtr.accounting import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+
+@dataclass
+class Asked:
+    """A patched model, its processor and one question about one picture, tokenized."""
+
+    model: Any
+    processor: Any
+    picture: Image.Image
+    question: str
+    answer: str | None
+    inputs: Any
+
+
+@dataclass
+class Outcome:
+    """One policy's run."""
+
+    spec: str
+    answer: str
+    report: Report
+    timing: Any
+
+
+def load(name: str | None, device: str) -> tuple[Any, Any]:
+    """The pocket model, or any checkpoint transformers can load, patched and in evaluation mode."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        model, processor = vtr.pocket.load()
+    else:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        dtype = torch.float32 if device == "cpu" else "auto"
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
+        processor = AutoProcessor.from_pretrained(name)
+    return vtr.patch(model.to(device)), processor
+
+
+def prepare(image: Path | None, question: str | None, sample: int | None, name: str | None, device: str) -> Asked:
+    """Load the model and tokenize the question.
+
+    Raises:
+        ValueError: neither a picture with a question nor a sample; not a picture.
+    """
+    if (image is None) == (sample is None):
+        raise ValueError('give a picture and a question (vtr run cat.png "what …"), or --sample 0')
+    answer = None
+    if sample is not None:
+        picture, asked, answer = vtr.pocket.sample(sample)
+        question, answer = (asked, answer) if question is None else (question, None)
+    else:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            picture = Image.open(image).convert("RGB")  # type: ignore[arg-type]
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{image} is not a picture Pillow can read (PNG, JPEG, WebP, …)") from error
+    if not question:
+        raise ValueError(f'ask something: vtr run {image} "what color is the star"')
+    model, processor = load(name, device)
+    return Asked(model, processor, picture, question, answer, tokenize(processor, picture, question, model.device))
+
+
+def tokenize(processor: Any, picture: Image.Image, question: str, device: Any) -> Any:
+    """Chat template (where the processor has one), then text and picture in one call."""
+    if getattr(processor, "chat_template", None):
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    else:
+        text = f"USER: {processor.image_token}\n{question} ASSISTANT:"
+    return processor(text=text, images=picture, return_tensors="pt").to(device)
+
+
+def same_budget(report: Report) -> list[str]:
+    """The baselines that let as many vision tokens into the same layers as the reported policy did, in the mean.
+
+    They cut once, where the policy first cuts.
+    """
+    row = report.rows[0]
+    first = next((n for n, count in enumerate(row.vision_tokens) if count < row.total), None)
+    if first is None:
+        return []
+    after = row.vision_tokens[first:]
+    keep = round(sum(after) / len(after))
+    return [f"random:keep={keep},layer={first}", f"uniform:keep={keep},layer={first}"]
+
+
+def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) -> Outcome:
+    """Run one policy: answer, report, timing."""
+    from vtr.eval.timing import time_call
+
+    chosen = None if policy == "none" else vtr.policy(policy)
+    out = asked.model.generate(**asked.inputs, policy=chosen, max_new_tokens=max_new_tokens, do_sample=False)
+    report = vtr.report(asked.model)
+    text = asked.processor.decode(out[0, asked.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    timing = time_call(asked.model, asked.inputs, chosen, repeats=repeats, new_tokens=8)
+    return Outcome(policy, text.strip(), report, timing)
+
+
+def compare(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int, repeats: int) -> list[Outcome]:
+    """No reduction first, then the policy, then (if asked for) the baselines at its budget."""
+    from tqdm import tqdm
+
+    specs = ["none"] if policy == "none" else ["none", policy] if with_baselines else [policy]
+    for spec in specs:
+        if spec != "none":
+            vtr.policy(spec).check(len(asked.model.get_decoder().layers))
+    rows: list[Outcome] = []
+    with tqdm(total=len(specs) + 2 * (with_baselines and policy != "none"), desc="policies", leave=False) as bar:
+        while specs:
+            spec = specs.pop(0)
+            bar.set_description(spec[:40])
+            rows.append(answer_with(asked, spec, max_new_tokens, repeats))
+            if spec == policy and with_baselines and spec != "none":
+                specs = same_budget(rows[-1].report)
+            bar.update()
+    return rows
+
+
+def draw(asked: Asked, outcome: Outcome) -> Figure:
+    """The kept tokens of ``outcome`` on the picture."""
+    from vtr.picture import image_spans, show_kept
+
+    _, first_slot, layout = image_spans(asked.model, asked.inputs)[0]
+    title = f"{outcome.spec}\n“{asked.question}” → {outcome.answer}"
+    return show_kept(asked.picture, layout, first_slot, outcome.report.rows[0], title=title)
