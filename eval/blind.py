@@ -1,4 +1,4 @@
-"""A question-blind selector to measure question-guided ones against: keep what stands out in the picture."""
+"""A question-blind selector to measure question-guided ones against: keep tokens that differ from each other."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import vtr
 
 
-@vtr.register_policy("salient")
+@vtr.register_policy("diverse")
 @dataclass
-class Salient(vtr.Policy):
-    """Keep the vision tokens whose hidden states lie farthest from their tile's mean, on entering layer ``layer``.
+class Diverse(vtr.Policy):
+    """Keep the vision tokens that differ most from each other, on entering layer ``layer``.
 
-    It sees the picture, never the question: what stands out from the background stays.
+    Greedy max-min of the cosine distance between hidden states, as DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175)
+    poses the problem. It sees the picture, never the question. Written to compare with, not tuned.
     """
 
     keep: int | float = 0.5
@@ -23,9 +24,13 @@ class Salient(vtr.Policy):
     def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:  # type: ignore[override]
         if layer != self.layer:
             return None
-        hidden, tile = tokens.hidden.float(), tokens.tile + 64 * tokens.image
-        same = (tile[:, None] == tile[None, :]).float()
-        distance = (hidden - same @ hidden / same.sum(1, keepdim=True)).norm(dim=1)
-        distance = distance.masked_fill(tokens.newline.bool(), 0.0)
         keep = int(tokens.total * self.keep + 1e-9) if isinstance(self.keep, float) else min(self.keep, tokens.total)
-        return distance.argsort(descending=True, stable=True)[:keep]
+        unit = torch.nn.functional.normalize(tokens.hidden.float(), dim=1)
+        nearest = unit @ unit.mean(0)  # start with the token least like the average
+        chosen = []
+        for _ in range(keep):
+            pick = nearest.argmin()
+            chosen.append(pick)
+            nearest = torch.maximum(nearest, unit @ unit[pick])
+            nearest[pick] = 2.0  # taken
+        return torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64)

@@ -24,9 +24,9 @@ from vtr.eval.timing import time_call
 
 import vtr
 
-KEEPS = (0.5, 0.25, 0.1, 0.05, 0.02)
-LAYERS = (1, 2)
-SELECTORS = ("fastv", "salient", "uniform", "random")
+KEEPS = (0.25, 0.1, 0.05, 0.02)
+LAYERS = (0, 1, 2)
+SELECTORS = ("fastv", "diverse", "uniform", "random")
 STAIRS = [1.0, 1.0, 0.5, 0.25, 0.1, 0.05]
 """The hand-set G-Search schedule: these keeps, the last one for all deeper layers."""
 
@@ -53,7 +53,8 @@ def contenders(depth: int) -> list[Result]:
     out = [Result("none", "none")]
     for layer in LAYERS:
         for keep in KEEPS:
-            out += [Result(f"{name}:keep={keep},layer={layer}", f"{keep:.0%} at {layer}") for name in SELECTORS]
+            names = SELECTORS if layer else SELECTORS[1:]  # nothing has attended to anything before layer 0
+            out += [Result(f"{name}:keep={keep},layer={layer}", f"{keep:.0%} at {layer}") for name in names]
     stairs = (STAIRS + [STAIRS[-1]] * depth)[:depth]
     first = next(i for i, keep in enumerate(stairs) if keep != 1.0)
     mean = round(sum(stairs[first:]) / (depth - first), 4)
@@ -149,19 +150,20 @@ def plot(results: list[Result], path: Path) -> None:
     """Accuracy against the share kept, per cut layer, and accuracy against prefill latency."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
     axes = figure.subplots(1, len(LAYERS) + 1, sharey=True)
     base = results[0]
     for axis, layer in zip(axes, LAYERS, strict=False):
         for name in SELECTORS:
             mine = [r for r in results if r.spec.startswith(name + ":") and r.group.endswith(f" at {layer}")]
-            axis.plot(KEEPS, [r.accuracy for r in mine], "o-", label=name, ms=4)
+            if mine:
+                axis.plot(KEEPS, [r.accuracy for r in mine], "o-", label=name, ms=4)
         axis.axhline(base.accuracy, color="k", lw=0.8, ls="--", label="no reduction")
         axis.set(xscale="log", xlabel="vision tokens kept", title=f"cut on entering layer {layer}")
         axis.set_xticks(KEEPS, [f"{k:.0%}" for k in KEEPS])
         axis.minorticks_off()
     axes[0].set_ylabel("accuracy")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     for name in (*SELECTORS, "gsearch"):
         mine = [r for r in results if r.spec.startswith(name + ":")]
         axes[-1].plot([r.prefill_ms for r in mine], [r.accuracy for r in mine], "o", label=name, ms=4)
@@ -175,7 +177,7 @@ def plot(results: list[Result], path: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for budgets.md, budgets.json, budgets.png")] = Path("docs/results"),
-    n: Annotated[int, typer.Option(help="questions")] = 480,
+    n: Annotated[int, typer.Option(help="questions")] = 400,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
     batch_size: Annotated[int, typer.Option(help="questions per call")] = 8,
     timed_prompts: Annotated[int, typer.Option(help="prompts timed at batch 1")] = 4,

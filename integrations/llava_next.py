@@ -28,12 +28,12 @@ def anyres_layout(
     rows, columns = get_anyres_image_grid_shape(size, [list(p) for p in pinpoints], tile_pixels)
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
     canvas = torch.stack([1 + (y // side) * columns + x // side, y % side, x % side])
-    tile, y, x = unpad_image(canvas, size)
-    zero, one = torch.zeros_like(tile), torch.ones_like(tile[:, :1])
-    tile, y, x, newline = (
-        torch.cat([body, end], 1).reshape(-1)
-        for body, end in ((tile, tile[:, -1:]), (y, y[:, -1:]), (x, x[:, -1:] + 1), (zero, one))
-    )
+    body = unpad_image(canvas, size)
+    # a newline token stands one past the last patch of its row; of a sliver no patch may be left, its newlines are
+    last = body[:, :, -1:] if body.shape[2] else canvas[:, :, :1] - torch.tensor([0, 0, 1]).view(3, 1, 1)
+    end = last + torch.tensor([0, 0, 1]).view(3, 1, 1)
+    tile, y, x = torch.cat([body, end], 2).flatten(1)
+    newline = torch.cat([torch.zeros_like(body[0]), torch.ones_like(end[0])], 1).flatten()
     thumbnail = tile_layout(side, side)
     return Layout(
         torch.cat([thumbnail.tile, tile]),

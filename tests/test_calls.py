@@ -50,6 +50,8 @@ def test_argument_beats_use_beats_default(model: Any, inputs: dict[str, torch.Te
         assert specs(model) == ["uniform:keep=0.5"] * 3
     model(**inputs)
     assert specs(model) == ["random:keep=0.5"] * 3
+    model(**inputs, policy=None)
+    assert specs(model) == [None] * 3
     vtr.patch(model)  # no default again
     tiny.generate(model, inputs, max_new_tokens=1)
     assert specs(model) == [None] * 3

@@ -113,5 +113,5 @@ def test_crop_takes_back_decoded_tokens_only() -> None:
 def test_an_update_without_a_plan_says_whose_cache_it_is() -> None:
     layer = make(1)
     prefill(layer, [4])
-    with pytest.raises(UnsupportedError, match="vtr.patch"):
+    with pytest.raises(UnsupportedError, match=r"vtr\.patch"):
         layer.update(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM))

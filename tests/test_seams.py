@@ -150,10 +150,11 @@ def test_routing_equals_a_layer_by_layer_reference(model: Any) -> None:
     policy = Mod()
     with torch.no_grad():
         got = model(**inputs, policy=policy).logits
+        row = vtr.report(model).rows[0]
         want = routed_by_hand(model, merged(model, inputs), inputs["input_ids"][0] == model.config.image_token_id)
     assert torch.allclose(got, want, atol=2e-5)
-    n = vtr.report(model).rows[0].total
-    assert vtr.report(model).rows[0].vision_tokens == [n, (n + 1) // 2, n, (n + 1) // 2, n]
+    n = row.total
+    assert row.vision_tokens == [n, (n + 1) // 2, n, (n + 1) // 2, n]
 
 
 def routed_by_hand(model: Any, hidden: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
@@ -182,6 +183,7 @@ def test_forgotten_tokens_are_not_attended_to_again(model: Any, on_device: bool)
     """Against recomputation: at layers ≥ 2 a decoded token sees the prompt, remembered tokens and itself."""
     inputs = tiny.batch(model, ROWS[:1])
     out = tiny.generate(model, inputs, policy=Forgetful(on_device), **{**KEEP, "max_new_tokens": 9})
+    kv_bytes = vtr.report(model).kv_bytes
     ids = out.sequences[:, :-1]
     prompt = inputs["input_ids"].shape[1]
     embeds = torch.cat([merged(model, inputs), model.get_input_embeddings()(ids[:, prompt:])], 1)
@@ -194,24 +196,22 @@ def test_forgotten_tokens_are_not_attended_to_again(model: Any, on_device: bool)
     assert [layer.lengths()[0] for layer in cache.layers] == [total] * 2 + [total - forgotten] * 3
     g = model.config.text_config
     per_token = 2 * g.num_key_value_heads * (g.hidden_size // g.num_attention_heads) * 4
-    assert vtr.report(model).kv_bytes == (2 * total + 3 * (total - forgotten)) * per_token
+    assert kv_bytes == (2 * total + 3 * (total - forgotten)) * per_token
 
 
 def forgetting_by_hand(model: Any, hidden: torch.Tensor, prompt: int) -> tuple[torch.Tensor, int]:
     text, length = model.get_decoder(), hidden.shape[1]
     rope = text.rotary_emb(hidden, torch.arange(length)[None])
-    mask = torch.full((length, length), float("-inf")).triu(1)
+    mask = torch.full((1, 1, length, length), float("-inf")).triu(1)
     forgotten = 0
     with torch.no_grad():
         for index, layer in enumerate(text.layers):
             if index == 2:
                 for slot in range(prompt, length):
                     if not bool(hidden[0, slot].sum() > 0):
-                        mask[slot + 1 :, slot] = float("-inf")
+                        mask[:, :, slot + 1 :, slot] = float("-inf")
                         forgotten += 1
-            out, _ = layer.self_attn(
-                layer.input_layernorm(hidden), position_embeddings=rope, attention_mask=mask[None, None]
-            )
+            out, _ = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rope, attention_mask=mask)
             hidden = hidden + out
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(text.norm(hidden)), forgotten

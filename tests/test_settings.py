@@ -31,7 +31,7 @@ def test_a_ratio_never_keeps_more_than_there_is(total: int, keep: float) -> None
 
 @pytest.mark.parametrize("keep", [True, "0.5", None, [0.5]])
 def test_a_keep_of_another_type_is_refused(keep: object) -> None:
-    with pytest.raises(TypeError, match="int \\(a count\\) or a float"):
+    with pytest.raises(TypeError, match=r"int \(a count\) or a float"):
         check_keep(keep)  # type: ignore[arg-type]
 
 
@@ -104,7 +104,7 @@ def test_saved_files_that_are_no_policies(tmp_path) -> None:
     with pytest.raises(ValueError, match="not a policy file"):
         vtr.Policy.from_pretrained(tmp_path)
     (tmp_path / "vtr_policy.json").write_text(json.dumps({"policy": "nope", "settings": {}}))
-    with pytest.raises(ValueError, match="unknown policy 'nope'; known: .*fastv"):
+    with pytest.raises(ValueError, match=r"unknown policy 'nope'; known: .*fastv"):
         vtr.Policy.from_pretrained(tmp_path)
     vtr.FastV().save_pretrained(tmp_path)
     from safetensors.torch import save_file

@@ -24,8 +24,8 @@ SIZES = [(40, 40), (20, 44), (48, 24), (30, 18)]
 
 def _configs(layers: int) -> dict[str, Any]:
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=PATCH,
-        projection_dim=32,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE,
+        patch_size=PATCH, projection_dim=32,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
@@ -72,14 +72,16 @@ def lengths(model: Any, images: dict[str, torch.Tensor]) -> list[int]:
         return [len(features) for features in model.model.get_image_features(**images).pooler_output]
 
 
-def batch(model: Any, rows: Sequence[Sequence[str]], padding: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
-    """A padded batch. Each row is a list of texts (a token a letter) and IMAGE marks; BOS is put in front."""
+def batch(
+    model: Any, rows: Sequence[Sequence[str]], padding: str = "left", seed: int = 0, bos: bool = True
+) -> dict[str, torch.Tensor]:
+    """A padded batch. Each row is a list of texts (a token a letter) and IMAGE marks; BOS is put in front of each."""
     count = sum(part == IMAGE for row in rows for part in row)
     images = _images(model, count, seed) if count else {}
     left = lengths(model, images) if count else []
     ids = []
     for row in rows:
-        ids.append([BOS])
+        ids.append([BOS] if bos else [])
         for part in row:
             ids[-1] += [IMAGE_ID] * left.pop(0) if part == IMAGE else [8 + (ord(c) - 97) % 50 for c in part]
     width = max(map(len, ids))
@@ -93,6 +95,11 @@ def batch(model: Any, rows: Sequence[Sequence[str]], padding: str = "left", seed
     }
 
 
+def real(inputs: dict[str, torch.Tensor], b: int) -> torch.Tensor:
+    """Slots of row b that are not padding."""
+    return inputs["attention_mask"][b].nonzero().squeeze(1)
+
+
 def single(inputs: dict[str, torch.Tensor], b: int, model: Any) -> dict[str, torch.Tensor]:
     """Row b by itself: no padding, its own images."""
     real = inputs["attention_mask"][b].bool()
@@ -101,7 +108,7 @@ def single(inputs: dict[str, torch.Tensor], b: int, model: Any) -> dict[str, tor
         return out
     images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     here, rows = lengths(model, images), (inputs["input_ids"] == IMAGE_ID).sum(1).tolist()
-    start, ends = 0, torch.tensor([0, *here]).cumsum(0).tolist()
+    ends = torch.tensor([0, *here]).cumsum(0).tolist()
     start, stop = sum(rows[:b]), sum(rows[: b + 1])
     mine = [i for i in range(len(here)) if start <= ends[i] and ends[i + 1] <= stop]
     return {**out, **({name: value[mine] for name, value in images.items()} if mine else {})}

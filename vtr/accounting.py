@@ -98,7 +98,10 @@ def report(model: Any) -> Report:
     patch = patch_of(model)
     trace = last_traces.get().get(patch.key, patch.last)
     if trace is None:
-        raise ValueError("nothing to report yet: call model.generate(...) or model(..., policy=...) first")
+        raise ValueError(
+            "nothing to report yet: call model.generate(**inputs) or model(**inputs) first (with input_ids, which say "
+            "where vision tokens are)"
+        )
     return _dense(trace) if isinstance(trace, DenseTrace) else _reduced(trace)
 
 
@@ -135,14 +138,14 @@ def _row(row: RowTrace) -> RowReport:
 
 def _dense(trace: DenseTrace) -> Report:
     """An unreduced call: transformers computes every row at the padded length, and every beam."""
-    g, rows = trace.geometry, trace.rows * trace.beams
-    n, steps = trace.length, trace.steps - 1
+    g, steps, past = trace.geometry, trace.steps, trace.past
+    rows, n = trace.input_ids.shape[0] * trace.beams, trace.input_ids.shape[1]
     per_token, depth = sum(g.linear_flops), g.num_hidden_layers
     attention = 4 * g.heads * g.head_dim * depth
-    prefill = rows * (n * per_token + attention * n * n)
+    prefill = rows * (n * per_token + attention * n * (past + n))
     if trace.cached:
-        decode = rows * (steps * per_token + attention * sum(n + t + 1 for t in range(steps)))
-        kv = rows * (n + steps) * depth * 2 * g.kv_heads * g.head_dim * trace.itemsize
+        decode = rows * (steps * per_token + attention * sum(past + n + t + 1 for t in range(steps)))
+        kv = rows * (past + n + steps) * depth * 2 * g.kv_heads * g.head_dim * trace.itemsize
     else:
         decode = rows * sum((n + t + 1) * per_token + attention * (n + t + 1) ** 2 for t in range(steps))
         kv = 0
@@ -160,11 +163,7 @@ def _dense(trace: DenseTrace) -> Report:
 
 
 def _dense_rows(trace: DenseTrace) -> list[RowReport]:
-    assert trace.input_ids is not None
-    ids = trace.input_ids.cpu()
-    vision = ids == trace.image_token_id
-    if trace.attention_mask is not None:
-        vision &= trace.attention_mask.cpu().bool()
+    vision = trace.input_ids.cpu() == trace.image_token_id
     out = []
     for row in vision:
         slots = row.nonzero().squeeze(1).tolist()

@@ -26,6 +26,8 @@ def _shares(layout: Layout, kept: set[int], tiles: str) -> np.ndarray:
         columns = layout.crops[1]
         y, x = y + (tile - 1) // columns * height, x + (tile - 1) % columns * width
     y, x, index = y[mine], x[mine], np.nonzero(mine)[0]
+    if not len(index):  # a sliver of a picture has no crop patches
+        return np.zeros((1, 1))
     y, x = y - y.min(), x - x.min()  # the canvas is cut back to the picture
     grid = np.zeros((y.max() + 1, x.max() + 1))
     grid[y, x] = [i in kept for i in index]

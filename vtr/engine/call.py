@@ -6,6 +6,7 @@ Three context variables, so that threads and interleaved generations never see e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Given = Policy | str | None | Sequence[Policy | str | None]
 
 # both are replaced, never changed in place
 in_use: ContextVar[Mapping[object, Given]] = ContextVar("vtr_in_use", default=MappingProxyType({}))
-last_traces: ContextVar[Mapping[object, Trace | DenseTrace]] = ContextVar(
+last_traces: ContextVar[Mapping[object, Trace | DenseTrace | None]] = ContextVar(
     "vtr_last_traces", default=MappingProxyType({})
 )
 
@@ -147,3 +148,36 @@ def is_ragged(cache: Any) -> bool:
     """True for a cache whose layers are vtr's."""
     layers = getattr(cache, "layers", None) or [None]
     return isinstance(layers[0], RaggedLayer)
+
+
+def check_text_model(text: Any) -> None:
+    """Refuse a text model whose attention is not fully causal.
+
+    Raises:
+        UnsupportedError: sliding windows or the like.
+    """
+    kinds = set(getattr(text.config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or getattr(text.config, "sliding_window", None):
+        raise UnsupportedError(
+            f"{type(text).__name__} has layers with limited attention"
+            f" ({', '.join(sorted(kinds)) or 'sliding_window'}), "
+            "which the packed engine cannot run yet: use a model with full causal attention"
+        )
+
+
+def warn_on_continue(policies: Sequence[Policy]) -> None:
+    """Say what question-guided policies may have dropped that a later turn needs.
+
+    Raises:
+        UnsupportedError: a policy's on_continue is "error".
+    """
+    for p in {p.spec: p for p in policies if p.question_guided}.values():
+        how = getattr(p, "on_continue", "warn")
+        text = (
+            f"the conversation goes on with image tokens that {p.spec!r} kept for the first question; a later one may "
+            "miss something. Policies that do not look at the question (see `vtr list`) keep what any question needs"
+        )
+        if how == "error":
+            raise UnsupportedError(text + "; on_continue='keep' accepts that")
+        if how == "warn":
+            warnings.warn(text, UserWarning, stacklevel=2)

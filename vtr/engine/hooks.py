@@ -7,7 +7,6 @@ images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +22,14 @@ from vtr.engine.call import (
     assign_images,
     check_cache,
     check_call,
+    check_text_model,
     in_use,
     is_ragged,
     last_traces,
     resolve,
     running,
-)  # fmt: skip
+    warn_on_continue,
+)
 from vtr.engine.decode import note_decoded, remembering
 from vtr.engine.session import Request, Session
 from vtr.engine.trace import DenseTrace, Geometry, Trace
@@ -53,7 +54,7 @@ class Patch:
         self.last: Trace | DenseTrace | None = None
         self.base = self.text.config._attn_implementation
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
-        _check_text_model(self.text)
+        check_text_model(self.text)
         attention_name(self.base)
 
     def install(self) -> None:
@@ -90,7 +91,7 @@ class Patch:
             given = in_use.get().get(self.key, self.default)
         return resolve(given, rows, self.geometry.num_hidden_layers)
 
-    def publish(self, trace: Trace | DenseTrace) -> None:
+    def publish(self, trace: Trace | DenseTrace | None) -> None:
         """Make ``trace`` what ``vtr.report`` shows: in this context, and to threads that have seen no other call."""
         last_traces.set({**last_traces.get(), self.key: trace})
         self.last = trace
@@ -119,7 +120,7 @@ class Patch:
             note_decoded(generation)
             self.publish(generation.trace)
         elif ids is not None:
-            self.publish(self._dense(ids, kwargs, out))
+            self.publish(self._dense_generation(ids, kwargs, out))
         return out
 
     def _check_generate(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -142,15 +143,26 @@ class Patch:
         """bool [rows, L] on the CPU: the one read of the prompt that packing needs."""
         return ids.cpu() == self.adapter.image_token_id(self.model)
 
-    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace:
+    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace:
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        return DenseTrace(
+            geometry=self.geometry,
+            input_ids=ids,
+            attention_mask=kwargs.get("attention_mask"),
+            image_token_id=self.adapter.image_token_id(self.model),
+            itemsize=self.model.dtype.itemsize,
+            cached=bool(self.text.config.use_cache if use_cache is None else use_cache),
+            past=0 if cache is None else int(cache.get_seq_length()),
+            steps=steps,
+            beams=beams,
+        )
+
+    def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace:
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
         config = kwargs.get("generation_config") or self.model.generation_config
-        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")}
-        return DenseTrace(
-            self.geometry, ids, kwargs.get("attention_mask"), self.adapter.image_token_id(self.model), ids.shape[0],
-            ids.shape[1], max(sequences.shape[1] - ids.shape[1], 1), max(v or 1 for v in wanted.values()),
-            torch.empty((), dtype=self.model.dtype).element_size(), kwargs.get("use_cache", True) is not False,
-        )  # fmt: skip
+        several = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+        steps = max(sequences.shape[1] - ids.shape[1] - 1, 0)  # the first token comes out of the prompt's forward
+        return self._dense(ids, {**kwargs, "past_key_values": None}, steps, max(n or 1 for n in several))
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,18 +170,18 @@ class Patch:
         if generation is not None and generation.key is not self.key:
             generation = None
         given = kwargs.pop("policy", MISSING) if "policy" in kwargs else MISSING
-        if generation is None and given is MISSING and self.default is None and self.key not in in_use.get():
-            return None
         if args:
             kwargs, args = {**dict(zip(self.names, args, strict=False)), **kwargs}, ()
         cache = kwargs.get("past_key_values")
-        if generation is not None and generation.started and is_ragged(cache):
+        if generation is not None and (generation.policies is None or (generation.started and is_ragged(cache))):
             return args, kwargs
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
         rows = None if source is None else source.shape[0]
         policies = generation.policies if generation is not None else self.policies(given, rows)
         if policies is None:
+            if not is_ragged(cache):
+                self.publish(None if ids is None else self._dense(ids, kwargs))
             return args, kwargs
         if ids is None:
             raise UnsupportedError("a reduced call needs input_ids, which say where vision tokens are: pass them")
@@ -188,7 +200,7 @@ class Patch:
         images = assign_images(layouts, is_vision[::beams].sum(1).tolist())
         continued, offset, end = is_ragged(kwargs.get("past_key_values")), 0, ids.shape[1]
         if continued and (generation is None or not generation.started):
-            _warn_on_continue([p for p in kwargs["past_key_values"].layers[0].state.policies if p is not None])
+            warn_on_continue([p for p in kwargs["past_key_values"].layers[0].state.policies if p is not None])
         if generation is not None:
             generation.trace.beams = beams
             if not generation.started:
@@ -367,26 +379,3 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.patch.generate(self.__wrapped__, args, kwargs)
-
-
-def _check_text_model(text: Any) -> None:
-    kinds = set(getattr(text.config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or getattr(text.config, "sliding_window", None):
-        raise UnsupportedError(
-            f"{type(text).__name__} has layers with limited attention"
-            f" ({', '.join(sorted(kinds)) or 'sliding_window'}), "
-            "which the packed engine cannot run yet: use a model with full causal attention"
-        )
-
-
-def _warn_on_continue(policies: list[Policy]) -> None:
-    for p in {p.spec: p for p in policies if p.question_guided}.values():
-        how = getattr(p, "on_continue", "warn")
-        text = (
-            f"the conversation goes on with image tokens that {p.spec!r} kept for the first question; a later one may "
-            "miss something. Policies that do not look at the question (see `vtr list`) keep what any question needs"
-        )
-        if how == "error":
-            raise UnsupportedError(text + "; on_continue='keep' accepts that")
-        if how == "warn":
-            warnings.warn(text, UserWarning, stacklevel=2)

@@ -126,12 +126,14 @@ class DenseTrace:
     """What an unreduced call of a patched model did: nothing is noted while it runs, all follows from its inputs."""
 
     geometry: Geometry
-    input_ids: torch.Tensor | None
+    input_ids: torch.Tensor
+    """[rows, tokens] as passed."""
     attention_mask: torch.Tensor | None
     image_token_id: int
-    rows: int
-    length: int
-    steps: int
-    beams: int
     itemsize: int
     cached: bool
+    past: int = 0
+    """Tokens that were in the cache before."""
+    steps: int = 0
+    """Tokens decoded after the prompt's forward."""
+    beams: int = 1

@@ -1,0 +1,158 @@
+"""The oracles again, on drawn prompts, policies and schedules."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vtr
+from tests import oracle, tiny
+from tests.tiny import IMAGE
+
+NOISE = 1e-5
+LAYERS = 4
+RUN = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+few = settings(deadline=None, derandomize=True, max_examples=25, print_blob=True)
+many = settings(few, max_examples=300)
+
+
+@functools.cache
+def pair(family: str, attn: str) -> tuple[Any, Any]:
+    """The stock model and its patched copy."""
+    stock = getattr(tiny, family)(attn, layers=LAYERS, seed=1)
+    return stock, vtr.patch(copy.deepcopy(stock))
+
+
+# ----------------------------------------------------------------------------------------------------- what is drawn
+ratios = st.integers(1, 20).map(lambda n: n / 20)
+keeps = st.one_of(st.just(0.0), ratios, st.integers(0, 50))
+layers = st.integers(0, LAYERS - 1)
+seeds = st.integers(-(2**40), 2**40)
+pairs = st.builds(pair, st.sampled_from(["llava", "llava_next"]), st.sampled_from(["sdpa", "eager"]))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> list[int | float]:
+    """Ratios that shrink, then (from some layer on) counts that shrink."""
+    turn = draw(st.integers(1, LAYERS))
+    floats = sorted(draw(st.lists(ratios, min_size=turn - 1, max_size=turn - 1)), reverse=True)
+    counts = st.lists(st.integers(1, 250), min_size=LAYERS - turn, max_size=LAYERS - turn)
+    return [1.0, *floats, *sorted(draw(counts), reverse=True)]
+
+
+policies = st.one_of(
+    st.none(),
+    st.builds(vtr.FastV, keeps, st.integers(1, LAYERS - 1)),
+    st.builds(vtr.GSearch, schedules(), st.sampled_from(["text", "last"])),
+    st.builds(vtr.Random, keeps, layers, seeds),
+    st.builds(vtr.UniformGrid, keeps, layers),
+)
+texts = st.text("abcdefghij", min_size=1, max_size=6)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[str], Any]:
+    """A prompt of texts and up to two images in any order, and a policy that can take it."""
+    parts = draw(st.lists(texts, max_size=2)) + [IMAGE] * draw(st.integers(0, 2))
+    policy, parts = draw(policies), list(draw(st.permutations(parts)))
+    asks = policy is not None and policy.question_guided
+    return parts + ([draw(texts)] if asks and parts and parts[-1] == IMAGE else []), policy
+
+
+batches = st.lists(rows(), min_size=1, max_size=4)
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+def forward(model: Any, inputs: dict[str, Tensor], policy: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, policy=policy).logits
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=NOISE, rtol=0)
+
+
+def check_dense_mask(models: tuple[Any, Any], drawn: tuple[list[str], Any], seed: int) -> None:
+    (stock, patched), (parts, policy) = models, drawn
+    inputs = tiny.batch(stock, [parts], seed=seed)
+    out = tiny.generate(patched, inputs, policy=policy, **RUN)
+    row, reported = oracle.row(stock, inputs), vtr.report(patched).rows[0]
+    kept = [reported.kept(layer) for layer in range(LAYERS)]
+    want = oracle.run(stock, row, oracle.rule(policy, kept), kept)
+    assert kept == want.kept
+    close(forward(patched, inputs, policy)[0], want.logits)
+    tokens, logits = oracle.greedy(stock, row, want.kept, RUN["max_new_tokens"], tiny.IMAGE_ID)
+    assert out.sequences[0, -len(tokens) :].tolist() == tokens
+    close(torch.cat(out.logits), logits)
+
+
+def check_rows(models: tuple[Any, Any], drawn: list[tuple[list[str], Any]], padding: str, seed: int) -> None:
+    (stock, patched), policy = models, [policy for _, policy in drawn]
+    inputs = tiny.batch(stock, [parts for parts, _ in drawn], padding, seed=seed)
+    logits = forward(patched, inputs, policy)
+    steps = tiny.generate(patched, inputs, policy=policy, **RUN).logits if padding == "left" else ()
+    for b in range(len(drawn)):
+        row = tiny.single(inputs, b, stock)
+        close(logits[b, tiny.real(inputs, b)], forward(patched, row, policy[b])[0])
+        if steps:
+            alone = tiny.generate(patched, row, policy=policy[b], **RUN).logits
+            close(torch.stack([step[b] for step in steps]), torch.cat(alone))
+
+
+def check_cache(models: tuple[Any, Any], drawn: list[tuple[list[str], Any]], seed: int) -> None:
+    (stock, patched), policy = models, [policy for _, policy in drawn]
+    inputs = tiny.batch(stock, [parts for parts, _ in drawn], seed=seed)
+    cached = tiny.generate(patched, inputs, policy=policy, **RUN)
+    plain = tiny.generate(patched, inputs, policy=policy, use_cache=False, **RUN)
+    assert torch.equal(cached.sequences, plain.sequences)
+    close(torch.stack(cached.logits), torch.stack(plain.logits))
+
+
+pixel_seeds = st.integers(0, 1000)
+sides = st.sampled_from(["left", "right"])
+
+
+@few
+@given(pairs, rows(), pixel_seeds)
+def test_a_row_equals_the_dense_mask(models: tuple[Any, Any], drawn: tuple[list[str], Any], seed: int) -> None:
+    check_dense_mask(models, drawn, seed)
+
+
+@few
+@given(pairs, batches, sides, pixel_seeds)
+def test_a_row_is_the_same_in_any_batch(models: Any, drawn: list[Any], padding: str, seed: int) -> None:
+    check_rows(models, drawn, padding, seed)
+
+
+@few
+@given(pairs, batches, pixel_seeds)
+def test_decoding_without_a_cache_is_the_same(models: Any, drawn: list[Any], seed: int) -> None:
+    check_cache(models, drawn, seed)
+
+
+@pytest.mark.slow
+@many
+@given(pairs, rows(), pixel_seeds)
+def test_many_rows_equal_the_dense_mask(models: tuple[Any, Any], drawn: tuple[list[str], Any], seed: int) -> None:
+    check_dense_mask(models, drawn, seed)
+
+
+@pytest.mark.slow
+@many
+@given(pairs, batches, sides, pixel_seeds)
+def test_many_rows_are_the_same_in_any_batch(models: Any, drawn: list[Any], padding: str, seed: int) -> None:
+    check_rows(models, drawn, padding, seed)
+
+
+@pytest.mark.slow
+@many
+@given(pairs, batches, pixel_seeds)
+def test_many_batches_decode_the_same_without_a_cache(models: Any, drawn: list[Any], seed: int) -> None:
+    check_cache(models, drawn, seed)
