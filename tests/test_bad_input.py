@@ -152,6 +152,11 @@ MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
         "pass the policy from the first call",
         lambda w: w.run(F, past_key_values=filled_cache(w)),
     ),
+    "another batch's cache": (
+        ValueError,
+        "1 rows for a cache of 3",
+        lambda w: w.model(input_ids=w.ids[:1, -1:], past_key_values=w.run(F, use_cache=True).past_key_values),
+    ),
     "attentions": (vtr.UnsupportedError, "output_attentions=True", lambda w: w.run(F, output_attentions=True)),
     "hidden states": (vtr.UnsupportedError, "policy=None", lambda w: w.generate(F, output_hidden_states=True)),
     "a 4-D mask": (

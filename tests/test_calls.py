@@ -171,6 +171,38 @@ def test_a_conversation_goes_on(model: Any, policy: Any) -> None:
     assert [a.lengths() for a in caches[0].layers] == [b.lengths() for b in caches[1].layers]
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_generate_goes_on_with_its_cache(model: Any, full: bool) -> None:
+    """Turn two through generate, with the whole conversation's ids or the new ones only, equals forwards by hand."""
+    policy = vtr.FastV(0.5, 2, on_continue="keep")
+    first = tiny.batch(model, [ROWS[0]])
+    more = torch.tensor([[20, 21, 22, 23]])
+    turn = tiny.generate(model, first, policy=policy, max_new_tokens=3, return_dict_in_generate=True)
+    cache, said = turn.past_key_values, turn.sequences
+    by_hand = copy.deepcopy(cache)
+    ids = torch.cat([said, more], 1)
+    new = ids if full else ids[:, cache.get_seq_length() :]
+    inputs = {"input_ids": new, "attention_mask": torch.ones_like(ids)}
+    got = tiny.generate(
+        model, inputs, policy=policy, past_key_values=cache, max_new_tokens=3, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    report = vtr.report(model)
+    with torch.no_grad():
+        want = model(input_ids=ids[:, by_hand.get_seq_length() :], past_key_values=by_hand).logits[:, -1]
+    assert torch.allclose(got.logits[0], want, atol=2e-5)
+    assert report.rows[0].total == 0 and report.steps == 2
+
+
+def test_assisted_decoding_keeps_the_answer(model: Any) -> None:
+    """A draft of several tokens is checked in one packed forward, and refused tokens are cropped off the cache."""
+    one = tiny.batch(model, [ROWS[0]])
+    want = tiny.generate(model, one, policy=F, max_new_tokens=12)
+    got = tiny.generate(model, one, policy=F, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(got, want)
+    assert vtr.report(model).rows[0].vision_tokens == [36, 36, 9, 9, 9]
+
+
 def test_a_new_image_in_a_conversation_takes_the_new_policy(model: Any) -> None:
     first = tiny.batch(model, [ROWS[0]])
     second = tiny.batch(model, [["xy", tiny.IMAGE, "ab"]], seed=3)

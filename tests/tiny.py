@@ -106,7 +106,7 @@ def single(inputs: dict[str, torch.Tensor], b: int, model: Any) -> dict[str, tor
     out = {"input_ids": inputs["input_ids"][b : b + 1, real], "attention_mask": torch.ones(1, int(real.sum())).long()}
     if "pixel_values" not in inputs:
         return out
-    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    images: dict[str, torch.Tensor] = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
     here, rows = lengths(model, images), (inputs["input_ids"] == IMAGE_ID).sum(1).tolist()
     ends = torch.tensor([0, *here]).cumsum(0).tolist()
     start, stop = sum(rows[:b]), sum(rows[: b + 1])

@@ -60,7 +60,7 @@ class Report:
         selector_flops: score products of the selectors, not in ``flops``.
         kv_bytes: keys and values live when the call ended; kv_bytes_allocated: the storage that held them.
         selector_ms: time spent on choosing tokens.
-        steps: tokens decoded after the prefill.
+        steps: forwards after the prompt's.
     """
 
     rows: list[RowReport]
@@ -108,7 +108,7 @@ def report(model: Any) -> Report:
 def _reduced(trace: Trace) -> Report:
     g = trace.geometry
     attended = [int(a) for a in trace.attended]
-    decode = trace.decode_linear_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
+    decode = trace.decode_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
     return Report(
         rows=[_row(row) for row in trace.rows[:: trace.beams]],
         flops=trace.prefill_flops + decode,

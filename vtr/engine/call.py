@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from vtr.base import Layout, Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.trace import DenseTrace, Trace
@@ -142,6 +144,16 @@ def check_cache(cache: Any) -> None:
             f"this cache already holds {cache.get_seq_length()} unreduced tokens: pass the policy from the first call "
             "of the conversation on, or go on with policy=None"
         )
+
+
+def new_part(ids: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The columns of ``input_ids`` that a generate will run: all, or those behind what its cache already holds.
+
+    transformers takes input_ids for the whole conversation if they are as long as the attention_mask, or none is given.
+    """
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    past = 0 if cache is None else cache.get_seq_length()
+    return ids[:, past:] if mask is None or mask.shape[1] == ids.shape[1] else ids
 
 
 def is_ragged(cache: Any) -> bool:

@@ -26,6 +26,7 @@ from vtr.engine.call import (
     in_use,
     is_ragged,
     last_traces,
+    new_part,
     resolve,
     running,
     warn_on_continue,
@@ -91,6 +92,11 @@ class Patch:
             given = in_use.get().get(self.key, self.default)
         return resolve(given, rows, self.geometry.num_hidden_layers)
 
+    def generation(self) -> Generation | None:
+        """The ``generate`` of this model that is running in this context."""
+        generation = running.get()
+        return generation if generation is not None and generation.key is self.key else None
+
     def publish(self, trace: Trace | DenseTrace | None) -> None:
         """Make ``trace`` what ``vtr.report`` shows: in this context, and to threads that have seen no other call."""
         last_traces.set({**last_traces.get(), self.key: trace})
@@ -107,7 +113,7 @@ class Patch:
         if policies is not None:
             ids = self._check_generate(ids, kwargs)
             layouts = self.adapter.layouts(self.model, kwargs)
-            assign_images(layouts, self._vision(ids).sum(1).tolist())
+            assign_images(layouts, self._vision(new_part(ids, kwargs)).sum(1).tolist())
         generation = Generation(
             self.key, policies, layouts, 0 if source is None else source.shape[1], Trace(self.geometry)
         )
@@ -148,7 +154,6 @@ class Patch:
         return DenseTrace(
             geometry=self.geometry,
             input_ids=ids,
-            attention_mask=kwargs.get("attention_mask"),
             image_token_id=self.adapter.image_token_id(self.model),
             itemsize=self.model.dtype.itemsize,
             cached=bool(self.text.config.use_cache if use_cache is None else use_cache),
@@ -166,9 +171,7 @@ class Patch:
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        generation = running.get()
-        if generation is not None and generation.key is not self.key:
-            generation = None
+        generation = self.generation()
         given = kwargs.pop("policy", MISSING) if "policy" in kwargs else MISSING
         if args:
             kwargs, args = {**dict(zip(self.names, args, strict=False)), **kwargs}, ()
@@ -225,9 +228,7 @@ class Patch:
             ids = kwargs.pop("input_ids", None)
             embeds = module.get_input_embeddings()(args[0] if ids is None else ids)
             args = ()
-        generation = running.get()
-        if generation is not None and generation.key is not self.key:
-            generation = None
+        generation = self.generation()
         trace = generation.trace if generation is not None else Trace(self.geometry)
         if not ragged:
             check_cache(cache)
@@ -238,6 +239,8 @@ class Patch:
                 "not supported, pass policy=None"
             )
         past = cache.get_seq_length() if ragged else 0
+        if past and len(cache.layers[0].place) != embeds.shape[0]:
+            raise ValueError(f"{embeds.shape[0]} rows for a cache of {len(cache.layers[0].place)}")
         length = embeds.shape[1]
         now = None if mask is None else mask[:, -length:].bool()
         positions = kwargs.get("position_ids")
@@ -291,8 +294,6 @@ class Patch:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
         layers, state = cache.layers, cache.layers[0].state
-        if embeds.shape[0] != len(layers[0].place):
-            raise ValueError(f"{embeds.shape[0]} tokens for a cache of {len(layers[0].place)} rows")
         if any(state.dropped):
             gone = torch.tensor(state.dropped, device=positions.device)
             positions = positions.expand(embeds.shape[0], -1) - gone[:, None]
@@ -325,7 +326,7 @@ class Patch:
             state.tail += 1
         else:
             return None
-        if running.get() is None:
+        if self.generation() is None:
             if layers is not None:
                 note_decoded(Generation(self.key, None, [], 0, trace, cache_layers=layers))
             self.publish(trace)

@@ -100,7 +100,7 @@ class Session:
             parts.append(here)
             positions.append(at)
             row.to(device)
-        self.trace.rows = [row.trace(self._offset) for row in self.rows]
+        self.noted = [row.trace(self._offset) for row in self.rows]
         return torch.cat(parts)[None], torch.cat(positions)[None]
 
     # -- at each layer ---------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Session:
             hidden = hidden.index_select(1, through)
             rope = tuple(t.index_select(1, through) for t in rope)
             positions = positions.index_select(1, through)
-        for noted, count, kept, length in zip(self.trace.rows, counts, alive, lengths, strict=True):
+        for noted, count, kept, length in zip(self.noted, counts, alive, lengths, strict=True):
             noted.counts.append(count)
             noted.alive.append(kept)
             noted.lengths.append(length)
@@ -234,7 +234,7 @@ class Session:
 
     def finish(self) -> None:
         """Note what the whole forward cost."""
-        self.trace.note_prefill(self.lengths, self.past)
+        self.trace.note_packed(self.noted, self.lengths, self.past)
         self.trace.clocks.append(self.clock)
         if self.state is not None:
             self.state.logical += self.logical

@@ -98,8 +98,10 @@ class Trace:
     beams: int = 1
     prefill_flops: int = 0
     selector_flops: int = 0
-    decode_linear_flops: int = 0
+    decode_flops: int = 0
+    """Of forwards after the first; attention over the cache is added from ``attended``."""
     decode_steps: int = 0
+    """Forwards after the first."""
     attended: list[Any] = field(default_factory=list)
     """Per layer: keys attended to while decoding, summed over rows and steps (an int, or a tensor on the device)."""
     kv_tokens: list[Any] = field(default_factory=list)
@@ -108,17 +110,25 @@ class Trace:
     kv_itemsize: int = 0
     clocks: list[Clock] = field(default_factory=list)
 
-    def note_prefill(self, lengths: list[list[int]], past: list[list[int]]) -> None:
-        """Add the FLOPs of a packed forward: ``lengths[layer][row]`` tokens over ``past[layer][row]`` cached ones."""
-        g = self.geometry
+    def note_packed(self, rows: list[RowTrace], lengths: list[list[int]], past: list[list[int]]) -> None:
+        """Add a packed forward: ``lengths[layer][row]`` tokens over ``past[layer][row]`` cached ones.
+
+        The first one is the prompt; later ones of the same call decode without a cache, or check a draft.
+        """
+        g, flops = self.geometry, 0
         for layer, (here, before) in enumerate(zip(lengths, past, strict=True)):
-            self.prefill_flops += g.linear_flops[layer] * sum(here)
-            self.prefill_flops += sum(4 * g.heads * g.head_dim * n * (n + p) for n, p in zip(here, before, strict=True))
+            flops += g.linear_flops[layer] * sum(here)
+            flops += sum(4 * g.heads * g.head_dim * n * (n + p) for n, p in zip(here, before, strict=True))
+        if self.rows:
+            self.decode_flops += flops
+            self.decode_steps += 1
+        else:
+            self.rows, self.prefill_flops = rows, flops
 
     def note_decode(self, rows: int) -> None:
         """Add one decoded token per row (its attention is counted from what the cache says it attended to)."""
         self.decode_steps += 1
-        self.decode_linear_flops += rows * sum(self.geometry.linear_flops)
+        self.decode_flops += rows * sum(self.geometry.linear_flops)
 
 
 @dataclass
@@ -128,7 +138,6 @@ class DenseTrace:
     geometry: Geometry
     input_ids: torch.Tensor
     """[rows, tokens] as passed."""
-    attention_mask: torch.Tensor | None
     image_token_id: int
     itemsize: int
     cached: bool
