@@ -1,5 +1,38 @@
-"""One thread: tiny models are slower on more."""
+"""One thread (tiny models are slower on more), and the models that several test files share."""
 
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
 import torch
 
+import vtr
+from tests import tiny
+
 torch.set_num_threads(1)
+
+
+class Pair(NamedTuple):
+    """The same model twice: as transformers made it, and patched."""
+
+    stock: Any
+    patched: Any
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:
+    """Policies are named by their spec, lists of them (one per row) by all of theirs."""
+    if isinstance(val, vtr.Policy):
+        return val.spec
+    if isinstance(val, list) and any(isinstance(v, vtr.Policy) for v in val):
+        return "|".join(v.spec if isinstance(v, vtr.Policy) else str(v) for v in val)
+    return None
+
+
+@pytest.fixture(scope="session", params=["llava-sdpa", "llava-eager", "llava_next-sdpa", "llava_next-eager"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Family × attention."""
+    family, attn = request.param.split("-")
+    stock = getattr(tiny, family)(attn)
+    return Pair(stock, vtr.patch(copy.deepcopy(stock)))

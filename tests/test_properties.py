@@ -18,7 +18,7 @@ from tests.tiny import IMAGE
 
 NOISE = 1e-5
 LAYERS = 4
-RUN = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+RUN: dict[str, Any] = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
 few = settings(deadline=None, derandomize=True, max_examples=25, print_blob=True)
 many = settings(few, max_examples=300)
 

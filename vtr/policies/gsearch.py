@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.base import Policy, Scores, Tokens, keep_count, top
+from vtr.base import Keep, Policy, Scores, Tokens, keep_count, top
 from vtr.policies._checks import check_on_continue
 from vtr.registry import register_policy
 from vtr.schedule import Schedule
@@ -33,7 +34,7 @@ class GSearch(Policy):
         TypeError, ValueError: settings out of range.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule([1.0]))
+    schedule: Sequence[Keep] = field(default_factory=lambda: Schedule([1.0]))
     queries: Scores = "text"
     on_continue: str = "warn"
 

@@ -1,0 +1,189 @@
+"""A slow dense reference of reduced runs, written from the description of the policies alone.
+
+It reads the weights of an untouched transformers model and runs its own loop over the decoder layers: one row, all
+tokens in all layers, full attention matrices, original positions. A dropped token is a key that an additive -inf mask
+hides from every other token from its layer on. Nothing here knows how the engine packs rows or keeps its cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Keep = int | float
+TIE = 1e-6
+"""Scores closer than this may be ranked either way by two correct computations in float32."""
+
+
+@dataclass
+class Row:
+    """One prompt as the text model gets it: embeddings [n, d], and which of its slots are vision tokens."""
+
+    embeds: Tensor
+    vision: Tensor
+
+    @property
+    def slots(self) -> list[int]:
+        """Slots of the vision tokens."""
+        return self.vision.nonzero().squeeze(1).tolist()
+
+
+@dataclass
+class Rank:
+    """Before layer l the ``keeps[l]`` best vision tokens by attention in layer l - 1 stay; ``queries`` says whose."""
+
+    keeps: dict[int, Keep]
+    queries: str
+
+    def count(self, layer: int, total: int) -> int:
+        """How many of ``total`` tokens may enter: a count, or a ratio rounded down (but 0.3 of 10 is 3)."""
+        keep = self.keeps.get(layer, 1.0)
+        return int(total * keep + 1e-9) if isinstance(keep, float) else keep
+
+
+@dataclass
+class Given:
+    """The kept slots of every layer, as somebody else chose them."""
+
+    kept: list[list[int]]
+
+
+Rule = Rank | Given | None
+
+
+@dataclass
+class Dense:
+    """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer."""
+
+    logits: Tensor
+    kept: list[list[int]]
+
+
+def rule(policy: Any, kept: list[list[int]]) -> Rule:
+    """What a policy asks for; ``kept`` are the reported slots, for policies that cannot be derived again."""
+    if policy is None:
+        return None
+    settings = policy.config()
+    if policy.name == "fastv":
+        return Rank({settings["layer"]: settings["keep"]}, "last")
+    if policy.name == "gsearch":
+        return Rank(dict(enumerate(settings["schedule"])), settings["queries"])
+    return Given(kept)
+
+
+@torch.no_grad()
+def row(model: Any, inputs: dict[str, Tensor]) -> Row:
+    """The one row of a batch-1 input without padding, image features put at its placeholders."""
+    ids = inputs["input_ids"][0]
+    embeds = model.get_input_embeddings().weight[ids].clone()
+    vision = ids == model.config.image_token_id
+    if bool(vision.any()):
+        images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        embeds[vision] = torch.cat(list(model.model.get_image_features(**images).pooler_output))
+    return Row(embeds, vision)
+
+
+def scores(probs: Tensor, vision: Tensor, queries: str) -> Tensor:
+    """What the text paid to each slot ([n]), from a layer's attention probabilities [heads, n, n]."""
+    mean, slots = probs.mean(0), torch.arange(len(vision))
+    text = ~vision
+    if queries == "last":
+        return mean[slots[text][-1]]
+    asking = text & (slots > slots[vision][0])
+    out = torch.zeros(len(vision))
+    for j in slots[vision].tolist():
+        seeing = asking & (slots > j)
+        out[j] = mean[seeing, j].mean()
+    return out
+
+
+def best(score: Tensor, here: list[int], count: int, hint: list[int] | None) -> list[int]:
+    """The ``count`` best slots of ``here``, ascending, ties to the lower slot; in a near tie the hint decides."""
+    order = sorted(here, key=lambda slot: (-float(score[slot]), slot))
+    own = sorted(order[:count])
+    if hint is None or hint == own or len(hint) != count or not set(hint) <= set(here):
+        return own
+    edge = float(score[order[count - 1]])
+    disputed = set(hint) ^ set(own)
+    return hint if all(abs(float(score[slot]) - edge) < TIE for slot in disputed) else own
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
+
+
+def rotated(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of [heads, n, dim] at positions 0 … n - 1."""
+    n, dim = x.shape[1:]
+    angles = torch.outer(torch.arange(n).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def attention(module: Any, x: Tensor, mask: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Output [n, d] and probabilities [heads, n, n] of grouped-query attention under an additive mask."""
+    n, dim = len(x), module.head_dim
+    theta = config.rope_parameters["rope_theta"]
+    q, k, v = (p(x).view(n, -1, dim).transpose(0, 1) for p in (module.q_proj, module.k_proj, module.v_proj))
+    groups = config.num_attention_heads // config.num_key_value_heads
+    q, k = rotated(q, theta), rotated(k, theta).repeat_interleave(groups, 0)
+    probs = (q @ k.transpose(1, 2) * dim**-0.5 + mask).softmax(-1)
+    out = probs @ v.repeat_interleave(groups, 0)
+    return module.o_proj(out.transpose(0, 1).reshape(n, -1)), probs
+
+
+def hidden_keys(alive: Tensor) -> Tensor:
+    """Additive causal mask without dropped keys. A dropped token still sees itself: its row must stay a number."""
+    n = len(alive)
+    seen = torch.ones(n, n).tril().bool() & alive | torch.eye(n).bool()
+    return torch.zeros(n, n).masked_fill(~seen, -torch.inf)
+
+
+@torch.no_grad()
+def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None = None) -> Dense:
+    """One row through the whole decoder. ``hint`` are the engine's kept slots, believed in near ties only."""
+    config, text = model.config.text_config, model.get_decoder()
+    x, kept, here = prompt.embeds, [], prompt.slots
+    probs = torch.zeros(0)  # nothing ranks in layer 0
+    for depth, layer in enumerate(text.layers):
+        if isinstance(how, Given):
+            here = how.kept[depth]
+        elif isinstance(how, Rank) and (count := how.count(depth, len(prompt.slots))) < len(here):
+            score = scores(probs, prompt.vision, how.queries)
+            here = best(score, here, count, hint[depth] if hint else None)
+        kept.append(here)
+        alive = ~prompt.vision
+        alive[here] = True
+        out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), hidden_keys(alive), config)
+        x = x + out
+        y, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
+        x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+    return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)], kept)
+
+
+def standing_in(alive: Tensor) -> Tensor:
+    """For each slot the slot whose output it shows: itself, or the last survivor before it (itself without one)."""
+    shown = torch.where(alive, torch.arange(len(alive)), -1).cummax(0).values
+    return torch.where(shown >= 0, shown, torch.arange(len(alive)))
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: Row, kept: list[list[int]], steps: int, never: int) -> tuple[list[int], Tensor]:
+    """Greedy decoding, every step recomputed from scratch; the prompt's kept slots stay what they are.
+
+    Returns the tokens and the logits [steps, vocab] that chose them; the token ``never`` is not chosen.
+    """
+    table, logits = model.get_input_embeddings().weight, []
+    tokens: list[int] = []
+    for _ in range(steps):
+        new = table[torch.tensor(tokens, dtype=torch.long)]
+        vision = torch.cat([prompt.vision, torch.zeros(len(tokens)).bool()])
+        last = run(model, Row(torch.cat([prompt.embeds, new]), vision), Given(kept)).logits[-1]
+        logits.append(last)
+        tokens.append(int(last.index_fill(0, torch.tensor([never]), -torch.inf).argmax()))
+    return tokens, torch.stack(logits)
