@@ -1,0 +1,47 @@
+"""The pocket model: a tiny LLaVA-NeXT with weights in the package, and pictures with questions to try it on.
+
+It exists to compare token-reduction policies in seconds on a CPU, without a download. See weights/MODEL_CARD.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+WEIGHTS = Path(__file__).parent / "weights"
+SAMPLES = Path(__file__).parent / "samples"
+
+__all__ = ["SAMPLES", "WEIGHTS", "load", "sample", "samples"]
+
+
+def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any, Any]:
+    """The trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype or torch.float32, local_files_only=True, attn_implementation="sdpa"
+    )
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def sample(i: int = 0) -> tuple[Image.Image, str, str]:
+    """One of the shipped pictures with a question and its answer."""
+    from PIL import Image
+
+    entries = json.loads((SAMPLES / "samples.json").read_text())
+    entry = entries[i % len(entries)]
+    return Image.open(SAMPLES / entry["file"]).convert("RGB"), entry["question"], entry["answer"]
+
+
+def samples(n: int, split: str = "test", seed: int = 0, per_scene: int = 8) -> Iterator[dict[str, Any]]:
+    """n fresh questions as dict(image, question, answer, type); needs scikit-learn (handwritten digits)."""
+    from .scenes import samples as draw
+
+    return draw(n, split, seed, per_scene)

@@ -1,0 +1,163 @@
+"""Trains the pocket model from its seed: `python -m vtr.pocket.train --out DIR`.
+
+Stages (see STAGES for the schedule of the shipped weights): `tower` (vision tower, dense labels), `align` (projector
+and word table), `read` (language model, shortened pictures), `mix` (everything, full and reduced pictures). Every
+stage writes DIR/<stage>.pt; an interrupted run continues where the last checkpoint left off. At the end DIR/weights
+and DIR/samples hold what the package ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+STAGES: dict[str, dict[str, Any]] = {
+    "tower": {"steps": 3600, "lr": 4e-3},
+    "align": {"steps": 400, "lr": 3e-3},
+    "read": {"steps": 450, "horizon": 600, "lr": 3e-3, "pictures": 6},
+    "mix": {"steps": 800, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
+}
+
+
+class Context:
+    """What a stage needs from its surroundings: its rank, seeds, progress, logging and checkpoints."""
+
+    def __init__(self, out: Path, rank: int, workers: int, seed: int) -> None:
+        self.out, self.rank, self.workers, self.seed = out, rank, workers, seed
+        self.stage, self.began, self.cpu_began = "", time.time(), time.process_time()
+        self.window: dict[str, list[float]] = defaultdict(list)
+        self.bar: Any = None
+
+    def stream_seed(self, stage: str, first: int) -> str:
+        """Name of this worker's scene stream; another one after every resumption."""
+        return f"{stage}-{self.seed}-{self.rank}-{first}"
+
+    def path(self, stage: str) -> Path:
+        return self.out / f"{stage}.pt"
+
+    def finished(self, stage: str, steps: int) -> bool:
+        path = self.path(stage)
+        return path.exists() and torch.load(path, weights_only=True)["step"] >= steps
+
+    def resume(
+        self, stage: str, model: Any, optimizers: list[torch.optim.Optimizer], extra: nn.Module | None = None
+    ) -> int:
+        """Loads the stage's checkpoint, if there is one; returns the number of steps already done."""
+        if not self.path(stage).exists():
+            return 0
+        state = torch.load(self.path(stage), weights_only=True)
+        model.load_state_dict(state["model"])
+        if extra is not None:
+            extra.load_state_dict(state["extra"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return int(state["step"])
+
+    def save(
+        self, stage: str, step: int, model: Any, optimizers: list[torch.optim.Optimizer], extra: nn.Module | None = None
+    ) -> None:
+        if self.rank:
+            return
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers],
+            "extra": None if extra is None else extra.state_dict(),
+        }
+        torch.save(state, self.path(stage).with_suffix(".tmp"))
+        os.replace(self.path(stage).with_suffix(".tmp"), self.path(stage))
+        wall, cpu = (time.time() - self.began) / 60, (time.process_time() - self.cpu_began) / 60 * self.workers
+        with (self.out / "times.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "wall_min": round(wall, 2), "cpu_min": round(cpu, 2)}))
+            file.write("\n")
+
+    def steps(self, stage: str, first: int, steps: int) -> Iterator[int]:
+        """The step numbers still to do, with a progress bar on the first worker."""
+        self.stage, self.began, self.cpu_began = stage, time.time(), time.process_time()
+        self.window.clear()
+        self.bar = tqdm(
+            range(first + 1, steps + 1), desc=stage, initial=first, total=steps, disable=self.rank > 0, mininterval=5
+        )
+        yield from self.bar
+
+    def track(self, step: int, loss: float, values: dict[str, float], every: int = 50) -> None:
+        """Collects training figures and writes their means down now and then."""
+        if self.rank:
+            return
+        self.window["loss"].append(loss)
+        for key, value in values.items():
+            self.window[key].append(value)
+        if step % every == 0:
+            self.say(f"step {step} " + " ".join(f"{k}:{sum(v) / len(v):.3f}" for k, v in self.window.items()))
+            self.window.clear()
+
+    def say(self, text: str) -> None:
+        """A line for DIR/log.txt."""
+        if self.rank == 0:
+            with (self.out / "log.txt").open("a") as file:
+                file.write(f"{(time.time() - self.began) / 60:6.2f}m {self.stage} {text}\n")
+
+
+def _stage_functions() -> dict[str, Callable[..., None]]:
+    from .language import train_align, train_lm
+    from .tower import train_tower
+
+    stages: dict[str, Callable[..., None]] = {"tower": train_tower, "align": train_align}
+    return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
+
+
+def work(rank: int, workers: int, out: Path, seed: int) -> None:
+    """One training process: all stages that are not finished, then (first process only) the export."""
+    from .model import build
+    from .release import export, write_samples
+
+    torch.set_num_threads(1)
+    if workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=workers)
+    model, ctx = build(seed), Context(out, rank, workers, seed)
+    before: Path | None = None
+    for stage, options in STAGES.items():
+        if not ctx.finished(stage, options["steps"]):
+            if before is not None and not ctx.path(stage).exists():
+                model.load_state_dict(torch.load(before, weights_only=True)["model"])
+            if dist.is_initialized():
+                dist.barrier()
+            _stage_functions()[stage](model, ctx, **options)
+            if dist.is_initialized():
+                dist.barrier()
+        before = ctx.path(stage)
+    if rank == 0 and before is not None:
+        model.load_state_dict(torch.load(before, weights_only=True)["model"])
+        export(model, out / "weights")
+        write_samples(out / "weights", out / "samples")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="training processes of one thread each")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rendezvous").unlink(missing_ok=True)
+    if args.workers == 1:
+        work(0, 1, out, args.seed)
+    else:
+        torch.multiprocessing.spawn(work, (args.workers, out, args.seed), nprocs=args.workers)
+
+
+if __name__ == "__main__":
+    main()
