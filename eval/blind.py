@@ -21,7 +21,7 @@ class Diverse(vtr.Policy):
     keep: int | float = 0.5
     layer: int = 2
 
-    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:  # type: ignore[override]
+    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:
         if layer != self.layer:
             return None
         keep = int(tokens.total * self.keep + 1e-9) if isinstance(self.keep, float) else min(self.keep, tokens.total)

@@ -19,7 +19,7 @@ from tests import tiny
 class BadShape(vtr.Policy):
     """Answers with floats."""
 
-    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor:  # type: ignore[override]
+    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor:
         return torch.zeros(3)
 
 
@@ -28,7 +28,7 @@ class BadShape(vtr.Policy):
 class OutOfRange(vtr.Policy):
     """Keeps a token that is not there, in the middle of the decoder."""
 
-    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:  # type: ignore[override]
+    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:
         return torch.tensor([0, len(tokens)]) if layer == 2 else None
 
 
@@ -37,7 +37,7 @@ class OutOfRange(vtr.Policy):
 class Longer(vtr.Policy):
     """Makes an image longer."""
 
-    def compress(self, image: vtr.Image) -> vtr.Pooled:  # type: ignore[override]
+    def compress(self, image: vtr.Image) -> vtr.Pooled:
         twice = torch.cat([image.features, image.features])
         return vtr.Pooled(twice, [[i % len(image)] for i in range(len(twice))])
 

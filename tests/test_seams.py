@@ -21,7 +21,7 @@ class EveryOther(vtr.Policy):
 
     step: int = 2
 
-    def compress(self, image: vtr.Image) -> torch.Tensor:  # type: ignore[override]
+    def compress(self, image: vtr.Image) -> torch.Tensor:
         return torch.arange(0, len(image), self.step)
 
 
@@ -30,7 +30,7 @@ class EveryOther(vtr.Policy):
 class Pairs(vtr.Policy):
     """compress by pooling: the mean of each two neighbours."""
 
-    def compress(self, image: vtr.Image) -> vtr.Pooled:  # type: ignore[override]
+    def compress(self, image: vtr.Image) -> vtr.Pooled:
         m = len(image) // 2
         return vtr.Pooled(image.features[: 2 * m].view(m, 2, -1).mean(1), [[2 * i, 2 * i + 1] for i in range(m)])
 
@@ -42,7 +42,7 @@ class Mod(vtr.Policy):
 
     weighted: bool = True
 
-    def route(self, layer: int, tokens: vtr.Tokens) -> vtr.Route | None:  # type: ignore[override]
+    def route(self, layer: int, tokens: vtr.Tokens) -> vtr.Route | None:
         if layer % 2 == 0:
             return None
         weights = 0.8 + 0.4 * torch.sigmoid(tokens.hidden.mean(1)) if self.weighted else None
@@ -56,7 +56,7 @@ class Forgetful(vtr.Policy):
 
     on_device: bool = True
 
-    def remember(self, layer: int, token: vtr.Token) -> Any:  # type: ignore[override]
+    def remember(self, layer: int, token: vtr.Token) -> Any:
         if layer < 2:
             return True
         if layer == 2:
@@ -224,7 +224,7 @@ def test_tokens_know_where_they_are() -> None:
     @vtr.register_policy("looking-for-test")
     @dataclass
     class Looking(vtr.Policy):
-        def prune(self, layer: int, tokens: vtr.Tokens) -> None:  # type: ignore[override]
+        def prune(self, layer: int, tokens: vtr.Tokens) -> None:
             if layer == 1:
                 names = ("image", "tile", "y", "x", "newline")
                 seen[len(seen)] = {name: getattr(tokens, name).tolist() for name in names}
@@ -254,7 +254,7 @@ def test_a_question_needing_scores_gets_them_only_then(model: Any) -> None:
         def needs(self, layer: int) -> Any:
             return "text" if layer == 3 else None
 
-        def prune(self, layer: int, tokens: vtr.Tokens) -> None:  # type: ignore[override]
+        def prune(self, layer: int, tokens: vtr.Tokens) -> None:
             asked.append((layer, tokens.scores is not None))
 
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_a_chain_lets_each_question_be_answered_once() -> None:
 
         step: int = 2
 
-        def compress(self, image: vtr.Image) -> torch.Tensor:  # type: ignore[override]
+        def compress(self, image: vtr.Image) -> torch.Tensor:
             return torch.arange(0, len(image), self.step)
 
     chain = Half() + vtr.FastV(0.5)

@@ -221,21 +221,33 @@ class Policy:
     question_guided: ClassVar[bool] = False
     """True if what is kept depends on the question of this turn (a later turn may miss something)."""
 
-    compress: ClassVar[Callable[..., Any] | None] = None
-    prune: ClassVar[Callable[..., Any] | None] = None
-    route: ClassVar[Callable[..., Any] | None] = None
-    remember: ClassVar[Callable[..., Any] | None] = None
+    # -- the five questions ----------------------------------------------------------------------------------------
+    def compress(self, image: Image) -> torch.Tensor | Pooled | None:
+        """Shrink one image before the decoder: kept token indices (int64), :class:`Pooled` tokens, or None for all."""
+        return None
 
     def needs(self, layer: int) -> Scores | None:
         """Which attention scores, taken in layer ``layer - 1``, ``prune(layer, …)`` ranks by; None for none."""
         return None
 
-    def check(self, num_hidden_layers: int) -> None:
-        """Raise ValueError if these settings cannot work on a model of so many decoder layers."""
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
+        """Which of ``tokens`` enter ``layer`` (int64 indices, any order); the others are gone. None: all enter."""
+        return None
+
+    def route(self, layer: int, tokens: Tokens) -> Route | None:
+        """Which of ``tokens`` pass through ``layer``; the others go around it and are there again after. None: all."""
+        return None
+
+    def remember(self, layer: int, token: Token) -> bool | torch.Tensor:
+        """Whether ``layer`` caches this decoded token's key and value: a bool, or a bool tensor of one element."""
+        return True
 
     def asks(self, question: str) -> bool:
-        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"`` or ``"remember"``."""
-        return getattr(self, question) is not None
+        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"`` or ``"remember"`` itself."""
+        return getattr(type(self), question) is not getattr(Policy, question)
+
+    def check(self, num_hidden_layers: int) -> None:
+        """Raise ValueError if these settings cannot work on a model of so many decoder layers."""
 
     # -- settings as data -------------------------------------------------------------------------------------------
     def config(self) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def _table(rows: list[Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("policy", overflow="fold")
     table.add_column("answer", overflow="fold")
-    for name in ("kept", "prefill\nms", "speed-\nup", "1st token\nms", "decode\nms/token", "GFLOPs", "KV\nKiB"):
+    wide = console.width >= 100
+    names = ["kept", "prefill\nms", "speed-\nup", *["1st token\nms"] * wide, "decode\nms/token", "GFLOPs", "KV\nKiB"]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     base = rows[0]
     for row in rows:
@@ -117,7 +119,7 @@ def _table(rows: list[Any]) -> Table:
             f"{r.rows[0].mean_keep:.0%}",
             f"{t.prefill_ms:.1f}",
             f"{base.timing.prefill_ms / t.prefill_ms:.2f}×",
-            f"{t.first_token_ms:.1f}",
+            *[f"{t.first_token_ms:.1f}"] * wide,
             "–" if t.decode_ms is None else f"{t.decode_ms:.1f}",
             f"{r.flops / 1e9:.3g}",
             f"{r.kv_bytes / 1024:.0f}",

@@ -150,6 +150,9 @@ class Chain(Policy):
     def on_continue(self) -> str:
         return next((p.on_continue for p in self.policies if hasattr(p, "on_continue")), "warn")
 
+    def asks(self, question: str) -> bool:
+        return question in self._answers
+
     def needs(self, layer: int) -> Scores | None:
         pruner = self._answers.get("prune")
         return pruner.needs(layer) if pruner else None

@@ -25,7 +25,7 @@ def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Non
     answers = []
     for row, p in enumerate(cache.state.policies):
         answer: Any = True
-        if p is not None and p.remember is not None:
+        if p is not None and p.asks("remember"):
             answer = p.remember(index, Token(hidden[row, 0], cache.state.memos[row]))
             single = isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.numel() == 1
             if not (isinstance(answer, bool) or single):

@@ -302,7 +302,7 @@ class Patch:
         for layer in layers:
             layer.staged = plan
         kwargs["vtr_plan"] = plan
-        asks = any(p is not None and p.remember is not None for p in state.policies)
+        asks = any(p is not None and p.asks("remember") for p in state.policies)
         if asks:
             state.memos = [{} for _ in state.policies]
             kwargs["vtr_session"] = "remember"

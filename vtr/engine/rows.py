@@ -65,7 +65,7 @@ class Row:
     # -- before the decoder ----------------------------------------------------------------------------------------
     def compress(self, embeds: torch.Tensor) -> None:
         """Let the policy shrink each image. embeds: [n, D], the row's tokens; afterwards the row is really shorter."""
-        assert self.policy is not None and self.policy.compress is not None
+        assert self.policy is not None
         per_image = self.vision.split([len(lay) for lay in self.layouts])
         gone = torch.zeros(self.length, dtype=torch.bool)
         fields: dict[str, list[torch.Tensor]] = {name: [] for name in (*_FIELDS, "image")}
@@ -171,7 +171,6 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
 
 def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, torch.Tensor | None, list[list[int]]]:
     """(places on the image's slots, new features or None, sources) of one image's new tokens."""
-    assert policy.compress is not None
     n, answer = len(image), policy.compress(image)
     if answer is None:
         return torch.arange(n), None, [[i] for i in range(n)]

@@ -87,7 +87,7 @@ class Session:
         for row in self.rows:
             slots = row.slots.to(device, non_blocking=True)
             here, at = embeds[row.index].index_select(0, slots), position_ids[row.index].index_select(0, slots)
-            if row.policy is not None and row.policy.compress is not None and row.layouts:
+            if row.layouts and row.policy is not None and row.policy.asks("compress"):
                 with self.clock:
                     row.compress(here)
                 here = here.index_select(0, row.stay.to(device, non_blocking=True))
@@ -157,7 +157,7 @@ class Session:
         for row, n in zip(self.rows, before, strict=True):
             stay = None
             p = row.policy
-            if p is not None and p.prune is not None and row.count:
+            if row.count and p is not None and p.asks("prune"):
                 tokens = row.tokens(index, self.depth, hidden[0, start : start + n], self._scores.get(row.index))
                 answer = p.prune(index, tokens)
                 if answer is not None and len(answer) < row.count:
@@ -170,7 +170,7 @@ class Session:
         return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
 
     def _route(self, index: int, hidden: torch.Tensor) -> Any:
-        if not any(row.policy is not None and row.policy.route is not None and row.count for row in self.rows):
+        if not any(row.count and row.policy is not None and row.policy.asks("route") for row in self.rows):
             return None
         through: list[torch.Tensor | None] = []
         weights: list[torch.Tensor] = []
@@ -181,7 +181,7 @@ class Session:
             here, n, p = hidden[0, start : start + row.length], row.length, row.policy
             start += n
             passes, scale = None, hidden.new_ones(n)
-            if p is not None and p.route is not None and row.count:
+            if row.count and p is not None and p.asks("route"):
                 answer = p.route(index, row.tokens(index, self.depth, here, None))
                 if answer is not None:
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)

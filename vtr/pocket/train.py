@@ -27,7 +27,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "tower": {"steps": 3600, "lr": 4e-3},
     "align": {"steps": 400, "lr": 3e-3},
     "read": {"steps": 450, "horizon": 600, "lr": 3e-3, "pictures": 6},
-    "mix": {"steps": 800, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
+    "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
 }
 
 

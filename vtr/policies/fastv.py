@@ -48,7 +48,7 @@ class FastV(Policy):
     def needs(self, layer: int) -> Scores | None:
         return "last" if layer == self.layer else None
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:  # type: ignore[override]
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         if layer != self.layer:
             return None
         assert tokens.scores is not None

@@ -64,7 +64,7 @@ class GSearch(Policy):
         cuts = layer > 0 and repr(self.schedule[layer]) != repr(self.schedule[layer - 1])
         return self.queries if cuts else None
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:  # type: ignore[override]
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         keep = keep_count(self.schedule[layer], tokens.total)
         if keep >= len(tokens) or tokens.scores is None:
             return None

@@ -50,7 +50,7 @@ class UniformGrid(Policy):
     def check(self, num_hidden_layers: int) -> None:
         check_depth(self.layer, num_hidden_layers)
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:  # type: ignore[override]
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         if layer != self.layer:
             return None
         rank = -dither_rank(tokens.y, tokens.x)
