@@ -177,7 +177,7 @@ def plot(results: list[Result], path: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for budgets.md, budgets.json, budgets.png")] = Path("docs/results"),
-    n: Annotated[int, typer.Option(help="questions")] = 400,
+    n: Annotated[int, typer.Option(help="questions")] = 320,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
     batch_size: Annotated[int, typer.Option(help="questions per call")] = 8,
     timed_prompts: Annotated[int, typer.Option(help="prompts timed at batch 1")] = 4,

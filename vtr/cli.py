@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    help="Vision-token reduction for multimodal LLMs. Try: `vtr run --sample 0 --policy fastv:keep=0.1 --compare`",
+    help="Vision-token reduction for multimodal LLMs. Try: `vtr run --sample 2 --policy fastv:keep=0.05 --compare`",
 )
 console = Console()
 

@@ -24,10 +24,17 @@ def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any,
     """The trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype or torch.float32, local_files_only=True, attn_implementation="sdpa"
-    )
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a few megabytes need none
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype or torch.float32, local_files_only=True, attn_implementation="sdpa"
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
