@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +24,10 @@ from vtr.eval.timing import time_call
 
 import vtr
 
-KEEPS = (0.25, 0.1, 0.05, 0.02)
+KEEPS = (0.25, 0.1, 0.05)
 LAYERS = (0, 1, 2)
 SELECTORS = ("fastv", "diverse", "uniform", "random")
+COLORS = {"fastv": "C0", "diverse": "C1", "uniform": "C2", "random": "C3", "gsearch": "C4"}
 STAIRS = [1.0, 1.0, 0.5, 0.25, 0.1, 0.05]
 """The hand-set G-Search schedule: these keeps, the last one for all deeper layers."""
 
@@ -48,11 +49,11 @@ class Result:
         return float(np.mean(self.correct))
 
 
-def contenders(depth: int) -> list[Result]:
+def contenders(depth: int, keeps: Sequence[float] = KEEPS) -> list[Result]:
     """No reduction, every selector at every cut layer and budget, the staircase and single cuts of equal mean."""
     out = [Result("none", "none")]
     for layer in LAYERS:
-        for keep in KEEPS:
+        for keep in keeps:
             names = SELECTORS if layer else SELECTORS[1:]  # nothing has attended to anything before layer 0
             out += [Result(f"{name}:keep={keep},layer={layer}", f"{keep:.0%} at {layer}") for name in names]
     stairs = (STAIRS + [STAIRS[-1]] * depth)[:depth]
@@ -146,7 +147,7 @@ def markdown(results: list[Result], samples: list[dict[str, Any]], groups: list[
     return "\n".join(lines) + "\n"
 
 
-def plot(results: list[Result], path: Path) -> None:
+def plot(results: list[Result], path: Path, keeps: Sequence[float] = KEEPS) -> None:
     """Accuracy against the share kept, per cut layer, and accuracy against prefill latency."""
     from matplotlib.figure import Figure
 
@@ -157,16 +158,18 @@ def plot(results: list[Result], path: Path) -> None:
         for name in SELECTORS:
             mine = [r for r in results if r.spec.startswith(name + ":") and r.group.endswith(f" at {layer}")]
             if mine:
-                axis.plot(KEEPS, [r.accuracy for r in mine], "o-", label=name, ms=4)
+                axis.plot(keeps, [r.accuracy for r in mine], "o-", color=COLORS[name], label=name, ms=4)
         axis.axhline(base.accuracy, color="k", lw=0.8, ls="--", label="no reduction")
         axis.set(xscale="log", xlabel="vision tokens kept", title=f"cut on entering layer {layer}")
-        axis.set_xticks(KEEPS, [f"{k:.0%}" for k in KEEPS])
+        axis.set_xticks(keeps, [f"{k:.0%}" for k in keeps])
         axis.minorticks_off()
     axes[0].set_ylabel("accuracy")
     axes[1].legend(fontsize=8)
     for name in (*SELECTORS, "gsearch"):
         mine = [r for r in results if r.spec.startswith(name + ":")]
-        axes[-1].plot([r.prefill_ms for r in mine], [r.accuracy for r in mine], "o", label=name, ms=4)
+        axes[-1].plot(
+            [r.prefill_ms for r in mine], [r.accuracy for r in mine], "o", color=COLORS[name], label=name, ms=4
+        )
     axes[-1].plot([base.prefill_ms], [base.accuracy], "k*", label="no reduction")
     axes[-1].set(xlabel="prefill latency (ms)", title="accuracy against latency")
     axes[-1].legend(fontsize=8)
@@ -178,6 +181,7 @@ def plot(results: list[Result], path: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="folder for budgets.md, budgets.json, budgets.png")] = Path("docs/results"),
     n: Annotated[int, typer.Option(help="questions")] = 320,
+    keep: Annotated[list[float] | None, typer.Option(help="a ratio to compare at; may be given again")] = None,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
     batch_size: Annotated[int, typer.Option(help="questions per call")] = 8,
     timed_prompts: Annotated[int, typer.Option(help="prompts timed at batch 1")] = 4,
@@ -186,7 +190,8 @@ def main(
     """Measure accuracy, latency and FLOPs of the policies at equal budgets on the pocket model."""
     model, processor = vtr.pocket.load()
     vtr.patch(model)
-    results = contenders(model.config.text_config.num_hidden_layers)
+    keeps = sorted(keep or KEEPS, reverse=True)
+    results = contenders(model.config.text_config.num_hidden_layers, keeps)
     samples = measure(model, processor, results, n, seed, batch_size)
     seen: dict[int, int] = {}
     groups = [seen.setdefault(id(s["image"]), len(seen)) for s in samples]
@@ -195,7 +200,7 @@ def main(
     table = markdown(results, samples, groups)
     (out / "budgets.md").write_text(table)
     (out / "budgets.json").write_text(json.dumps([{**asdict(r), "correct": sum(r.correct)} for r in results], indent=1))
-    plot(results, out / "budgets.png")
+    plot(results, out / "budgets.png", keeps)
     print(table)
 
 
