@@ -42,16 +42,7 @@ DIGITS = [str(i) for i in range(10)]
 NUMBERS = ["zero", "one", "two", "three", "four"]
 REGIONS = ["top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right"]
 TYPES = ["color", "shape", "count", "where", "letter", "find", "digit", "word"]
-TYPE_WEIGHTS = {
-    "color": 1.0,
-    "shape": 1.0,
-    "count": 3.0,
-    "where": 1.0,
-    "letter": 1.0,
-    "find": 1.0,
-    "digit": 1.5,
-    "word": 1.2,
-}
+TYPE_WEIGHTS = dict.fromkeys(TYPES, 1.0) | {"count": 3.0, "digit": 1.5, "word": 1.2}
 DARK_TEXT = {"yellow", "orange", "cyan", "pink"}  # tag colours that carry dark instead of white text
 
 # channels of dense_labels
