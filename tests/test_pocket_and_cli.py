@@ -123,6 +123,20 @@ def test_errors_are_one_line(args: list[str], message: str) -> None:
     assert message in result.output and "Traceback" not in result.output
 
 
+def test_foreign_and_truncated_checkpoints(tmp_path: Any) -> None:
+    import shutil
+
+    shutil.copytree(vtr.pocket.WEIGHTS, tmp_path / "short")
+    whole = (tmp_path / "short" / "model.safetensors").read_bytes()
+    (tmp_path / "short" / "model.safetensors").write_bytes(whole[:1_000_000])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("short", "foreign"):
+        result = run("run", "--sample", "0", "--model", str(tmp_path / name), "--policy", "fastv")
+        assert result.exit_code == 1
+        assert "cannot load" in result.output and "fetch it again" in result.output.replace("\n", " ")
+
+
 def test_baselines_get_the_policys_budget(pocket: Any) -> None:
     ask(pocket, 0, "fastv:keep=0.1,layer=3")
     assert same_budget(vtr.report(pocket[0])) == ["random:keep=74,layer=3", "uniform:keep=74,layer=3"]

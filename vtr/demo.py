@@ -39,17 +39,29 @@ class Outcome:
 
 
 def load(name: str | None, device: str) -> tuple[Any, Any]:
-    """The pocket model, or any checkpoint transformers can load, patched and in evaluation mode."""
+    """The pocket model, or any checkpoint transformers can load, patched and in evaluation mode.
+
+    Raises:
+        ValueError: a checkpoint that is not there, cut short, or of no image-text model.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if name is None:
         model, processor = vtr.pocket.load()
     else:
+        from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        dtype = torch.float32 if device == "cpu" else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
-        processor = AutoProcessor.from_pretrained(name)
+        try:
+            dtype = torch.float32 if device == "cpu" else "auto"
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(
+                f"cannot load {name}: {reason} — it must be a complete checkpoint of an image-text model with its "
+                "processor (a family that `vtr list` shows); if a file was cut short, fetch it again"
+            ) from error
     return vtr.patch(model.to(device)), processor
 
 

@@ -262,14 +262,14 @@ class Patch:
         if is_ragged(cache):
             layers = cache.layers
             state = layers[0].state
-            if request is not None:
-                state.policies = list(request.policies)
         elif cache is not None or self._wants_cache(module, kwargs):
             assert request is not None
             state = CacheState(list(request.policies), [0] * embeds.shape[0])
             layers = [RaggedLayer(state, i) for i in range(len(module.layers))]
         session = Session(request, embeds, mask, layers, state, trace, len(module.layers))
         kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions)
+        if state is not None and request is not None:  # nothing can be refused any more
+            state.policies = list(request.policies)
         if layers is not None and not is_ragged(cache):
             from transformers import DynamicCache
 

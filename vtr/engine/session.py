@@ -96,10 +96,13 @@ class Session:
                 at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt: positions close up
             if self.state is not None:
                 at = at - self.state.dropped[row.index]
-                self.state.dropped[row.index] += row.dropped
             parts.append(here)
             positions.append(at)
             row.to(device)
+        if self.state is not None:
+            self.state.dropped = [
+                before + row.dropped for before, row in zip(self.state.dropped, self.rows, strict=True)
+            ]
         self.noted = [row.trace(self._offset) for row in self.rows]
         return torch.cat(parts)[None], torch.cat(positions)[None]
 
