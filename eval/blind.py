@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import vtr
+from vtr.base import keep_count
 
 
 @vtr.register_policy("diverse")
@@ -24,11 +25,10 @@ class Diverse(vtr.Policy):
     def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:
         if layer != self.layer:
             return None
-        keep = int(tokens.total * self.keep + 1e-9) if isinstance(self.keep, float) else min(self.keep, tokens.total)
         unit = torch.nn.functional.normalize(tokens.hidden.float(), dim=1)
         nearest = unit @ unit.mean(0)  # start with the token least like the average
         chosen = []
-        for _ in range(keep):
+        for _ in range(keep_count(self.keep, tokens.total)):
             pick = nearest.argmin()
             chosen.append(pick)
             nearest = torch.maximum(nearest, unit @ unit[pick])

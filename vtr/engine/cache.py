@@ -125,7 +125,7 @@ class RaggedLayer(DynamicLayer):
         n = abs(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove from the end")
-        if n > self.state.tail + (self.index > 0) * n or not self.state.exact:
+        if not self.state.exact or (self.index == 0 and n > self.state.tail):
             raise UnsupportedError(
                 f"cannot crop {n} tokens: only tokens decoded after the last reduction, all of them remembered, can be "
                 "taken back; start with a new cache instead"

@@ -50,6 +50,12 @@ class Generation:
     cache_layers: list[RaggedLayer] | None = None
     attended_before: list[Any] | None = None
 
+    def runs_on(self, layers: list[RaggedLayer] | None) -> None:
+        """Note that a forward is under way, and on which cache (counted from what it had attended to before)."""
+        self.started, self.cache_layers = True, layers
+        if self.attended_before is None and layers is not None:
+            self.attended_before = [layer.attended for layer in layers]
+
 
 running: ContextVar[Generation | None] = ContextVar("vtr_running", default=None)
 

@@ -9,7 +9,8 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.attention import Plan
-from vtr.engine.call import Generation
+from vtr.engine.cache import RaggedLayer
+from vtr.engine.trace import Trace
 
 
 def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -41,14 +42,12 @@ def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Non
     kwargs["vtr_plan"] = plan
 
 
-def note_decoded(generation: Generation) -> None:
+def note_cache(trace: Trace, layers: list[RaggedLayer] | None, attended_before: list[Any] | None = None) -> None:
     """Add to the trace what the cache says at the end of the call; numbers only, the cache itself may go."""
-    trace, layers = generation.trace, generation.cache_layers
     if not layers:
         return
-    before = generation.attended_before or [0] * len(layers)
+    before = attended_before or [0] * len(layers)
     trace.attended = [layer.attended - b for layer, b in zip(layers, before, strict=True)]
     trace.kv_tokens = [layer.live() for layer in layers]
     trace.kv_allocated = sum(layer.allocated() for layer in layers)
     trace.kv_itemsize = layers[0].buckets[0].keys.element_size() if layers[0].buckets else 0
-    generation.cache_layers = None

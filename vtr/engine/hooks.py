@@ -31,7 +31,7 @@ from vtr.engine.call import (
     running,
     warn_on_continue,
 )
-from vtr.engine.decode import note_decoded, remembering
+from vtr.engine.decode import note_cache, remembering
 from vtr.engine.session import Request, Session
 from vtr.engine.trace import DenseTrace, Geometry, Trace
 
@@ -123,7 +123,7 @@ class Patch:
         finally:
             running.reset(token)
         if generation.started:
-            note_decoded(generation)
+            note_cache(generation.trace, generation.cache_layers, generation.attended_before)
             self.publish(generation.trace)
         elif ids is not None:
             self.publish(self._dense_generation(ids, kwargs, out))
@@ -277,9 +277,7 @@ class Patch:
             cache.layers, cache.layer_class_to_replicate = layers, None
             kwargs["past_key_values"] = cache
         if generation is not None:
-            generation.started, generation.cache_layers = True, layers
-            if generation.attended_before is None and layers is not None:
-                generation.attended_before = [layer.attended for layer in layers]
+            generation.runs_on(layers)
         kwargs["vtr_session"] = session
         return kwargs
 
@@ -307,9 +305,7 @@ class Patch:
             state.memos = [{} for _ in state.policies]
             kwargs["vtr_session"] = "remember"
         if generation is not None:
-            generation.started, generation.cache_layers = True, layers
-            if generation.attended_before is None:
-                generation.attended_before = [layer.attended for layer in layers]
+            generation.runs_on(layers)
         trace.note_decode(embeds.shape[0])
         return kwargs
 
@@ -327,8 +323,7 @@ class Patch:
         else:
             return None
         if self.generation() is None:
-            if layers is not None:
-                note_decoded(Generation(self.key, None, [], 0, trace, cache_layers=layers))
+            note_cache(trace, layers)
             self.publish(trace)
         return out
 

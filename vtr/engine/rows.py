@@ -127,10 +127,14 @@ class Row:
         kept = self.vision.index_select(0, keep)
         stay = torch.cat([self.text, kept]).sort().values
         self.text, self.vision = torch.searchsorted(stay, self.text), torch.searchsorted(stay, kept)
-        self.alive = keep if self.alive is None else self.alive.index_select(0, keep)
+        self.alive = self.alive_of(keep)
         self._here = stay if self._here is None else self._here.index_select(0, stay)
         self.count, self.length = len(keep), len(stay)
         return stay
+
+    def alive_of(self, keep: torch.Tensor) -> torch.Tensor:
+        """``keep``, an index into the vision tokens still there, as one into those that entered the text model."""
+        return keep if self.alive is None else self.alive.index_select(0, keep)
 
     def passing(self, keep: torch.Tensor) -> torch.Tensor:
         """Row-local indices of the text and of the vision tokens ``keep``, ascending; the row stays as it is."""

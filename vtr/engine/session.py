@@ -41,8 +41,8 @@ class Session:
     """The rows of one forward. ``rows`` in, ``layer()`` at each decoder layer, ``unpack()`` out.
 
     Args:
-        embeds: [B, L, D], merged embeddings. mask: [B, L] bool or None (no padding). position_ids: [B or 1, L].
-        cache: the ragged layers, or None.
+        request: None where a ragged cache goes on with text only. embeds: [B, L, D], merged embeddings.
+        mask: [B, L] bool, or None (no padding). layers, state: of the ragged cache, or None. depth: decoder layers.
     """
 
     def __init__(
@@ -131,11 +131,10 @@ class Session:
             hidden = hidden.index_select(1, through)
             rope = tuple(t.index_select(1, through) for t in rope)
             positions = positions.index_select(1, through)
-        for noted, count, kept, length in zip(self.noted, counts, alive, lengths, strict=True):
+        for noted, count, kept in zip(self.noted, counts, alive, strict=True):
             noted.counts.append(count)
             noted.alive.append(kept)
-            noted.lengths.append(length)
-        past = self._stage(index)
+        past = self._cached(index)
         self.lengths.append(lengths)
         self.past.append(past or [0] * self.batch)
         plan = Plan(
@@ -163,10 +162,9 @@ class Session:
             if row.count and p is not None and p.asks("prune"):
                 tokens = row.tokens(index, self.depth, hidden[0, start : start + n], self._scores.get(row.index))
                 answer = p.prune(index, tokens)
-                if answer is not None and len(answer) < row.count:
-                    stay = row.cut(checked_keep(answer, row.count, "prune", p, hidden.device))
-                elif answer is not None:
-                    checked_keep(answer, row.count, "prune", p, hidden.device)
+                if answer is not None:
+                    keep = checked_keep(answer, row.count, "prune", p, hidden.device)
+                    stay = row.cut(keep) if len(keep) < row.count else None
             stays.append(stay)
             start += n
         self._scores = {}
@@ -190,7 +188,7 @@ class Session:
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
                     passes = row.passing(keep)
                     lengths[i], counts[i] = len(passes), len(keep)
-                    alive[i] = keep if row.alive is None else row.alive.index_select(0, keep)
+                    alive[i] = row.alive_of(keep)
                     if answer.weights is not None:
                         weighted = True
                         scale = scale.index_copy(0, row.vision, answer.weights.to(scale))
@@ -201,7 +199,8 @@ class Session:
         joined = _joined(through, before, hidden.device)
         return joined, lengths, counts, alive, torch.cat(weights) if weighted else None
 
-    def _stage(self, index: int) -> list[int]:
+    def _cached(self, index: int) -> list[int]:
+        """Tokens each row already has in this layer's cache; empty when there are none."""
         if self.layers is None or not self.layers[index].place:
             return []
         return self.layers[index].lengths()

@@ -85,8 +85,6 @@ class RowTrace:
     alive: list[torch.Tensor | None] = field(default_factory=list)
     original: int = 0
     """Vision tokens of the prompt before anything was reduced."""
-    lengths: list[int] = field(default_factory=list)
-    """All tokens of the row (text too) that entered each layer."""
 
 
 @dataclass

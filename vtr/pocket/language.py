@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from . import scenes as S
 from .model import EOS, IDS, PAD, VOCAB, answer_states, encode, pack, pixels_of, see, tower_of
-from .optim import Muon, average_gradients, ramp, set_lr
+from .optim import Muon, average_gradients, descend, ramp, set_lr
 
 QUESTIONS = 24  # per picture
 ILLEGIBLE = {"letter", "find", "word"}  # types a thumbnail cannot answer
@@ -266,13 +266,7 @@ def train_lm(
             embed_pictures(model, batch, tower > 0, view[0] == "thumbnail"), batch, view, rng
         )
         loss, right, kind = answer_loss(model, tokens, where, start, batch)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        average_gradients(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(loss, params, optimizers)
         ctx.track(
             step,
             loss.item(),

@@ -65,6 +65,17 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group.setdefault("base", group["lr"]) * factor
 
 
+def descend(loss: torch.Tensor, params: list[nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """One step of all optimizers along the workers' mean gradient, clipped to norm 1."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    average_gradients(params)
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def average_gradients(params: list[nn.Parameter]) -> None:
     """Mean of the gradients over all worker processes (nothing to do in a single process)."""
     if not dist.is_initialized():

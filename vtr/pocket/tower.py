@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from . import scenes as S
 from .model import DenseHead, pixels_of, see, summary, tower_of
-from .optim import Muon, average_gradients, ramp, set_lr
+from .optim import Muon, descend, ramp, set_lr
 
 CLASSES = [1 + len(words) for words in S.CHANNEL_WORDS] + [2, 2]  # ... + center, + "is this tile a thumbnail"
 PRESENT = len(S.SHAPES) * len(S.COLOR_NAMES) + len(S.DIGITS) + len(S.LETTERS) + len(S.WORDS)
@@ -92,13 +92,7 @@ def train_tower(model: Any, ctx: Any, steps: int, lr: float = 4e-3, scenes_per_s
     for step in ctx.steps("tower", first, steps):
         set_lr(optimizers, ramp(step, steps, 60, "cosine"))
         loss, seen = tower_losses(model, head, tile_batch(stream, scenes_per_step))
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        average_gradients(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        descend(loss, params, optimizers)
         ctx.track(step, loss.item(), seen)
         if step % 500 == 0 or step == steps:
             ctx.save("tower", step, model, optimizers, head)
