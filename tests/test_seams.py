@@ -157,6 +157,21 @@ def test_routing_equals_a_layer_by_layer_reference(model: Any) -> None:
     assert row.vision_tokens == [n, (n + 1) // 2, n, (n + 1) // 2, n]
 
 
+def test_an_interrupted_routed_layer_leaves_nothing_behind(model: Any) -> None:
+    inputs = tiny.batch(model, ROWS[:1])
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        before = model(**inputs).logits
+        hook = model.get_decoder().layers[1].self_attn.o_proj.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs, policy=Mod())
+        hook.remove()
+        assert torch.equal(model(**inputs).logits, before)
+
+
 def routed_by_hand(model: Any, hidden: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
     text = model.get_decoder()
     slots, length = vision.nonzero().squeeze(1), hidden.shape[1]

@@ -215,6 +215,7 @@ class Patch:
 
     # -- the text model's hooks: pack, unpack ----------------------------------------------------------------------
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mlp_scale.set(None)  # an interrupted forward may have left one
         request: Request | None = kwargs.pop("vtr_request", None)
         cache: Any = kwargs.get("past_key_values")
         ragged = is_ragged(cache)
