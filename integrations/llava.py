@@ -27,14 +27,11 @@ class Llava(Adapter):
     family = "LLaVA-1.5"
     classes = ("LlavaForConditionalGeneration",)
 
-    def text_model(self, model: nn.Module) -> Any:
-        return model.model.language_model  # type: ignore[union-attr]
-
-    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """Every image is one tile: its patches in rows."""
         pixels = inputs.get("pixel_values")
         if pixels is None:
-            return []
+            return {}
         config: Any = model.config
         strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
         if strategy == "full" and config.vision_config.model_type == "clip_vision_model":
@@ -43,4 +40,5 @@ class Llava(Adapter):
                 "place in the grid: use 'default'"
             )
         patch = config.vision_config.patch_size
-        return [tile_layout(pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels)
+        tile = tile_layout(pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        return {config.image_token_id: [tile] * len(pixels)}

@@ -26,12 +26,21 @@ def anyres_layout(
     """
     side = tile_pixels // patch
     rows, columns = get_anyres_image_grid_shape(size, [list(p) for p in pinpoints], tile_pixels)
+    canvas = canvas_of(rows, columns, side)
+    return with_newlines(unpad_image(canvas, size), canvas, (rows, columns), side)
+
+
+def canvas_of(rows: int, columns: int, side: int) -> torch.Tensor:
+    """int64 [3, rows · side, columns · side]: tile, y and x of every token of a canvas of crops."""
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
-    canvas = torch.stack([1 + (y // side) * columns + x // side, y % side, x % side])
-    body = unpad_image(canvas, size)
+    return torch.stack([1 + (y // side) * columns + x // side, y % side, x % side])
+
+
+def with_newlines(body: torch.Tensor, canvas: torch.Tensor, crops: tuple[int, int], side: int) -> Layout:
+    """A thumbnail, then ``body`` ([3, height, width], what is left of ``canvas``), a newline token behind each row."""
     # a newline token stands one past the last patch of its row; of a sliver no patch may be left, its newlines are
-    last = body[:, :, -1:] if body.shape[2] else canvas[:, :, :1] - torch.tensor([0, 0, 1]).view(3, 1, 1)
-    end = last + torch.tensor([0, 0, 1]).view(3, 1, 1)
+    one = torch.tensor([0, 0, 1]).view(3, 1, 1)
+    end = (body[:, :, -1:] if body.shape[2] else canvas[:, :, :1] - one) + one
     tile, y, x = torch.cat([body, end], 2).flatten(1)
     newline = torch.cat([torch.zeros_like(body[0]), torch.ones_like(end[0])], 1).flatten()
     thumbnail = tile_layout(side, side)
@@ -41,7 +50,7 @@ def anyres_layout(
         torch.cat([thumbnail.x, x]),
         torch.cat([thumbnail.newline, newline]),
         (side, side),
-        (rows, columns),
+        crops,
     )
 
 
@@ -51,22 +60,20 @@ class LlavaNext(Adapter):
     family = "LLaVA-NeXT"
     classes = ("LlavaNextForConditionalGeneration",)
 
-    def text_model(self, model: nn.Module) -> Any:
-        return model.model.language_model  # type: ignore[union-attr]
-
-    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """Thumbnail and crops of every image, from ``image_sizes``.
 
         Raises:
             ValueError: pixel_values without image_sizes.
         """
         if inputs.get("pixel_values") is None:
-            return []
+            return {}
         sizes = inputs.get("image_sizes")
         if sizes is None:
             raise ValueError("LLaVA-NeXT needs image_sizes beside pixel_values: pass everything the processor returned")
         config: Any = model.config
         pinpoints = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
         sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
-        vision = config.vision_config
-        return [anyres_layout((int(h), int(w)), pinpoints, vision.image_size, vision.patch_size) for h, w in sizes]
+        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        layouts = [anyres_layout((int(h), int(w)), pinpoints, side, patch) for h, w in sizes]
+        return {config.image_token_id: layouts}

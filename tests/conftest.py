@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,9 +31,19 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
     return None
 
 
-@pytest.fixture(scope="session", params=["llava-sdpa", "llava-eager", "llava_next-sdpa", "llava_next-eager"])
+def combinations() -> list[Any]:
+    """Family × language model × attention; every other one is slow, so that each pair of the three is always run."""
+    out = []
+    for (i, family), (j, lm), (k, attn) in itertools.product(
+        enumerate(tiny.FAMILIES), enumerate(tiny.LMS), enumerate(("sdpa", "eager"))
+    ):
+        out.append(pytest.param(f"{family}-{lm}-{attn}", marks=[pytest.mark.slow] * ((i + j + k) % 2)))
+    return out
+
+
+@pytest.fixture(scope="session", params=combinations())
 def pair(request: pytest.FixtureRequest) -> Pair:
-    """Family × attention."""
-    family, attn = request.param.split("-")
-    stock = getattr(tiny, family)(attn)
+    """Family × language model × attention."""
+    family, lm, attn = request.param.split("-")
+    stock = getattr(tiny, family)(attn, lm=lm)
     return Pair(stock, vtr.patch(copy.deepcopy(stock)))

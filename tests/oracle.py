@@ -38,6 +38,9 @@ class Rank:
 
     keeps: dict[int, Keep]
     queries: str
+    """"last", "text" or "ahead": the last one's, in the very layer that the cut is in front of."""
+    renumber: bool = False
+    """Positions close up over what is dropped."""
 
     def count(self, layer: int, total: int) -> int:
         """How many of ``total`` tokens may enter: a count, or a ratio rounded down (but 0.3 of 10 is 3)."""
@@ -50,6 +53,7 @@ class Given:
     """The kept slots of every layer, as somebody else chose them."""
 
     kept: list[list[int]]
+    renumber: bool = False
 
 
 Rule = Rank | Given | None
@@ -72,23 +76,29 @@ def rule(policy: Any, kept: list[list[int]]) -> Rule:
         return Rank({settings["layer"]: settings["keep"]}, "last")
     if policy.name == "gsearch":
         return Rank(dict(enumerate(settings["schedule"])), settings["queries"])
+    if policy.name == "pyramid":
+        stages = settings["layers"] or [len(kept) * (i + 1) // (len(settings["keeps"]) + 1) for i in range(99)]
+        return Rank(dict(zip(stages, settings["keeps"], strict=False)), "ahead", settings["positions"] == "reindex")
     return Given(kept)
 
 
 @torch.no_grad()
 def row(model: Any, inputs: dict[str, Tensor]) -> Row:
-    """The one row of a batch-1 input without padding, image features put at its placeholders."""
+    """The one row of a batch-1 input without padding, image and video features put at their placeholders."""
     ids = inputs["input_ids"][0]
     embeds = model.get_input_embeddings().weight[ids].clone()
-    vision = ids == model.config.image_token_id
-    if bool(vision.any()):
-        images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-        embeds[vision] = torch.cat(list(model.model.get_image_features(**images).pooler_output))
-    return Row(embeds, vision)
+    images = ids == model.config.image_token_id
+    videos = ids == getattr(model.config, "video_token_id", -1)
+    if bool(images.any()):
+        given = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        embeds[images] = torch.cat(list(model.model.get_image_features(**given).pooler_output))
+    if bool(videos.any()):
+        embeds[videos] = torch.cat(list(model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output))
+    return Row(embeds, images | videos)
 
 
-def scores(probs: Tensor, vision: Tensor, queries: str) -> Tensor:
-    """What the text paid to each slot ([n]), from a layer's attention probabilities [heads, n, n]."""
+def scores(probs: Tensor, mask: Tensor, vision: Tensor, queries: str) -> Tensor:
+    """What the text paid to each slot ([n]), from a layer's attention probabilities [heads, n, n] under ``mask``."""
     mean, slots = probs.mean(0), torch.arange(len(vision))
     text = ~vision
     if queries == "last":
@@ -96,7 +106,9 @@ def scores(probs: Tensor, vision: Tensor, queries: str) -> Tensor:
     asking = text & (slots > slots[vision][0])
     out = torch.zeros(len(vision))
     for j in slots[vision].tolist():
-        seeing = asking & (slots > j)
+        seeing = asking & (mask[:, j] == 0)
+        if not bool(seeing.any()):
+            continue
         out[j] = mean[seeing, j].mean()
     return out
 
@@ -116,32 +128,55 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
 
 
-def rotated(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of [heads, n, dim] at positions 0 … n - 1."""
-    n, dim = x.shape[1:]
-    angles = torch.outer(torch.arange(n).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+def rotated(x: Tensor, theta: float, positions: Tensor) -> Tensor:
+    """Rotary embedding of [heads, n, dim] at ``positions`` [n]."""
+    dim = x.shape[2]
+    angles = torch.outer(positions.float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def attention(module: Any, x: Tensor, mask: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+def queries_keys(module: Any, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys [heads, n, dim] of grouped-query attention, keys repeated for their group."""
+    n, dim, theta = len(x), module.head_dim, config.rope_parameters["rope_theta"]
+    q, k = (p(x).view(n, -1, dim) for p in (module.q_proj, module.k_proj))
+    if hasattr(module, "q_norm"):
+        q, k = norm(module.q_norm, q), norm(module.k_norm, k)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    q, k = (rotated(t.transpose(0, 1), theta, positions) for t in (q, k))
+    return q, k.repeat_interleave(groups, 0)
+
+
+def attention(module: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """Output [n, d] and probabilities [heads, n, n] of grouped-query attention under an additive mask."""
     n, dim = len(x), module.head_dim
-    theta = config.rope_parameters["rope_theta"]
-    q, k, v = (p(x).view(n, -1, dim).transpose(0, 1) for p in (module.q_proj, module.k_proj, module.v_proj))
-    groups = config.num_attention_heads // config.num_key_value_heads
-    q, k = rotated(q, theta), rotated(k, theta).repeat_interleave(groups, 0)
+    q, k = queries_keys(module, x, positions, config)
+    v = (
+        module.v_proj(x)
+        .view(n, -1, dim)
+        .transpose(0, 1)
+        .repeat_interleave(len(q) * dim // module.v_proj.out_features, 0)
+    )
     probs = (q @ k.transpose(1, 2) * dim**-0.5 + mask).softmax(-1)
-    out = probs @ v.repeat_interleave(groups, 0)
+    out = probs @ v
     return module.o_proj(out.transpose(0, 1).reshape(n, -1)), probs
 
 
-def hidden_keys(alive: Tensor) -> Tensor:
+def window(config: Any, layer: int) -> int | None:
+    """How many positions back layer ``layer`` sees, itself included; None for all."""
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[layer] == "sliding_attention")
+    return config.sliding_window if slides else None
+
+
+def hidden_keys(alive: Tensor, positions: Tensor, window: int | None) -> Tensor:
     """Additive causal mask without dropped keys. A dropped token still sees itself: its row must stay a number."""
     n = len(alive)
-    seen = torch.ones(n, n).tril().bool() & alive | torch.eye(n).bool()
-    return torch.zeros(n, n).masked_fill(~seen, -torch.inf)
+    seen = torch.ones(n, n).tril().bool() & alive
+    if window is not None:
+        seen &= positions[:, None] - positions[None] < window
+    return torch.zeros(n, n).masked_fill(~(seen | torch.eye(n).bool()), -torch.inf)
 
 
 @torch.no_grad()
@@ -149,17 +184,25 @@ def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None 
     """One row through the whole decoder. ``hint`` are the engine's kept slots, believed in near ties only."""
     config, text = model.config.text_config, model.get_decoder()
     x, kept, here = prompt.embeds, [], prompt.slots
-    probs = torch.zeros(0)  # nothing ranks in layer 0
+    probs, positions = torch.zeros(0), torch.arange(len(x))  # nothing ranks in layer 0
+    alive = torch.ones(len(x)).bool()
+    mask = torch.zeros(0)
     for depth, layer in enumerate(text.layers):
         if isinstance(how, Given):
             here = how.kept[depth]
         elif isinstance(how, Rank) and (count := how.count(depth, len(prompt.slots))) < len(here):
-            score = scores(probs, prompt.vision, how.queries)
+            if how.queries == "ahead":  # what this layer would do if nothing were dropped in front of it
+                y, mask = norm(layer.input_layernorm, x), hidden_keys(alive, positions, window(config, depth))
+                probs = attention(layer.self_attn, y, mask, positions, config)[1]
+            score = scores(probs, mask, prompt.vision, "last" if how.queries == "ahead" else how.queries)
             here = best(score, here, count, hint[depth] if hint else None)
         kept.append(here)
         alive = ~prompt.vision
         alive[here] = True
-        out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), hidden_keys(alive), config)
+        if how is not None and how.renumber:
+            positions = alive.cumsum(0) - 1
+        mask = hidden_keys(alive, positions, window(config, depth))
+        out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), mask, positions, config)
         x = x + out
         y, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
@@ -173,17 +216,19 @@ def standing_in(alive: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(model: Any, prompt: Row, kept: list[list[int]], steps: int, never: int) -> tuple[list[int], Tensor]:
+def greedy(
+    model: Any, prompt: Row, kept: list[list[int]], steps: int, never: list[int], renumber: bool = False
+) -> tuple[list[int], Tensor]:
     """Greedy decoding, every step recomputed from scratch; the prompt's kept slots stay what they are.
 
-    Returns the tokens and the logits [steps, vocab] that chose them; the token ``never`` is not chosen.
+    Returns the tokens and the logits [steps, vocab] that chose them; the tokens ``never`` are not chosen.
     """
     table, logits = model.get_input_embeddings().weight, []
     tokens: list[int] = []
     for _ in range(steps):
         new = table[torch.tensor(tokens, dtype=torch.long)]
         vision = torch.cat([prompt.vision, torch.zeros(len(tokens)).bool()])
-        last = run(model, Row(torch.cat([prompt.embeds, new]), vision), Given(kept)).logits[-1]
+        last = run(model, Row(torch.cat([prompt.embeds, new]), vision), Given(kept, renumber)).logits[-1]
         logits.append(last)
-        tokens.append(int(last.index_fill(0, torch.tensor([never]), -torch.inf).argmax()))
+        tokens.append(int(last.index_fill(0, torch.tensor(never), -torch.inf).argmax()))
     return tokens, torch.stack(logits)

@@ -167,7 +167,12 @@ MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
     "an empty row": (ValueError, "row 2 has no tokens", lambda w: w.run(F, attention_mask=no_tokens_in_row_2(w))),
     "embeddings only": (
         vtr.UnsupportedError,
-        "needs input_ids",
+        "hold no image placeholder",
+        lambda w: w.model(inputs_embeds=torch.randn(3, 50, 48), policy=F),
+    ),
+    "embeddings without pixels": (
+        ValueError,
+        "but no image",
         lambda w: w.model(inputs_embeds=w.model.get_input_embeddings()(w.ids), policy=F),
     ),
     "a policy that answers floats": (TypeError, "BadShape.prune must return a 1-D int64", lambda w: w.run(BadShape())),
@@ -216,6 +221,6 @@ def test_unpatch_while_generating_is_refused(world: World) -> None:
 
         def end(self) -> None: ...
 
-    with pytest.raises(RuntimeError, match="generating right now"):
+    with pytest.raises(RuntimeError, match="it is generating"):
         tiny.generate(world.model, tiny.single(world.inputs, 0, world.model), streamer=Unpatcher(), max_new_tokens=2)
     world.unchanged()

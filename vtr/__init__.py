@@ -5,7 +5,7 @@ from vtr import pocket
 from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
 from vtr.engine.install import patch, unpatch, use
-from vtr.policies import FastV, GSearch, Random, UniformGrid
+from vtr.policies import FastV, GSearch, Pyramid, Random, UniformGrid
 from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
 
@@ -16,6 +16,7 @@ __all__ = [
     "Image",
     "Policy",
     "Pooled",
+    "Pyramid",
     "Random",
     "Report",
     "Route",

@@ -164,7 +164,7 @@ def _dense(trace: DenseTrace) -> Report:
 
 
 def _dense_rows(trace: DenseTrace) -> list[RowReport]:
-    vision = trace.input_ids.cpu() == trace.image_token_id
+    vision = torch.isin(trace.input_ids.cpu(), torch.tensor(trace.placeholders))
     out = []
     for row in vision:
         slots = row.nonzero().squeeze(1).tolist()

@@ -152,6 +152,10 @@ class Tokens:
         scores: float32 [n], what ``needs(layer)`` asked for, or None.
     """
 
+    ahead: Callable[[], torch.Tensor]
+    """float32 [n]: attention the last text query is about to pay in this layer, from the layer's own projections
+    (PyramidDrop's ranking). Computed when called."""
+
     def __init__(
         self,
         layer: int,
@@ -160,7 +164,9 @@ class Tokens:
         count: int,
         field: Callable[[str], torch.Tensor],
         scores: torch.Tensor | None,
+        ahead: Callable[[], torch.Tensor],
     ) -> None:
+        self.ahead = ahead
         self.layer, self.num_hidden_layers, self.total = layer, num_hidden_layers, total
         self._count, self._field, self.scores = count, field, scores
 
@@ -220,6 +226,11 @@ class Policy:
     name: ClassVar[str] = ""
     question_guided: ClassVar[bool] = False
     """True if what is kept depends on the question of this turn (a later turn may miss something)."""
+
+    @property
+    def renumbers(self) -> bool:
+        """True if the tokens that stay after a cut get new, contiguous positions (False: they keep theirs)."""
+        return False
 
     # -- the five questions ----------------------------------------------------------------------------------------
     def compress(self, image: Image) -> torch.Tensor | Pooled | None:

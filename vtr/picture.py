@@ -94,14 +94,13 @@ def show_kept(
 
 def image_spans(model: Any, inputs: Any) -> list[tuple[int, int, Layout]]:
     """(row, first slot, layout) of every image of a call's inputs, in order."""
-    from vtr.engine.call import assign_images
     from vtr.engine.install import patch_of
+    from vtr.engine.prompt import read_prompt
 
-    patch = patch_of(model)
-    vision = inputs["input_ids"].cpu() == patch.adapter.image_token_id(model)
+    prompt = read_prompt(patch_of(model).adapter, model, inputs["input_ids"], None, inputs)
     spans = []
-    for row, images in enumerate(assign_images(patch.adapter.layouts(model, inputs), vision.sum(1).tolist())):
-        slots, start = vision[row].nonzero().squeeze(1).tolist(), 0
+    for row, images in enumerate(prompt.layouts):
+        slots, start = prompt.is_vision[row].nonzero().squeeze(1).tolist(), 0
         for layout in images:
             spans.append((row, slots[start], layout))
             start += len(layout)

@@ -147,6 +147,10 @@ class Chain(Policy):
         return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
 
     @property
+    def renumbers(self) -> bool:
+        return any(p.renumbers for p in self.policies)  # type: ignore[union-attr]
+
+    @property
     def on_continue(self) -> str:
         return next((p.on_continue for p in self.policies if hasattr(p, "on_continue")), "warn")
 

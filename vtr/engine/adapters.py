@@ -17,24 +17,26 @@ class Adapter(ABC):
     Attributes:
         family: the name people know it by.
         classes: names of the transformers classes it serves.
-        image_inputs: the keyword arguments of ``forward`` that carry images.
     """
 
     family: str
     classes: tuple[str, ...]
-    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
 
-    @abstractmethod
     def text_model(self, model: nn.Module) -> Any:
-        """The module whose forward runs the decoder layers; it has ``.layers`` and ``.config``."""
+        """The module whose forward runs the decoder layers; it has ``.layers``, ``.rotary_emb`` and ``.config``."""
+        return model.model.language_model  # type: ignore[union-attr]
+
+    def placeholders(self, model: nn.Module) -> tuple[int, ...]:
+        """The ids in ``input_ids`` that stand for one vision token each (of an image, of a video …)."""
+        return (int(model.config.image_token_id),)  # type: ignore[union-attr,arg-type]
 
     @abstractmethod
-    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Layout]:
-        """One layout per image of ``inputs`` (the call's keyword arguments), in the order of the images."""
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
+        """Per placeholder id one layout per image (a video counts as one), in the order of the images.
 
-    def image_token_id(self, model: nn.Module) -> int:
-        """The id in ``input_ids`` that stands for one vision token."""
-        return int(model.config.image_token_id)  # type: ignore[union-attr,arg-type]
+        Args:
+            inputs: the call's keyword arguments; ``input_ids`` [rows, L] are on the CPU and always there.
+        """
 
 
 _ADAPTERS: list[Adapter] = []

@@ -1,7 +1,8 @@
 """The attention functions ``vtr_sdpa``, ``vtr_eager``, …: the model's own function, called row by row on packed tokens.
 
 They are registered once per base with transformers, hold no state, and without a plan in their keyword arguments they
-are the base function itself. Attention scores come from q and k of the rows asked for, never from a full matrix.
+are the base function itself. On a GPU one varlen kernel takes all rows of a prefill at once where torch or flash-attn
+brings one.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.scores import Reach, scores
 from vtr.engine.trace import Clock
+from vtr.engine.varlen import packed_attention
 
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "vtr_"
-CHUNK = 64
-"""Scores of many text queries are taken so many at a time."""
 
 mlp_scale: ContextVar[torch.Tensor | None] = ContextVar("vtr_mlp_scale", default=None)
 """Weights the running layer's MLP output is multiplied by. Set by the attention function, which runs before the MLP in
@@ -71,6 +72,10 @@ class Plan:
     """bool [rows] on the device: whether the decoded token is cached; None for all."""
     trace: Any = None
     """Of a decode step: where it is noted."""
+    positions: torch.Tensor | None = None
+    """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a sliding window; else None."""
+    reach: int = 0
+    """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
 
 
 def attention_name(base: str) -> str:
@@ -109,71 +114,90 @@ def attention(
 ) -> tuple[torch.Tensor, Any]:
     """Attention as transformers asks for it; with a plan, row by row. query [1, heads, T, d] → [1, T, heads, d]."""
     plan: Plan | None = kwargs.pop("vtr_plan", None)
-    call = base_function(base, module)
     if plan is None:
-        return call(module, query, key, value, attention_mask, **kwargs)
+        return base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
     # rope is applied already; a flash wrapper would read gaps between kept positions as separate sequences
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
         mlp_scale.set(plan.scale)
+    window = kwargs.get("sliding_window")
+    if window is not None and plan.reach <= window:
+        window = None
     if plan.decode:
-        return _decode(base, call, module, query, plan.layers[module.layer_idx], plan, kwargs), None
+        return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
+    one_kernel = packed_attention(base, query, plan, window, kwargs)
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)
         start += n
-        q, k, v, mask = query[:, :, here], key[:, :, here], value[:, :, here], None
-        if plan.past and plan.past[row]:
-            k, v = plan.layers[module.layer_idx].row(row, plan.past[row] + n)
-            mask = _causal(base, n, k.shape[2], q)
-        elif base == "eager" and n > 1:
-            mask = _causal(base, n, n, q)
-        outs.append(call(module, q, k, v, mask, **kwargs)[0])
+        q, k, v = query[:, :, here], key[:, :, here], value[:, :, here]
+        past = plan.past[row] if plan.past else 0
+        if past:
+            k, v = plan.layers[module.layer_idx].row(row, past + n)
+        reach = _reach(plan, module, row, here, past + n, window)
+        if one_kernel is None:
+            outs.append(_one_row(base, module, q, k, v, reach, kwargs))
         for probe in plan.probes:
             if probe.row == row and row not in plan.sink:
                 with torch.no_grad():
-                    plan.sink[row] = _timed_scores(plan.clock, q, k, probe.queries, kwargs.get("scaling"))[-n:]
+                    found = _timed_scores(plan.clock, q, k, probe.queries, kwargs.get("scaling"), reach)
+                    plan.sink[row] = found[-n:]
+    if one_kernel is not None:
+        return one_kernel(query, key, value), None
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
 
 
+def _reach(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> Reach | None:
+    """What a sliding window lets the queries ``here`` see of the row's ``keys`` tokens; None if it hides nothing."""
+    if window is None or plan.positions is None:
+        return None
+    own = plan.positions[here]
+    return Reach(own, own if keys == len(own) else plan.layers[module.layer_idx].positions(row, keys), window)
+
+
+def _one_row(
+    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach | None, kwargs: dict
+) -> torch.Tensor:
+    """One row's queries on all its keys. [1, heads, n, d] → [1, n, heads, d]."""
+    n, m, mask = q.shape[2], k.shape[2], None
+    if reach is not None:
+        if base.startswith("flash"):  # its windows count tokens, not positions: gaps need a mask
+            base = "sdpa"
+        mask = _as_mask(base, reach.seen()[None, None], q.dtype)
+    elif n > 1 and (n < m or base == "eager") and not base.startswith("flash"):  # flash kernels align it by themselves
+        causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        mask = _as_mask(base, causal[None, None], q.dtype)
+    return base_function(base, module)(module, q, k, v, mask, **kwargs)[0]
+
+
 def _decode(
-    base: str, call: Callable[..., Any], module: Any, query: torch.Tensor, cache: RaggedLayer, plan: Plan, kwargs: dict
+    base: str, module: Any, query: torch.Tensor, cache: RaggedLayer, plan: Plan, window: int | None, kwargs: dict
 ) -> torch.Tensor:
     """One new token per row, query [rows, heads, 1, d]: one call per bucket of rows of similar length."""
-    outs = []
+    if window is not None and base.startswith("flash"):
+        base = "sdpa"
+    outs, call = [], base_function(base, module)
     for bucket in cache.buckets:
         q, n = query if cache.whole else query[bucket.rows], bucket.upper + 1
-        mask = None
+        mask, seen = None, None
         if not bucket.equal:
             seen = torch.arange(n, device=q.device)[None] <= bucket.lens[:, None]
-            mask = _as_mask(base, seen, q.dtype)
+        if window is not None and bucket.positions is not None and plan.positions is not None:
+            now = plan.positions if cache.whole else plan.positions[bucket.rows]
+            near = now[:, None] - bucket.positions[:, :n] < window
+            seen = near if seen is None else seen & near
+        if seen is not None:
+            mask = seen if base.startswith("flash") else _as_mask(base, seen[:, None, None], q.dtype)
         outs.append(call(module, q, bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
     cache.attend_done(plan.remember)
     return cache.in_order(outs)
 
 
 def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bool [rows, keys], True = may be seen, in the form ``base`` takes for a single query."""
-    if base.startswith("flash"):
-        return seen
-    mask = seen[:, None, None]
-    return (
-        mask
-        if base == "sdpa"
-        else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    )
-
-
-def _causal(base: str, queries: int, keys: int, like: torch.Tensor) -> torch.Tensor | None:
-    """The causal mask of the last ``queries`` of ``keys`` tokens (flash kernels align it so by themselves)."""
-    if base.startswith("flash") or queries == 1:
-        return None
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)[None, None]
+    """bool, True = may be seen, in the form ``base`` takes."""
     if base == "sdpa":
         return seen
-    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
-        ~seen, torch.finfo(like.dtype).min
-    )
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _timed_scores(clock: Clock | None, *args: Any) -> torch.Tensor:
@@ -181,28 +205,3 @@ def _timed_scores(clock: Clock | None, *args: Any) -> torch.Tensor:
         return scores(*args)
     with clock:
         return scores(*args)
-
-
-def scores(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """Attention that keys get from some queries of one row: mean over heads, and over the queries that can see the key.
-
-    Args:
-        query: [1, heads, n, d] after rope; key: [1, kv_heads, m, d], of which the last n belong to the queries.
-        queries: int64 [q], indices into the n.
-        scaling: of the logits; None for d ** -0.5.
-
-    Returns:
-        float32 [m]; 0 for a key that none of the queries can see.
-    """
-    heads, kv_heads, m = query.shape[1], key.shape[1], key.shape[2]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    where = queries + (m - query.shape[2])
-    total = torch.zeros(m, dtype=torch.float32, device=query.device)
-    columns = torch.arange(m, device=query.device)
-    for some, at in zip(queries.split(CHUNK), where.split(CHUNK), strict=True):
-        q = query[0].index_select(1, some).view(kv_heads, heads // kv_heads * some.shape[0], -1)
-        logits = torch.matmul(q, key[0].transpose(1, 2)).float().mul_(scaling).view(heads, some.shape[0], m)
-        logits.masked_fill_(columns > at[:, None], float("-inf"))
-        total += logits.softmax(-1).mean(0).sum(0)
-    seen_by = (columns <= where[:, None]).sum(0).clamp_(min=1)
-    return total / seen_by

@@ -30,6 +30,8 @@ class CacheState:
     policies: list[Policy | None]
     dropped: list[int]
     """Per row: how many positions the prompt really lost before the decoder (compression renumbers positions)."""
+    shift: list[list[int]] = field(default_factory=list)
+    """Per layer and row: how many positions more were lost by cuts in the decoder that renumber."""
     logical: int = 0
     tail: int = 0
     """Tokens appended since the last reduction, the same for every row: what ``crop`` may take back."""
@@ -40,6 +42,7 @@ class CacheState:
     def take(self, sources: list[int]) -> None:
         self.policies = [self.policies[s] for s in sources]
         self.dropped = [self.dropped[s] for s in sources]
+        self.shift = [[layer[s] for s in sources] for layer in self.shift]
 
 
 @dataclass(eq=False)
@@ -55,6 +58,8 @@ class Bucket:
     """An upper bound of ``lens`` known without asking the device."""
     equal: bool
     """True if every row has exactly ``upper`` tokens."""
+    positions: torch.Tensor | None = None
+    """int64 [b, capacity]: of the cached tokens; only where a sliding window asks for them."""
 
     def grow(self, capacity: int) -> None:
         for name in ("keys", "values"):
@@ -62,6 +67,9 @@ class Bucket:
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.upper] = old[:, :, : self.upper]
             setattr(self, name, new)
+        if self.positions is not None:
+            missing = capacity - self.positions.shape[1]
+            self.positions = torch.nn.functional.pad(self.positions, (0, missing))
 
 
 class RaggedLayer(DynamicLayer):
@@ -69,9 +77,9 @@ class RaggedLayer(DynamicLayer):
 
     is_croppable = True
 
-    def __init__(self, state: CacheState, index: int) -> None:
+    def __init__(self, state: CacheState, index: int, window: int | None = None) -> None:
         super().__init__()
-        self.state, self.index = state, index
+        self.state, self.index, self.window = state, index, window
         self.staged: Any = None
         self.buckets: list[Bucket] = []
         self.place: dict[int, tuple[Bucket, int]] = {}
@@ -101,9 +109,9 @@ class RaggedLayer(DynamicLayer):
             )
         self.lazy_initialization(key_states, value_states)
         if plan.decode:
-            self._append_one(key_states, value_states)
+            self._append_one(key_states, value_states, plan.positions)
         else:
-            self._append_packed(key_states, value_states, plan.lengths)
+            self._append_packed(key_states, value_states, plan.lengths, plan.positions)
         return key_states, value_states
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -157,6 +165,12 @@ class RaggedLayer(DynamicLayer):
         bucket, i = self.place[row]
         return bucket.keys[i : i + 1, :, :length], bucket.values[i : i + 1, :, :length]
 
+    def positions(self, row: int, length: int) -> torch.Tensor:
+        """int64 [length]: positions of one row's tokens (of a layer with a sliding window)."""
+        bucket, i = self.place[row]
+        assert bucket.positions is not None
+        return bucket.positions[i, :length]
+
     def lengths(self) -> list[int]:
         """Tokens of every row (reads the device if ``remember`` decided there)."""
         out = [0] * len(self.place)
@@ -177,7 +191,9 @@ class RaggedLayer(DynamicLayer):
         return sum(t.numel() * t.element_size() for b in self.buckets for t in (b.keys, b.values))
 
     # -- storage ---------------------------------------------------------------------------------------------------
-    def _append_packed(self, keys: torch.Tensor, values: torch.Tensor, lengths: tuple[int, ...]) -> None:
+    def _append_packed(
+        self, keys: torch.Tensor, values: torch.Tensor, lengths: tuple[int, ...], positions: torch.Tensor | None
+    ) -> None:
         if not self.place:
             self._allocate(list(lengths), keys, values)
             old = [0] * len(lengths)
@@ -190,10 +206,12 @@ class RaggedLayer(DynamicLayer):
             here = slice(old[row], old[row] + n)
             bucket.keys[i, :, here] = keys[0, :, offset : offset + n]
             bucket.values[i, :, here] = values[0, :, offset : offset + n]
+            if bucket.positions is not None and positions is not None:
+                bucket.positions[i, here] = positions[offset : offset + n]
             offset += n
         self._set_lengths([o + n for o, n in zip(old, lengths, strict=True)])
 
-    def _append_one(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
         for bucket in self.buckets:
             if bucket.upper + 1 > bucket.keys.shape[2]:
@@ -209,6 +227,9 @@ class RaggedLayer(DynamicLayer):
                 each = torch.arange(len(bucket.rows), device=keys.device)
                 bucket.keys[each, :, bucket.lens] = new_k[:, :, 0]
                 bucket.values[each, :, bucket.lens] = new_v[:, :, 0]
+            if bucket.positions is not None and positions is not None:
+                each = torch.arange(len(bucket.rows), device=keys.device)
+                bucket.positions[each, bucket.lens] = positions if self.whole else positions[bucket.rows]
 
     def attend_done(self, remember: torch.Tensor | None) -> None:
         """After the step's attention: the current token stays (``remember`` None or True) or is forgotten."""
@@ -238,7 +259,8 @@ class RaggedLayer(DynamicLayer):
             new_k = keys.new_zeros(len(rows), keys.shape[1], capacity, keys.shape[3])
             new_v = values.new_zeros(len(rows), values.shape[1], capacity, values.shape[3])
             lens = torch.zeros(len(rows), dtype=torch.int64, device=keys.device)
-            bucket = Bucket(rows, new_k, new_v, lens, 0, True)
+            at = None if self.window is None else lens.new_zeros(len(rows), capacity)
+            bucket = Bucket(rows, new_k, new_v, lens, 0, True, at)
             self.buckets.append(bucket)
             self.place.update({row: (bucket, i) for i, row in enumerate(rows)})
 
@@ -269,6 +291,8 @@ class RaggedLayer(DynamicLayer):
                 index = torch.tensor(local, device=bucket.keys.device)
                 bucket.keys, bucket.values = bucket.keys.index_select(0, index), bucket.values.index_select(0, index)
                 bucket.lens = bucket.lens.index_select(0, index)
+                if bucket.positions is not None:
+                    bucket.positions = bucket.positions.index_select(0, index)
             return
         old, lengths = self.place, self.lengths()
         first = self.buckets[0]
@@ -276,4 +300,6 @@ class RaggedLayer(DynamicLayer):
         for row, source in enumerate(sources):
             (bucket, i), (was, j), n = self.place[row], old[source], lengths[source]
             bucket.keys[i, :, :n], bucket.values[i, :, :n] = was.keys[j, :, :n], was.values[j, :, :n]
+            if bucket.positions is not None and was.positions is not None:
+                bucket.positions[i, :n] = was.positions[j, :n]
         self._set_lengths([lengths[s] for s in sources])

@@ -6,17 +6,19 @@ Three context variables, so that threads and interleaved generations never see e
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
-
-from vtr.base import Layout, Policy, UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.prompt import Prompt
 from vtr.engine.trace import DenseTrace, Trace
 from vtr.registry import policy as as_policy
 
@@ -35,14 +37,14 @@ class Generation:
 
     Attributes:
         key: whose model it is. policies: one per prompt, or None if nothing is reduced.
-        layouts: of the prompt's images, read off the arguments before transformers encodes and drops them.
+        prompt: where its vision tokens sit, read off the arguments before transformers encodes and drops the images.
         length: columns of input_ids as passed. started: True after the first forward.
         queries_end: set by the first forward; later text was decoded.
     """
 
     key: object
     policies: list[Policy | None] | None
-    layouts: list[Layout]
+    prompt: Prompt | None
     length: int
     trace: Trace
     started: bool = False
@@ -58,6 +60,29 @@ class Generation:
 
 
 running: ContextVar[Generation | None] = ContextVar("vtr_running", default=None)
+
+_lock = threading.Lock()
+_busy: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def busy(key: object, why: str) -> Iterator[None]:
+    """While the block runs, in whatever thread, the model of ``key`` may not be patched again or unpatched."""
+    with _lock:
+        _busy.setdefault(key, []).append(why)
+    try:
+        yield
+    finally:
+        with _lock:
+            _busy[key].remove(why)
+
+
+def refuse_if_busy(key: object, what: str) -> None:
+    """Raise RuntimeError if some thread uses the model of ``key`` right now."""
+    with _lock:
+        whys = list(_busy.get(key, ()))
+    if whys:
+        raise RuntimeError(f"cannot {what} this model now: {whys[0]}")
 
 
 def resolve(given: Given, rows: int | None, num_hidden_layers: int) -> list[Policy | None] | None:
@@ -84,34 +109,6 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int) -> list[Poli
     return None if all(p is None for p in made) else made if several else made * rows
 
 
-def assign_images(layouts: list[Layout], placeholders: list[int]) -> list[list[Layout]]:
-    """Give every row its images, in order. ``placeholders``: vision tokens of each row.
-
-    Raises:
-        ValueError: the images do not fit the placeholders.
-    """
-    if sum(placeholders) and not layouts:
-        raise ValueError(
-            f"the prompt has {sum(placeholders)} image placeholders but no image: pass pixel_values (and image_sizes) "
-            "as the processor returned them"
-        )
-    left, rows = list(layouts), []
-    for row, wanted in enumerate(placeholders):
-        mine: list[Layout] = []
-        while wanted > 0 and left:
-            mine.append(left.pop(0))
-            wanted -= len(mine[-1])
-        if wanted != 0:
-            raise ValueError(
-                f"row {row} has {placeholders[row]} image placeholders, which is not what its images give: "
-                "tokenize text and images in one processor call, and do not truncate"
-            )
-        rows.append(mine)
-    if left:
-        raise ValueError(f"{len(left)} images are left over after every row's placeholders are filled")
-    return rows
-
-
 def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
     """Refuse what a reduced call cannot do, before anything changes.
 
@@ -127,6 +124,28 @@ def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
     check_cache(kwargs.get("past_key_values"))
 
 
+def check_generation(kwargs: Mapping[str, Any], default: Any) -> None:
+    """Refuse ways of generating that a reduced call cannot go. ``default``: the model's generation config.
+
+    Raises:
+        UnsupportedError: naming the way out.
+    """
+    if kwargs.get("mm_encoder_outputs") is not None:
+        raise UnsupportedError("a reduced generate needs pixel_values, not mm_encoder_outputs: pass the images")
+    config = kwargs.get("generation_config") or default
+    implementation = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    if implementation not in (None, "dynamic", "dynamic_full"):
+        raise UnsupportedError(
+            f"cache_implementation={implementation!r} cannot hold rows of different lengths: leave it out, or pass "
+            "policy=None"
+        )
+    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+        raise UnsupportedError(
+            "prefill_chunk_size cuts the prompt into pieces, but a policy chooses among all of its tokens: leave it "
+            "out (a reduced prefill needs less memory anyway), or pass policy=None"
+        )
+
+
 def check_cache(cache: Any) -> None:
     """Refuse a cache that cannot become ragged.
 
@@ -136,9 +155,10 @@ def check_cache(cache: Any) -> None:
     if cache is None or is_ragged(cache):
         return
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    kept = (DynamicLayer, DynamicSlidingWindowLayer)
+    plain = type(cache) is DynamicCache and all(type(layer) in kept for layer in cache.layers)
     if not plain or cache.offloading:
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise UnsupportedError(
@@ -152,35 +172,27 @@ def check_cache(cache: Any) -> None:
         )
 
 
-def new_part(ids: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The columns of ``input_ids`` that a generate will run: all, or those behind what its cache already holds.
-
-    transformers takes input_ids for the whole conversation if they are as long as the attention_mask, or none is given.
-    """
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    past = 0 if cache is None else cache.get_seq_length()
-    return ids[:, past:] if mask is None or mask.shape[1] == ids.shape[1] else ids
-
-
 def is_ragged(cache: Any) -> bool:
     """True for a cache whose layers are vtr's."""
     layers = getattr(cache, "layers", None) or [None]
     return isinstance(layers[0], RaggedLayer)
 
 
-def check_text_model(text: Any) -> None:
-    """Refuse a text model whose attention is not fully causal.
+def windows(text: Any) -> tuple[int | None, ...]:
+    """The sliding window of every decoder layer, in positions; None where attention is causal over everything.
 
     Raises:
-        UnsupportedError: sliding windows or the like.
+        UnsupportedError: layers with another kind of attention.
     """
-    kinds = set(getattr(text.config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or getattr(text.config, "sliding_window", None):
+    config, depth = text.config, len(text.layers)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * depth
+    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UnsupportedError(
-            f"{type(text).__name__} has layers with limited attention"
-            f" ({', '.join(sorted(kinds)) or 'sliding_window'}), "
-            "which the packed engine cannot run yet: use a model with full causal attention"
+            f"{type(text).__name__} has layers with {', '.join(sorted(strange))}, which the packed engine cannot run: "
+            "use a model with causal attention (sliding windows are fine)"
         )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def warn_on_continue(policies: Sequence[Policy]) -> None:

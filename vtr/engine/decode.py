@@ -1,4 +1,4 @@
-"""Decoding on a ragged cache: which new tokens are remembered, and what it all came to."""
+"""Decoding on a ragged cache: at which positions, which new tokens are remembered, and what it all came to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,45 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.attention import Plan
-from vtr.engine.cache import RaggedLayer
+from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.trace import Trace
+
+
+class Step:
+    """One decoded token per row, where some layer has to be asked: positions differ by layer, or tokens are forgotten.
+
+    Args:
+        positions: int64 [rows, 1], as layer 0 sees them without renumbering cuts. rotary: the model's rotary embedding.
+    """
+
+    def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Any) -> None:
+        self.state, self.positions, self.rotary = state, positions, rotary
+        self.asks = any(p is not None and p.asks("remember") for p in state.policies)
+        self.renumbers = any(map(any, state.shift))
+        self._shift: list[int] = [0] * len(state.policies)
+        self._changed: dict[str, Any] = {}
+        if self.asks:
+            state.memos = [{} for _ in state.policies]
+
+    def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Put this layer's positions and its plan into ``kwargs``. hidden: [rows, 1, D], returned as it is."""
+        if self.renumbers:
+            self._renumber(index, hidden, kwargs)
+        if self.asks:
+            remembering(index, hidden, kwargs)
+        return hidden
+
+    def _renumber(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        shift = self.state.shift[index]
+        if shift != self._shift:
+            at = self.positions - torch.tensor(shift).to(self.positions.device, non_blocking=True)[:, None]
+            self._changed = {"position_embeddings": self.rotary(hidden, position_ids=at), "position_ids": at}
+            self._shift = shift
+        kwargs.update(self._changed)
+        plan: Plan = kwargs["vtr_plan"]
+        if self._changed and plan.positions is not None:
+            kwargs["vtr_plan"] = plan = replace(plan, positions=self._changed["position_ids"][:, 0])
+            plan.layers[index].staged = plan
 
 
 def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:

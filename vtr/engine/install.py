@@ -8,7 +8,7 @@ from typing import Any
 
 from vtr.base import Policy
 from vtr.engine.adapters import find_adapter
-from vtr.engine.call import Given, in_use, resolve, running
+from vtr.engine.call import Given, busy, in_use, refuse_if_busy, resolve
 from vtr.engine.hooks import NAME, Patch
 
 
@@ -28,9 +28,12 @@ def patch(model: Any, policy: Policy | str | None = None) -> Any:
     Raises:
         TypeError, ValueError: not a model, or a policy that cannot work on it.
         UnsupportedError: an unknown family or attention implementation.
+        RuntimeError: the model is already patched and in use (a ``vtr.use`` block, a running ``generate``).
     """
     adapter = find_adapter(model)
     known: Patch | None = model.__dict__.get(NAME)
+    if known is not None:
+        refuse_if_busy(known.key, "patch")
     made = known or Patch(model, adapter, None)
     resolved = resolve(policy, 1, made.geometry.num_hidden_layers)
     made.default = resolved[0] if resolved else None
@@ -55,13 +58,11 @@ def unpatch(model: Any) -> Any:
     """Take everything :func:`patch` installed out again; a model that is not patched is left alone. Returns the model.
 
     Raises:
-        RuntimeError: a ``generate`` of this model is running in this context.
+        RuntimeError: the model is in use (a ``vtr.use`` block, a ``generate`` running in any thread).
     """
     found: Patch | None = getattr(model, "__dict__", {}).get(NAME)
     if found is not None:
-        generation = running.get()
-        if generation is not None and generation.key is found.key:
-            raise RuntimeError("this model is generating right now: unpatch it when generate has returned")
+        refuse_if_busy(found.key, "unpatch")
         found.remove()
     return model
 
@@ -80,6 +81,7 @@ def use(model: Any, policy: Given) -> Iterator[Any]:
     resolve(policy, len(several), found.geometry.num_hidden_layers)
     token = in_use.set({**in_use.get(), found.key: policy})
     try:
-        yield model
+        with busy(found.key, "a vtr.use block is open; leave it first"):
+            yield model
     finally:
         in_use.reset(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Row:
         """The row's slots before anything was dropped."""
         self.length = len(slots)
         self.dropped = 0
+        self.lost = 0
+        """Tokens that cuts in the decoder dropped and that the row's positions closed up over."""
+        self.first = torch.empty(0)
+        """int64 [1]: position of the row's first token."""
         vision, text = is_vision.nonzero().squeeze(1), (~is_vision).nonzero().squeeze(1)
         self.original = self.total = self.count = len(vision)
         first, last = (int(vision[0]), int(vision[-1])) if len(vision) else (0, -1)
@@ -101,9 +106,14 @@ class Row:
         """Move the index tensors to the device, once, before the first layer."""
         self.text, self.vision = self.text.to(device), self.vision.to(device)
         self._text_queries = self._text_queries.to(device)
+        self.alive = self.alive if self.alive is None else self.alive.to(device)
+        self._here = self._here if self._here is None else self._here.to(device)
         self._fields = {name: t.to(device) for name, t in self._fields.items()}
 
-    def tokens(self, layer: int, depth: int, hidden: torch.Tensor, scores: torch.Tensor | None) -> Tokens:
+    def tokens(
+        self, layer: int, depth: int, hidden: torch.Tensor, scores: torch.Tensor | None,
+        ahead: Callable[[], torch.Tensor],
+    ) -> Tokens:  # fmt: skip
         """What the policy sees. hidden: [n, D], the row's tokens entering the layer; scores: [n] or None."""
 
         def field(name: str) -> torch.Tensor:
@@ -115,7 +125,7 @@ class Row:
             return whole if self.alive is None else whole.index_select(0, self.alive)
 
         ranked = None if scores is None else scores.index_select(0, self.vision)
-        return Tokens(layer, depth, self.total, self.count, field, ranked)
+        return Tokens(layer, depth, self.total, self.count, field, ranked, ahead)
 
     def queries(self, kind: str) -> torch.Tensor:
         """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from vtr.base import Layout, Policy
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, Probe, Routing
 from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.prompt import Prompt
 from vtr.engine.rows import Row, checked_keep
+from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
 
 
@@ -24,15 +27,13 @@ class Request:
     """What a call asked for, from the model's pre-hook to the text model's.
 
     Attributes:
-        policies: one per row. layouts: per row, those of its images.
-        is_vision: bool [rows, L] on the CPU, this forward's vision tokens.
+        policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
         queries_end: slots from here on were decoded, not asked.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
     """
 
     policies: list[Policy | None]
-    layouts: list[list[Layout]]
-    is_vision: torch.Tensor
+    prompt: Prompt
     queries_end: int
     offset: int = 0
 
@@ -42,27 +43,32 @@ class Session:
 
     Args:
         request: None where a ragged cache goes on with text only. embeds: [B, L, D], merged embeddings.
-        mask: [B, L] bool, or None (no padding). layers, state: of the ragged cache, or None. depth: decoder layers.
+        valid: [B, L] bool on the CPU, or None (no padding). layers, state: of the ragged cache, or None.
+        rotary: the text model's rotary embedding. windows: the sliding window of each decoder layer.
     """
 
     def __init__(
         self,
         request: Request | None,
         embeds: torch.Tensor,
-        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
         layers: list[RaggedLayer] | None,
         state: CacheState | None,
         trace: Trace,
-        depth: int,
+        rotary: Any,
+        windows: Sequence[int | None],
     ) -> None:
         self.batch, self.logical = embeds.shape[:2]
-        self.layers, self.state, self.trace, self.depth = layers, state, trace, depth
-        self.clock = Clock(embeds.device)
-        self.rows = _rows(request, self.batch, self.logical, mask)
+        self.layers, self.state, self.trace, self.depth = layers, state, trace, len(windows)
+        self.clock, self.device, self.rotary, self.windows = Clock(embeds.device), embeds.device, rotary, windows
+        self.rows = _rows(request, self.batch, self.logical, valid)
         self._check()
         self._scores: dict[int, torch.Tensor] = {}
         self._rope: tuple[torch.Tensor, ...] = ()
         self._positions: torch.Tensor = torch.empty(0)
+        self._shift = [0] * self.batch
+        """Per row: what earlier turns' renumbering cuts took off the positions of this layer."""
+        self._reach = self.logical + (state.logical if state is not None else 0)
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
@@ -72,7 +78,7 @@ class Session:
             if row.length == 0:
                 raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros")
             p = row.policy
-            ranks = p is not None and row.count and any(p.needs(layer) for layer in range(self.depth))
+            ranks = p is not None and row.count and (p.question_guided or any(map(p.needs, range(self.depth))))
             if ranks and not row.rankable:
                 raise ValueError(
                     f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
@@ -98,6 +104,7 @@ class Session:
                 at = at - self.state.dropped[row.index]
             parts.append(here)
             positions.append(at)
+            row.first = at[:1]
             row.to(device)
         if self.state is not None:
             self.state.dropped = [
@@ -107,16 +114,24 @@ class Session:
         return torch.cat(parts)[None], torch.cat(positions)[None]
 
     # -- at each layer ---------------------------------------------------------------------------------------------
-    def layer(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Ask every row what enters layer ``index``; puts rope, positions and the plan into ``kwargs``."""
+    def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
         if not self._rope:
             self._rope, self._positions = kwargs["position_embeddings"], kwargs["position_ids"]
+        if hidden.device != self.device:
+            self._move(hidden.device)
+        if self.state is not None and self.state.shift[index] != self._shift:
+            self._step_down(self.state.shift[index], hidden)
         with self.clock:
-            stay = self._prune(index, hidden)
+            stay = self._prune(index, layer, hidden)
         if stay is not None:
             hidden = hidden.index_select(1, stay)
             self._rope = tuple(t.index_select(1, stay) for t in self._rope)
             self._positions = self._positions.index_select(1, stay)
+            if any(row.lost for row in self.rows):
+                self._renumber(hidden)
+        if self.state is not None:
+            self.state.shift[index] = [old + row.lost for old, row in zip(self._shift, self.rows, strict=True)]
         with self.clock:
             passes = self._route(index, hidden)
         rope, positions, scale, routing = self._rope, self._positions, None, None
@@ -131,13 +146,52 @@ class Session:
             hidden = hidden.index_select(1, through)
             rope = tuple(t.index_select(1, through) for t in rope)
             positions = positions.index_select(1, through)
+        self._note(index, lengths, counts, alive)
+        plan = self._plan(index, lengths, positions, scale, routing)
+        if self.layers is not None:
+            self.layers[index].staged = plan
+        kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
+        return hidden
+
+    def _move(self, device: torch.device) -> None:
+        """The layers from here on are on another device: bring what indexes their tokens."""
+        self.device = device
+        self._rope, self._positions = tuple(t.to(device) for t in self._rope), self._positions.to(device)
+        self._scores = {row: found.to(device) for row, found in self._scores.items()}
+        for row in self.rows:
+            row.to(device)
+
+    def _step_down(self, shift: list[int], hidden: torch.Tensor) -> None:
+        """Positions of a layer at which earlier turns' renumbering cuts have taken ``shift`` off every row."""
+        by = torch.tensor([new - old for new, old in zip(shift, self._shift, strict=True)])
+        per_token = by.repeat_interleave(torch.tensor([row.length for row in self.rows]))
+        self._shift = shift
+        self._positions = self._positions - per_token.to(hidden.device, non_blocking=True)
+        self._rope = self.rotary(hidden, position_ids=self._positions)
+
+    def _renumber(self, hidden: torch.Tensor) -> None:
+        """Close up the positions of rows whose policy renumbers what a cut leaves."""
+        parts = list(self._positions.split([row.length for row in self.rows], 1))
+        for i, row in enumerate(self.rows):
+            if row.lost:
+                closed = torch.arange(row.length, device=hidden.device) + row.first.to(hidden.device) - self._shift[i]
+                parts[i] = closed[None]
+        self._positions = torch.cat(parts, 1)
+        self._rope = self.rotary(hidden, position_ids=self._positions)
+
+    def _note(self, index: int, lengths: list[int], counts: list[int], alive: list[torch.Tensor | None]) -> None:
         for noted, count, kept in zip(self.noted, counts, alive, strict=True):
             noted.counts.append(count)
             noted.alive.append(kept)
-        past = self._cached(index)
         self.lengths.append(lengths)
-        self.past.append(past or [0] * self.batch)
-        plan = Plan(
+        self.past.append(self._cached(index) or [0] * self.batch)
+
+    def _plan(
+        self, index: int, lengths: list[int], positions: torch.Tensor, scale: torch.Tensor | None,
+        routing: Routing | None,
+    ) -> Plan:  # fmt: skip
+        past = self._cached(index)
+        return Plan(
             decode=False,
             lengths=tuple(lengths),
             past=tuple(past),
@@ -147,28 +201,46 @@ class Session:
             clock=self.clock,
             scale=scale,
             routing=routing,
+            positions=None if self.windows[index] is None else positions[0],
+            reach=self._reach,
         )
-        if self.layers is not None:
-            self.layers[index].staged = plan
-        kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
-        return hidden
 
-    def _prune(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+    def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
         stays: list[torch.Tensor | None] = []
         before, start = [row.length for row in self.rows], 0
         for row, n in zip(self.rows, before, strict=True):
             stay = None
             p = row.policy
             if row.count and p is not None and p.asks("prune"):
-                tokens = row.tokens(index, self.depth, hidden[0, start : start + n], self._scores.get(row.index))
-                answer = p.prune(index, tokens)
+                here = slice(start, start + n)
+                look = partial(self._ahead, row, index, layer, hidden, here)
+                answer = p.prune(
+                    index, row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
+                )
                 if answer is not None:
                     keep = checked_keep(answer, row.count, "prune", p, hidden.device)
                     stay = row.cut(keep) if len(keep) < row.count else None
+                    row.lost += n - row.length if p.renumbers else 0
             stays.append(stay)
             start += n
         self._scores = {}
         return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
+
+    def _ahead(self, row: Row, index: int, layer: Any, hidden: torch.Tensor, here: slice) -> torch.Tensor:
+        """What ``Tokens.ahead`` gives: float32 [vision tokens of the row]."""
+        query, n, keys = row.queries("last"), row.length, None
+        positions = self._positions[0, here]
+        window, known = self.windows[index], positions
+        if past := self._cached(index):
+            keys = self.layers[index].row(row.index, past[row.index])[0]  # type: ignore[index]
+            if window is not None:
+                known = torch.cat([self.layers[index].positions(row.index, past[row.index]), positions])  # type: ignore[index]
+        reach = None if window is None else Reach(positions.index_select(0, query), known, window)
+        rope = tuple(t[:, here] for t in self._rope)
+        found = ahead(layer, hidden[0, here], rope, query, keys, reach)
+        g, width = self.trace.geometry, hidden.shape[-1]
+        self.trace.selector_flops += 2 * g.head_dim * (width * (n * g.kv_heads + g.heads) + g.heads * len(found))
+        return found[-n:].index_select(0, row.vision)
 
     def _route(self, index: int, hidden: torch.Tensor) -> Any:
         if not any(row.count and row.policy is not None and row.policy.asks("route") for row in self.rows):
@@ -183,7 +255,7 @@ class Session:
             start += n
             passes, scale = None, hidden.new_ones(n)
             if row.count and p is not None and p.asks("route"):
-                answer = p.route(index, row.tokens(index, self.depth, here, None))
+                answer = p.route(index, row.tokens(index, self.depth, here, None, _no_look_ahead))
                 if answer is not None:
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
                     passes = row.passing(keep)
@@ -244,6 +316,10 @@ class Session:
             self.state.tail = self.state.tail + self.logical if in_step else 0
 
 
+def _no_look_ahead() -> torch.Tensor:
+    raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")
+
+
 def _joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
     """Row-local indices (None = the whole row) as indices into the packed sequence."""
     out, start = [], 0
@@ -253,16 +329,14 @@ def _joined(parts: Sequence[torch.Tensor | None], before: list[int], device: tor
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _rows(request: Request | None, batch: int, length: int, mask: torch.Tensor | None) -> list[Row]:
+def _rows(request: Request | None, batch: int, length: int, valid: torch.Tensor | None) -> list[Row]:
     everything = torch.arange(length)
-    valid = None if mask is None else mask.cpu()
     rows = []
     for b in range(batch):
         slots = everything if valid is None else valid[b].nonzero().squeeze(1)
         if request is None:
             rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], length))
             continue
-        rows.append(
-            Row(b, request.policies[b], slots, request.is_vision[b][slots], request.layouts[b], request.queries_end)
-        )
+        is_vision, layouts = request.prompt.is_vision[b][slots], request.prompt.layouts[b]
+        rows.append(Row(b, request.policies[b], slots, is_vision, layouts, request.queries_end))
     return rows

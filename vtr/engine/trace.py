@@ -136,7 +136,8 @@ class DenseTrace:
     geometry: Geometry
     input_ids: torch.Tensor
     """[rows, tokens] as passed."""
-    image_token_id: int
+    placeholders: tuple[int, ...]
+    """Ids that stand for a vision token."""
     itemsize: int
     cached: bool
     past: int = 0

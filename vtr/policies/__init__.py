@@ -2,7 +2,8 @@
 
 from vtr.policies.fastv import FastV
 from vtr.policies.gsearch import GSearch
+from vtr.policies.pyramid import Pyramid
 from vtr.policies.random_keep import Random
 from vtr.policies.uniform_grid import UniformGrid
 
-__all__ = ["FastV", "GSearch", "Random", "UniformGrid"]
+__all__ = ["FastV", "GSearch", "Pyramid", "Random", "UniformGrid"]

@@ -1,0 +1,96 @@
+"""InternVL as transformers has it: crops in rows, the thumbnail last, pixel-shuffled patches, no newline tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+from vtr.integrations.llava import tile_layout
+
+from vtr.base import Layout
+from vtr.engine.adapters import Adapter
+
+SMALL = (48, 48)
+"""Pixels that are enough to tell arrangements of crops apart."""
+
+
+def crops_of(tiles: torch.Tensor) -> tuple[int, int]:
+    """(rows, columns) of an image's crops, found by laying them out in every way and comparing with the thumbnail.
+
+    The processor does not say how it arranged them. A featureless picture fits every arrangement; the first is taken.
+
+    Args:
+        tiles: [n + 1, channels, height, width] pixels, n crops and the thumbnail.
+    """
+    n = len(tiles) - 1
+    ways = [(rows, n // rows) for rows in range(1, n + 1) if n % rows == 0]
+    small = adaptive_avg_pool2d(tiles.float(), SMALL)
+    errors = []
+    for rows, columns in ways:
+        canvas = small[:-1].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        errors.append((adaptive_avg_pool2d(canvas, SMALL) - small[-1]).square().mean())
+    return ways[int(torch.stack(errors).argmin())]
+
+
+def tiles_layout(count: int, grid: tuple[int, int], crops: tuple[int, int]) -> Layout:
+    """``count`` tiles of ``grid`` tokens one behind the other; of several the last is the thumbnail, tile 0."""
+    tile = tile_layout(*grid)
+    number = torch.arange(1, count + 1) % count
+    return Layout(
+        number.repeat_interleave(len(tile)),
+        tile.y.repeat(count),
+        tile.x.repeat(count),
+        tile.newline.repeat(count),
+        grid,
+        crops,
+    )
+
+
+class InternVL(Adapter):
+    """``InternVLForConditionalGeneration`` (the ``-hf`` checkpoints). A video's frames are images of one tile."""
+
+    family = "InternVL"
+    classes = ("InternVLForConditionalGeneration",)
+
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
+        """One image per run of placeholders: the processor puts text (``<img>``, ``</img>``) between images.
+
+        Raises:
+            ValueError: a run of placeholders that is no whole number of tiles, or of exactly two.
+        """
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return {}
+        config: Any = model.config
+        patch = config.vision_config.patch_size
+        patch = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        height, width = (int(n // p * config.downsample_ratio) for n, p in zip(pixels.shape[-2:], patch, strict=True))
+        grid = (height, width)
+        layouts, first = [], 0
+        for run in _runs(inputs["input_ids"] == config.image_token_id):
+            count, left = divmod(run, grid[0] * grid[1])
+            if left or count == 2:
+                raise ValueError(
+                    f"{run} image placeholders in a row are not the tiles of one image ({grid[0] * grid[1]} tokens a "
+                    "tile; one tile, or at least two crops and a thumbnail): pass what the processor returned, with "
+                    "text or <img> </img> between images"
+                )
+            crops = crops_of(pixels[first : first + count]) if count > 1 and first + count <= len(pixels) else (0, 0)
+            layouts.append(tiles_layout(count, grid, crops))
+            first += count
+        if first != len(pixels):
+            raise ValueError(
+                f"{len(pixels)} image tiles in pixel_values for the {first} that input_ids have placeholders for: "
+                "tokenize text and images in one processor call, and do not truncate"
+            )
+        return {config.image_token_id: layouts}
+
+
+def _runs(marks: torch.Tensor) -> list[int]:
+    """Lengths of the runs of True in the rows of ``marks``, bool [rows, L] on the CPU."""
+    edges = torch.nn.functional.pad(marks.int(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero()[:, 1], (edges == -1).nonzero()[:, 1]
+    return (ends - starts).tolist()

@@ -1,0 +1,131 @@
+"""What a call asks about: where its vision tokens sit and which images they form. Read off the device once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from vtr.base import Layout, UnsupportedError
+from vtr.engine.adapters import Adapter
+
+
+@dataclass(eq=False)
+class Prompt:
+    """The rows of one call (or of the new part of a conversation), on the CPU.
+
+    Attributes:
+        is_vision: bool [rows, L]. layouts: per row, those of its images, in order.
+        valid: bool [rows, L], False for padding; None if it was not said.
+    """
+
+    is_vision: torch.Tensor
+    layouts: list[list[Layout]]
+    valid: torch.Tensor | None
+
+    def repeated(self, times: int) -> Prompt:
+        """Every row ``times`` times, as beam search and num_return_sequences expand a batch."""
+        if times == 1:
+            return self
+        valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
+        layouts = [row for row in self.layouts for _ in range(times)]
+        return Prompt(self.is_vision.repeat_interleave(times, 0), layouts, valid)
+
+    def extended(self, length: int) -> Prompt:
+        """With the tokens decoded since, up to ``length``: text, whatever their ids, and no padding."""
+        more = (0, length - self.is_vision.shape[1])
+        if more == (0, 0):
+            return Prompt(self.is_vision, self.layouts, self.valid)
+        valid = None if self.valid is None else pad(self.valid, more, value=True)
+        return Prompt(pad(self.is_vision, more), self.layouts, valid)
+
+
+def read_prompt(
+    adapter: Adapter, model: Any, ids: torch.Tensor, mask: torch.Tensor | None, inputs: Mapping[str, Any]
+) -> Prompt:
+    """Find the vision tokens of ``ids`` ([rows, L]) and give every row its images.
+
+    Args:
+        mask: the call's attention_mask, whose last L columns belong to ``ids``.
+
+    Raises:
+        ValueError: the images do not fit the placeholders.
+    """
+    ids = ids.cpu()
+    layouts = adapter.layouts(model, {**inputs, "input_ids": ids})
+    is_vision = torch.isin(ids, torch.tensor(adapter.placeholders(model)))
+    valid = mask[:, -ids.shape[1] :].bool().cpu() if mask is not None and mask.dim() == 2 else None
+    return Prompt(is_vision, assign_images(layouts, ids, is_vision), valid)
+
+
+def ids_of(adapter: Adapter, model: Any, embeds: torch.Tensor) -> torch.Tensor:
+    """Stand-in ``input_ids`` [rows, L] for ``inputs_embeds`` [rows, L, D]: the placeholders' ids, -1 elsewhere.
+
+    Raises:
+        UnsupportedError: no placeholder embedding is there, so nothing says where vision tokens are.
+    """
+    table = model.get_input_embeddings()
+    ids = torch.full(embeds.shape[:2], -1, dtype=torch.int64, device=embeds.device)
+    for placeholder in adapter.placeholders(model):
+        mark = table(torch.tensor(placeholder, device=embeds.device)).to(embeds)
+        ids.masked_fill_((embeds == mark).all(-1), placeholder)
+    if not bool((ids >= 0).any()):
+        raise UnsupportedError(
+            "a reduced call must know where vision tokens are, and these inputs_embeds hold no image placeholder: "
+            "pass input_ids and pixel_values, or inputs_embeds with the placeholder's embedding at every vision token "
+            "and pixel_values beside them"
+        )
+    return ids
+
+
+def assign_images(
+    layouts: Mapping[int, Sequence[Layout]], ids: torch.Tensor, is_vision: torch.Tensor
+) -> list[list[Layout]]:
+    """Give every row its images, in the order of their slots. ids, is_vision: [rows, L] on the CPU.
+
+    Raises:
+        ValueError: the images do not fit the placeholders.
+    """
+    total = int(is_vision.sum())
+    if total and not any(layouts.values()):
+        raise ValueError(
+            f"the prompt has {total} image placeholders but no image: pass pixel_values (and image_sizes) "
+            "as the processor returned them"
+        )
+    queues = {placeholder: list(images) for placeholder, images in layouts.items()}
+    rows = [_images_of(queues, ids[row][is_vision[row]], row) for row in range(len(ids))]
+    left = sum(map(len, queues.values()))
+    if left:
+        raise ValueError(f"{left} images are left over after every row's placeholders are filled")
+    return rows
+
+
+def _images_of(queues: dict[int, list[Layout]], slots: torch.Tensor, row: int) -> list[Layout]:
+    """The images that fill ``slots`` ([n] placeholder ids); takes them off ``queues``."""
+    mine: list[Layout] = []
+    at = 0
+    while at < len(slots):
+        kind = int(slots[at])
+        queue = queues.get(kind)
+        n = len(queue[0]) if queue else 0
+        if not queue or at + n > len(slots) or not bool((slots[at : at + n] == kind).all()):
+            raise ValueError(
+                f"row {row} has {len(slots)} image placeholders, which is not what its images give: "
+                "tokenize text and images in one processor call, and do not truncate"
+            )
+        mine.append(queue.pop(0))
+        at += n
+    return mine
+
+
+def new_part(ids: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The columns of ``input_ids`` that a generate will run: all, or those behind what its cache already holds.
+
+    transformers takes input_ids for the whole conversation if they are as long as the attention_mask, or none is given.
+    """
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    past = 0 if cache is None else cache.get_seq_length()
+    return ids[:, past:] if mask is None or mask.shape[1] == ids.shape[1] else ids

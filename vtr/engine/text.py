@@ -1,0 +1,157 @@
+"""The text model's hooks: pack the rows before the decoder layers, unpack them after, or take one decode step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtr.base import UnsupportedError
+from vtr.engine.attention import PREFIX, Plan, attention_name, mlp_scale
+from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.call import check_cache, is_ragged
+from vtr.engine.decode import Step, note_cache
+from vtr.engine.session import Request, Session
+from vtr.engine.trace import Trace
+
+if TYPE_CHECKING:
+    from vtr.engine.hooks import Patch
+
+
+class TextHooks:
+    """Pre- and post-hook of the module that runs the decoder layers."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Reduced calls only: replace embeddings, positions and mask by packed ones, or by those of a decode step."""
+        request: Request | None = kwargs.pop("vtr_request", None)
+        cache: Any = kwargs.get("past_key_values")
+        ragged = is_ragged(cache)
+        if mlp_scale.get() is not None:  # an interrupted forward left it
+            mlp_scale.set(None)
+        if request is None and not ragged:
+            return None
+        name = module.config._attn_implementation
+        if not name.startswith(PREFIX):  # somebody called set_attn_implementation on the patched model
+            module.config._attn_implementation = attention_name(name)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            ids = kwargs.pop("input_ids", None)
+            embeds = module.get_input_embeddings()(args[0] if ids is None else ids)
+            args = ()
+        mask, positions, past = _checked(cache, embeds, kwargs)
+        kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
+        one_each = past > 0 and embeds.shape[1] == 1 and (request is None or not any(request.prompt.layouts))
+        if one_each and (mask is None or self.patch.generation() is not None or bool(mask[:, -1].all())):
+            return args, self._decode(module, cache, embeds, positions, kwargs)
+        return args, self._pack(module, request, cache, embeds, mask, positions, kwargs)
+
+    def _trace(self) -> Trace:
+        generation = self.patch.generation()
+        return generation.trace if generation is not None else Trace(self.patch.geometry)
+
+    def _pack(
+        self, module: Any, request: Request | None, cache: Any, embeds: torch.Tensor, mask: torch.Tensor | None,
+        positions: torch.Tensor, kwargs: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        layers, state, windows = None, None, self.patch.windows
+        if is_ragged(cache):
+            layers = cache.layers
+            state = layers[0].state
+        elif cache is not None or _wants_cache(module, kwargs):
+            assert request is not None
+            rows = embeds.shape[0]
+            state = CacheState(list(request.policies), [0] * rows, [[0] * rows for _ in windows])
+            layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
+        valid = request.prompt.valid if request is not None else None
+        if valid is None and mask is not None:
+            valid = mask.bool().cpu()
+        session = Session(request, embeds, valid, layers, state, self._trace(), module.rotary_emb, windows)
+        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions)
+        if state is not None and request is not None:  # nothing can be refused any more
+            state.policies = list(request.policies)
+        if layers is not None and not is_ragged(cache):
+            from transformers import DynamicCache
+
+            cache = DynamicCache() if cache is None else cache
+            cache.layers, cache.layer_class_to_replicate = layers, None
+            kwargs["past_key_values"] = cache
+        if (generation := self.patch.generation()) is not None:
+            generation.runs_on(layers)
+        kwargs["vtr_session"] = session
+        return kwargs
+
+    def _decode(
+        self, module: Any, cache: Any, embeds: torch.Tensor, positions: torch.Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        layers, state, trace, rows = cache.layers, cache.layers[0].state, self._trace(), embeds.shape[0]
+        if any(state.dropped):
+            gone = torch.tensor(state.dropped).to(positions.device, non_blocking=True)
+            positions = positions.expand(rows, -1) - gone[:, None]
+        kwargs["position_ids"], kwargs["inputs_embeds"] = positions, embeds
+        at = positions.expand(rows, -1)[:, 0] if any(self.patch.windows) else None
+        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, reach=state.logical + 1)
+        for layer in layers:
+            layer.staged = plan
+        kwargs["vtr_plan"] = plan
+        step = Step(state, positions.expand(rows, -1), module.rotary_emb)
+        if step.asks or step.renumbers:
+            kwargs["vtr_session"] = step
+        if (generation := self.patch.generation()) is not None:
+            generation.runs_on(layers)
+        trace.note_decode(rows)
+        return kwargs
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """Back to [rows, L, D]; note what the forward did."""
+        session, plan = kwargs.get("vtr_session"), kwargs.get("vtr_plan")
+        if isinstance(session, Session):
+            out.last_hidden_state = session.unpack(out.last_hidden_state)
+            session.finish()
+            trace, layers = session.trace, session.layers
+        elif plan is not None:
+            trace, layers = plan.trace, plan.layers
+            state = layers[0].state
+            state.logical += 1
+            state.tail += 1
+        else:
+            return None
+        if self.patch.generation() is None:
+            note_cache(trace, layers)
+            self.patch.publish(trace)
+        return out
+
+
+def _checked(cache: Any, embeds: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor, int]:
+    """(this forward's part of the 2-D mask or None, position ids, tokens already cached).
+
+    Raises:
+        UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
+    """
+    ragged = is_ragged(cache)
+    if not ragged:
+        check_cache(cache)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise UnsupportedError(
+            f"a reduced call takes a 2-D attention_mask [rows, tokens], got {tuple(mask.shape)}: custom masks are "
+            "not supported, pass policy=None"
+        )
+    past = cache.get_seq_length() if ragged else 0
+    if past and len(cache.layers[0].place) != embeds.shape[0]:
+        raise ValueError(f"{embeds.shape[0]} rows for a cache of {len(cache.layers[0].place)}")
+    length, positions = embeds.shape[1], kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(past, past + length, device=embeds.device)[None]
+    if positions.dim() != 2:
+        raise UnsupportedError("position_ids with more than one axis per token are not supported by this adapter")
+    return None if mask is None else mask[:, -length:], positions, past
+
+
+def _wants_cache(module: Any, kwargs: dict[str, Any]) -> bool:
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return False
+    use_cache = kwargs.get("use_cache")
+    return bool(module.config.use_cache if use_cache is None else use_cache)
