@@ -27,7 +27,8 @@ class Timing:
     repeats: int
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -37,10 +38,10 @@ def median_ms(run: Callable[[], Any], repeats: int, device: torch.device, warmup
     """Median time of ``run()`` in milliseconds."""
     times = []
     for i in range(warmup + repeats):
-        start = _now(device)
+        start = now(device)
         run()
         if i >= warmup:
-            times.append(_now(device) - start)
+            times.append(now(device) - start)
     return statistics.median(times) * 1e3
 
 
@@ -57,10 +58,10 @@ def time_call(
     text = model.get_decoder()
 
     def enter(*_: Any) -> None:
-        spans.append(_now(device))
+        spans.append(now(device))
 
     def leave(*_: Any) -> None:
-        spans[-1] = _now(device) - spans[-1]
+        spans[-1] = now(device) - spans[-1]
 
     hooks = [text.register_forward_pre_hook(enter, prepend=True), text.register_forward_hook(leave)]
     try:

@@ -3,6 +3,7 @@
 It reads the weights of an untouched transformers model and runs its own loop over the decoder layers: one row, all
 tokens in all layers, full attention matrices, original positions. A dropped token is a key that an additive -inf mask
 hides from every other token from its layer on. Nothing here knows how the engine packs rows or keeps its cache.
+``row`` and ``run`` are differentiable if asked to be.
 """
 
 from __future__ import annotations
@@ -82,9 +83,13 @@ def rule(policy: Any, kept: list[list[int]]) -> Rule:
     return Given(kept)
 
 
-@torch.no_grad()
-def row(model: Any, inputs: dict[str, Tensor]) -> Row:
+def row(model: Any, inputs: dict[str, Tensor], grad: bool = False) -> Row:
     """The one row of a batch-1 input without padding, image and video features put at their placeholders."""
+    with torch.set_grad_enabled(grad):
+        return _row(model, inputs)
+
+
+def _row(model: Any, inputs: dict[str, Tensor]) -> Row:
     ids = inputs["input_ids"][0]
     embeds = model.get_input_embeddings().weight[ids].clone()
     images = ids == model.config.image_token_id
@@ -179,9 +184,24 @@ def hidden_keys(alive: Tensor, positions: Tensor, window: int | None) -> Tensor:
     return torch.zeros(n, n).masked_fill(~(seen | torch.eye(n).bool()), -torch.inf)
 
 
-@torch.no_grad()
-def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None = None) -> Dense:
+def block(
+    layer: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer: hidden states [n, d] and attention probabilities. ``weights`` ([n]) scale the MLP's output."""
+    out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), mask, positions, config)
+    x, mlp = x + out, layer.mlp
+    y = norm(layer.post_attention_layernorm, x)
+    z = mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+    return x + (z if weights is None else weights[:, None] * z), probs
+
+
+def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None = None, grad: bool = False) -> Dense:
     """One row through the whole decoder. ``hint`` are the engine's kept slots, believed in near ties only."""
+    with torch.set_grad_enabled(grad):
+        return _run(model, prompt, how, hint)
+
+
+def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> Dense:
     config, text = model.config.text_config, model.get_decoder()
     x, kept, here = prompt.embeds, [], prompt.slots
     probs, positions = torch.zeros(0), torch.arange(len(x))  # nothing ranks in layer 0
@@ -194,7 +214,7 @@ def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None 
             if how.queries == "ahead":  # what this layer would do if nothing were dropped in front of it
                 y, mask = norm(layer.input_layernorm, x), hidden_keys(alive, positions, window(config, depth))
                 probs = attention(layer.self_attn, y, mask, positions, config)[1]
-            score = scores(probs, mask, prompt.vision, "last" if how.queries == "ahead" else how.queries)
+            score = scores(probs.detach(), mask, prompt.vision, "last" if how.queries == "ahead" else how.queries)
             here = best(score, here, count, hint[depth] if hint else None)
         kept.append(here)
         alive = ~prompt.vision
@@ -202,10 +222,7 @@ def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None 
         if how is not None and how.renumber:
             positions = alive.cumsum(0) - 1
         mask = hidden_keys(alive, positions, window(config, depth))
-        out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), mask, positions, config)
-        x = x + out
-        y, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
-        x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+        x, probs = block(layer, x, mask, positions, config)
     return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)], kept)
 
 

@@ -35,8 +35,11 @@ from vtr.engine.session import Request, Session
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace
 
-MISSING: Any = object()
-"""A call that names no policy (``policy=None`` says: no reduction)."""
+
+class MISSING:
+    """A call that names no policy (``policy=None`` says: no reduction). A class, so that copies and pickles keep it."""
+
+
 NAME = "_vtr"
 
 
@@ -166,8 +169,9 @@ class Patch:
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        generation = self.generation()
-        given = kwargs.pop("policy", MISSING) if "policy" in kwargs else MISSING
+        given = kwargs.pop("policy", MISSING)
+        # a forward by hand, made by a callback of a running generate, names its own policy
+        generation = self.generation() if given is MISSING else None
         if args:
             kwargs, args = {**dict(zip(self.names, args, strict=False)), **kwargs}, ()
         cache = kwargs.get("past_key_values")
@@ -203,7 +207,7 @@ class Patch:
                 assert embeds is not None
                 ids = ids_of(self.adapter, self.model, embeds)
             prompt = read_prompt(self.adapter, self.model, ids, mask, kwargs)
-            return Request(policies, prompt, ids.shape[1])
+            return Request(policies, prompt, ids.shape[1], None)
         assert generation.prompt is not None
         rows, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         beams = rows // len(policies)  # beam search and num_return_sequences repeat each prompt
@@ -214,7 +218,7 @@ class Patch:
         if not generation.started:
             generation.queries_end = length
         offset = max(generation.length - length, 0) if not generation.started else 0
-        return Request([p for p in policies for _ in range(beams)], prompt, generation.queries_end, offset)
+        return Request([p for p in policies for _ in range(beams)], prompt, generation.queries_end, generation, offset)
 
 
 class LayerHook:

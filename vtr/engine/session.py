@@ -16,6 +16,7 @@ import torch
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, Probe, Routing
 from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.call import Generation
 from vtr.engine.prompt import Prompt
 from vtr.engine.rows import Row, checked_keep
 from vtr.engine.scores import Reach, ahead
@@ -29,12 +30,14 @@ class Request:
     Attributes:
         policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
         queries_end: slots from here on were decoded, not asked.
+        generation: the running ``generate`` this forward is part of, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
     """
 
     policies: list[Policy | None]
     prompt: Prompt
     queries_end: int
+    generation: Generation | None
     offset: int = 0
 
 
@@ -69,6 +72,7 @@ class Session:
         self._shift = [0] * self.batch
         """Per row: what earlier turns' renumbering cuts took off the positions of this layer."""
         self._reach = self.logical + (state.logical if state is not None else 0)
+        self.generation: Generation | None = None
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
@@ -141,6 +145,7 @@ class Session:
             through, lengths, counts, alive, weights = passes
             around = hidden
             if weights is not None:
+                _check_checkpointing(layer)
                 around, scale = hidden * weights[None, :, None], weights.index_select(0, through)[None, :, None]
             routing = Routing(around, through)
             hidden = hidden.index_select(1, through)
@@ -314,6 +319,17 @@ class Session:
             self.state.logical += self.logical
             in_step = all(n == self.logical for lengths in self.lengths for n in lengths)
             self.state.tail = self.state.tail + self.logical if in_step else 0
+
+
+def _check_checkpointing(layer: Any) -> None:
+    """Refuse weights in a layer whose checkpoint sees gradients of its first argument only."""
+    call = getattr(layer, "_gradient_checkpointing_func", None)
+    reentrant = call is not None and getattr(call, "keywords", {}).get("use_reentrant")
+    if reentrant and layer.training and layer.gradient_checkpointing:
+        raise UnsupportedError(
+            "a policy that weighs routed tokens cannot learn under reentrant gradient checkpointing: call "
+            'model.gradient_checkpointing_enable({"use_reentrant": False})'
+        )
 
 
 def _no_look_ahead() -> torch.Tensor:

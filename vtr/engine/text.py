@@ -9,7 +9,7 @@ import torch
 from vtr.base import UnsupportedError
 from vtr.engine.attention import PREFIX, Plan, attention_name, mlp_scale
 from vtr.engine.cache import CacheState, RaggedLayer
-from vtr.engine.call import check_cache, is_ragged
+from vtr.engine.call import Generation, check_cache, is_ragged
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.session import Request, Session
 from vtr.engine.trace import Trace
@@ -44,17 +44,17 @@ class TextHooks:
         mask, positions, past = _checked(cache, embeds, kwargs)
         kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
         one_each = past > 0 and embeds.shape[1] == 1 and (request is None or not any(request.prompt.layouts))
-        if one_each and (mask is None or self.patch.generation() is not None or bool(mask[:, -1].all())):
+        generation = self.patch.generation() if request is None else request.generation
+        if one_each and (mask is None or generation is not None or bool(mask[:, -1].all())):
             return args, self._decode(module, cache, embeds, positions, kwargs)
-        return args, self._pack(module, request, cache, embeds, mask, positions, kwargs)
+        return args, self._pack(module, request, cache, embeds, mask, positions, generation, kwargs)
 
-    def _trace(self) -> Trace:
-        generation = self.patch.generation()
+    def _trace(self, generation: Generation | None) -> Trace:
         return generation.trace if generation is not None else Trace(self.patch.geometry)
 
     def _pack(
         self, module: Any, request: Request | None, cache: Any, embeds: torch.Tensor, mask: torch.Tensor | None,
-        positions: torch.Tensor, kwargs: dict[str, Any],
+        positions: torch.Tensor, generation: Generation | None, kwargs: dict[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
         layers, state, windows = None, None, self.patch.windows
         if is_ragged(cache):
@@ -68,7 +68,7 @@ class TextHooks:
         valid = request.prompt.valid if request is not None else None
         if valid is None and mask is not None:
             valid = mask.bool().cpu()
-        session = Session(request, embeds, valid, layers, state, self._trace(), module.rotary_emb, windows)
+        session = Session(request, embeds, valid, layers, state, self._trace(generation), module.rotary_emb, windows)
         kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions)
         if state is not None and request is not None:  # nothing can be refused any more
             state.policies = list(request.policies)
@@ -78,15 +78,17 @@ class TextHooks:
             cache = DynamicCache() if cache is None else cache
             cache.layers, cache.layer_class_to_replicate = layers, None
             kwargs["past_key_values"] = cache
-        if (generation := self.patch.generation()) is not None:
+        if generation is not None:
             generation.runs_on(layers)
+        session.generation = generation
         kwargs["vtr_session"] = session
         return kwargs
 
     def _decode(
         self, module: Any, cache: Any, embeds: torch.Tensor, positions: torch.Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        layers, state, trace, rows = cache.layers, cache.layers[0].state, self._trace(), embeds.shape[0]
+        generation = self.patch.generation()
+        layers, state, trace, rows = cache.layers, cache.layers[0].state, self._trace(generation), embeds.shape[0]
         if any(state.dropped):
             gone = torch.tensor(state.dropped).to(positions.device, non_blocking=True)
             positions = positions.expand(rows, -1) - gone[:, None]
@@ -99,7 +101,7 @@ class TextHooks:
         step = Step(state, positions.expand(rows, -1), module.rotary_emb)
         if step.asks or step.renumbers:
             kwargs["vtr_session"] = step
-        if (generation := self.patch.generation()) is not None:
+        if generation is not None:
             generation.runs_on(layers)
         trace.note_decode(rows)
         return kwargs
@@ -110,15 +112,15 @@ class TextHooks:
         if isinstance(session, Session):
             out.last_hidden_state = session.unpack(out.last_hidden_state)
             session.finish()
-            trace, layers = session.trace, session.layers
+            trace, layers, generation = session.trace, session.layers, session.generation
         elif plan is not None:
-            trace, layers = plan.trace, plan.layers
+            trace, layers, generation = plan.trace, plan.layers, self.patch.generation()
             state = layers[0].state
             state.logical += 1
             state.tail += 1
         else:
             return None
-        if self.patch.generation() is None:
+        if generation is None:
             note_cache(trace, layers)
             self.patch.publish(trace)
         return out
