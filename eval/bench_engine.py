@@ -131,7 +131,7 @@ def limit(text: Any, embeds: torch.Tensor, lengths: list[int]) -> tuple[torch.Te
     rope = text.rotary_emb(hidden, torch.arange(lengths[0], device=embeds.device)[None])
     for layer, n in zip(text.layers, lengths, strict=True):
         here = (rope[0][:, :n], rope[1][:, :n])
-        hidden = layer(hidden[:, :n], position_embeddings=here, past_key_values=cache, use_cache=True)
+        hidden = layer(hidden[:, :n], None, None, cache, position_embeddings=here, use_cache=True)
     return text.norm(hidden), cache
 
 

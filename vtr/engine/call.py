@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import DenseTrace, Trace
 from vtr.registry import policy as as_policy
@@ -121,7 +122,7 @@ def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
                 f"{flag}=True is not available while tokens are reduced (layers hold different tokens): "
                 "drop it, or pass policy=None for this call"
             )
-    check_cache(kwargs.get("past_key_values"))
+    check_cache(cache_in(kwargs))
 
 
 def check_generation(kwargs: Mapping[str, Any], default: Any) -> None:
@@ -163,7 +164,7 @@ def check_cache(cache: Any) -> None:
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise UnsupportedError(
             f"a reduced call needs a plain DynamicCache, got {type(cache).__name__}({', '.join(kinds)}): leave out "
-            "past_key_values and cache_implementation (rows get caches of their own length), or pass policy=None"
+            "the cache and cache_implementation (rows get caches of their own length), or pass policy=None"
         )
     if cache.get_seq_length() > 0:
         raise UnsupportedError(

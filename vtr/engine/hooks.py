@@ -29,6 +29,7 @@ from vtr.engine.call import (
     warn_on_continue,
     windows,
 )
+from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
 from vtr.engine.session import Request, Session
@@ -148,7 +149,7 @@ class Patch:
         return read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
 
     def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace:
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
         return DenseTrace(
             geometry=self.geometry,
             input_ids=ids,
@@ -165,7 +166,7 @@ class Patch:
         config = kwargs.get("generation_config") or self.model.generation_config
         several = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
         steps = max(sequences.shape[1] - ids.shape[1] - 1, 0)  # the first token comes out of the prompt's forward
-        return self._dense(ids, {**kwargs, "past_key_values": None}, steps, max(n or 1 for n in several))
+        return self._dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +175,7 @@ class Patch:
         generation = self.generation() if given is MISSING else None
         if args:
             kwargs, args = {**dict(zip(self.names, args, strict=False)), **kwargs}, ()
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if generation is not None and (generation.policies is None or (generation.started and is_ragged(cache))):
             return args, kwargs
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -199,9 +200,10 @@ class Patch:
         embeds: torch.Tensor | None, kwargs: dict[str, Any],
     ) -> Request:  # fmt: skip
         mask = kwargs.get("attention_mask")
-        continued = is_ragged(kwargs.get("past_key_values"))
+        cache = cache_in(kwargs)
+        continued = is_ragged(cache)
         if continued and (generation is None or not generation.started):
-            warn_on_continue([p for p in kwargs["past_key_values"].layers[0].state.policies if p is not None])
+            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is None:
             if ids is None:
                 assert embeds is not None

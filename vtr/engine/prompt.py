@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from vtr.base import Layout, UnsupportedError
 from vtr.engine.adapters import Adapter
+from vtr.engine.compat import cache_in
 
 
 @dataclass(eq=False)
@@ -126,6 +127,6 @@ def new_part(ids: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
 
     transformers takes input_ids for the whole conversation if they are as long as the attention_mask, or none is given.
     """
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
     past = 0 if cache is None else cache.get_seq_length()
     return ids[:, past:] if mask is None or mask.shape[1] == ids.shape[1] else ids

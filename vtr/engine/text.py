@@ -10,6 +10,7 @@ from vtr.base import UnsupportedError
 from vtr.engine.attention import PREFIX, Plan, attention_name, mlp_scale
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation, check_cache, is_ragged
+from vtr.engine.compat import cache_in, put_cache
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.session import Request, Session
 from vtr.engine.trace import Trace
@@ -27,7 +28,7 @@ class TextHooks:
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Reduced calls only: replace embeddings, positions and mask by packed ones, or by those of a decode step."""
         request: Request | None = kwargs.pop("vtr_request", None)
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_in(kwargs)
         ragged = is_ragged(cache)
         if mlp_scale.get() is not None:  # an interrupted forward left it
             mlp_scale.set(None)
@@ -77,7 +78,7 @@ class TextHooks:
 
             cache = DynamicCache() if cache is None else cache
             cache.layers, cache.layer_class_to_replicate = layers, None
-            kwargs["past_key_values"] = cache
+            put_cache(module, kwargs, cache)
         if generation is not None:
             generation.runs_on(layers)
         session.generation = generation

@@ -218,14 +218,13 @@ def answer_states(
     prefix = torch.cat([lm.embed_tokens(ids.new_full((count, 1), BOS)), vision], 1)
     cache = DynamicCache()
     start = torch.cat([vision_pos.new_zeros(count, 1), vision_pos], 1)
-    lm(inputs_embeds=prefix, position_ids=start, past_key_values=cache, use_cache=True)
+    # by position: transformers 5.24 renamed the cache's argument
+    lm(None, None, start, cache, prefix, use_cache=True)
     width = ids.shape[1]
     same = (block[:, :, None] == block[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
     allowed = torch.cat([torch.ones(count, width, length, dtype=torch.bool), same], 2)
     mask = torch.zeros(allowed.shape).masked_fill_(~allowed, -1e9)[:, None]
-    return lm(
-        inputs_embeds=lm.embed_tokens(ids), attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True
-    ).last_hidden_state
+    return lm(None, mask, pos, cache, lm.embed_tokens(ids), use_cache=True).last_hidden_state
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -1,0 +1,88 @@
+"""Result files: one JSON object each, that says what was measured, by which command and on what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+Kind = Literal["eval", "policies", "batch", "scale", "engine", "peers", "quality"]
+PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
+NEEDED = ("kind", "command", "hardware", "versions", "seed")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0].strip() if names else platform.machine()
+
+
+def hardware(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What runs: device name, CPU threads torch uses, cores."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name() if kind == "cuda" else cpu_name()
+    return {"device": kind, "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def command() -> str:
+    """The command line that is running, as one would type it again."""
+    program = Path(sys.argv[0])
+    name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{program.stem}"
+    return " ".join([name, *sys.argv[1:]])
+
+
+def save(
+    path: str | Path, kind: Kind, body: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Write ``body`` with what it was measured by and on; returns what was written.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
+    head = {"kind": kind, "command": command(), "hardware": hardware(device), "versions": versions(), "seed": seed}
+    data = {**head, **body}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".part")  # a reader never sees half a file
+    fresh.write_text(json.dumps(data, indent=1) + "\n")
+    fresh.replace(path)
+    return data
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a result file.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a result file: not JSON ({error})") from error
+    missing = [key for key in NEEDED if not isinstance(data, dict) or key not in data]
+    if missing:
+        raise ValueError(f"{path} is not a result file of vtr: it lacks {', '.join(missing)}")
+    return data
