@@ -8,11 +8,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 
 import vtr
 from tests import tiny
 
 torch.set_num_threads(1)
+
+# `pytest tests/test_properties.py --hypothesis-profile=long --hypothesis-seed=1` draws 10,000 cases
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=170, print_blob=True)
+settings.register_profile("more", deadline=None, max_examples=400, print_blob=True)
+settings.register_profile("long", deadline=None, max_examples=3334, print_blob=True)
+settings.load_profile("default")
 
 
 class Pair(NamedTuple):

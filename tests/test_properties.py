@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,11 +18,6 @@ from tests.tiny import IMAGE
 NOISE = 1e-5
 LAYERS = 4
 RUN: dict[str, Any] = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
-# `pytest tests/test_properties.py --hypothesis-profile=long --hypothesis-seed=1` draws 10,000 cases
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=170, print_blob=True)
-settings.register_profile("more", deadline=None, max_examples=400, print_blob=True)
-settings.register_profile("long", deadline=None, max_examples=3334, print_blob=True)
-settings.load_profile("default")
 
 
 @functools.cache

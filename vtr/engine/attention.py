@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
@@ -92,15 +91,51 @@ def attention_name(base: str) -> str:
     name = PREFIX + base
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
-def base_function(base: str, module: torch.nn.Module) -> Callable[..., Any]:
+class AttentionConfig:
+    """What an attention module of a patched model has for its config: it names our function over the model's own.
+
+    All else, also what is set, is the config's; the config itself never says that the model is patched.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["own"] = config
+
+    @property
+    def _attn_implementation(self) -> str:
+        base = self.own._attn_implementation
+        return attention_name(base) if base in BASES else base
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own" or name.startswith("__"):  # asked by copy and pickle before there is a config
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.own, name, value)
+
+
+class Bare:
+    """An attention module as its base function knows it: flash wrappers look up their kernel by the config's name."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    def config(self) -> Any:
+        return self.module.config.own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def base_function(base: str, module: Any) -> Callable[..., Any]:
     """The model's own attention function ("eager" lives in the module's own file, the others in a table)."""
     if base == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[base]
+        return partial(sys.modules[type(module).__module__].eager_attention_forward, module)
+    return partial(ALL_ATTENTION_FUNCTIONS[base], Bare(module) if base.startswith("flash") else module)
 
 
 def attention(
@@ -115,7 +150,7 @@ def attention(
     """Attention as transformers asks for it; with a plan, row by row. query [1, heads, T, d] → [1, T, heads, d]."""
     plan: Plan | None = kwargs.pop("vtr_plan", None)
     if plan is None:
-        return base_function(base, module)(module, query, key, value, attention_mask, **kwargs)
+        return base_function(base, module)(query, key, value, attention_mask, **kwargs)
     # rope is applied already; a flash wrapper would read gaps between kept positions as separate sequences
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
@@ -167,7 +202,7 @@ def _one_row(
     elif n > 1 and (n < m or base == "eager") and not base.startswith("flash"):  # flash kernels align it by themselves
         causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mask = _as_mask(base, causal[None, None], q.dtype)
-    return base_function(base, module)(module, q, k, v, mask, **kwargs)[0]
+    return base_function(base, module)(q, k, v, mask, **kwargs)[0]
 
 
 def _decode(
@@ -188,7 +223,7 @@ def _decode(
             seen = near if seen is None else seen & near
         if seen is not None:
             mask = seen if base.startswith("flash") else _as_mask(base, seen[:, None, None], q.dtype)
-        outs.append(call(module, q, bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
+        outs.append(call(q, bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
     cache.attend_done(plan.remember)
     return cache.in_order(outs)
 

@@ -14,7 +14,7 @@ import torch
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.adapters import Adapter
-from vtr.engine.attention import PREFIX, Plan, attention_name, mlp_scale
+from vtr.engine.attention import AttentionConfig, Plan, attention_name, mlp_scale
 from vtr.engine.call import (
     Generation,
     Given,
@@ -57,25 +57,20 @@ class Patch:
         self.key = Key()
         self.geometry = Geometry.of(self.text)
         self.last: Trace | DenseTrace | None = None
-        self.base = self.text.config._attn_implementation
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.windows = windows(self.text)
         self.text_hooks = TextHooks(self)
-        attention_name(self.base)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        attention_name(self.base)  # a process that unpickles a patched model has registered nothing yet
+        attention_name(self.text.config._attn_implementation)  # raises if it cannot run packed rows
 
     def install(self) -> None:
         model, text = self.model, self.text
-        text.config._attn_implementation = attention_name(self.base)
         self.handles = [
             model.register_forward_pre_hook(self.before_model, with_kwargs=True),
             text.register_forward_pre_hook(self.text_hooks.before, with_kwargs=True),
             text.register_forward_hook(self.text_hooks.after, with_kwargs=True),
         ]
         for index, layer in enumerate(text.layers):
+            layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
                 layer.register_forward_pre_hook(LayerHook(index), with_kwargs=True),
                 layer.register_forward_hook(after_layer, with_kwargs=True),
@@ -88,8 +83,8 @@ class Patch:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        if self.text.config._attn_implementation.startswith(PREFIX):
-            self.text.config._attn_implementation = self.text.config._attn_implementation[len(PREFIX) :]
+        for layer in self.text.layers:
+            layer.self_attn.config = layer.self_attn.config.own
         del self.model.__dict__["generate"], self.model.__dict__[NAME]
         if self.own_generate is not MISSING:
             self.model.generate = self.own_generate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import UnsupportedError
-from vtr.engine.attention import PREFIX, Plan, attention_name, mlp_scale
+from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation, check_cache, is_ragged
 from vtr.engine.compat import cache_in, put_cache
@@ -34,9 +34,7 @@ class TextHooks:
             mlp_scale.set(None)
         if request is None and not ragged:
             return None
-        name = module.config._attn_implementation
-        if not name.startswith(PREFIX):  # somebody called set_attn_implementation on the patched model
-            module.config._attn_implementation = attention_name(name)
+        attention_name(module.config._attn_implementation)  # set_attn_implementation may have changed it
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             ids = kwargs.pop("input_ids", None)
