@@ -7,7 +7,7 @@ demo:
 
 test:
 	@.ci/setup .venv dev
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow" -n auto
 
 # the table of the README (docs/results/budgets.md): accuracy, latency and FLOPs of policies at equal budgets
 results:
