@@ -103,12 +103,15 @@ class Row:
 
     # -- in the decoder --------------------------------------------------------------------------------------------
     def to(self, device: torch.device) -> None:
-        """Move the index tensors to the device, once, before the first layer."""
-        self.text, self.vision = self.text.to(device), self.vision.to(device)
-        self._text_queries = self._text_queries.to(device)
-        self.alive = self.alive if self.alive is None else self.alive.to(device)
-        self._here = self._here if self._here is None else self._here.to(device)
-        self._fields = {name: t.to(device) for name, t in self._fields.items()}
+        """Move the index tensors to the device, once, before the first layer; nobody waits for them to arrive."""
+
+        def moved(t: torch.Tensor) -> torch.Tensor:
+            return t.to(device, non_blocking=device.type == "cuda")  # back to the CPU one would have to wait
+
+        self.text, self.vision, self._text_queries = moved(self.text), moved(self.vision), moved(self._text_queries)
+        self.alive = self.alive if self.alive is None else moved(self.alive)
+        self._here = self._here if self._here is None else moved(self._here)
+        self._fields = {name: moved(t) for name, t in self._fields.items()}
 
     def tokens(
         self, layer: int, depth: int, hidden: torch.Tensor, scores: torch.Tensor | None,
