@@ -34,7 +34,7 @@ def anyres_max_layout(
     window, scaled = window_of(body, canvas), None
     ratio = math.sqrt(height * width / (most * side**2))
     if ratio > 1.1:
-        scaled = int(height // ratio), int(width // ratio)
+        scaled = max(int(height // ratio), 1), max(int(width // ratio), 1)
         down, across = _centres(height, scaled[0]), _centres(width, scaled[1])
         body = body[:, down][:, :, across]
     made = with_newlines(body, canvas, (rows, columns), side)
