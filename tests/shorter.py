@@ -58,15 +58,11 @@ def scores(model: Any, states: Tensor, projected: Tensor) -> Tensor:
     if kind == "siglip_vision_model":
         mean = projected.mean(1, keepdim=True)
         return -(projected * mean).sum(-1) / projected.norm(dim=-1) / mean.norm(dim=-1)
-    encoder = model.model.vision_tower.encoder if hasattr(model.model.vision_tower, "encoder") else None
-    encoder = encoder or model.model.vision_tower.vision_model.encoder
-    last = (encoder.layers if kind == "clip_vision_model" else encoder.layer)[-1]
-    norm, attention = (
-        (last.layer_norm1, last.self_attn) if kind == "clip_vision_model" else (last.layernorm_before, last.attention)
-    )
+    norm, attention = last_layer(model)
     x = norm(states)
-    q, k = attention.q_norm(attention.q_proj(x)) if kind != "clip_vision_model" else attention.q_proj(x), None
-    k = attention.k_norm(attention.k_proj(x)) if kind != "clip_vision_model" else attention.k_proj(x)
+    q, k = attention.q_proj(x), attention.k_proj(x)
+    if kind != "clip_vision_model":
+        q, k = attention.q_norm(q), attention.k_norm(k)
     heads = attention.num_heads
     per_head = [
         a[:, :1] @ b[:, 1:].transpose(1, 2) / math.sqrt(a.shape[-1])
@@ -77,6 +73,15 @@ def scores(model: Any, states: Tensor, projected: Tensor) -> Tensor:
         return found
     side = math.isqrt(found.shape[1])  # a token of InternVL is 2 × 2 patches
     return found.view(-1, side // 2, 2, side // 2, 2).mean((2, 4)).flatten(1)
+
+
+def last_layer(model: Any) -> tuple[Any, Any]:
+    """(norm, attention) of the last layer of a CLIP or InternVL tower."""
+    tower = model.model.vision_tower
+    encoder = tower.encoder if hasattr(tower, "encoder") else tower.vision_model.encoder
+    if model.config.vision_config.model_type == "clip_vision_model":
+        return encoder.layers[-1].layer_norm1, encoder.layers[-1].self_attn
+    return encoder.layer[-1].layernorm_before, encoder.layer[-1].attention
 
 
 def packed(model: Any, tiles: Tensor, size: Tensor | None, newline: Tensor | None, k: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
 
 from vtr.base import Image, Layout, Policy, UnsupportedError
@@ -108,8 +109,8 @@ capturing: ContextVar[Callable[[], Captures | None] | None] = ContextVar("vtr_ca
 def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The CLS row of a tower's last layer before the softmax, mean over heads, and the FLOPs it took.
 
-    The mean over heads of q·k / sqrt(head_dim) is one product over the whole width, divided by heads · sqrt(head_dim);
-    no attention matrix is built and the layer does not run again.
+    The mean over heads of q · k / sqrt(head_dim) is one product over the whole width divided by heads · sqrt(head_dim).
+    No attention matrix is built, and the layer does not run again.
 
     Args:
         states: [tiles, 1 + patches, width], the last layer's input (``hidden_states[-2]``), CLS in front.
@@ -122,14 +123,30 @@ def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     norm, attention = last_layer(tower)
     x = norm(states)
-    q, k = attention.q_proj(x[:, :1]), attention.k_proj(x[:, 1:])
-    if getattr(attention, "q_norm", None) is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    heads, width = attention.num_heads, q.shape[-1]
-    products = torch.matmul(k.float(), q.float().transpose(1, 2))[..., 0]
-    tiles, patches = products.shape
-    flops = 2 * tiles * width * ((1 + patches) * states.shape[-1] + patches)
-    return products / (heads * (width // heads) ** 0.5), flops
+    tiles, tokens, width = x.shape
+    q = attention.q_proj(x[:, :1])
+    flops = 2 * tiles * width * q.shape[-1]
+    normed = not isinstance(getattr(attention, "k_norm", None), nn.Identity | None)
+    if not normed and _plain(attention.k_proj, x):  # q · (W x + b) = (W' q) · x + q · b: the patches need no projection
+        key = attention.k_proj
+        asked = torch.matmul(q.float(), key.weight.float())
+        products = torch.matmul(x[:, 1:].float(), asked.transpose(1, 2))[..., 0]
+        if key.bias is not None:
+            products = products + (q.float() * key.bias.float()).sum(-1)
+        flops += 2 * tiles * width * (q.shape[-1] + tokens - 1)
+    else:
+        k = attention.k_proj(x[:, 1:])
+        q, k = (attention.q_norm(q), attention.k_norm(k)) if normed else (q, k)
+        products = torch.matmul(k.float(), q.float().transpose(1, 2))[..., 0]
+        flops += 2 * tiles * (tokens - 1) * q.shape[-1] * (width + 1)
+    heads = attention.num_heads
+    return products / (heads * (q.shape[-1] // heads) ** 0.5), flops
+
+
+def _plain(projection: Any, x: torch.Tensor) -> bool:
+    """Whether a projection is its weights and nothing else: no adapter, no quantization, nothing that moves them in."""
+    weight = getattr(projection, "weight", None)
+    return type(projection) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
 
 
 def last_layer(tower: Any) -> tuple[Any, Any]:

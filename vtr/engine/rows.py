@@ -78,7 +78,10 @@ class Row:
         fields: dict[str, list[torch.Tensor]] = {name: [] for name in (*_FIELDS, "image")}
         origin, sources, pieces = [], [], []
         for i, (layout, local) in enumerate(zip(self.layouts, per_image, strict=True)):
-            image = self._image(embeds.index_select(0, local.to(embeds.device)), i, captures)
+            first, n = int(local[0]), len(local)
+            together = int(local[-1]) - first + 1 == n  # as a rule an image's slots follow each other
+            mine = embeds[first : first + n] if together else embeds.index_select(0, local.to(embeds.device))
+            image = self._image(mine, i, captures)
             keep, pooled = _compressed(self.policy, image)
             at, slots = local[keep], self.slots[local]
             gone[local] = True
