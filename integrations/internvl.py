@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def crops_of(tiles: torch.Tensor) -> tuple[int, int]:
     return ways[int(torch.stack(errors).argmin())]
 
 
+@lru_cache(maxsize=256)
 def tiles_layout(count: int, grid: tuple[int, int], crops: tuple[int, int]) -> Layout:
     """``count`` tiles of ``grid`` tokens one behind the other; of several the last is the thumbnail, tile 0."""
     tile = tile_layout(*grid)
@@ -46,6 +48,8 @@ def tiles_layout(count: int, grid: tuple[int, int], crops: tuple[int, int]) -> L
         tile.newline.repeat(count),
         grid,
         crops,
+        thumbnail_last=count > 1,
+        shrunk=lambda k: tiles_layout(count, (grid[0] // k, grid[1] // k), crops),
     )
 
 

@@ -18,7 +18,8 @@ def tile_layout(height: int, width: int) -> Layout:
     """One tile of height × width patches, row by row."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     zero = torch.zeros(height * width, dtype=torch.int64)
-    return Layout(zero, y.reshape(-1), x.reshape(-1), zero, (height, width))
+    grid = height, width
+    return Layout(zero, y.reshape(-1), x.reshape(-1), zero, grid, shrunk=lambda k: tile_layout(height // k, width // k))
 
 
 class Llava(Adapter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,18 +17,25 @@ from vtr.engine.adapters import Adapter
 
 
 @lru_cache(maxsize=1024)
-def anyres_layout(
-    size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], tile_pixels: int, patch: int
-) -> Layout:
+def anyres_layout(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], tile_pixels: int, side: int) -> Layout:
     """The tokens of one image of ``size`` (height, width) in pixels, as ``pack_image_features`` orders them.
 
-    The thumbnail's patches, then the canvas of all crops row by row, cut back to the picture's aspect ratio, each
-    canvas row followed by one newline token.
+    The thumbnail's patches (``side`` rows and columns), then the canvas of all crops row by row, cut back to the
+    picture's aspect ratio, each canvas row followed by one newline token.
     """
-    side = tile_pixels // patch
     rows, columns = get_anyres_image_grid_shape(size, [list(p) for p in pinpoints], tile_pixels)
     canvas = canvas_of(rows, columns, side)
-    return with_newlines(unpad_image(canvas, size), canvas, (rows, columns), side)
+    body = unpad_image(canvas, size)
+    made = with_newlines(body, canvas, (rows, columns), side)
+    return replace(
+        made, window=window_of(body, canvas), shrunk=lambda k: anyres_layout(size, pinpoints, tile_pixels, side // k)
+    )
+
+
+def window_of(body: torch.Tensor, canvas: torch.Tensor) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of what ``unpad_image`` left of a canvas: it cuts as much on either side."""
+    (height, width), (whole_height, whole_width) = body.shape[1:], canvas.shape[1:]
+    return (whole_height - height) // 2, (whole_width - width) // 2, height, width
 
 
 def canvas_of(rows: int, columns: int, side: int) -> torch.Tensor:
@@ -75,5 +83,5 @@ class LlavaNext(Adapter):
         pinpoints = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
         sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
-        layouts = [anyres_layout((int(h), int(w)), pinpoints, side, patch) for h, w in sizes]
+        layouts = [anyres_layout((int(h), int(w)), pinpoints, side, side // patch) for h, w in sizes]
         return {config.image_token_id: layouts}

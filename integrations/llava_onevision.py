@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 from vtr.integrations.llava import tile_layout
-from vtr.integrations.llava_next import canvas_of, with_newlines
+from vtr.integrations.llava_next import canvas_of, window_of, with_newlines
 
 from vtr.base import Layout
 from vtr.engine.adapters import Adapter
@@ -30,11 +31,19 @@ def anyres_max_layout(
     canvas = canvas_of(rows, columns, side)
     body = unpad_image(canvas, size)
     height, width = body.shape[1:]
+    window, scaled = window_of(body, canvas), None
     ratio = math.sqrt(height * width / (most * side**2))
     if ratio > 1.1:
-        down, across = (_centres(n, int(n // ratio)) for n in (height, width))
+        scaled = max(int(height // ratio), 1), max(int(width // ratio), 1)
+        down, across = _centres(height, scaled[0]), _centres(width, scaled[1])
         body = body[:, down][:, :, across]
-    return with_newlines(body, canvas, (rows, columns), side)
+    made = with_newlines(body, canvas, (rows, columns), side)
+    return replace(
+        made,
+        window=window,
+        scaled=scaled,
+        shrunk=lambda k: anyres_max_layout(size, pinpoints, tile_pixels, side // k, most),
+    )
 
 
 def _centres(old: int, new: int) -> torch.Tensor:
@@ -50,7 +59,7 @@ def frames_layout(frames: int, side: int) -> Layout:
     columns = [tile, frame.y.repeat(frames), frame.x.repeat(frames), frame.newline.repeat(frames)]
     end = (frames - 1, side - 1, side, 1)
     tile, y, x, newline = (torch.cat([c, torch.tensor([last])]) for c, last in zip(columns, end, strict=True))
-    return Layout(tile, y, x, newline, (side, side))
+    return Layout(tile, y, x, newline, (side, side), shrunk=lambda k: frames_layout(frames, side // k))
 
 
 def _sizes(sizes: Any) -> list[tuple[int, int]]:

@@ -62,11 +62,18 @@ policies = st.one_of(
     st.builds(vtr.UniformGrid, keeps, layers),
     pyramids(),
 )
+compressors = st.one_of(
+    st.builds(vtr.Matryoshka, st.sampled_from([1, 9])),
+    st.builds(vtr.GlobalCom2, ratios, budget=st.sampled_from(["paper", "exact"])),
+)
+anything: Any = st.one_of(
+    policies, compressors, st.tuples(compressors, policies).map(lambda two: two[0] + two[1] if two[1] else two[0])
+)
 texts = st.text("abcdefghij", min_size=1, max_size=6)
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> tuple[list[str], Any]:
+def rows(draw: st.DrawFn, policies: Any = policies) -> tuple[list[str], Any]:
     """A prompt of texts and up to two images in any order, and a policy that can take it."""
     parts = draw(st.lists(texts, max_size=2)) + [IMAGE] * draw(st.integers(0, 2))
     policy, parts = draw(policies), list(draw(st.permutations(parts)))
@@ -74,7 +81,7 @@ def rows(draw: st.DrawFn) -> tuple[list[str], Any]:
     return parts + ([draw(texts)] if asks and parts and parts[-1] == IMAGE else []), policy
 
 
-batches = st.lists(rows(), min_size=1, max_size=4)
+batches = st.lists(rows(anything), min_size=1, max_size=4)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

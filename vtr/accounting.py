@@ -125,7 +125,8 @@ def _reduced(trace: Trace) -> Report:
 
 def _row(row: RowTrace) -> RowReport:
     slots = row.slots.tolist()
-    made_of = row.sources if row.sources is not None else [[slot] for slot in slots]
+    images = row.sources
+    made_of = [[slot] for slot in slots] if images is None else [some for image in images for some in image.lists()]
     kept, sources = [], []
     last: tuple[torch.Tensor | None, list[int], list[list[int]]] | None = None
     for alive in row.alive:

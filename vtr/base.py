@@ -24,11 +24,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from vtr.image import Image, Layout, Pooled
+
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "Image", "Keep", "Layout", "Policy", "Pooled", "Route", "Scores", "Token", "Tokens", "UnsupportedError", "Wanted",
+    "check_keep", "keep_count", "top",
+]  # fmt: skip
+
 Keep = int | float
 """``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of the row's vision tokens."""
+
+Wanted = Literal["tiles", "cls"]
+"""What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
 
 Scores = Literal["last", "text"]
 """``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token."""
@@ -69,62 +79,6 @@ def top(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the ``k`` largest of ``scores`` ([n]), ascending; of equal scores the lower index wins."""
     best = scores.argsort(descending=True, stable=True)[:k]
     return best.sort().values
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where each token of one image lies. All tensors are int64 [n], on the CPU, in the order of the image's slots.
-
-    Attributes:
-        tile: 0 is the thumbnail (or the only tile); crops count from 1, row by row.
-        y, x: patch row and column inside the tile. A newline token has the row it ends and x = one past the last.
-        newline: 1 for a newline (separator) token, else 0.
-        grid: (height, width) of one tile in tokens.
-        crops: (rows, columns) of crop tiles; (0, 0) where there is only one tile.
-    """
-
-    tile: torch.Tensor
-    y: torch.Tensor
-    x: torch.Tensor
-    newline: torch.Tensor
-    grid: tuple[int, int]
-    crops: tuple[int, int] = (0, 0)
-
-    def __len__(self) -> int:
-        return int(self.tile.shape[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """What ``compress`` sees of one image, before the decoder.
-
-    Attributes:
-        features: [n, hidden_size], the image's tokens as they would enter the text model (newline tokens included).
-        layout: tile, (y, x) and newline-ness of each of the n tokens.
-        index: which image of its row this is, from 0.
-        count: how many images the row has.
-    """
-
-    features: torch.Tensor
-    layout: Layout
-    index: int
-    count: int
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-
-@dataclass(frozen=True, eq=False)
-class Pooled:
-    """An answer of ``compress`` that makes new tokens out of old ones.
-
-    Attributes:
-        features: [m, hidden_size], m at most the image's token count.
-        sources: m lists: the indices (into the image's tokens) each new token was made from.
-    """
-
-    features: torch.Tensor
-    sources: list[list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +180,8 @@ class Policy:
     name: ClassVar[str] = ""
     question_guided: ClassVar[bool] = False
     """True if what is kept depends on the question of this turn (a later turn may miss something)."""
+    wants: ClassVar[tuple[Wanted, ...]] = ()
+    """What ``compress`` needs of the vision tower beside the tokens; nothing is captured that no row's policy wants."""
 
     @property
     def renumbers(self) -> bool:

@@ -1,4 +1,4 @@
-"""The kept tokens laid over the picture they came from."""
+"""The kept and pooled tokens laid over the picture they came from."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 DIM = 0.8
 """How far dropped patches fade (light pictures to black, dark ones to white)."""
+LINE = 0.5
+"""How far the lines between pooled cells fade."""
 
 
-def _shares(layout: Layout, kept: set[int], tiles: str) -> np.ndarray:
-    """Which patches of the thumbnail or of the crops' canvas are kept: [height, width] of 0 and 1."""
+def _cells(layout: Layout, made_of: list[list[int]], tiles: str) -> np.ndarray:
+    """Which token shows each patch of the thumbnail or of the crops' canvas: [height, width], -1 for none."""
     height, width = layout.grid
     y, x, tile = layout.y.numpy(), layout.x.numpy(), layout.tile.numpy()
     mine = (layout.newline.numpy() == 0) & ((tile == 0) if tiles == "thumbnail" else (tile > 0))
@@ -27,21 +29,50 @@ def _shares(layout: Layout, kept: set[int], tiles: str) -> np.ndarray:
         y, x = y + (tile - 1) // columns * height, x + (tile - 1) % columns * width
     y, x, index = y[mine], x[mine], np.nonzero(mine)[0]
     if not len(index):  # a sliver of a picture has no crop patches
-        return np.zeros((1, 1))
+        return np.full((1, 1), -1)
     y, x = y - y.min(), x - x.min()  # the canvas is cut back to the picture
-    grid = np.zeros((y.max() + 1, x.max() + 1))
-    grid[y, x] = [i in kept for i in index]
+    shown_by = np.full(len(layout), -1)
+    for token, patches in enumerate(made_of):
+        shown_by[patches] = token
+    grid = np.full((y.max() + 1, x.max() + 1), -1)
+    grid[y, x] = shown_by[index]
     return grid
 
 
-def _faded(picture: Image.Image, grid: np.ndarray) -> np.ndarray:
-    """The picture with dropped patches faded; every pixel follows the patch it lies in."""
+def _painted(picture: Image.Image, cells: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+    """The picture with dropped patches faded and pooled cells in their mean color; pixels follow the patch they lie in.
+
+    Args:
+        pooled: [tokens], whether a token was made from several.
+    """
     pixels = np.asarray(picture.convert("RGB"), float) / 255
-    rows = np.arange(pixels.shape[0]) * grid.shape[0] // pixels.shape[0]
-    columns = np.arange(pixels.shape[1]) * grid.shape[1] // pixels.shape[1]
-    stays = grid[rows[:, None], columns[None, :], None]
+    rows = np.arange(pixels.shape[0]) * cells.shape[0] // pixels.shape[0]
+    columns = np.arange(pixels.shape[1]) * cells.shape[1] // pixels.shape[1]
+    cell = cells[rows[:, None], columns[None, :]]
     away = DIM if pixels.mean() < 0.5 else 0.0
-    return pixels * stays + (1 - stays) * (pixels * (1 - DIM) + away)
+    faded = pixels * (1 - DIM) + away
+    size = np.bincount(cell[cell >= 0], minlength=len(pooled)).clip(1)
+    colors = [np.bincount(cell[cell >= 0], c[cell >= 0], len(pooled)) / size for c in np.moveaxis(pixels, 2, 0)]
+    means = np.stack(colors, 1)
+    many = (cell >= 0) & pooled[cell]
+    edge = np.zeros_like(many)
+    edge[1:] |= cell[1:] != cell[:-1]
+    edge[:, 1:] |= cell[:, 1:] != cell[:, :-1]
+    out = np.where((cell < 0)[..., None], faded, pixels)
+    out = np.where(many[..., None], means[cell], out)
+    return np.where((edge & many)[..., None], out * (1 - LINE) + LINE * round(1 - pixels.mean()), out)
+
+
+def _crop_lines(axis: Any, layout: Layout, picture: Image.Image) -> None:
+    """Lines where one crop ends and the next begins."""
+    (rows, columns), (h, w) = layout.crops, layout.grid
+    top, left, height, width = layout.window or (0, 0, rows * h, columns * w)
+    for row in range(1, rows):
+        if 0 < row * h - top < height:
+            axis.axhline((row * h - top) / height * picture.height, color="C3", lw=1, ls="--")
+    for column in range(1, columns):
+        if 0 < column * w - left < width:
+            axis.axvline((column * w - left) / width * picture.width, color="C3", lw=1, ls="--")
 
 
 def show_kept(
@@ -54,6 +85,8 @@ def show_kept(
 ) -> Figure:
     """Draw what is kept of one image: the picture, then thumbnail and crops on entering some layers.
 
+    Dropped patches are faded, pooled ones shown as cells of one color; dashed lines part the crops.
+
     Args:
         picture: as given to the processor. layout: of its tokens. first_slot: the row's slot of its first token.
         row: the report's row. layers: which decoder layers; by default those at which the number of tokens changes.
@@ -64,7 +97,7 @@ def show_kept(
     """
     from matplotlib.figure import Figure
 
-    counts = row.vision_tokens
+    counts, n = row.vision_tokens, len(layout)
     changes = [n for n in range(len(counts)) if n == 0 or counts[n] != counts[n - 1]]
     layers = layers or ([*changes[:3], changes[-1]] if len(changes) > 4 else changes)
     kinds = ["thumbnail", "crops"] if layout.crops != (0, 0) else ["thumbnail"]
@@ -80,8 +113,11 @@ def show_kept(
         axes[line][0].set_ylabel(kind, fontsize=9)
         axes[line][0].set_title("picture" if line == 0 else "", fontsize=9)
         for column, layer in enumerate(layers, 1):
-            kept = {slot - first_slot for made_of in row.sources(layer) for slot in made_of}
-            axes[line][column].imshow(_faded(picture, _shares(layout, kept, kind)))
+            made_of = [[s - first_slot for s in some if 0 <= s - first_slot < n] for some in row.sources(layer)]
+            pooled = np.array([len(some) > 1 for some in made_of] or [False])
+            axes[line][column].imshow(_painted(picture, _cells(layout, made_of, kind), pooled))
+            if kind == "crops":
+                _crop_lines(axes[line][column], layout, picture)
             if line == 0:
                 axes[line][column].set_title(f"into layer {layer}: {counts[layer]} of {row.total}", fontsize=9)
     for axis in axes.flat:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from vtr.base import Policy, Scores
+from vtr.base import Policy, Scores, Wanted
 
 _POLICIES: dict[str, type[Policy]] = {}
 _QUESTIONS = ("compress", "prune", "route", "remember")
@@ -145,6 +145,10 @@ class Chain(Policy):
     @property
     def question_guided(self) -> bool:  # type: ignore[override]
         return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
+
+    @property
+    def wants(self) -> tuple[Wanted, ...]:  # type: ignore[override]
+        return self._answers["compress"].wants if "compress" in self._answers else ()
 
     @property
     def renumbers(self) -> bool:

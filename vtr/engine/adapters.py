@@ -30,9 +30,23 @@ class Adapter(ABC):
         """The ids in ``input_ids`` that stand for one vision token each (of an image, of a video …)."""
         return (int(model.config.image_token_id),)  # type: ignore[union-attr,arg-type]
 
+    def tower(self, model: nn.Module) -> Any:
+        """The vision tower: called once for all images (tiles one behind the other), then once for all videos."""
+        return model.model.vision_tower  # type: ignore[union-attr]
+
+    def projector(self, model: nn.Module) -> Any:
+        """The module that brings the tower's patches to the text model's width: [tiles, patches, hidden_size] out."""
+        return model.model.multi_modal_projector  # type: ignore[union-attr]
+
+    def newline(self, model: nn.Module) -> Any:
+        """The embedding of a newline token, [hidden_size]; None if the family has none."""
+        return getattr(model.model, "image_newline", None)
+
     @abstractmethod
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """Per placeholder id one layout per image (a video counts as one), in the order of the images.
+
+        The ids come in the order in which the vision tower runs for them (images, then videos).
 
         Args:
             inputs: the call's keyword arguments; ``input_ids`` [rows, L] are on the CPU and always there.

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.captures import Captures
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import DenseTrace, Trace
@@ -41,6 +42,7 @@ class Generation:
         prompt: where its vision tokens sit, read off the arguments before transformers encodes and drops the images.
         length: columns of input_ids as passed. started: True after the first forward.
         queries_end: set by the first forward; later text was decoded.
+        captures: what its policies want of the vision tower, or None.
     """
 
     key: object
@@ -48,6 +50,7 @@ class Generation:
     prompt: Prompt | None
     length: int
     trace: Trace
+    captures: Captures | None = None
     started: bool = False
     queries_end: int = 0
     cache_layers: list[RaggedLayer] | None = None
@@ -131,8 +134,7 @@ def check_generation(kwargs: Mapping[str, Any], default: Any) -> None:
     Raises:
         UnsupportedError: naming the way out.
     """
-    if kwargs.get("mm_encoder_outputs") is not None:
-        raise UnsupportedError("a reduced generate needs pixel_values, not mm_encoder_outputs: pass the images")
+    check_pixels(kwargs)
     config = kwargs.get("generation_config") or default
     implementation = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
     if implementation not in (None, "dynamic", "dynamic_full"):
@@ -145,6 +147,16 @@ def check_generation(kwargs: Mapping[str, Any], default: Any) -> None:
             "prefill_chunk_size cuts the prompt into pieces, but a policy chooses among all of its tokens: leave it "
             "out (a reduced prefill needs less memory anyway), or pass policy=None"
         )
+
+
+def check_pixels(kwargs: Mapping[str, Any]) -> None:
+    """Refuse images that the caller has encoded: the tiles and CLS states behind them are not there any more.
+
+    Raises:
+        UnsupportedError: naming the way out.
+    """
+    if kwargs.get("mm_encoder_outputs"):
+        raise UnsupportedError("a reduced call needs pixel_values, not mm_encoder_outputs: pass the images")
 
 
 def check_cache(cache: Any) -> None:

@@ -21,6 +21,7 @@ from vtr.engine.call import (
     busy,
     check_call,
     check_generation,
+    check_pixels,
     in_use,
     is_ragged,
     last_traces,
@@ -29,6 +30,7 @@ from vtr.engine.call import (
     warn_on_continue,
     windows,
 )
+from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
@@ -59,7 +61,7 @@ class Patch:
         self.last: Trace | DenseTrace | None = None
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.windows = windows(self.text)
-        self.text_hooks = TextHooks(self)
+        self.text_hooks, self.vision = TextHooks(self), VisionHooks(self)
         attention_name(self.text.config._attn_implementation)  # raises if it cannot run packed rows
 
     def install(self) -> None:
@@ -68,6 +70,7 @@ class Patch:
             model.register_forward_pre_hook(self.before_model, with_kwargs=True),
             text.register_forward_pre_hook(self.text_hooks.before, with_kwargs=True),
             text.register_forward_hook(self.text_hooks.after, with_kwargs=True),
+            *self.vision.install(),
         ]
         for index, layer in enumerate(text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
@@ -115,13 +118,15 @@ class Patch:
         policies = self.policies(given, None if source is None else source.shape[0])
         prompt = None if policies is None else self._check_generate(ids, kwargs)
         length = 0 if ids is None else ids.shape[1]
-        generation = Generation(self.key, policies, prompt, length, Trace(self.geometry))
-        token = running.set(generation)
+        captures = None if policies is None or prompt is None else self.vision.wanted(policies, prompt)
+        generation = Generation(self.key, policies, prompt, length, Trace(self.geometry), captures)
+        token, before = running.set(generation), begin(captures)
         try:
             with busy(self.key, "it is generating; wait until generate has returned"):
                 out = original(*args, **kwargs)
         finally:
             running.reset(token)
+            capturing.reset(before)
         if generation.started:
             note_cache(generation.trace, generation.cache_layers, generation.attended_before)
             self.publish(generation.trace)
@@ -203,8 +208,12 @@ class Patch:
             if ids is None:
                 assert embeds is not None
                 ids = ids_of(self.adapter, self.model, embeds)
+            check_pixels(kwargs)
             prompt = read_prompt(self.adapter, self.model, ids, mask, kwargs)
-            return Request(policies, prompt, ids.shape[1], None)
+            captures = self.vision.wanted(policies, prompt)
+            if captures is not None:
+                begin(captures)
+            return Request(policies, prompt, ids.shape[1], None, captures)
         assert generation.prompt is not None
         rows, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         beams = rows // len(policies)  # beam search and num_return_sequences repeat each prompt
@@ -215,7 +224,8 @@ class Patch:
         if not generation.started:
             generation.queries_end = length
         offset = max(generation.length - length, 0) if not generation.started else 0
-        return Request([p for p in policies for _ in range(beams)], prompt, generation.queries_end, generation, offset)
+        expanded = [p for p in policies for _ in range(beams)]
+        return Request(expanded, prompt, generation.queries_end, generation, generation.captures, offset)
 
 
 class LayerHook:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from vtr.base import Layout, UnsupportedError
 from vtr.engine.adapters import Adapter
+from vtr.engine.captures import Place
 from vtr.engine.compat import cache_in
 
 
@@ -20,11 +21,13 @@ class Prompt:
 
     Attributes:
         is_vision: bool [rows, L]. layouts: per row, those of its images, in order.
+        places: likewise, where the vision tower has them.
         valid: bool [rows, L], False for padding; None if it was not said.
     """
 
     is_vision: torch.Tensor
     layouts: list[list[Layout]]
+    places: list[list[Place]]
     valid: torch.Tensor | None
 
     def repeated(self, times: int) -> Prompt:
@@ -33,15 +36,16 @@ class Prompt:
             return self
         valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
         layouts = [row for row in self.layouts for _ in range(times)]
-        return Prompt(self.is_vision.repeat_interleave(times, 0), layouts, valid)
+        places = [row for row in self.places for _ in range(times)]
+        return Prompt(self.is_vision.repeat_interleave(times, 0), layouts, places, valid)
 
     def extended(self, length: int) -> Prompt:
         """With the tokens decoded since, up to ``length``: text, whatever their ids, and no padding."""
         more = (0, length - self.is_vision.shape[1])
         if more == (0, 0):
-            return Prompt(self.is_vision, self.layouts, self.valid)
+            return replace(self)
         valid = None if self.valid is None else pad(self.valid, more, value=True)
-        return Prompt(pad(self.is_vision, more), self.layouts, valid)
+        return replace(self, is_vision=pad(self.is_vision, more), valid=valid)
 
 
 def read_prompt(
@@ -59,7 +63,8 @@ def read_prompt(
     layouts = adapter.layouts(model, {**inputs, "input_ids": ids})
     is_vision = torch.isin(ids, torch.tensor(adapter.placeholders(model)))
     valid = mask[:, -ids.shape[1] :].bool().cpu() if mask is not None and mask.dim() == 2 else None
-    return Prompt(is_vision, assign_images(layouts, ids, is_vision), valid)
+    rows = assign_images(layouts, ids, is_vision)
+    return Prompt(is_vision, [[lay for lay, _ in row] for row in rows], [[at for _, at in row] for row in rows], valid)
 
 
 def ids_of(adapter: Adapter, model: Any, embeds: torch.Tensor) -> torch.Tensor:
@@ -82,9 +87,23 @@ def ids_of(adapter: Adapter, model: Any, embeds: torch.Tensor) -> torch.Tensor:
     return ids
 
 
+Located = tuple[Layout, Place]
+"""An image: where its tokens lie in the row, and its tiles in the vision tower."""
+
+
+def located(layouts: Sequence[Layout], run: int) -> list[Located]:
+    """Images whose tiles the vision tower gets one behind the other in its run ``run``."""
+    found, first = [], 0
+    for layout in layouts:
+        count = layout.tiles
+        found.append((layout, Place(run, first, count)))
+        first += count
+    return found
+
+
 def assign_images(
     layouts: Mapping[int, Sequence[Layout]], ids: torch.Tensor, is_vision: torch.Tensor
-) -> list[list[Layout]]:
+) -> list[list[Located]]:
     """Give every row its images, in the order of their slots. ids, is_vision: [rows, L] on the CPU.
 
     Raises:
@@ -96,7 +115,7 @@ def assign_images(
             f"the prompt has {total} image placeholders but no image: pass pixel_values (and image_sizes) "
             "as the processor returned them"
         )
-    queues = {placeholder: list(images) for placeholder, images in layouts.items()}
+    queues = {placeholder: located(images, run) for run, (placeholder, images) in enumerate(layouts.items())}
     rows = [_images_of(queues, ids[row][is_vision[row]], row) for row in range(len(ids))]
     left = sum(map(len, queues.values()))
     if left:
@@ -104,14 +123,14 @@ def assign_images(
     return rows
 
 
-def _images_of(queues: dict[int, list[Layout]], slots: torch.Tensor, row: int) -> list[Layout]:
+def _images_of(queues: dict[int, list[Located]], slots: torch.Tensor, row: int) -> list[Located]:
     """The images that fill ``slots`` ([n] placeholder ids); takes them off ``queues``."""
-    mine: list[Layout] = []
+    mine: list[Located] = []
     at = 0
     while at < len(slots):
         kind = int(slots[at])
         queue = queues.get(kind)
-        n = len(queue[0]) if queue else 0
+        n = len(queue[0][0]) if queue else 0
         if not queue or at + n > len(slots) or not bool((slots[at : at + n] == kind).all()):
             raise ValueError(
                 f"row {row} has {len(slots)} image placeholders, which is not what its images give: "

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from vtr.base import Image, Layout, Policy, Pooled, Tokens
-from vtr.engine.trace import RowTrace
+from vtr.engine.captures import Captures, Place
+from vtr.engine.trace import RowTrace, Sources
 
 _FIELDS = ("tile", "y", "x", "newline")
 
@@ -22,7 +23,7 @@ class Row:
         policy: what reduces it, or None.
         slots: int64 [n] on the CPU: logical slots of the row's tokens (padding left out), ascending.
         is_vision: bool [n] on the CPU.
-        layouts: the row's images, in order; empty where the row is treated as text only.
+        layouts, places: the row's images, in order; empty where the row is treated as text only.
         queries_end: logical slot from which on text tokens were decoded, not asked (they rank nothing).
     """
 
@@ -33,9 +34,10 @@ class Row:
         slots: torch.Tensor,
         is_vision: torch.Tensor,
         layouts: list[Layout],
+        places: list[Place],
         queries_end: int,
     ) -> None:
-        self.index, self.policy, self.layouts = index, policy, layouts
+        self.index, self.policy, self.layouts, self.places = index, policy, layouts, places
         self.slots, self.is_vision = slots, is_vision
         self.asked_slots = slots
         """The row's slots before anything was dropped."""
@@ -59,7 +61,7 @@ class Row:
         self._here: torch.Tensor | None = None
         """Which of ``slots`` (text too) are still there; None for all."""
         self.origin = slots[vision]
-        self.sources: list[list[int]] | None = None
+        self.sources: list[Sources] | None = None
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         """For a compressed row: (row-local indices, [k, D] features) of the new tokens of each image."""
         self._fields = {}
@@ -68,7 +70,7 @@ class Row:
             self._fields["image"] = torch.cat([torch.full((len(lay),), i) for i, lay in enumerate(layouts)])
 
     # -- before the decoder ----------------------------------------------------------------------------------------
-    def compress(self, embeds: torch.Tensor) -> None:
+    def compress(self, embeds: torch.Tensor, captures: Captures | None) -> None:
         """Let the policy shrink each image. embeds: [n, D], the row's tokens; afterwards the row is really shorter."""
         assert self.policy is not None
         per_image = self.vision.split([len(lay) for lay in self.layouts])
@@ -76,19 +78,25 @@ class Row:
         fields: dict[str, list[torch.Tensor]] = {name: [] for name in (*_FIELDS, "image")}
         origin, sources, pieces = [], [], []
         for i, (layout, local) in enumerate(zip(self.layouts, per_image, strict=True)):
-            image = Image(embeds.index_select(0, local.to(embeds.device)), layout, i, len(self.layouts))
-            keep, features, made_of = _compressed(self.policy, image)
-            at = local[keep]
+            first, n = int(local[0]), len(local)
+            together = int(local[-1]) - first + 1 == n  # as a rule an image's slots follow each other
+            mine = embeds[first : first + n] if together else embeds.index_select(0, local.to(embeds.device))
+            image = self._image(mine, i, captures)
+            keep, pooled = _compressed(self.policy, image)
+            at, slots = local[keep], self.slots[local]
             gone[local] = True
             gone[at] = False
             for name in _FIELDS:
-                fields[name].append(getattr(layout, name)[keep])
+                known = None if pooled is None else pooled.layout
+                fields[name].append(getattr(layout, name)[keep] if known is None else getattr(known, name))
             fields["image"].append(torch.full((len(keep),), i))
-            slots = self.slots[local]
-            origin.append(torch.full((len(keep),), -1) if features is not None else slots[keep])
-            sources += [slots[torch.tensor(s)].tolist() for s in made_of]
-            if features is not None:
-                pieces.append((at, features))
+            if pooled is None:
+                origin.append(slots[keep])
+                sources.append(Sources(slots[keep], None))
+            else:
+                origin.append(torch.full((len(keep),), -1))
+                sources.append(Sources(slots, pooled.sources))
+                pieces.append((at, pooled.features.to(image.features)))
         stay = (~gone).nonzero().squeeze(1)
         self.pieces = [(torch.searchsorted(stay, at), f) for at, f in pieces]
         self.stay = stay
@@ -100,6 +108,13 @@ class Row:
         self.origin = torch.cat(origin)
         self.sources = sources
         self._fields = {name: torch.cat(parts) for name, parts in fields.items()}
+
+    def _image(self, features: torch.Tensor, i: int, captures: Captures | None) -> Image:
+        layout, count = self.layouts[i], len(self.layouts)
+        assert self.policy is not None
+        if captures is None or not self.policy.wants:
+            return Image(features, layout, i, count)
+        return captures.image(features, layout, self.places[i], i, count, self.policy)
 
     # -- in the decoder --------------------------------------------------------------------------------------------
     def to(self, device: torch.device) -> None:
@@ -164,7 +179,7 @@ class Row:
     def trace(self, offset: int) -> RowTrace:
         """What the report needs; ``offset`` is where this forward's slots start in the row the caller passed."""
         slots = torch.where(self.origin >= 0, self.origin + offset, self.origin) if offset else self.origin
-        sources = self.sources and [[slot + offset for slot in made_of] for made_of in self.sources]
+        sources = self.sources and [Sources(s.slots + offset, s.made_of) for s in self.sources]
         return RowTrace(self.policy.spec if self.policy else None, slots, sources, original=self.original)
 
 
@@ -186,25 +201,25 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
     return keep
 
 
-def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, torch.Tensor | None, list[list[int]]]:
-    """(places on the image's slots, new features or None, sources) of one image's new tokens."""
+def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:
+    """Which of the image's slots one image's new tokens take, and what they are (None: the tokens of these slots)."""
     n, answer = len(image), policy.compress(image)
     if answer is None:
-        return torch.arange(n), None, [[i] for i in range(n)]
+        return torch.arange(n), None
     if not isinstance(answer, Pooled):
-        keep = checked_keep(answer, n, "compress", policy, torch.device("cpu"))
-        return keep, None, [[i] for i in keep.tolist()]
+        return checked_keep(answer, n, "compress", policy, torch.device("cpu")), None
     m, width = len(answer.sources), image.features.shape[1]
     who = f"{type(policy).__name__}.compress"
     if tuple(answer.features.shape) != (m, width):
         raise ValueError(f"{who}: {m} sources need features of shape {(m, width)}, got {tuple(answer.features.shape)}")
+    if answer.layout is not None and len(answer.layout) != m:
+        raise ValueError(f"{who}: a layout of {len(answer.layout)} tokens for {m} new ones")
     if m > n:
         raise ValueError(f"{who} makes {m} tokens out of {n}: an image cannot become longer")
     if any(not 0 <= s < n for s in itertools.chain.from_iterable(answer.sources)):
         raise ValueError(f"{who}: sources must be indices in [0, {n})")
     # pooled tokens take evenly spread slots of the image, the last one the last slot, so that order is kept
-    places = torch.arange(1, m + 1) * n // max(m, 1) - 1
-    return places, answer.features.to(image.features), answer.sources
+    return torch.arange(1, m + 1) * n // max(m, 1) - 1, answer
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, Probe, Routing
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation
+from vtr.engine.captures import Captures
 from vtr.engine.prompt import Prompt
 from vtr.engine.rows import Row, checked_keep
 from vtr.engine.scores import Reach, ahead
@@ -31,6 +32,7 @@ class Request:
         policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
         queries_end: slots from here on were decoded, not asked.
         generation: the running ``generate`` this forward is part of, or None.
+        captures: what policies want of the vision tower, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
     """
 
@@ -38,6 +40,7 @@ class Request:
     prompt: Prompt
     queries_end: int
     generation: Generation | None
+    captures: Captures | None = None
     offset: int = 0
 
 
@@ -90,7 +93,9 @@ class Session:
                 )
 
     # -- into the decoder ------------------------------------------------------------------------------------------
-    def pack(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, captures: Captures | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, L, D], [B or 1, L] → packed [1, T, D] and [1, T], compressed where a policy says so."""
         device, parts, positions = embeds.device, [], []
         position_ids = position_ids.expand(self.batch, -1)
@@ -99,7 +104,7 @@ class Session:
             here, at = embeds[row.index].index_select(0, slots), position_ids[row.index].index_select(0, slots)
             if row.layouts and row.policy is not None and row.policy.asks("compress"):
                 with self.clock:
-                    row.compress(here)
+                    row.compress(here, captures)
                 here = here.index_select(0, row.stay.to(device, non_blocking=True))
                 for local, features in row.pieces or []:
                     here = here.index_copy(0, local.to(device, non_blocking=True), features)
@@ -114,6 +119,9 @@ class Session:
             self.state.dropped = [
                 before + row.dropped for before, row in zip(self.state.dropped, self.rows, strict=True)
             ]
+        if captures is not None:
+            self.trace.selector_flops += captures.flops
+            captures.flops = 0
         self.noted = [row.trace(self._offset) for row in self.rows]
         return torch.cat(parts)[None], torch.cat(positions)[None]
 
@@ -351,8 +359,9 @@ def _rows(request: Request | None, batch: int, length: int, valid: torch.Tensor 
     for b in range(batch):
         slots = everything if valid is None else valid[b].nonzero().squeeze(1)
         if request is None:
-            rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], length))
+            rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], [], length))
             continue
-        is_vision, layouts = request.prompt.is_vision[b][slots], request.prompt.layouts[b]
-        rows.append(Row(b, request.policies[b], slots, is_vision, layouts, request.queries_end))
+        prompt = request.prompt
+        images = prompt.layouts[b], prompt.places[b]
+        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.queries_end))
     return rows

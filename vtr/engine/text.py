@@ -68,7 +68,10 @@ class TextHooks:
         if valid is None and mask is not None:
             valid = mask.bool().cpu()
         session = Session(request, embeds, valid, layers, state, self._trace(generation), module.rotary_emb, windows)
-        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions)
+        captures = None if request is None else request.captures
+        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions, captures)
+        if captures is not None:  # without a cache, every step of a generate compresses again
+            captures.close(keep=generation is not None and layers is None)
         if state is not None and request is not None:  # nothing can be refused any more
             state.policies = list(request.policies)
         if layers is not None and not is_ragged(cache):

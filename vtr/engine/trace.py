@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,23 @@ class Clock:
         return self._seconds * 1e3
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What the new tokens of one compressed image were made from, spelt out when somebody asks."""
+
+    slots: torch.Tensor
+    """int64 on the CPU: the image's slots, or those of its kept tokens."""
+    made_of: Sequence[Sequence[int]] | None
+    """Per new token, which of ``slots``; None: each is one of them."""
+
+    def lists(self) -> list[list[int]]:
+        """Per new token the slots it was made from."""
+        slots = self.slots.tolist()
+        if self.made_of is None:
+            return [[slot] for slot in slots]
+        return [[slots[i] for i in some] for some in self.made_of]
+
+
 @dataclass
 class RowTrace:
     """One prompt of the call: per layer, how many vision tokens entered and which (indices into ``slots``)."""
@@ -79,8 +97,8 @@ class RowTrace:
     spec: str | None
     slots: torch.Tensor
     """int64 [n] on the CPU: logical slot of each vision token that entered the text model, -1 for a pooled one."""
-    sources: list[list[int]] | None = None
-    """For compressed rows: the slots each of those tokens was made from."""
+    sources: list[Sources] | None = None
+    """For compressed rows, per image: the slots each of those tokens was made from."""
     counts: list[int] = field(default_factory=list)
     alive: list[torch.Tensor | None] = field(default_factory=list)
     original: int = 0

@@ -1,0 +1,246 @@
+"""What vision tower and projector gave, kept from when they run until the images of the call are compressed.
+
+transformers encodes images before ``generate``'s first forward (or inside a direct one) and hands on merged tokens
+only. Hooks on tower and projector keep what some row's policy ``wants``, in the call that is under way in this context:
+a context variable points to its :class:`Captures`, weakly, so that an interrupted call leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
+
+from vtr.base import Image, Layout, Policy, UnsupportedError
+from vtr.image import tokens_at
+
+if TYPE_CHECKING:
+    from vtr.engine.hooks import Patch
+    from vtr.engine.prompt import Prompt
+
+CLS = ("class_embedding", "cls_token")
+"""What towers with a CLS token call its embedding."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image's tiles are: in which run of the tower (images, then videos), from which tile on, how many."""
+
+    run: int
+    first: int
+    count: int
+
+
+class Captures:
+    """Tower and projector outputs of one call.
+
+    Args:
+        patch: whose model it is. projected, states: whether projector outputs and the tower's states are to be kept.
+    """
+
+    def __init__(self, patch: Patch, projected: bool, states: bool) -> None:
+        self.patch = patch
+        self.keeps_projected, self.keeps_states = projected, states
+        self.projected: list[torch.Tensor] = []
+        """Per run of the projector: [tiles, patches, hidden_size]."""
+        self.states: list[torch.Tensor] = []
+        """Per run of the tower: [tiles, 1 + patches, width], the input of its last layer."""
+        self.open = True
+        self.flops = 0
+        """Spent on scores since somebody last asked."""
+        self._scores: dict[Place, torch.Tensor] = {}
+
+    def close(self, keep: bool) -> None:
+        """All images are compressed: take nothing in any more, and give free what is not needed again."""
+        self.open = False
+        if not keep:
+            self.projected, self.states, self._scores = [], [], {}
+
+    def image(
+        self, features: torch.Tensor, layout: Layout, place: Place, index: int, count: int, policy: Policy
+    ) -> Image:
+        """What ``policy.compress`` sees of one image."""
+        tiles = self._tiles(features, layout, place) if "tiles" in policy.wants else None
+        scorer = partial(self._cls_attention, features, layout, place) if "cls" in policy.wants else None
+        newline = self.patch.adapter.newline(self.patch.model)
+        return Image(features, layout, index, count, tiles, newline, scorer)
+
+    def _tiles(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
+        if layout.whole:
+            return features.index_select(0, tokens_at(layout).to(features.device)).unflatten(0, (layout.tiles, -1))
+        return self._of(self.projected, place, layout, "projector")
+
+    def _of(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
+        """One image's part of a run's output, the thumbnail in front."""
+        if place.run >= len(runs) or place.first + place.count > len(runs[place.run]):
+            raise UnsupportedError(
+                f"the {what} of {type(self.patch.model).__name__} did not run for all images of this call, but a "
+                "policy needs what it gives: pass pixel_values, and memoise images (if at all) in the vision tower's "
+                "own forward, not above it"
+            )
+        mine = runs[place.run][place.first : place.first + place.count]
+        return mine.roll(1, 0) if layout.thumbnail_last else mine
+
+    @torch.no_grad()
+    def _cls_attention(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
+        if place not in self._scores:
+            if self.keeps_states:
+                found, flops = cls_scores(self.patch.vision.tower, self._of(self.states, place, layout, "vision tower"))
+                self.flops += flops
+                found = on_grid(found, layout.grid)
+            else:
+                tiles = self._tiles(features, layout, place).float()
+                found = -cosine_similarity(tiles, tiles.mean(1, keepdim=True), dim=-1)
+            self._scores[place] = found
+        return self._scores[place]
+
+
+capturing: ContextVar[Callable[[], Captures | None] | None] = ContextVar("vtr_capturing", default=None)
+"""The call that is taking in tower and projector outputs, in this context."""
+
+
+def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The CLS row of a tower's last layer before the softmax, mean over heads, and the FLOPs it took.
+
+    The mean over heads of q · k / sqrt(head_dim) is one product over the whole width divided by heads · sqrt(head_dim).
+    No attention matrix is built, and the layer does not run again.
+
+    Args:
+        states: [tiles, 1 + patches, width], the last layer's input (``hidden_states[-2]``), CLS in front.
+
+    Returns:
+        float32 [tiles, patches].
+
+    Raises:
+        UnsupportedError: the tower's last layer has no such norm and projections.
+    """
+    norm, attention = last_layer(tower)
+    x = norm(states)
+    tiles, tokens, width = x.shape
+    q = attention.q_proj(x[:, :1])
+    flops = 2 * tiles * width * q.shape[-1]
+    normed = not isinstance(getattr(attention, "k_norm", None), nn.Identity | None)
+    if not normed and _plain(attention.k_proj, x):  # q · (W x + b) = (W' q) · x + q · b: the patches need no projection
+        key = attention.k_proj
+        asked = torch.matmul(q.float(), key.weight.float())
+        products = torch.matmul(x[:, 1:].float(), asked.transpose(1, 2))[..., 0]
+        if key.bias is not None:
+            products = products + (q.float() * key.bias.float()).sum(-1)
+        flops += 2 * tiles * width * (q.shape[-1] + tokens - 1)
+    else:
+        k = attention.k_proj(x[:, 1:])
+        q, k = (attention.q_norm(q), attention.k_norm(k)) if normed else (q, k)
+        products = torch.matmul(k.float(), q.float().transpose(1, 2))[..., 0]
+        flops += 2 * tiles * (tokens - 1) * q.shape[-1] * (width + 1)
+    heads = attention.num_heads
+    return products / (heads * (q.shape[-1] // heads) ** 0.5), flops
+
+
+def _plain(projection: Any, x: torch.Tensor) -> bool:
+    """Whether a projection is its weights and nothing else: no adapter, no quantization, nothing that moves them in."""
+    weight = getattr(projection, "weight", None)
+    return type(projection) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
+
+
+def last_layer(tower: Any) -> tuple[Any, Any]:
+    """(norm before attention, attention) of the vision tower's last layer.
+
+    Raises:
+        UnsupportedError: it is built otherwise.
+    """
+    encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
+    layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
+    last = layers[-1] if layers else None
+    norm = getattr(last, "layer_norm1", None) or getattr(last, "layernorm_before", None)
+    attention = getattr(last, "self_attn", None) or getattr(last, "attention", None)
+    if norm is None or not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "num_heads")):
+        raise UnsupportedError(
+            f"{type(tower).__name__} has a CLS token, but its last layer is not built of a norm and q_proj, k_proj, so "
+            "how it looks at the patches cannot be read: use a policy that needs no CLS scores"
+        )
+    return norm, attention
+
+
+def has_cls(tower: Any) -> bool:
+    """Whether a vision tower puts a CLS token in front of the patches."""
+    return any(name.rpartition(".")[2] in CLS for name, _ in tower.named_parameters())
+
+
+def on_grid(scores: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Scores of patches [tiles, patches] as those of tokens [tiles, h * w]: the mean where a token is several."""
+    patches, tokens = scores.shape[1], grid[0] * grid[1]
+    if patches == tokens:
+        return scores
+    height = round(grid[0] * (patches / tokens) ** 0.5)
+    return adaptive_avg_pool2d(scores.view(len(scores), height, -1), grid).flatten(1)
+
+
+class VisionHooks:
+    """Hooks of vision tower and projector; silent unless a call in this context is taking in what they give."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.tower, self.projector = patch.adapter.tower(patch.model), patch.adapter.projector(patch.model)
+        self.cls = has_cls(self.tower)
+
+    def install(self) -> list[Any]:
+        """Register them; returns the handles."""
+        return [
+            self.tower.register_forward_pre_hook(self.before_tower, with_kwargs=True),
+            self.tower.register_forward_hook(self.after_tower),
+            self.projector.register_forward_hook(self.after_projector),
+        ]
+
+    def wanted(self, policies: Sequence[Policy | None], prompt: Prompt) -> Captures | None:
+        """What the rows' policies want of the images of this call; None if nothing."""
+        asking = [(p.wants, row) for p, row in zip(policies, prompt.layouts, strict=True) if p is not None and row]
+        if not any(wants for wants, _ in asking):
+            return None
+        states = self.cls and any("cls" in wants for wants, _ in asking)
+        tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
+        return Captures(self.patch, any(not layout.whole for row in tiles for layout in row), states)
+
+    def _taking(self) -> Captures | None:
+        if torch.compiler.is_compiling() or (found := capturing.get()) is None:
+            return None
+        captures = found()
+        return captures if captures is not None and captures.open and captures.patch is self.patch else None
+
+    def before_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        captures = self._taking()
+        if captures is None or not captures.keeps_states:
+            return None
+        layers = kwargs.get("output_hidden_states")
+        if layers is not True:
+            several = layers if isinstance(layers, (list, tuple)) else [] if layers in (None, False) else [layers]
+            kwargs["output_hidden_states"] = [*several, -2]
+        return args, kwargs
+
+    def after_tower(self, module: Any, args: tuple[Any, ...], out: Any) -> None:
+        captures = self._taking()
+        if captures is None or not captures.keeps_states:
+            return
+        states = (getattr(out, "hidden_states", None) or [None, None])[-2]
+        if states is None:
+            raise UnsupportedError(
+                "the vision tower gave no hidden_states[-2], which CLS scores are made of: a wrapper around its "
+                "forward must pass output_hidden_states on and keep what it asks for"
+            )
+        captures.states.append(states)
+
+    def after_projector(self, module: Any, args: tuple[Any, ...], out: Any) -> None:
+        captures = self._taking()
+        if captures is not None and captures.keeps_projected:
+            captures.projected.append(out)
+
+
+def begin(captures: Captures | None) -> Any:
+    """Let ``captures`` take in what runs in this context from now on; returns what undoes it."""
+    return capturing.set(None if captures is None else weakref.ref(captures))

@@ -1,0 +1,175 @@
+"""One image before the decoder: where its tokens lie, what ``compress`` sees of it and may answer.
+
+Also the two ways back from tiles to tokens that policies share: :func:`stitch` (the crops as one map) and
+:func:`arrange` (thumbnail, crops and newline tokens as the model lines them up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import interpolate
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each token of one image lies. All tensors are int64 [n], on the CPU, in the order of the image's slots.
+
+    Attributes:
+        tile: 0 is the thumbnail (or the only tile); crops count from 1, row by row.
+        y, x: patch row and column inside the tile. A newline token has the row it ends and x = one past the last.
+        newline: 1 for a newline (separator) token, else 0.
+        grid: (height, width) of one tile in tokens.
+        crops: (rows, columns) of crop tiles; (0, 0) where there are none (one tile, or the frames of a video).
+        window: (top, left, height, width) of what is left of the crops' canvas after unpadding; None for all of it.
+        scaled: (height, width) the window is scaled to where the family does that; None where it is not.
+        thumbnail_last: the vision tower gets the thumbnail behind the crops, not in front of them.
+        shrunk: ``shrunk(k)`` is the layout of the same picture if every tile had 1/k as many rows and columns.
+    """
+
+    tile: torch.Tensor
+    y: torch.Tensor
+    x: torch.Tensor
+    newline: torch.Tensor
+    grid: tuple[int, int]
+    crops: tuple[int, int] = (0, 0)
+    window: tuple[int, int, int, int] | None = None
+    scaled: tuple[int, int] | None = None
+    thumbnail_last: bool = False
+    shrunk: Callable[[int], Layout] | None = None
+
+    def __len__(self) -> int:
+        return int(self.tile.shape[0])
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the vision tower sees of this image."""
+        rows, columns = self.crops
+        return 1 + rows * columns if rows else int(self.tile.max()) + 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether every patch of every tile is among the tokens (nothing was cut away or scaled down)."""
+        patches = len(self) - int(self.newline.sum())
+        return self.scaled is None and patches == self.tiles * self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """What ``compress`` sees of one image, before the decoder.
+
+    Attributes:
+        features: [n, hidden_size], the image's tokens as they would enter the text model (newline tokens included).
+        layout: tile, (y, x) and newline-ness of each of the n tokens.
+        index: which image of its row this is, from 0.
+        count: how many images the row has.
+        tiles: [tiles, h * w, hidden_size], the projector's output for every tile, 0 the thumbnail, before anything is
+            cut away or newline tokens come in; None unless the policy ``wants`` "tiles". Gradients flow through it.
+        newline: [hidden_size], the embedding of a newline token; None where the family has none or nothing is wanted.
+        scorer: what :meth:`cls_attention` calls; None unless the policy ``wants`` "cls".
+    """
+
+    features: torch.Tensor
+    layout: Layout
+    index: int
+    count: int
+    tiles: torch.Tensor | None = None
+    newline: torch.Tensor | None = None
+    scorer: Callable[[], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def cls_attention(self) -> torch.Tensor:
+        """float32 [tiles, h * w]: how much the vision tower's CLS token looks at each token, computed when called.
+
+        The CLS row of the tower's last layer before the softmax, mean over heads, as GlobalCom² scores tokens. Towers
+        without a CLS token (SigLIP): minus the cosine of a tile's token and the mean token of its tile.
+
+        Raises:
+            ValueError: the policy does not say that it wants "cls".
+        """
+        if self.scorer is None:
+            raise ValueError('CLS scores are only there for policies that say so: wants = ("cls",)')
+        return self.scorer()
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """An answer of ``compress`` that makes new tokens out of old ones.
+
+    Attributes:
+        features: [m, hidden_size], m at most the image's token count.
+        sources: m lists: the indices (into the image's tokens) each new token was made from.
+        layout: where the new tokens lie; None to place them evenly over the image's own tokens.
+    """
+
+    features: torch.Tensor
+    sources: Sequence[Sequence[int]]
+    layout: Layout | None = None
+
+
+def stitch(layout: Layout, crops: torch.Tensor) -> torch.Tensor:
+    """Something of every crop, laid out as the model lays out their features: unpadded, scaled where the family does.
+
+    Args:
+        crops: [crops, h * w, channels], row by row; (h, w) is the layout's grid.
+
+    Returns:
+        [channels, height, width].
+    """
+    (rows, columns), (h, w) = layout.crops, layout.grid
+    canvas = crops.view(rows, columns, h, w, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
+    top, left, height, width = layout.window or (0, 0, rows * h, columns * w)
+    body = canvas[:, top : top + height, left : left + width]
+    return body if layout.scaled is None else interpolate(body[None], layout.scaled, mode="bilinear")[0]
+
+
+def arrange(layout: Layout, tiles: torch.Tensor, newline: torch.Tensor | None) -> torch.Tensor:
+    """An image's tokens made of its tiles, as the model lines them up.
+
+    Args:
+        tiles: [tiles, h * w, hidden_size], (h, w) the layout's grid. newline: [hidden_size], if there are such tokens.
+
+    Returns:
+        [len(layout), hidden_size]; differentiable.
+
+    Raises:
+        ValueError: the layout has newline tokens, but there is no embedding of one.
+    """
+    parts = [tiles.flatten(0, 1)]
+    if layout.scaled is not None:
+        parts = [tiles[0], stitch(layout, tiles[1:]).flatten(1).T]
+    if newline is not None:
+        parts.append(newline.to(parts[0])[None])
+    elif bool(layout.newline.any()):
+        raise ValueError("this layout has newline tokens: give the embedding of one")
+    return torch.cat(parts).index_select(0, _sources(layout).to(tiles.device, non_blocking=True))
+
+
+@lru_cache(maxsize=1024)
+def _sources(layout: Layout) -> torch.Tensor:
+    """int64 [n]: which row of what :func:`arrange` joins each token is."""
+    n = layout.grid[0] * layout.grid[1]
+    source, patches = cell(layout), int((layout.newline == 0).sum())
+    end = layout.tiles * n
+    if layout.scaled is not None:
+        source, end = torch.arange(len(layout)) - layout.newline.cumsum(0), patches
+    return torch.where(layout.newline.bool(), end, source)
+
+
+def cell(layout: Layout) -> torch.Tensor:
+    """int64 [n]: the patch each token stands at, counted tile by tile from the thumbnail's first."""
+    h, w = layout.grid
+    return (layout.tile * h + layout.y) * w + layout.x
+
+
+@lru_cache(maxsize=1024)
+def tokens_at(layout: Layout) -> torch.Tensor:
+    """int64 [tiles * h * w]: which token stands at each patch, counted as :func:`cell` does; -1 where none is left."""
+    patches = (layout.newline == 0).nonzero().squeeze(1)
+    table = torch.full((layout.tiles * layout.grid[0] * layout.grid[1],), -1)
+    return table.index_copy(0, cell(layout)[patches], patches)

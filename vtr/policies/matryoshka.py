@@ -1,0 +1,124 @@
+"""M3, Matryoshka Multimodal Models (Cai et al., ICLR 2025, arXiv 2405.17430): tiles in 1, 9, 36, 144 or 576 tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import avg_pool2d
+
+from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted
+from vtr.image import arrange
+from vtr.registry import register_policy
+
+
+def scales(grid: tuple[int, int]) -> dict[int, int]:
+    """The nested scales of tiles of ``grid`` (height, width) tokens: tokens per tile → side of a pooled cell.
+
+    The side is divided by its smallest prime factor again and again, so that every scale's cells are made of whole
+    cells of the scale before: 24 × 24 gives the paper's 576, 144, 36, 9, 1; 16 × 16 gives 256, 64, 16, 4, 1; 27 × 27
+    gives 729, 81, 9, 1. Of a grid that is not square, the greatest common divisor of the two is divided.
+    """
+    height, width = grid
+    k, side = 1, math.gcd(height, width)
+    found = {height * width: 1}
+    while side > 1:
+        factor = next(n for n in range(2, side + 1) if side % n == 0)
+        k, side = k * factor, side // factor
+        found[(height // k) * (width // k)] = k
+    return found
+
+
+def pool(tiles: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+    """The mean of every k × k cell: [tiles, h * w, D] → [tiles, (h // k) * (w // k), D]; a remainder is left out."""
+    maps = tiles.unflatten(1, grid).permute(0, 3, 1, 2)
+    return avg_pool2d(maps, k).flatten(2).transpose(1, 2)
+
+
+@lru_cache(maxsize=1024)
+def made_of(layout: Layout, small: Layout, k: int) -> list[list[int]]:
+    """Which of ``layout``'s tokens each of ``small``'s is made from, where cells are k × k.
+
+    A newline token stands for those of the rows it replaces. What unpadding cut away has no token: a pooled token of
+    such patches alone is made from none.
+    """
+    (h, w), n = small.grid, len(small)
+    owner = {key: i for i, key in enumerate(_keys(small, h, w, small.y, small.x))}
+    groups: list[list[int]] = [[] for _ in range(n)]
+    for i, key in enumerate(_keys(layout, h, w, layout.y // k, layout.x // k)):
+        if key in owner:
+            groups[owner[key]].append(i)
+    return groups
+
+
+def _keys(layout: Layout, h: int, w: int, y: torch.Tensor, x: torch.Tensor) -> list[int]:
+    """One number per token: its (tile, y, x) cell of h × w ones; negative for newline tokens, one per canvas row."""
+    columns = max(layout.crops[1], 1)
+    line = torch.div(layout.tile - 1, columns, rounding_mode="floor") * h + y
+    return torch.where(layout.newline.bool(), -1 - h - line, (layout.tile * h + y) * w + x).tolist()
+
+
+@register_policy("m3")
+@dataclass
+class Matryoshka(Policy):
+    """Every image at a coarser scale: the projected tokens of each tile are averaged over square cells.
+
+    The paper's order: project, pool every tile (thumbnail and crops alike), put the crops together, cut the canvas back
+    to the picture's aspect ratio, a newline token behind every row that is left. Works on any weights (the paper's
+    training-free baseline) and is exact for weights trained with it.
+
+    Args:
+        tokens: per tile, one of the grid's nested scales (576, 144, 36, 9, 1 for 24 × 24; see :func:`scales`); a list
+            gives every image of the row its own.
+
+    Raises:
+        TypeError, ValueError: not a positive count; later, when the grid is known, not one of its scales, or a list
+            that is not as long as the row has images.
+    """
+
+    tokens: int | Sequence[int] = 36
+
+    wants: ClassVar[tuple[Wanted, ...]] = ("tiles",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int):
+            if isinstance(self.tokens, str) or not isinstance(self.tokens, Sequence) or not self.tokens:
+                raise TypeError(f"tokens must be a count per tile, or a list of one per image, got {self.tokens!r}")
+            self.tokens = list(self.tokens)
+        for count in self.tokens if isinstance(self.tokens, list) else [self.tokens]:
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"tokens must be a count per tile (an int), got {count!r}")
+            if count < 1:
+                raise ValueError(f"tokens={count}: a tile has at least 1 token")
+
+    def cell_side(self, image: Image) -> int:
+        """How many tokens a pooled cell of ``image`` is high and wide."""
+        count = self.tokens
+        if not isinstance(count, int):
+            if len(count) != image.count:
+                raise ValueError(
+                    f"tokens={list(count)} names {len(count)} scales, but the row has {image.count} images"
+                )
+            count = count[image.index]
+        known = scales(image.layout.grid)
+        if count not in known:
+            height, width = image.layout.grid
+            raise ValueError(
+                f"tokens={count} is no scale of tiles of {height} × {width} tokens: choose {', '.join(map(str, known))}"
+            )
+        return known[count]
+
+    def compress(self, image: Image) -> Pooled | None:
+        k, layout = self.cell_side(image), image.layout
+        if k == 1:
+            return None
+        if layout.shrunk is None or image.tiles is None:
+            raise UnsupportedError("this model family's adapter does not say how tiles of fewer tokens are laid out")
+        small = layout.shrunk(k)
+        return Pooled(
+            arrange(small, pool(image.tiles, layout.grid, k), image.newline), made_of(layout, small, k), small
+        )
