@@ -5,7 +5,7 @@ from vtr import pocket
 from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
 from vtr.engine.install import patch, unpatch, use
-from vtr.policies import FastV, GSearch, Pyramid, Random, UniformGrid
+from vtr.policies import FastV, GSearch, Pool, Pyramid, Random, UniformGrid
 from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
 
@@ -15,6 +15,7 @@ __all__ = [
     "GSearch",
     "Image",
     "Policy",
+    "Pool",
     "Pooled",
     "Pyramid",
     "Random",

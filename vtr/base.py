@@ -120,7 +120,8 @@ class Pooled:
 
     Attributes:
         features: [m, hidden_size], m at most the image's token count.
-        sources: m lists: the indices (into the image's tokens) each new token was made from.
+        sources: m lists: the indices (into the image's tokens) each new token was made from. In the decoder it has
+            the tile, (y, x) and newline-ness of its first source (of a token in its place, if it has none).
     """
 
     features: torch.Tensor

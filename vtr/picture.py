@@ -17,8 +17,14 @@ DIM = 0.8
 """How far dropped patches fade (light pictures to black, dark ones to white)."""
 
 
-def _shares(layout: Layout, kept: set[int], tiles: str) -> np.ndarray:
-    """Which patches of the thumbnail or of the crops' canvas are kept: [height, width] of 0 and 1."""
+def _tokens(layout: Layout, made_of: list[list[int]], tiles: str) -> np.ndarray:
+    """Which token each patch of the thumbnail or of the crops' canvas went into: [height, width], -1 for none.
+
+    made_of: the patches (indices into the layout) each token was made from.
+    """
+    token = np.full(len(layout), -1)
+    for number, patches in enumerate(made_of):
+        token[patches] = number
     height, width = layout.grid
     y, x, tile = layout.y.numpy(), layout.x.numpy(), layout.tile.numpy()
     mine = (layout.newline.numpy() == 0) & ((tile == 0) if tiles == "thumbnail" else (tile > 0))
@@ -27,21 +33,30 @@ def _shares(layout: Layout, kept: set[int], tiles: str) -> np.ndarray:
         y, x = y + (tile - 1) // columns * height, x + (tile - 1) % columns * width
     y, x, index = y[mine], x[mine], np.nonzero(mine)[0]
     if not len(index):  # a sliver of a picture has no crop patches
-        return np.zeros((1, 1))
+        return np.full((1, 1), -1)
     y, x = y - y.min(), x - x.min()  # the canvas is cut back to the picture
-    grid = np.zeros((y.max() + 1, x.max() + 1))
-    grid[y, x] = [i in kept for i in index]
+    grid = np.full((y.max() + 1, x.max() + 1), -1)
+    grid[y, x] = token[index]
     return grid
 
 
-def _faded(picture: Image.Image, grid: np.ndarray) -> np.ndarray:
-    """The picture with dropped patches faded; every pixel follows the patch it lies in."""
+def _drawn(picture: Image.Image, grid: np.ndarray) -> np.ndarray:
+    """The picture with dropped patches faded and pooled ones in their mean colour; a pixel follows its patch.
+
+    grid: which token each patch went into, -1 for none.
+    """
     pixels = np.asarray(picture.convert("RGB"), float) / 255
     rows = np.arange(pixels.shape[0]) * grid.shape[0] // pixels.shape[0]
     columns = np.arange(pixels.shape[1]) * grid.shape[1] // pixels.shape[1]
-    stays = grid[rows[:, None], columns[None, :], None]
+    token = grid[rows[:, None], columns[None, :]]
     away = DIM if pixels.mean() < 0.5 else 0.0
-    return pixels * stays + (1 - stays) * (pixels * (1 - DIM) + away)
+    faded = pixels * (1 - DIM) + away
+    patches = np.bincount(grid.ravel() + 1)  # of the dropped first, then of every token
+    here = np.bincount(token.ravel() + 1, minlength=len(patches)).clip(1)
+    colours = np.stack([np.bincount(token.ravel() + 1, c.ravel(), len(patches)) for c in np.moveaxis(pixels, 2, 0)], 1)
+    pooled = (patches[token + 1] > 1)[..., None]
+    alive = np.where(pooled, (colours / here[:, None])[token + 1], pixels)
+    return np.where(token[..., None] >= 0, alive, faded)
 
 
 def show_kept(
@@ -53,6 +68,8 @@ def show_kept(
     title: str = "",
 ) -> Figure:
     """Draw what is kept of one image: the picture, then thumbnail and crops on entering some layers.
+
+    Dropped patches are faded; patches that were pooled have the mean colour of all that went into their token.
 
     Args:
         picture: as given to the processor. layout: of its tokens. first_slot: the row's slot of its first token.
@@ -80,8 +97,9 @@ def show_kept(
         axes[line][0].set_ylabel(kind, fontsize=9)
         axes[line][0].set_title("picture" if line == 0 else "", fontsize=9)
         for column, layer in enumerate(layers, 1):
-            kept = {slot - first_slot for made_of in row.sources(layer) for slot in made_of}
-            axes[line][column].imshow(_faded(picture, _shares(layout, kept, kind)))
+            here = range(first_slot, first_slot + len(layout))
+            made_of = [[slot - first_slot for slot in slots if slot in here] for slots in row.sources(layer)]
+            axes[line][column].imshow(_drawn(picture, _tokens(layout, made_of, kind)))
             if line == 0:
                 axes[line][column].set_title(f"into layer {layer}: {counts[layer]} of {row.total}", fontsize=9)
     for axis in axes.flat:

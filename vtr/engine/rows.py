@@ -81,12 +81,14 @@ class Row:
             at = local[keep]
             gone[local] = True
             gone[at] = False
+            where = torch.tensor([s[0] if s else place for s, place in zip(made_of, keep.tolist(), strict=True)]).long()
             for name in _FIELDS:
-                fields[name].append(getattr(layout, name)[keep])
+                fields[name].append(getattr(layout, name)[where])
             fields["image"].append(torch.full((len(keep),), i))
             slots = self.slots[local]
             origin.append(torch.full((len(keep),), -1) if features is not None else slots[keep])
-            sources += [slots[torch.tensor(s)].tolist() for s in made_of]
+            slot_of = slots.tolist()
+            sources += [[slot_of[s] for s in made] for made in made_of]
             if features is not None:
                 pieces.append((at, features))
         stay = (~gone).nonzero().squeeze(1)
