@@ -28,6 +28,7 @@ from vtr.eval.interleave import (
     total_ratio,
 )
 from vtr.eval.midsize import Size
+from vtr.eval.peak_memory import cached_bytes, cuda_growth
 from vtr.eval.timing import now
 
 import vtr
@@ -225,24 +226,6 @@ def measure_decode(bench: Bench, done: Callable[[], Any]) -> None:
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
-def cached_bytes(model: Any, inputs: Mapping[str, torch.Tensor], **policy: Any) -> int:
-    """Bytes of the key and value tensors that one forward makes for the cache, summed as they come."""
-    total = 0
-
-    def add(_: Any, __: Any, out: torch.Tensor) -> None:
-        nonlocal total
-        total += out.numel() * out.element_size()
-
-    attentions = [layer.self_attn for layer in model.get_decoder().layers]
-    hooks = [proj.register_forward_hook(add) for a in attentions for proj in (a.k_proj, a.v_proj)]
-    try:
-        model(**inputs, **policy, use_cache=True, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
-
-
 def measure_kv(bench: Bench) -> None:
     """Keys and values held after the prompt.
 
@@ -274,17 +257,6 @@ def measure_peak(bench: Bench) -> str | None:
         return "peak_memory_ratio is left out: only Linux lets a process ask for its peak anew"
     bench.ratios["peak_memory_ratio"] = Ratio(over / under, over / under, over / under)
     return None
-
-
-def cuda_growth(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> int:
-    """Bytes by which one forward raises what is allocated on the GPU."""
-    device = inputs["input_ids"].device
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    forward(**inputs, use_cache=True, logits_to_keep=1)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------

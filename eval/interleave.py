@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from vtr.eval.timing import now
+from vtr.eval.timing import between, mark, now
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
@@ -44,15 +44,18 @@ def total_ratio(over: Sequence[float], under: Sequence[float], parts: int = 8) -
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[], float]], repeats: int, done: Callable[[], Any] = lambda: None
+    runs: Mapping[str, Callable[[], float]],
+    repeats: int,
+    done: Callable[[], Any] = lambda: None,
+    warmup: bool = True,
 ) -> dict[str, list[float]]:
     """Every run once to warm up, then all of them ``repeats`` times, every other round backwards.
 
     Args:
-        runs: each returns the seconds it took. done: called after every run.
+        runs: each returns the seconds it took. done: called after every run. warmup: False leaves the first round out.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repeats + 1):
+    for i in range(0 if warmup else 1, repeats + 1):
         for name in sorted(runs, key=list(runs).index, reverse=i % 2 == 0):
             seconds = runs[name]()
             if i:
@@ -79,21 +82,23 @@ def text_times(model: Any) -> Iterator[list[float]]:
     Merged embeddings go in, hidden states come out: vision tower, projector and head are not in it.
     """
     spans: list[float] = []
-    text, device, started, asked = model.get_decoder(), model.device, [0.0], [0.0]
+    text, device = model.get_decoder(), model.device
+    marks: list[Any] = []
 
     def begin(*_: Any) -> None:
-        started[0] = now(device)
+        marks[:] = [mark(device)]
 
-    def begun(*_: Any) -> None:
-        asked[0] = now(device) - started[0]
+    def note(*_: Any) -> None:
+        marks.append(mark(device))
 
     def end(*_: Any) -> None:
-        spans.append(asked[0] + now(device) - started[0])
+        asked, began, starts = marks
+        spans.append(between(asked, began) + between(starts, mark(device)))
 
     hooks = [
         model.register_forward_pre_hook(begin, prepend=True),
-        model.register_forward_pre_hook(begun),
-        text.register_forward_pre_hook(begin, prepend=True),
+        model.register_forward_pre_hook(note),
+        text.register_forward_pre_hook(note, prepend=True),
         text.register_forward_hook(end),
     ]
     try:

@@ -60,7 +60,7 @@ def build(size: Size, device: str, dtype: torch.dtype, attention: str = "sdpa", 
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=size.vocab_size, hidden_size=size.hidden_size, intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=8192,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=65536,
         pad_token_id=PAD, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)

@@ -1,5 +1,6 @@
-"""Peak memory of one forward on the CPU: asked of a fresh process, whose peak nothing else has raised before.
+"""Memory of one forward: what it holds for the cache, and its peak.
 
+On the CPU the peak is asked of a fresh process, which nothing else has raised before:
 ``python -m vtr.eval.peak_memory SIZE DTYPE SEED POLICY`` builds the model, runs the prompt and prints the bytes by
 which the forward raised the process's resident memory.
 """
@@ -10,8 +11,10 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from vtr.eval import midsize
@@ -48,6 +51,44 @@ def resident(field: str) -> int:
     """A field of /proc/self/status in bytes: VmRSS (now) or VmHWM (the peak)."""
     line = next(line for line in (PROC / "status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
+
+
+def cuda_growth(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> int:
+    """Bytes by which one forward raises what is allocated on the GPU."""
+    device = inputs["input_ids"].device
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    forward(**inputs, use_cache=True, logits_to_keep=1)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def cached_bytes(model: Any, inputs: Mapping[str, torch.Tensor], **policy: Any) -> int:
+    """Bytes of the key and value tensors that one forward makes for the cache, summed as they come.
+
+    Keys that a selector projects to look ahead, outside of the attention module, are not cached and not counted.
+    """
+    total, attends = 0, False
+
+    def attend(*_: Any) -> None:
+        nonlocal attends
+        attends = not attends
+
+    def add(_: Any, __: Any, out: torch.Tensor) -> None:
+        nonlocal total
+        total += out.numel() * out.element_size() * attends
+
+    attentions = [layer.self_attn for layer in model.get_decoder().layers]
+    hooks = [proj.register_forward_hook(add) for a in attentions for proj in (a.k_proj, a.v_proj)]
+    hooks += [a.register_forward_pre_hook(attend) for a in attentions]
+    hooks += [a.register_forward_hook(attend) for a in attentions]
+    try:
+        model(**inputs, **policy, use_cache=True, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
 
 
 @torch.inference_mode()

@@ -34,6 +34,23 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def mark(device: torch.device) -> Any:
+    """A point in time for :func:`between`: a CUDA event, recorded without waiting, or a reading of the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds from one mark to another (waits for the GPU)."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def median_ms(run: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 1) -> float:
     """Median time of ``run()`` in milliseconds."""
     times = []

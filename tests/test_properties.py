@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtr
-from tests import oracle, tiny
+from tests import oracle, pooling, tiny
 from tests.tiny import IMAGE
 
 NOISE = 1e-5
@@ -54,21 +54,21 @@ def pyramids(draw: st.DrawFn) -> vtr.Pyramid:
 
 
 numberings: Any = st.sampled_from(["keep", "reindex"])
-policies = st.one_of(
-    st.none(),
+pruners = st.one_of(
     st.builds(vtr.FastV, keeps, st.integers(1, LAYERS - 1)),
     st.builds(vtr.GSearch, schedules(), st.sampled_from(["text", "last"])),
     st.builds(vtr.Random, keeps, layers, seeds),
     st.builds(vtr.UniformGrid, keeps, layers),
     pyramids(),
 )
+sides = st.integers(1, 3)  # as many as a tile of InternVL has
+pools = st.builds(vtr.Pool, st.one_of(sides, st.tuples(sides, sides)))
+policies = st.one_of(st.none(), pruners, pools, st.builds(vtr.Policy.__add__, pools, pruners))
 compressors = st.one_of(
     st.builds(vtr.Matryoshka, st.sampled_from([1, 9])),
     st.builds(vtr.GlobalCom2, ratios, budget=st.sampled_from(["paper", "exact"])),
 )
-anything: Any = st.one_of(
-    policies, compressors, st.tuples(compressors, policies).map(lambda two: two[0] + two[1] if two[1] else two[0])
-)
+anything: Any = st.one_of(policies, compressors, st.builds(vtr.Policy.__add__, compressors, pruners))
 texts = st.text("abcdefghij", min_size=1, max_size=6)
 
 
@@ -94,15 +94,31 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=NOISE, rtol=0)
 
 
+def split(policy: Any) -> tuple[tuple[int, int] | None, Any]:
+    """(the grid of a Pool in it, or None; what prunes in the decoder, or None)."""
+    parts = policy.policies if isinstance(policy, vtr.Chain) else [policy]
+    if not isinstance(parts[0], vtr.Pool):
+        return None, policy
+    grid = parts[0].grid
+    return (grid, grid) if isinstance(grid, int) else grid, parts[1] if len(parts) > 1 else None
+
+
 def check_dense_mask(models: tuple[Any, Any], drawn: tuple[list[str], Any], seed: int) -> None:
     (stock, patched), (parts, policy) = models, drawn
     inputs = tiny.batch(stock, [parts], seed=seed)
     out = tiny.generate(patched, inputs, policy=policy, **RUN)
-    row, reported = oracle.row(stock, inputs), vtr.report(patched).rows[0]
-    kept = [reported.kept(layer) for layer in range(LAYERS)]
-    want = oracle.run(stock, row, oracle.rule(policy, kept), kept)
+    full, reported = oracle.row(stock, inputs), vtr.report(patched).rows[0]
+    pool, pruner = split(policy)
+    row, made_of = full, [[slot] for slot in full.slots]
+    if pool is not None:  # a shorter prompt; the pruner, if there is one, sees the pooled tokens
+        row, made_of = pooling.pooled(full, pooling.images(stock, inputs), pool)
+    kept = [[row.slots[made_of.index(made)] for made in reported.sources(layer)] for layer in range(LAYERS)]
+    want = oracle.run(stock, row, oracle.rule(pruner, kept), kept)
     assert kept == want.kept
-    close(forward(patched, inputs, policy)[0], want.logits)
+    got = forward(patched, inputs, policy)[0]
+    if pool is not None:  # slots that are gone from the prompt show no token of it
+        got, want.logits = got[~full.vision], want.logits[~row.vision]
+    close(got, want.logits)
     tokens, logits = oracle.greedy(
         stock, row, want.kept, RUN["max_new_tokens"], tiny.NEVER, bool(policy and policy.renumbers)
     )
@@ -133,7 +149,7 @@ def check_cache(models: tuple[Any, Any], drawn: list[tuple[list[str], Any]], see
 
 
 pixel_seeds = st.integers(0, 1000)
-sides = st.sampled_from(["left", "right"])
+paddings = st.sampled_from(["left", "right"])
 
 
 @given(pairs, rows(), pixel_seeds)
@@ -141,7 +157,7 @@ def test_a_row_equals_the_dense_mask(models: tuple[Any, Any], drawn: tuple[list[
     check_dense_mask(models, drawn, seed)
 
 
-@given(pairs, batches, sides, pixel_seeds)
+@given(pairs, batches, paddings, pixel_seeds)
 def test_a_row_is_the_same_in_any_batch(models: Any, drawn: list[Any], padding: str, seed: int) -> None:
     check_rows(models, drawn, padding, seed)
 

@@ -5,7 +5,7 @@ from vtr import pocket
 from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
 from vtr.engine.install import patch, unpatch, use
-from vtr.policies import FastV, GlobalCom2, GSearch, Matryoshka, Pyramid, Random, UniformGrid
+from vtr.policies import FastV, GlobalCom2, GSearch, Matryoshka, Pool, Pyramid, Random, UniformGrid
 from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
 
@@ -17,6 +17,7 @@ __all__ = [
     "Image",
     "Matryoshka",
     "Policy",
+    "Pool",
     "Pooled",
     "Pyramid",
     "Random",

@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vtr.commands.bench import bench
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     help="Vision-token reduction for multimodal LLMs. Try: `vtr run --sample 2 --policy fastv:keep=0.05 --compare`",
 )
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(bench, name="bench")
 console = Console()
 
@@ -127,68 +128,6 @@ def _table(rows: list[Any]) -> Table:
             f"{r.kv_bytes / 1024:.0f}",
         )
     return table
-
-
-@bench.callback()
-def bench_main() -> None:
-    """Measure vtr itself: is it as fast and as small as what it keeps allows? Try: `vtr bench engine --small`"""
-
-
-@bench.command("engine")
-def bench_engine(
-    small: Annotated[bool, typer.Option("--small", help="a small model: done in three minutes on two cores")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, as flat JSON")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")] = None,
-    repeats: Annotated[int | None, typer.Option(help="timed runs of each prefill; default: the model's own")] = None,
-) -> None:
-    """Show how near the engine comes to its limit, on a LLaVA-1.5 with random weights.
-
-    Every line is a ratio of two things measured in turns in this run, with the smallest and the largest ratio of
-    neighbouring runs: 1.00 is as good as what stands behind the ÷, less is better. Prefill is the text model from
-    merged embeddings to hidden states; a decoded token is all that `generate` does for it.
-
-    * `no_policy_…` — patched, no policy ÷ unpatched: what the patch costs those who do not use it.
-
-    * `pruned_over_limit_…` — a pruned prefill ÷ the stock layers run on exactly the kept lengths: what choosing,
-      gathering and packing cost. One cut (FastV), four cuts, a cut at every layer (G-Search).
-
-    * `mixed_over_rows`, `mixed_over_padded` — eight requests with different policies in one batch ÷ the sum of them
-      alone, and ÷ the unpatched padded batch.
-
-    * `decode_over_unpatched_64`, `_512`, `_2048` — so many tokens decoded after FastV keep=0.25 ÷ unpatched;
-      `decode_equal_lengths` — on a cache that lacks nothing; `decode_keep_50`, `_25`, `_10` — what is kept decides.
-
-    * `kv_ratio`, `kv_allocated_ratio`, `peak_memory_ratio` — bytes of the cache, of its storage, and peak growth.
-
-    Examples:
-
-    * `vtr bench engine --small --json engine.json`
-
-    * `vtr bench engine --device cuda --repeats 20`
-    """
-    import json
-
-    from vtr.eval import bench_engine as engine
-
-    try:
-        size, precision, times = engine.choose(small, device, dtype, repeats)
-        result = engine.measure(size, device, precision, times)
-        if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, RuntimeError, OSError) as error:
-        raise fail(error) from error
-    from rich import box
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for name in ("ratio", "median", "min–max"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("what ÷ what")
-    for row in engine.rows(result):
-        table.add_row(*row)
-    console.print(table)
-    for line in engine.footer(result):
-        console.print(line, highlight=False)
 
 
 if __name__ == "__main__":

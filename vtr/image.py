@@ -104,7 +104,7 @@ class Pooled:
     Attributes:
         features: [m, hidden_size], m at most the image's token count.
         sources: m lists: the indices (into the image's tokens) each new token was made from.
-        layout: where the new tokens lie; None to place them evenly over the image's own tokens.
+        layout: where the new tokens lie; None for the tile, (y, x) and newline-ness of each one's first source.
     """
 
     features: torch.Tensor

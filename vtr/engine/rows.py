@@ -86,9 +86,9 @@ class Row:
             at, slots = local[keep], self.slots[local]
             gone[local] = True
             gone[at] = False
+            known, where = _standing(layout, keep, pooled)
             for name in _FIELDS:
-                known = None if pooled is None else pooled.layout
-                fields[name].append(getattr(layout, name)[keep] if known is None else getattr(known, name))
+                fields[name].append(getattr(known, name)[where])
             fields["image"].append(torch.full((len(keep),), i))
             if pooled is None:
                 origin.append(slots[keep])
@@ -199,6 +199,16 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
     if on_cpu and (int(keep[0]) < 0 or int(keep[-1]) >= count or bool((keep[1:] == keep[:-1]).any())):
         raise ValueError(f"{who} must return distinct indices in [0, {count}), got {_short(answer)}")
     return keep
+
+
+def _standing(layout: Layout, keep: torch.Tensor, pooled: Pooled | None) -> tuple[Layout, torch.Tensor]:
+    """A layout, and where in it an image's new tokens stand: their own one, or that of their first sources."""
+    if pooled is None:
+        return layout, keep
+    if pooled.layout is not None:
+        return pooled.layout, torch.arange(len(keep))
+    first = [made[0] if made else at for made, at in zip(pooled.sources, keep.tolist(), strict=True)]
+    return layout, torch.tensor(first, dtype=torch.int64)
 
 
 def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:

@@ -4,8 +4,9 @@ from vtr.policies.fastv import FastV
 from vtr.policies.globalcom2 import GlobalCom2
 from vtr.policies.gsearch import GSearch
 from vtr.policies.matryoshka import Matryoshka
+from vtr.policies.pool import Pool
 from vtr.policies.pyramid import Pyramid
 from vtr.policies.random_keep import Random
 from vtr.policies.uniform_grid import UniformGrid
 
-__all__ = ["FastV", "GSearch", "GlobalCom2", "Matryoshka", "Pyramid", "Random", "UniformGrid"]
+__all__ = ["FastV", "GSearch", "GlobalCom2", "Matryoshka", "Pool", "Pyramid", "Random", "UniformGrid"]

@@ -1,0 +1,91 @@
+"""Plots of result files of the kinds policies, batch and scale; each takes the file's data and returns a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXES = {"vision_tokens": "vision tokens of a row", "batch": "rows of a batch", "answer": "tokens of the answer"}
+
+
+def figure(columns: int, width: float = 4.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """An empty figure of so many panels side by side."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width * columns, height), layout="constrained")
+    panels = list(made.subplots(1, columns, squeeze=False)[0])
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    return made, panels
+
+
+def _spread(axis: Axes, x: Sequence[float] | np.ndarray, ms: Sequence[Mapping[str, float]], **how: Any) -> None:
+    """Medians with bars from the smallest to the largest."""
+    median = np.array([point["median"] for point in ms])
+    low, high = (np.array([point[name] for point in ms]) for name in ("low", "high"))
+    axis.errorbar(x, median, [median - low, high - median], capsize=2, ms=4, **how)
+
+
+def policies(result: Mapping[str, Any]) -> Figure:
+    """Prefill, decoding, throughput and memory against the mean share of tokens kept, a line per policy."""
+    made, (prefill, decode, rate, memory) = figure(4)
+    rows = [row for row in result["rows"] if row.get("attention", "sdpa") == "sdpa"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    batches = list(rows[0]["throughput"])
+    batch = "8" if "8" in batches else batches[-1]
+    for number, name in enumerate(names):
+        mine = sorted((row for row in rows if row["name"] == name), key=lambda row: row["mean_keep"])
+        keep = [row["mean_keep"] for row in mine]
+        how = {"color": f"C{number}", "fmt": "*" if name == "none" else "o-", "label": name}
+        _spread(prefill, keep, [row["prefill_ms"] for row in mine], **how)
+        _spread(decode, keep, [row["decode_ms"] for row in mine], **how)
+        line = {"color": how["color"], "ms": 4}
+        rate.plot(keep, [row["throughput"][batch] for row in mine], how["fmt"], **line)
+        grown = [(k, row["peak_bytes"] / 2**20) for k, row in zip(keep, mine, strict=True) if row["peak_bytes"]]
+        memory.plot(*zip(*grown, strict=True), how["fmt"], **line) if grown else None
+        memory.plot(keep, [row["kv_bytes"] / 2**20 for row in mine], "x", **line)
+    prefill.set(title="prefill", ylabel="ms")
+    decode.set(title="one decoded token", ylabel="ms")
+    rate.set(title=f"throughput at batch {batch}", ylabel="requests per second")
+    memory.set(title="memory: peak (●), keys and values (×)", ylabel="MiB")
+    for panel in (prefill, decode, rate, memory):
+        panel.set_xlabel("mean share of vision tokens kept")
+        panel.set_ylim(bottom=0)
+    prefill.legend(fontsize=8)
+    return made
+
+
+def batch(result: Mapping[str, Any]) -> Figure:
+    """Each mix over its rows alone and over the unpatched padded batch."""
+    made, (panel,) = figure(1, width=8)
+    rows, at = result["rows"], np.arange(len(result["rows"]))
+    for number, (key, what) in enumerate((("over_rows", "its rows alone"), ("over_padded", "unpatched, padded"))):
+        value, low, high = (np.array([row[key + end] for row in rows]) for end in ("", "_low", "_high"))
+        where = at + (number - 0.5) * 0.38
+        panel.bar(where, value, 0.36, yerr=[value - low, high - value], capsize=2, label=f"÷ {what}")
+    panel.axhline(1.0, color="k", lw=0.8)
+    panel.set_xticks(at, [row["name"] for row in rows], rotation=20, ha="right", fontsize=8)
+    panel.set(title="prefill of eight requests in one batch", ylabel="ratio of times, less is better")
+    panel.legend(fontsize=8)
+    return made
+
+
+def scale(result: Mapping[str, Any]) -> Figure:
+    """Cost against size on log-log axes, with the fitted power of growth."""
+    axes = list(dict.fromkeys(line["axis"] for line in result["series"]))
+    made, panels = figure(len(axes))
+    for panel, axis in zip(panels, axes, strict=True):
+        for number, line in enumerate(line for line in result["series"] if line["axis"] == axis):
+            x, name = np.array(line["x"]), line["policy"]
+            _spread(panel, x, line["ms"], fmt="o", color=f"C{number}", label=f"{name}   ∝ n^{line['slope']:.2f}")
+            middle = np.mean(np.log([point["median"] for point in line["ms"]]))
+            panel.plot(x, np.exp(middle + line["slope"] * (np.log(x) - np.log(x).mean())), color=f"C{number}", lw=1)
+        panel.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="ms")
+        panel.legend(fontsize=7)
+    return made

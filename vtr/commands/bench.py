@@ -1,0 +1,229 @@
+"""``vtr bench``: measure vtr itself and what every policy costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+Small = Annotated[bool, typer.Option("--small", help="small sizes: done in minutes on two cores")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the result here, and its plot beside it")]
+Out = Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")]
+Repeats = Annotated[int | None, typer.Option(help="timed runs of each; default: the model's own")]
+Seed = Annotated[int, typer.Option(help="of weights and prompts")]
+
+
+@bench.callback()
+def bench_main() -> None:
+    """Measure vtr itself, and what every policy costs. Try: `vtr bench engine --small`, `vtr bench policies --small`"""
+
+
+@bench.command("engine")
+def bench_engine(
+    small: Annotated[bool, typer.Option("--small", help="a small model: done in three minutes on two cores")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, as flat JSON")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    repeats: Annotated[int | None, typer.Option(help="timed runs of each prefill; default: the model's own")] = None,
+) -> None:
+    """Show how near the engine comes to its limit, on a LLaVA-1.5 with random weights.
+
+    Every line is a ratio of two things measured in turns in this run, with the smallest and the largest ratio of
+    neighbouring runs: 1.00 is as good as what stands behind the ÷, less is better. Prefill is the text model from
+    merged embeddings to hidden states; a decoded token is all that `generate` does for it.
+
+    * `no_policy_…` — patched, no policy ÷ unpatched: what the patch costs those who do not use it.
+
+    * `pruned_over_limit_…` — a pruned prefill ÷ the stock layers run on exactly the kept lengths: what choosing,
+      gathering and packing cost. One cut (FastV), four cuts, a cut at every layer (G-Search).
+
+    * `mixed_over_rows`, `mixed_over_padded` — eight requests with different policies in one batch ÷ the sum of them
+      alone, and ÷ the unpatched padded batch.
+
+    * `decode_over_unpatched_64`, `_512`, `_2048` — so many tokens decoded after FastV keep=0.25 ÷ unpatched;
+      `decode_equal_lengths` — on a cache that lacks nothing; `decode_keep_50`, `_25`, `_10` — what is kept decides.
+
+    * `kv_ratio`, `kv_allocated_ratio`, `peak_memory_ratio` — bytes of the cache, of its storage, and peak growth.
+
+    Examples:
+
+    * `vtr bench engine --small --json engine.json`
+
+    * `vtr bench engine --device cuda --repeats 20`
+    """
+    import json
+
+    from vtr.cli import console, fail
+    from vtr.eval import bench_engine as engine
+
+    try:
+        size, precision, times = engine.choose(small, device, dtype, repeats)
+        result = engine.measure(size, device, precision, times)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
+    except (ValueError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    show(["ratio", "median", "min–max"], ["what ÷ what"], engine.rows(result))
+    for line in engine.footer(result):
+        console.print(line, highlight=False)
+
+
+@bench.command("policies")
+def bench_policies(
+    small: Small = False,
+    json_file: Json = None,
+    out: Out = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    shape: Annotated[
+        str | None, typer.Option("--shapes", help="llava-1.5-7b, llava-next-7b or internvl2-8b (needs cuda or --small)")
+    ] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="a mean keep; may be given again")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="measure these specs instead of all policies")] = None,
+    repeats: Repeats = None,
+    seed: Seed = 0,
+) -> None:
+    """Show what every policy costs at equal budgets, beside no reduction and input downsampling.
+
+    A budget is the mean over decoder layers of the share of an image's tokens that enters. Runs take turns after a
+    warm-up; times are medians with the smallest and the largest in the JSON.
+
+    * `prefill` — the text model from merged embeddings to hidden states, choosing included; `1st token` — the whole
+      first forward; `decode` — all that `generate` does for a token; `select` — of the prefill, choosing tokens.
+
+    * `req/s` — prompt and a short answer, batches of equal requests (on a CPU with fewer tokens a picture).
+
+    * `GFLOPs` — of the prefill, counted by torch; the command fails if vtr's closed form is not within 0.1 %.
+
+    * `KV` — keys and values after the prefill; fails if vtr reports other bytes than the tensors have. `peak` — by how
+      much the prefill raises memory (a process each on a CPU).
+
+    * `downsample` — no policy, a picture of fewer pixels (a tower for so many patches).
+
+    On a GPU: bfloat16, CUDA events, published shapes with random weights, sdpa and FlashAttention 2 where installed.
+
+    Examples:
+
+    * `vtr bench policies --small --json policies.json`
+
+    * `vtr bench policies --small --policy fastv:keep=0.1 --policy pool:grid=6+fastv:keep=0.5`
+
+    * `vtr bench policies --device cuda --shapes llava-next-7b --out results`
+    """
+    from vtr.cli import console, fail
+    from vtr.eval import bench_policies as measure
+    from vtr.eval.bench_engine import choose as precision_of
+
+    try:
+        precision = precision_of(small, device, dtype, repeats)[1]
+        setup = measure.choose(small, device, shape)
+        body = measure.measure(setup, device, precision, repeats, seed, budget or (), policy or ())
+        write(body, "policies", json_file, out, seed, device)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    columns, rows = measure.table(body, wide=console.width >= 110)
+    show(columns[:1], columns[1:], rows, right=True)
+    console.print(measure.footer(body), highlight=False)
+    for left in body["left_out"]:
+        console.print(f"left out: {left['name']} at {left['budget']}: {left['why']}", highlight=False)
+
+
+@bench.command("batch")
+def bench_batch(
+    small: Small = False,
+    json_file: Json = None,
+    out: Out = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    repeats: Repeats = None,
+    seed: Seed = 0,
+) -> None:
+    """Show what it costs that the requests of one batch have different policies.
+
+    Prefill of eight rows in one batch ÷ the sum of the rows run alone, and ÷ the unpatched model on the padded batch;
+    with the smallest and the largest ratio of neighbouring runs. Less is better; 1.00 is as good.
+
+    Examples:
+
+    * `vtr bench batch --small --json batch.json`
+    """
+    from vtr.cli import fail
+    from vtr.eval import bench_batch as measure
+    from vtr.eval.bench_engine import choose
+
+    try:
+        size, precision, times = choose(small, device, dtype, repeats)
+        body = measure.measure(size, device, precision, times, seed)
+        write(body, "batch", json_file, out, seed, device)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    show(["eight rows"], ["ms", "÷ its rows alone", "÷ unpatched, padded"], measure.table(body), right=True)
+
+
+@bench.command("scale")
+def bench_scale(
+    small: Small = False,
+    json_file: Json = None,
+    out: Out = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    repeats: Repeats = None,
+    seed: Seed = 0,
+) -> None:
+    """Show how cost grows with vision tokens, batch size and length of the answer.
+
+    One axis grows at a time: pictures of 576 tokens in one row, as a video's frames (576 to 30 thousand tokens;
+    prefill), equal rows in a batch (1 to 64; prompt and 16 tokens), tokens of the answer (16 to 2048; prompt included).
+    The slope is that of a straight line on log-log axes: 1 is linear, 2 quadratic. On a CPU the model is a narrow one
+    and the default takes a quarter of an hour on two cores; `--small` stops at 4608 tokens, 16 rows and 256 tokens.
+
+    Examples:
+
+    * `vtr bench scale --small --out results`
+    """
+    from vtr.cli import fail
+    from vtr.eval import bench_scale as measure
+    from vtr.eval.bench_engine import choose
+
+    try:
+        precision = choose(small, device, dtype, repeats)[1]
+        ladder = measure.SMALL if small else measure.CUDA if device == "cuda" else measure.CPU
+        body = measure.measure(ladder, device, precision, repeats, seed)
+        write(body, "scale", json_file, out, seed, device)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    show(["what grows", "policy"], ["from", "to", "slope"], measure.table(body), right=True)
+
+
+def write(body: Mapping[str, Any], kind: Any, json_file: Path | None, out: Path | None, seed: int, device: str) -> None:
+    """The result file and its plot, where they were asked for."""
+    from vtr.eval import plots, results
+
+    for path in {json_file, None if out is None else out / f"{kind}.json"} - {None}:
+        assert path is not None
+        data = results.save(path, kind, body, seed=seed, device=device)
+        draw: Callable[[Any], Any] = getattr(plots, kind)
+        draw(data).savefig(path.with_suffix(".png"), dpi=130)
+
+
+def show(fixed: Sequence[str], others: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> None:
+    """Print a table; ``fixed`` columns are never folded."""
+    from rich import box
+    from rich.table import Table
+
+    from vtr.cli import console
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for name in fixed:
+        table.add_column(name, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
