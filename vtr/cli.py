@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vtr.commands.page import page_command
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(bench, name="bench")
+app.command("page")(page_command)
 console = Console()
 
 
@@ -137,7 +140,9 @@ def bench_main() -> None:
 @bench.command("engine")
 def bench_engine(
     small: Annotated[bool, typer.Option("--small", help="a small model: done in three minutes on two cores")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, as flat JSON")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the ratios here, as a flat result file for `vtr page`")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")] = None,
     repeats: Annotated[int | None, typer.Option(help="timed runs of each prefill; default: the model's own")] = None,
@@ -167,15 +172,14 @@ def bench_engine(
 
     * `vtr bench engine --device cuda --repeats 20`
     """
-    import json
-
     from vtr.eval import bench_engine as engine
+    from vtr.eval import results
 
     try:
         size, precision, times = engine.choose(small, device, dtype, repeats)
         result = engine.measure(size, device, precision, times)
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n")
+            results.save(json_file, "engine", result, seed=result["seed"], device=device)
     except (ValueError, RuntimeError, OSError) as error:
         raise fail(error) from error
     from rich import box

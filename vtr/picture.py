@@ -44,6 +44,28 @@ def _faded(picture: Image.Image, grid: np.ndarray) -> np.ndarray:
     return pixels * stays + (1 - stays) * (pixels * (1 - DIM) + away)
 
 
+def kept_pixels(
+    picture: Image.Image, layout: Layout, first_slot: int, row: RowReport, layer: int, tiles: str = "crops"
+) -> np.ndarray:
+    """The picture with what does not enter ``layer`` faded: [height, width, 3], floats in [0, 1].
+
+    Args:
+        picture: what the tiles show (see :func:`seen`). layout: of its tokens. first_slot: the row's slot of its first
+            token. row: the report's row. tiles: "thumbnail" or "crops".
+    """
+    kept = {slot - first_slot for made_of in row.sources(layer) for slot in made_of}
+    return _faded(picture, _shares(layout, kept, tiles))
+
+
+def seen(picture: Image.Image, layout: Layout) -> Image.Image:
+    """What the model sees of a picture: of one square tile only the middle, as CLIP's processor cuts it."""
+    if layout.crops != (0, 0):
+        return picture
+    side = min(picture.size)
+    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, upper, left + side, upper + side))
+
+
 def show_kept(
     picture: Image.Image,
     layout: Layout,
@@ -68,10 +90,7 @@ def show_kept(
     changes = [n for n in range(len(counts)) if n == 0 or counts[n] != counts[n - 1]]
     layers = layers or ([*changes[:3], changes[-1]] if len(changes) > 4 else changes)
     kinds = ["thumbnail", "crops"] if layout.crops != (0, 0) else ["thumbnail"]
-    if layout.crops == (0, 0):  # one square tile: the middle of the picture, as CLIP's processor cuts it
-        side = min(picture.size)
-        left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, upper, left + side, upper + side))
+    picture = seen(picture, layout)
     height = 2.6 * len(kinds) + 0.5
     figure = Figure(figsize=(2.6 * (len(layers) + 1), height), layout="constrained")
     axes = figure.subplots(len(kinds), len(layers) + 1, squeeze=False)
@@ -80,8 +99,7 @@ def show_kept(
         axes[line][0].set_ylabel(kind, fontsize=9)
         axes[line][0].set_title("picture" if line == 0 else "", fontsize=9)
         for column, layer in enumerate(layers, 1):
-            kept = {slot - first_slot for made_of in row.sources(layer) for slot in made_of}
-            axes[line][column].imshow(_faded(picture, _shares(layout, kept, kind)))
+            axes[line][column].imshow(kept_pixels(picture, layout, first_slot, row, layer, kind))
             if line == 0:
                 axes[line][column].set_title(f"into layer {layer}: {counts[layer]} of {row.total}", fontsize=9)
     for axis in axes.flat:
