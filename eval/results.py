@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def command() -> str:
     """The command line that is running, as one would type it again."""
     program = Path(sys.argv[0])
     name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{program.stem}"
-    return " ".join([name, *sys.argv[1:]])
+    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 
 def save(
@@ -80,7 +81,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a result file: not JSON ({error})") from error
     missing = [key for key in NEEDED if not isinstance(data, dict) or key not in data]
     if missing:

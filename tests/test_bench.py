@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 from vtr.eval import bench_engine as engine
-from vtr.eval import midsize, peak_memory
+from vtr.eval import midsize, peak_memory, results
 from vtr.eval.interleave import decode_in_turns, in_turns, median_ratio, text_times, total_ratio
 
 import vtr
@@ -173,6 +173,7 @@ def test_the_command_prints_a_table_and_writes_json(monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "engine.json").read_text())
     assert written["repeats"] == 1
+    assert results.load(tmp_path / "engine.json") == written and written["kind"] == "engine"
     for key in (key for key in engine.WHAT if key in written):
         assert key in result.output
     assert "the first 17 decoded tokens" in " ".join(result.output.split())

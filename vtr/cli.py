@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtr.commands.bench import bench
+from vtr.commands.page import page_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Vision-token reduction for multimodal LLMs. Try: `vtr run --sample 2 --policy fastv:keep=0.05 --compare`",
 )
 app.add_typer(bench, name="bench")
+app.command("page")(page_command)
 console = Console()
 
 

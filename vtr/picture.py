@@ -75,6 +75,30 @@ def _crop_lines(axis: Any, layout: Layout, picture: Image.Image) -> None:
             axis.axvline((column * w - left) / width * picture.width, color="C3", lw=1, ls="--")
 
 
+def kept_pixels(
+    picture: Image.Image, layout: Layout, first_slot: int, row: RowReport, layer: int, tiles: str = "crops"
+) -> np.ndarray:
+    """The picture with what does not enter ``layer`` faded and pooled cells of one color: [height, width, 3] in [0, 1].
+
+    Args:
+        picture: what the tiles show (see :func:`seen`). layout: of its tokens. first_slot: the row's slot of its first
+            token. row: the report's row. tiles: "thumbnail" or "crops".
+    """
+    n = len(layout)
+    made_of = [[s - first_slot for s in some if 0 <= s - first_slot < n] for some in row.sources(layer)]
+    pooled = np.array([len(some) > 1 for some in made_of] or [False])
+    return _painted(picture, _cells(layout, made_of, tiles), pooled)
+
+
+def seen(picture: Image.Image, layout: Layout) -> Image.Image:
+    """What the model sees of a picture: of one square tile only the middle, as CLIP's processor cuts it."""
+    if layout.crops != (0, 0):
+        return picture
+    side = min(picture.size)
+    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, upper, left + side, upper + side))
+
+
 def show_kept(
     picture: Image.Image,
     layout: Layout,
@@ -97,14 +121,11 @@ def show_kept(
     """
     from matplotlib.figure import Figure
 
-    counts, n = row.vision_tokens, len(layout)
+    counts = row.vision_tokens
     changes = [n for n in range(len(counts)) if n == 0 or counts[n] != counts[n - 1]]
     layers = layers or ([*changes[:3], changes[-1]] if len(changes) > 4 else changes)
     kinds = ["thumbnail", "crops"] if layout.crops != (0, 0) else ["thumbnail"]
-    if layout.crops == (0, 0):  # one square tile: the middle of the picture, as CLIP's processor cuts it
-        side = min(picture.size)
-        left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, upper, left + side, upper + side))
+    picture = seen(picture, layout)
     height = 2.6 * len(kinds) + 0.5
     figure = Figure(figsize=(2.6 * (len(layers) + 1), height), layout="constrained")
     axes = figure.subplots(len(kinds), len(layers) + 1, squeeze=False)
@@ -113,9 +134,7 @@ def show_kept(
         axes[line][0].set_ylabel(kind, fontsize=9)
         axes[line][0].set_title("picture" if line == 0 else "", fontsize=9)
         for column, layer in enumerate(layers, 1):
-            made_of = [[s - first_slot for s in some if 0 <= s - first_slot < n] for some in row.sources(layer)]
-            pooled = np.array([len(some) > 1 for some in made_of] or [False])
-            axes[line][column].imshow(_painted(picture, _cells(layout, made_of, kind), pooled))
+            axes[line][column].imshow(kept_pixels(picture, layout, first_slot, row, layer, kind))
             if kind == "crops":
                 _crop_lines(axes[line][column], layout, picture)
             if line == 0:

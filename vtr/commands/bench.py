@@ -27,7 +27,7 @@ def bench_main() -> None:
 @bench.command("engine")
 def bench_engine(
     small: Annotated[bool, typer.Option("--small", help="a small model: done in three minutes on two cores")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, as flat JSON")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, a flat result file")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     repeats: Annotated[int | None, typer.Option(help="timed runs of each prefill; default: the model's own")] = None,
@@ -57,16 +57,16 @@ def bench_engine(
 
     * `vtr bench engine --device cuda --repeats 20`
     """
-    import json
 
     from vtr.cli import console, fail
     from vtr.eval import bench_engine as engine
+    from vtr.eval import results
 
     try:
         size, precision, times = engine.choose(small, device, dtype, repeats)
         result = engine.measure(size, device, precision, times)
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n")
+            results.save(json_file, "engine", result, seed=result["seed"], device=device)
     except (ValueError, RuntimeError, OSError) as error:
         raise fail(error) from error
     show(["ratio", "median", "min–max"], ["what ÷ what"], engine.rows(result))
