@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vtr.commands.eval import eval_command
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(bench, name="bench")
+app.command("eval")(eval_command)
 console = Console()
 
 

@@ -1,0 +1,1 @@
+"""Commands of ``vtr``, one file each; vtr/cli.py registers them."""
