@@ -169,7 +169,7 @@ def picked(reply: str, choices: Choices) -> int | None:
     if texts.count(said) == 1:
         return texts.index(said)
     start = re.match(r"\s*[(\[]?([A-Za-z])(?:[)\].:,]|\s*$)", reply)
-    stated = re.search(r"(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*[(\[]?([A-Z])\b", reply)
+    stated = re.search(r"(?i:answer|option|choice)\b(?:\s+is)?\s*:?\s*[(\[]?([A-Z])\b", reply)
     for found in (start, stated):
         if found and LETTERS.index(found.group(1).upper()) < count:
             return LETTERS.index(found.group(1).upper())
