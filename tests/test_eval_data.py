@@ -127,7 +127,9 @@ def test_an_integer_is_an_index_of_the_choices() -> None:
 def test_the_pocket_tasks_are_those_of_the_evaluation() -> None:
     made = list(vtr.pocket.samples(20, split="test", seed=3))
     found = good(iter(open_data("pocket", limit=20, seed=3)))
-    assert [(s.question, s.answers[0], s.kind) for s in found] == [(m["question"], m["answer"], m["type"]) for m in made]
+    assert [(s.question, s.answers[0], s.kind) for s in found] == [
+        (m["question"], m["answer"], m["type"]) for m in made
+    ]
     same = {(a.group == b.group, x["image"] is y["image"]) for a, x in zip(found, made, strict=True)
             for b, y in zip(found, made, strict=True)}  # fmt: skip
     assert same == {(True, True), (False, False)}
