@@ -178,6 +178,17 @@ def test_specs_of_contenders() -> None:
 def test_downsampling_a_picture() -> None:
     assert Downsample(0.5)(Image.new("RGB", (192, 96))).size == (96, 48)
     assert Downsample(0.01)(Image.new("RGB", (192, 20))).size == (2, 1)
+    _, processor = vtr.pocket.load()
+    tokens = [
+        int(
+            (
+                vtr.chat.encode(processor, ["what"], [Downsample(scale)(Image.new("RGB", (192, 192)))])["input_ids"]
+                == 4
+            ).sum()
+        )
+        for scale in (1, 0.5, 0.25)
+    ]
+    assert tokens == [744, 300, 300]  # as the module says
     with pytest.raises(TypeError, match="a number"):
         Downsample("half")  # type: ignore[arg-type]
 
@@ -198,12 +209,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pocket_folder(where: Path, count: int) -> Path:
+    """Corners of the pictures: fewer tokens are quicker, and some questions cannot be answered from them."""
     where.mkdir(exist_ok=True)
     names: dict[int, str] = {}
     with (where / "questions.jsonl").open("w") as file:
         for i, made in enumerate(list(vtr.pocket.samples(count, seed=5, per_scene=4))):
             name = names.setdefault(id(made["image"]), f"{len(names)}.png")
-            made["image"].save(where / name)
+            made["image"].crop((0, 0, 96, 96)).save(where / name)
             record = {"id": f"q{i}", "image": name, "question": made["question"], "answer": made["answer"]}
             file.write(json.dumps({**record, "kind": made["type"]}) + "\n")
     return where
@@ -250,8 +262,6 @@ def test_rows_say_what_everybody_said(done: Path) -> None:
         none, fastv = row["policies"]["none"], row["policies"]["fastv:keep=0.1"]
         assert none["tokens"] == [none["total"]] * 10
         assert fastv["tokens"] == [none["total"]] * 2 + [int(none["total"] * 0.1)] * 8
-    big = next(row for row in found if row["policies"]["none"]["total"] == 744)
-    assert big["policies"]["downsample:scale=0.5"]["total"] == 300
 
 
 def test_the_table_follows_from_the_rows(done: Path) -> None:
@@ -260,7 +270,7 @@ def test_the_table_follows_from_the_rows(done: Path) -> None:
     scores = [row["policies"]["fastv:keep=0.1"]["score"] for row in found]
     assert data["kind"] == "eval" and data["model"] == "pocket" and data["rows"] == "samples.jsonl"
     assert fastv["accuracy"] == pytest.approx(sum(scores) / COUNT)
-    assert none["accuracy"] == data["reference"]["none"] >= 0.8
+    assert none["accuracy"] == data["reference"]["none"] > data["reference"]["blind"]
     needing = [row for row in found if row["blind"]["score"] == row["text_only"]["score"] == 0]
     assert data["data"]["indispensable"] == len(needing) and data["data"]["bad"] == 0
     assert fastv["indispensable"] == pytest.approx(
@@ -269,6 +279,7 @@ def test_the_table_follows_from_the_rows(done: Path) -> None:
     assert fastv["gain"] == pytest.approx(fastv["accuracy"] - data["reference"]["blind"])
     assert fastv["leakage"] == max(0.0, data["reference"]["blind"] - data["reference"]["text_only"])
     versus = fastv["versus_none"]
+    assert 0 < fastv["accuracy"] < 1
     assert versus["difference"] == pytest.approx(fastv["accuracy"] - none["accuracy"])
     assert (versus["wins"], versus["losses"]) == (len(versus["won"]), len(versus["lost"]))
     assert set(versus["lost"]) == {
