@@ -17,8 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from vtr.eval import midsize, peak_memory, shapes
+from vtr.eval.bench_contenders import Contender, contenders
 from vtr.eval.bench_engine import implementations
-from vtr.eval.contenders import Contender, contenders
 from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory, text_times
 from vtr.eval.midsize import Size
 from vtr.eval.peak_memory import cached_bytes, cuda_growth

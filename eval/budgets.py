@@ -23,6 +23,7 @@ from vtr.eval.stats import paired
 from vtr.eval.timing import time_call
 
 import vtr
+from vtr.chat import decode, encode
 
 KEEPS = (0.25, 0.1, 0.05)
 LAYERS = (0, 1, 2)
@@ -79,9 +80,7 @@ def batches(n: int, seed: int, size: int) -> Iterator[list[dict[str, Any]]]:
 
 def tokenize(processor: Any, batch: list[dict[str, Any]]) -> Any:
     """A left-padded batch of chat prompts, one picture each."""
-    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s["question"]}]}] for s in batch]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    return processor(text=text, images=[[s["image"]] for s in batch], padding=True, return_tensors="pt")
+    return encode(processor, [s["question"] for s in batch], [s["image"] for s in batch])
 
 
 @torch.inference_mode()
@@ -96,8 +95,8 @@ def measure(model: Any, processor: Any, results: list[Result], n: int, seed: int
             for result in results:
                 given = None if result.spec == "none" else result.spec
                 out = model.generate(**inputs, policy=given, max_new_tokens=1, do_sample=False)
-                words = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                result.correct += [w.strip() == s["answer"] for w, s in zip(words, batch, strict=True)]
+                words = decode(processor, out, inputs["input_ids"].shape[1])
+                result.correct += [word == s["answer"] for word, s in zip(words, batch, strict=True)]
                 report = vtr.report(model)
                 flops[result.spec] += report.flops
                 means[result.spec] += sum(row.mean_keep for row in report.rows)

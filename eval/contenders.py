@@ -1,162 +1,197 @@
-"""Who is measured: every policy there is, set to a mean budget, beside no reduction and input downsampling.
-
-A budget is the mean over decoder layers of the share of an image's tokens that enters, so that policies that cut once,
-at every layer, or before the decoder can stand side by side.
-"""
+"""What is compared: policies by spec string, no reduction, input downsampling; and one of each at a common budget."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtr.eval import midsize, shapes
-from vtr.eval.shapes import Shape
+from vtr.eval import blind  # noqa: F401  (registers the question-blind selector)
+from vtr.eval.downsample import NAME, Downsample
 
 import vtr
-from vtr.registry import policy_class
+from vtr.policies.matryoshka import scales
 
-LEAST = 0.02
-"""A cut that would have to leave less than this to reach a mean budget is made in an earlier layer."""
+NONE = "none"
+ALL = "all"
+BUDGET = 0.25
+CUT = 2
+"""The layer at which policies of ``all`` that cut once do so (FastV's): the same tokens enter the same layers."""
+FIRST = (NONE, "random", "uniform", "pool", NAME)
+"""What ``all`` begins with: no reduction and the baselines every policy has to beat."""
+FLOOR = 0.02
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Contender:
-    """A patched model, what to run it under, and the shape of its prompts.
+    """One row of the table.
 
     Attributes:
-        name: of the policy, "none" or "downsample". spec: with its settings. budget: the mean it is set to, or None.
+        policy: None for no reduction. downsample: what happens to pictures before the processor, or None.
     """
 
-    name: str
     spec: str
-    budget: float | None
-    model: Any
-    policy: vtr.Policy | None
-    shape: Shape
-
-    def prompts(self, rows: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
-        """A batch; each row: images, text tokens."""
-        return shapes.prompts(self.model, self.shape, rows, seed)
+    name: str
+    policy: vtr.Policy | None = None
+    downsample: Downsample | None = None
 
 
-# -- a policy at a budget ----------------------------------------------------------------------------------------------
-def share_of(spans: Sequence[int], budget: float) -> float:
-    """Each span of layers keeps the same share of the one before, the first all: the share whose mean is the budget."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        share = (low + high) / 2
-        mean = sum(span * share**step for step, span in enumerate(spans)) / sum(spans)
-        low, high = (share, high) if mean < budget else (low, share)
-    return low
+@dataclass(frozen=True)
+class Shapes:
+    """What budgets depend on: decoder layers, and patches along a tile's side."""
+
+    layers: int
+    side: int
+
+    @classmethod
+    def of(cls, model: Any) -> Shapes:
+        """Of a model whose vision tower has square patches."""
+        vision = model.config.vision_config
+        size, patch = (n[0] if isinstance(n, (list, tuple)) else n for n in (vision.image_size, vision.patch_size))
+        shrink = getattr(model.config, "downsample_ratio", 1)
+        return cls(len(model.get_decoder().layers), int(size // patch * shrink))
 
 
-def _schedule(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
-    """A keep at every layer, each the same share of the one before."""
-    if budget * depth < 1 + LEAST:
-        raise ValueError(f"layer 0 takes all tokens, so the mean over {depth} layers is at least {1 / depth:.3f}")
-    share = share_of([1] * depth, budget)
-    return {"schedule": [1.0, *(max(round(share**layer, 4), 0.0001) for layer in range(1, depth))]}
-
-
-def _stages(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
-    """Three stages, each the same share of the one before; the earlier, the smaller the budget."""
-    for parts in (4, 8, 16, 32):
-        layers = [depth * (stage + 1) // parts for stage in range(3)]
-        spans = [b - a for a, b in zip([0, *layers], [*layers, depth], strict=True)]
-        if not all(spans):
-            break
-        share = share_of(spans, budget)
-        if share**3 >= LEAST**1.5:
-            return {"keeps": [round(share**stage, 4) for stage in (1, 2, 3)], "layers": layers}
-    raise ValueError(f"no three stages in {depth} layers have this mean")
-
-
-def _one_cut(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
-    """One cut, in the policy's own layer or as much earlier as it must be."""
-    own = getattr(cls, "layer", None)  # a dataclass leaves its defaults on the class
-    if own is None:
-        return {"keep": round(budget, 4)}
-    lowest = 1 if cls.question_guided else 0
-    for layer in range(own, lowest - 1, -1):
-        if layer < depth and (keep := (budget * depth - layer) / (depth - layer)) >= LEAST:
-            return {"keep": round(keep, 4), "layer": layer}
-    raise ValueError(f"a cut in layer {lowest} of {depth} keeps the mean above it")
-
-
-def _grid(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
-    """The grid whose number of cells is nearest."""
-    return {"grid": nearest_side(budget, side)}
-
-
-SETTERS: dict[str, Callable[[type[vtr.Policy], float, int, int], dict[str, Any]]] = {
-    "schedule": _schedule,
-    "keeps": _stages,
-    "grid": _grid,
-    "keep": _one_cut,
-}
-"""The setting that says how much a policy keeps → how it is set. The first that a policy has is taken."""
-
-
-def nearest_side(budget: float, side: int) -> int:
-    """The side of the square with a share of ``side`` × ``side`` tokens nearest to the budget, at least 1."""
-    exact = side * math.sqrt(budget)
-    return max(min((math.floor(exact), math.ceil(exact)), key=lambda s: abs((s / side) ** 2 - budget)), 1)
-
-
-def at_budget(name: str, budget: float, depth: int, side: int) -> vtr.Policy:
-    """The policy ``name``, set so that the mean over ``depth`` decoder layers is ``budget`` (of side × side tiles).
+def contender(spec: str) -> Contender:
+    """The contender of a spec: ``none``, a policy's, ``downsample:scale=0.5``, or ``downsample:scale=0.5+POLICY``.
 
     Raises:
-        ValueError: it cannot be set so, or nothing is known about how much it keeps.
+        TypeError, ValueError: no such policy, or settings it refuses.
     """
-    if not 0 < budget < 1:
-        raise ValueError(f"budget={budget!r} is the mean share of tokens that stays: choose one between 0 and 1")
-    cls = policy_class(name)
-    known = {field.name for field in dataclasses.fields(cls)}
-    for setting, how in SETTERS.items():
-        if setting in known:
-            return cls(**how(cls, budget, depth, side))
-    raise ValueError(f"it has none of the settings {', '.join(SETTERS)} to set a budget by")
+    spec = spec.strip()
+    if spec == NONE:
+        return Contender(NONE, NONE)
+    head, _, rest = spec.partition("+")
+    name, _, settings = head.partition(":")
+    if name != NAME:
+        policy = vtr.policy(spec)
+        return Contender(policy.spec, policy.name, policy)
+    key, _, value = settings.partition("=")
+    if settings and key != "scale":
+        raise ValueError(f"{NAME} has no setting {key!r}; it has: scale, e.g. {NAME}:scale=0.5")
+    try:
+        smaller = Downsample(float(value)) if settings else Downsample()
+    except ValueError as error:
+        raise ValueError(f"{head!r}: {error}") from error
+    more = vtr.policy(rest) if rest else None
+    return Contender(smaller.spec + (f"+{more.spec}" if more else ""), NAME, more, smaller)
 
 
-def shipped() -> list[str]:
-    """Names of the policies that come with vtr: those registered by its own modules."""
-    own = (name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies."))
-    order = ["random", "uniform", "pool"]
-    return sorted(own, key=lambda name: (order.index(name) if name in order else len(order), name))
-
-
-# -- all of them -------------------------------------------------------------------------------------------------------
 def contenders(
-    stock: Any, shape: Shape, budgets: Sequence[float], specs: Sequence[str] = ()
-) -> tuple[list[Contender], list[dict[str, Any]]]:
-    """No reduction, and all shipped policies and input downsampling at every budget, or the policies of ``specs``.
+    specs: Sequence[str], shapes: Shapes, budget: float = BUDGET
+) -> tuple[list[Contender], list[Contender], dict[str, str]]:
+    """No reduction first, then what ``specs`` name.
 
     Args:
-        stock: the unpatched model, of ``shape``. The contenders are on its weights.
+        specs: each one or several specs joined by ``;``; ``all`` is one per registered policy, at ``budget``.
 
     Returns:
-        The contenders, and {"name", "budget", "why"} of what cannot be set to a budget.
+        All of them; those of them that only ``all`` named; and why registered policies were left out of ``all``.
+
+    Raises:
+        TypeError, ValueError: an unknown policy, one that cannot work on this model, the same one twice.
     """
-    depth, patched = shape.text["num_hidden_layers"], vtr.patch(midsize.twin(stock))
-    out, left_out = [Contender("none", "none", None, patched, None, shape)], []
-    for spec in specs:
-        policy = vtr.policy(spec)
-        policy.check(depth)
-        out.append(Contender(spec.split(":")[0], policy.spec, None, patched, policy, shape))
-    for budget in () if specs else budgets:
-        for name in shipped():
-            try:
-                policy = at_budget(name, budget, depth, shape.side)
-            except ValueError as error:
-                left_out.append({"name": name, "budget": budget, "why": str(error)})
-                continue
-            out.append(Contender(name, policy.spec, budget, patched, policy, shape))
-        side = nearest_side(budget, shape.side)
-        narrow = vtr.patch(shapes.with_side(stock, shape, side))
-        fewer = shape.downsampled(side)
-        out.append(Contender("downsample", f"downsample:side={side}", budget, narrow, None, fewer))
-    return out, left_out
+    found, left_out = [Contender(NONE, NONE)], dict[str, str]()
+    only_all: list[Contender] = []
+    for spec in (part.strip() for text in specs for part in text.split(";") if part.strip()):
+        if spec == ALL:
+            more, left_out = at_budget(budget, shapes)
+            more = [one for one in more if one not in found]
+            only_all += more
+        else:
+            more = [contender(spec)] if spec != NONE else []
+        found += more
+    for one in found:
+        if one.policy is not None:
+            one.policy.check(shapes.layers)
+    names = [one.spec for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice} is there twice: name each policy once")
+    return found, only_all, left_out
+
+
+def at_budget(budget: float, shapes: Shapes) -> tuple[list[Contender], dict[str, str]]:
+    """One contender per registered policy, and why others are left out.
+
+    Raises:
+        ValueError: a budget that leaves nothing behind the first layers.
+    """
+    if not isinstance(budget, float) or not CUT / shapes.layers < budget < 1:
+        raise ValueError(
+            f"budget={budget}: it is the mean share of vision tokens that enters a layer; the first {CUT} of "
+            f"{shapes.layers} layers see all of them, so it lies between {CUT / shapes.layers:.2f} and 1"
+        )
+    registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
+    order = [name for name in FIRST if name in registered or name == NAME]
+    made, left_out = [], {}
+    for name in order + [name for name in registered if name not in FIRST]:
+        try:
+            spec = Downsample(round(budget**0.5, 4)).spec if name == NAME else spec_at(name, budget, shapes)
+            one = contender(spec)
+            if one.policy is not None:
+                one.policy.check(shapes.layers)
+            made.append(one)
+        except (TypeError, ValueError, OSError) as error:
+            left_out[name] = str(error)
+    return made, left_out
+
+
+def spec_at(name: str, budget: float, shapes: Shapes) -> str:
+    """The spec of policy ``name`` under which a mean share of ``budget`` of the vision tokens enters a layer.
+
+    Found by the settings the policy has: a ``schedule`` of all layers, ``keeps`` of stages, ``keep`` (cut at layer
+    :data:`CUT` if it has a ``layer``), a ``grid`` of a tile, ``tokens`` of nested scales (the nearest one),
+    ``retention``. A policy with none of them gets its defaults, and the table shows what it keeps by itself.
+    """
+    from vtr.registry import policy_class
+
+    settings = {field.name for field in dataclasses.fields(policy_class(name))}
+    if "schedule" in settings:
+        return f"{name}:schedule={_json(staircase(budget, shapes.layers))}"
+    if {"keeps", "layers"} <= settings:
+        return "{}:keeps={},layers={}".format(name, *map(_json, stages(budget, shapes.layers)))
+    if {"keep", "layer"} <= settings:
+        return f"{name}:keep={_after(budget, shapes.layers)},layer={CUT}"
+    if "keep" in settings:
+        return f"{name}:keep={budget}"
+    if "grid" in settings:
+        return f"{name}:grid={max(1, round(shapes.side * budget**0.5))}"
+    if "tokens" in settings:
+        known = scales((shapes.side, shapes.side))
+        return f"{name}:tokens={min(known, key=lambda tokens: abs(tokens / shapes.side**2 - budget))}"
+    if "retention" in settings:
+        return f"{name}:retention={budget}"
+    return name
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _after(budget: float, layers: int) -> float:
+    """What to keep from layer :data:`CUT` on, so that the mean over all layers is ``budget``."""
+    return round((budget * layers - CUT) / (layers - CUT), 4)
+
+
+def stages(budget: float, layers: int) -> tuple[list[float], list[int]]:
+    """Three stages, each half of the one before, the first at layer :data:`CUT`, the others evenly behind it."""
+    begins = [CUT + (layers - CUT) * i // 3 for i in range(3)]
+    spans = [end - begin for begin, end in zip(begins, [*begins[1:], layers], strict=True)]
+    first = (budget * layers - CUT) / sum(span / 2**i for i, span in enumerate(spans))
+    return [round(min(first / 2**i, 1.0), 4) for i in range(3)], begins
+
+
+def staircase(budget: float, layers: int) -> list[float]:
+    """A keep per layer: all up to layer :data:`CUT`, then each the same share of the one before, none below 2 %."""
+    floor = min(FLOOR, _after(budget, layers))
+
+    def keeps(ratio: float) -> list[float]:
+        return [round(max(ratio ** max(layer - CUT + 1, 0), floor), 4) for layer in range(layers)]
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(keeps(middle)) < budget * layers else (low, middle)
+    return keeps(low)

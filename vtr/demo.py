@@ -10,6 +10,7 @@ import torch
 
 import vtr
 from vtr.accounting import Report
+from vtr.chat import encode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,23 +39,29 @@ class Outcome:
     timing: Any
 
 
-def load(name: str | None, device: str) -> tuple[Any, Any]:
+def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, Any]:
     """The pocket model, or any checkpoint transformers can load, patched and in evaluation mode.
+
+    Args:
+        name: a folder or hub name; None is the pocket model. device: "auto" is cuda where there is one.
+        dtype: "float32", "bfloat16" or "float16"; None is float32 on the CPU and for the pocket model, else the
+            checkpoint's own.
 
     Raises:
         ValueError: a checkpoint that is not there, cut short, or of no image-text model.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = None if dtype is None else getattr(torch, dtype)
     if name is None:
-        model, processor = vtr.pocket.load()
+        model, processor = vtr.pocket.load(wanted)
     else:
         from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            dtype = torch.float32 if device == "cpu" else "auto"
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
+            chosen = wanted or (torch.float32 if device == "cpu" else "auto")
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen).eval()
             processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = str(error).splitlines()[0][:200]
@@ -91,13 +98,8 @@ def prepare(image: Path | None, question: str | None, sample: int | None, name: 
 
 
 def tokenize(processor: Any, picture: Image.Image, question: str, device: Any) -> Any:
-    """Chat template (where the processor has one), then text and picture in one call."""
-    if getattr(processor, "chat_template", None):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    else:
-        text = f"USER: {processor.image_token}\n{question} ASSISTANT:"
-    return processor(text=text, images=picture, return_tensors="pt").to(device)
+    """One picture and one question, as :func:`vtr.chat.encode` puts them, on the device."""
+    return encode(processor, [question], [picture]).to(device)
 
 
 def same_budget(report: Report) -> list[str]:

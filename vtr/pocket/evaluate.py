@@ -13,31 +13,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vtr.chat import decode, encode
+
 from . import WEIGHTS, load, samples
 from .scenes import TYPES
-
-
-def prompt(processor: Any, question: str) -> str:
-    """The text the model was trained on for one picture and one question."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def answers(model: Any, processor: Any, images: list[Any], questions: list[str]) -> list[str]:
     """What the model says to a batch of questions."""
     import torch
 
-    inputs = processor(
-        images=images,
-        text=[prompt(processor, q) for q in questions],
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    ).to(model.device)
+    inputs = encode(processor, questions, images).to(model.device)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return decode(processor, out, inputs["input_ids"].shape[1])
 
 
 def accuracy(

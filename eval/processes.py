@@ -1,0 +1,103 @@
+"""Several processes over one evaluation: who am I, how many threads may I use, wait for each other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATIENCE = timedelta(days=7)
+"""How long the fastest process waits for the slowest."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among ``world`` of them. local: among those on this machine, ``local_world`` of them."""
+
+    index: int = 0
+    world: int = 1
+    local: int = 0
+    local_world: int = 1
+
+    @classmethod
+    def here(cls) -> Rank:
+        """As torchrun or ``accelerate launch`` set the environment; alone without them."""
+        index, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, local_world = os.environ.get("LOCAL_RANK", index), os.environ.get("LOCAL_WORLD_SIZE", world)
+        return cls(index, world, int(local), int(local_world))
+
+    def join(self, store: str | None = None) -> None:
+        """Meet the others: at ``store`` (a file), or where the environment says."""
+        if self.world > 1 and not torch.distributed.is_initialized():
+            where = f"file://{store}" if store else "env://"
+            torch.distributed.init_process_group("gloo", where, PATIENCE, self.world, self.index)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Part with the others."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def cores() -> int:
+    """CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(rank: Rank) -> None:
+    """Let torch use this process's part of the machine's cores: more threads than cores make everyone slower."""
+    torch.set_num_threads(max(1, cores() // rank.local_world))
+
+
+def spread(work: Callable[[Rank, str | None], None], processes: int) -> None:
+    """Run ``work(rank, store)`` in so many new processes of this machine, all at the same time.
+
+    If one fails, the others are ended, and its error is raised here.
+
+    Args:
+        work: must be picklable (a function of a module, or a ``functools.partial`` of one).
+
+    Raises:
+        RuntimeError: a process failed; the message is that of its own exception.
+    """
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "error"
+        try:
+            mp.start_processes(_child, (work, processes, folder, str(errors)), processes, start_method="spawn")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            said = errors.read_text() if errors.exists() else str(error)
+            raise RuntimeError(said) from error
+
+
+def _child(index: int, work: Callable[[Rank, str | None], None], world: int, folder: str, errors: str) -> None:
+    try:
+        work(Rank(index, world, index, world), str(Path(folder) / "store"))
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        Path(errors).write_text(str(error))
+        raise
+
+
+def launched() -> bool:
+    """Whether torchrun or ``accelerate launch`` started this process as one of several."""
+    return Rank.here().world > 1
+
+
+def device_of(rank: Rank, device: str) -> Any:
+    """``auto``: this process's own GPU where there are any, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and rank.local_world > 1:
+        return f"cuda:{rank.local % torch.cuda.device_count()}"
+    return device

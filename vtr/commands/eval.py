@@ -1,0 +1,133 @@
+"""``vtr eval``: how good the answers stay, and what they cost, policy by policy on the same samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WIDE, WIDE_ONLY = 110, ("95 % interval", "p", "KV MiB", "selector ms")
+"""What is left out of the printed table on a narrower terminal; the files have everything."""
+
+
+def eval_command(
+    policies: Annotated[
+        list[str] | None,
+        typer.Option("--policies", "-p", help="`all`, or specs joined by `;`; may be given again", show_default="all"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many samples at most (pocket: 1280)")] = None,
+    data: Annotated[str, typer.Option(help="`pocket`, a JSONL file, a folder, or `hf:NAME,split=test`")] = "pocket",
+    images: Annotated[
+        Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")
+    ] = None,
+    columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = "",
+    metric: Annotated[str, typer.Option(help="exact, vqa, relaxed, anls, choice; auto: choice or exact")] = "auto",
+    instruction: Annotated[str, typer.Option(help="how the question is put")] = "{question}",
+    model: Annotated[str | None, typer.Option(help="a folder or hub name", show_default="the pocket model")] = None,
+    base_lm: Annotated[
+        str | None, typer.Option(help="the language model before it saw pictures: text-only prompts go to it")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for results.json, samples.jsonl, table.md, table.csv")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds")] = False,
+    indispensable: Annotated[
+        bool, typer.Option("--indispensable", help="show only samples that cannot be answered without the picture")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="of `all`: the mean share of vision tokens that enters a layer")] = 0.25,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples per call")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest answer", show_default="the model's own, or 32")
+    ] = None,
+    latency: Annotated[int, typer.Option(min=0, help="also time the prefill of so many prompts, in turns")] = 0,
+    seed: Annotated[int, typer.Option(help="which pocket questions; also of the bootstrap")] = 0,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="on this machine", show_default="pocket: one per core; else 1")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16", show_default="float32 on the CPU, else the model's")
+    ] = None,
+) -> None:
+    """Evaluate policies side by side: accuracy, what needs the picture, tokens, FLOPs, KV bytes.
+
+    Every sample is answered without reduction, by every policy (pictures are encoded once for all of them), blind (a
+    gray picture) and from its text alone, so that nobody looks good on questions that need no picture. Samples that
+    cannot be read are counted and named. The table's intervals are 95 % bootstrap over pictures, p is McNemar's.
+
+    * `vtr eval --policies all --limit 2000 --out results/pocket` — one of each registered policy at one budget, and the
+      baselines none, random, uniform, pool, downsample
+
+    * `vtr eval -p "fastv:keep=0.25,layer=2;random:keep=0.25,layer=2" --limit 320 --latency 4`
+
+    * `vtr eval --out results/pocket --limit 2000 --resume` — after a crash: the same options and --resume
+
+    * `vtr eval --data chart.jsonl --metric relaxed --model llava-hf/llava-1.5-7b-hf --base-lm lmsys/vicuna-7b-v1.5`
+      with lines like `{"image": "a.png", "question": "…", "answer": "…", "choices": ["…", "…"]}` (choices if any)
+
+    * `vtr eval --data hf:lmms-lab/ChartQA,split=test --columns question=question,answers=answer --metric relaxed`
+
+    * `torchrun --nproc-per-node 4 -m vtr.cli eval …` — every process its share, one table (accelerate launch too)
+    """
+    import tempfile
+
+    from vtr.cli import console, fail
+
+    try:
+        from vtr.eval.data import settings_of
+        from vtr.eval.run import Settings, evaluate
+
+        chosen = Settings(
+            policies=tuple(policies or ["all"]), budget=budget, model=model, base_lm=base_lm, data=data,
+            images=None if images is None else str(images), columns=settings_of(columns), limit=limit, seed=seed,
+            metric=metric, instruction=instruction, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as scratch:
+            body = evaluate(
+                chosen,
+                out or Path(scratch),
+                resume=resume,
+                indispensable=indispensable,
+                processes=processes,
+                latency=latency,
+            )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    if body is not None:
+        show(body)
+        if out is not None:
+            console.print(
+                f"written to [bold]{out}[/]: results.json, samples.jsonl, table.md, table.csv", highlight=False
+            )
+
+
+def show(body: dict[str, Any]) -> None:
+    """Print the table and what it was measured on."""
+    from rich import box
+    from rich.table import Table
+
+    from vtr.cli import console
+    from vtr.eval.summary import caption, used_columns
+
+    columns, lines = used_columns(body)
+    if console.width < WIDE:
+        kept = [i for i, name in enumerate(columns) if name not in WIDE_ONLY]
+        columns, lines = [columns[i] for i in kept], [[line[i] for i in kept] for line in lines]
+    names = [row["name"] for row in body["policies"]]
+    short = names if len(set(names)) == len(names) else [row["policy"] for row in body["policies"]]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i != 0)
+    for name, line in zip(short, lines, strict=True):
+        table.add_row(name, *line[1:])
+    console.print(table)
+    for row, name in zip(body["policies"], short, strict=True):
+        if row["policy"] != name:
+            console.print(row["policy"], highlight=False, markup=False)
+    console.print(caption(body), highlight=False, markup=False)
+    for name, reason in body["left_out"].items():
+        console.print(f"left out of all: {name}: {reason}", highlight=False, markup=False)
+    for bad in body["data"]["bad_examples"]:
+        console.print(f"bad: {bad['id']}: {bad['reason']}", highlight=False, markup=False)
