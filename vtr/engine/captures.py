@@ -218,9 +218,11 @@ class VisionHooks:
         if captures is None or not captures.keeps_states:
             return None
         layers = kwargs.get("output_hidden_states")
-        if layers is not True:
-            several = layers if isinstance(layers, (list, tuple)) else [] if layers in (None, False) else [layers]
-            kwargs["output_hidden_states"] = [*several, -2]
+        if layers is None or layers is False:
+            kwargs["output_hidden_states"] = True
+        elif layers is not True:  # the indices of those wanted; the last layer's input is one before its output
+            several = layers if isinstance(layers, (list, tuple)) else [layers]
+            kwargs["output_hidden_states"] = [*several, module.config.num_hidden_layers - 1]
         return args, kwargs
 
     def after_tower(self, module: Any, args: tuple[Any, ...], out: Any) -> None:
