@@ -517,6 +517,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
         (["--metric", "bleu"], "unknown metric"),
         (["--model", str(tmp_path)], "cannot load"),
+        (["--dtype", "float8"], "choose one of float32"),
         (["--columns", "question"], "write key=value"),
         (["--budget", "0.1"], "lies between 0.20 and 1"),
         (["--data", str(folder), "--columns", "question=nothing"], "can be used; the first: no question"),
