@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-WIDE, WIDE_ONLY = 110, ("95 % interval", "p", "KV MiB", "selector ms")
+WIDE, WIDE_ONLY = 120, ("interval", "p", "KV MiB", "selector ms")
 """What is left out of the printed table on a narrower terminal; the files have everything."""
 
 
@@ -121,7 +121,7 @@ def show(body: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column(columns[0], overflow="fold", min_width=min(max(map(len, short)), console.width // 4))
     for name in columns[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace(" ", "\n") if name != "− none" else name, justify="right", no_wrap=True)
     for name, line in zip(short, lines, strict=True):
         table.add_row(name, *line[1:])
     console.print(table)
