@@ -48,7 +48,10 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line that is running, as one would type it again."""
     program = Path(sys.argv[0])
-    name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{program.stem}"
+    if program.parts[-2:] == ("vtr", "cli.py"):  # python -m vtr.cli, torchrun -m vtr.cli
+        name = "vtr"
+    else:
+        name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{program.stem}"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 

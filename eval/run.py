@@ -143,7 +143,7 @@ def _work(
             times = prefill_times(bench, source, latency)
             for row in body["policies"]:
                 row["prefill_ms"] = times[row["policy"]]
-        _save(body, settings, bench, left_out, out)
+        _save({**body, "processes": rank.world}, settings, bench, left_out, out)
     rank.leave()
 
 

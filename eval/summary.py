@@ -130,7 +130,7 @@ def _numbered(names: Sequence[str]) -> list[int]:
 
 # -- as a table --------------------------------------------------------------------------------------------------------
 COLUMNS = (
-    "policy", "accuracy", "95 % interval", "needs picture", "− none", "p", "mean keep", "GFLOPs", "KV MiB",
+    "policy", "accuracy", "interval", "needs picture", "− none", "p", "mean keep", "GFLOPs", "KV MiB",
     "selector ms", "prefill ms",
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from vtr.eval.run import Settings, evaluate
 
 from tests.test_eval_run import body, pocket_folder, rows
 
-POLICY = "fastv:keep=0.1"
+POLICY, COUNT = "fastv:keep=0.1", 16
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="keeps processes to cores as Linux can")
@@ -37,7 +37,7 @@ def one_thread_each() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    data = pocket_folder(tmp_path_factory.mktemp("data"), 12)
+    data = pocket_folder(tmp_path_factory.mktemp("data"), COUNT)
     return Settings(policies=(POLICY,), data=str(data), batch_size=2, max_new_tokens=2)
 
 
@@ -54,44 +54,63 @@ def arguments(settings: Settings, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def on_one_core() -> None:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-
-def test_killed_in_the_middle_and_resumed(settings: Settings, done: Path, tmp_path: Path) -> None:
-    """kill -9 after the first batch; the table is that of an undisturbed run."""
-    command = [sys.executable, "-m", "vtr.cli", *arguments(settings, tmp_path / "out"), "--processes", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=on_one_core)
-    written = tmp_path / "out" / "samples.jsonl"
+def killed(settings: Settings, out: Path, processes: int) -> list[str]:
+    """Start the command, kill -9 it once rows are there; returns the ids of its processes."""
+    command = [sys.executable, "-m", "vtr.cli", *arguments(settings, out), "--processes", str(processes)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=on_cores(processes)
+    )
     deadline = time.monotonic() + 120
-    while not (written.exists() and written.stat().st_size):
+    while not lines(out):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 0 < len(rows_of(written)) < 12 and not (tmp_path / "out" / "results.json").exists()
-    evaluate(settings, tmp_path / "out", resume=True, processes=1)
-    assert rows(tmp_path / "out") == rows(done) and body(tmp_path / "out") == body(done)
+    return children
 
 
-def rows_of(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines()
+def on_cores(count: int) -> Callable[[], None]:
+    return lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
-def test_two_processes_make_one_table(settings: Settings, done: Path, tmp_path: Path) -> None:
-    """Each its share of the batches; they may also finish what one process began."""
-    begun = tmp_path / "out"
-    begun.mkdir()
-    (begun / "settings.json").write_bytes((done / "settings.json").read_bytes())
-    (begun / "samples.jsonl").write_bytes(b"".join((done / "samples.jsonl").read_bytes().splitlines(True)[:3]))
-    evaluate(settings, begun, resume=True, processes=2)
-    assert rows(begun) == rows(done)
-    ours, theirs = body(begun), body(done)
-    assert ours.pop("hardware") and theirs.pop("hardware")
+def test_killed_in_the_middle_and_resumed_by_two_processes(settings: Settings, done: Path, tmp_path: Path) -> None:
+    """kill -9 after the first batch; two processes share the rest; the table is that of an undisturbed run of one."""
+    out = tmp_path / "out"
+    killed(settings, out, processes=1)
+    assert 0 < len(lines(out)) < COUNT and not (out / "results.json").exists()
+    evaluate(settings, out, resume=True, processes=2)
+    assert rows(out) == rows(done)
+    ours, theirs = body(out), body(done)
+    assert (ours.pop("processes"), theirs.pop("processes")) == (2, 1)
     assert ours == theirs
-    assert sorted(path.name for path in begun.iterdir()) == [
+    assert sorted(path.name for path in out.iterdir()) == [
         "results.json", "samples.jsonl", "settings.json", "table.csv", "table.md"
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_command_that_started_them(settings: Settings, done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    children, deadline = killed(settings, out, processes=2), time.monotonic() + 60
+    assert len(children) >= 2
+    while any(running(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert 0 < len(lines(out)) < COUNT and not (out / "results.json").exists()
+    evaluate(settings, out, resume=True, processes=1)
+    assert rows(out) == rows(done) and body(out) == body(done)
+
+
+def lines(out: Path) -> list[bytes]:
+    return [line for path in out.glob("samples*.jsonl") for line in path.read_bytes().splitlines()]
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.slow
@@ -101,7 +120,7 @@ def test_started_by_torchrun(settings: Settings, done: Path, tmp_path: Path) -> 
         [*launch, *arguments(settings, tmp_path / "out")], capture_output=True, text=True, timeout=300
     )
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("needs picture") == 1
+    assert shown.stdout.count("need the picture") == 1
     assert [row["policies"] for row in rows(tmp_path / "out")] == [row["policies"] for row in rows(done)]
 
 

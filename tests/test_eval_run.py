@@ -506,7 +506,7 @@ def test_the_command_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     where = ["--data", str(folder), "--out", str(tmp_path / "out")]
     shown = command("-p", "fastv:keep=0.1", "--limit", "8", "--processes", "1", *where)
     assert shown.exit_code == 0, shown.output
-    for word in ("fastv", "accuracy", "needs picture", "GFLOPs", "8 samples, 0 bad", "Gain without reduction"):
+    for word in ("fastv", "accuracy", "picture", "GFLOPs", "8 samples, 0 bad", "Gain without reduction"):
         assert word in shown.output
     assert json.loads((tmp_path / "out" / "results.json").read_text())["data"]["samples"] == 8
 
@@ -517,6 +517,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
         (["--metric", "bleu"], "unknown metric"),
         (["--model", str(tmp_path)], "cannot load"),
+        (["--dtype", "float8"], "choose one of float32"),
         (["--columns", "question"], "write key=value"),
         (["--budget", "0.1"], "lies between 0.20 and 1"),
         (["--data", str(folder), "--columns", "question=nothing"], "can be used; the first: no question"),

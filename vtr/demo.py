@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass
 class Asked:
     """A patched model, its processor and one question about one picture, tokenized."""
@@ -48,8 +51,10 @@ def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, 
             checkpoint's own.
 
     Raises:
-        ValueError: a checkpoint that is not there, cut short, or of no image-text model.
+        ValueError: a checkpoint that is not there, cut short, or of no image-text model; an unknown dtype.
     """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = None if dtype is None else getattr(torch, dtype)

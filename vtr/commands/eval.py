@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-WIDE, WIDE_ONLY = 110, ("95 % interval", "p", "KV MiB", "selector ms")
+WIDE, WIDE_ONLY = 120, ("interval", "p", "KV MiB", "selector ms")
 """What is left out of the printed table on a narrower terminal; the files have everything."""
 
 
@@ -66,7 +66,7 @@ def eval_command(
     * `vtr eval --data chart.jsonl --metric relaxed --model llava-hf/llava-1.5-7b-hf --base-lm lmsys/vicuna-7b-v1.5`
       with lines like `{"image": "a.png", "question": "…", "answer": "…", "choices": ["…", "…"]}` (choices if any)
 
-    * `vtr eval --data hf:lmms-lab/ChartQA,split=test --columns question=question,answers=answer --metric relaxed`
+    * `vtr eval --data hf:lmms-lab/ChartQA,split=test --metric relaxed --model llava-hf/llava-v1.6-mistral-7b-hf`
 
     * `torchrun --nproc-per-node 4 -m vtr.cli eval …` — every process its share, one table (accelerate launch too)
     """
@@ -114,12 +114,14 @@ def show(body: dict[str, Any]) -> None:
     columns, lines = used_columns(body)
     if console.width < WIDE:
         kept = [i for i, name in enumerate(columns) if name not in WIDE_ONLY]
-        columns, lines = [columns[i] for i in kept], [[line[i] for i in kept] for line in lines]
+        columns = [columns[i] for i in kept]
+        lines = [[line[i].split(" (")[0] for i in kept] for line in lines]  # medians without their ranges
     names = [row["name"] for row in body["policies"]]
     short = names if len(set(names)) == len(names) else [row["policy"] for row in body["policies"]]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i != 0)
+    table.add_column(columns[0], overflow="fold", min_width=min(max(map(len, short)), console.width // 4))
+    for name in columns[1:]:
+        table.add_column(name.replace(" ", "\n") if name != "− none" else name, justify="right", no_wrap=True)
     for name, line in zip(short, lines, strict=True):
         table.add_row(name, *line[1:])
     console.print(table)
