@@ -13,6 +13,12 @@ from vtr.eval import midsize, results
 NOTE = "fixture: numbers drawn by a seed, not measured"
 KINDS = ["color", "shape", "count", "where", "letter", "find", "digit", "word"]
 LAYERS, TOKENS = 10, 744
+SHAPE = {
+    "family": "llava",
+    "text": {"num_hidden_layers": 10, "hidden_size": 512},
+    "crops": [0, 0],
+    "vision_tokens": 744,
+}
 STAIRS = "gsearch:schedule=[1.0,1.0,0.5,0.25,0.1,0.05,0.05,0.05,0.05,0.05]"
 POLICIES = {  # spec → (keep, first cut layer, how much of the lost accuracy it saves)
     "none": (1.0, 0, 0.0),
@@ -105,7 +111,7 @@ def policies(seed: int = 0) -> dict[str, Any]:
                 "peak_bytes": None if spec.startswith("pool") else int(90e6 * (0.4 + mean)),
             }
         )  # fmt: skip
-    return {"note": NOTE, "model": {"layers": 10, "hidden_size": 512, "vision_tokens": TOKENS}, "rows": rows}
+    return {"note": NOTE, "model": SHAPE, "rows": rows}
 
 
 def batch(seed: int = 0) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def batch(seed: int = 0) -> dict[str, Any]:
         {"name": name, "policies": specs, "ms": ms(rng, 900.0), "over_rows": 0.93, "over_padded": 0.4 + 0.1 * i}
         for i, (name, specs) in enumerate(mixes.items())
     ]
-    return {"note": NOTE, "model": {"layers": 10, "hidden_size": 512}, "rows": rows}
+    return {"note": NOTE, "model": SHAPE, "rows": rows}
 
 
 def scale(seed: int = 0) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def scale(seed: int = 0) -> dict[str, Any]:
             slope = float(np.polyfit(np.log(xs), np.log(times), 1)[0])
             entry = {"axis": axis, "policy": spec, "x": xs, "ms": [ms(rng, t) for t in times], "slope": slope}
             series.append(entry)
-    return {"note": NOTE, "model": {"layers": 10, "hidden_size": 512}, "series": series}
+    return {"note": NOTE, "model": SHAPE, "series": series}
 
 
 def engine_ratios(seed: int = 0) -> dict[str, Any]:

@@ -33,11 +33,21 @@ class Result:
 
     @property
     def model(self) -> str:
-        """The model in words: its name, or its shapes."""
+        """The model in words: its name, or its shapes with random weights."""
         model = self.data.get("model", "")
         if isinstance(model, str):
             return model
-        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in model.items())
+        parts = [f"{key.replace('_', ' ')} {value}" for key, value in model.items() if isinstance(value, (str, int))]
+        text = model.get("text")
+        if isinstance(text, dict) and {"num_hidden_layers", "hidden_size"} <= set(text):
+            parts.insert(0, f"{text['num_hidden_layers']} layers × {text['hidden_size']}")
+        return "random weights, " + ", ".join(parts)
+
+    @property
+    def shown(self) -> int:
+        """How many questions the rows of an eval are about: all, or those that need the image."""
+        data = self.data["data"]
+        return data["shown"] if data.get("only_indispensable") else data["samples"]
 
     @property
     def machine(self) -> str:

@@ -157,7 +157,8 @@ def leaderboard(result: Result) -> Table:
         out.append(Row(cells, row["name"], none))
     data = result.data["data"]
     bad = f", {data['bad']} more could not be read" if data["bad"] else ""
-    caption = f"{data['samples']:,} questions of {data['name']}{bad}; {result.model}; {result.machine}."
+    part = f", of which these are the {result.shown:,} that need the image" if data.get("only_indispensable") else ""
+    caption = f"{data['samples']:,} questions of {data['name']}{part}{bad}; {result.model}; {result.machine}."
     return Table("leaderboard", "Leaderboard", columns, out, caption, sort=1)
 
 
@@ -181,8 +182,10 @@ def kinds_of(result: Result) -> list[str]:
 def bench_policies(result: Result) -> Table:
     """What every policy costs at every budget."""
     sizes = list(dict.fromkeys(n for row in result.rows for n in row["throughput"]))
+    kernels = list(dict.fromkeys(row.get("attention") for row in result.rows))
     columns = [
         Column("policy", numeric=False),
+        *([Column("attention", numeric=False)] if len(kernels) > 1 else []),
         Column("mean keep"),
         Column("prefill ms"),
         Column("first token ms"),
@@ -200,6 +203,7 @@ def bench_policies(result: Result) -> Table:
         flops = Cell(number(counted / 1e9), counted, "" if same else f"closed form {number(closed / 1e9)}")
         cells = [
             policy(row["policy"]),
+            *([Cell(str(row.get("attention")), str(row.get("attention")))] if len(kernels) > 1 else []),
             kept(row, full),
             *(spread(row[key]) for key in ("prefill_ms", "first_token_ms", "decode_ms")),
             *(plain(row["throughput"].get(n)) for n in sizes),
@@ -289,7 +293,7 @@ def peers(result: Result) -> Table:
         ratio = theirs["median"] / mine["median"] if theirs and mine else None
         cells = [
             Cell(row["peer"], row["peer"]),
-            Cell(row["method"], row["method"]),
+            Cell(row["method"], row["method"], f"batch {row['batch']}" if row.get("batch", 1) > 1 else ""),
             policy(row["ours"]),
             share(row["accuracy"]),
             share(row["ours_accuracy"]),

@@ -101,7 +101,7 @@ def limits(found: Sequence[Result]) -> list[str]:
             "policies on it is a first hint, not a forecast for a large model on photographs."
         )
     if evals:
-        n = min(result.data["data"]["samples"] for result in evals)
+        n = min(result.shown for result in evals)
         out.append(
             f"Intervals are 95% bootstrap intervals over the questions asked ({n:,} or more): another draw "
             "of questions gives other numbers, another data set may give another order."
