@@ -47,7 +47,8 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line that is running, as one would type it again."""
     program = Path(sys.argv[0])
-    name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{program.stem}"
+    stem = program.parent.name if program.stem == "__main__" else program.stem  # of a package or a module
+    name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{stem}"
     return " ".join([name, *sys.argv[1:]])
 
 
