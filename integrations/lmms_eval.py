@@ -157,18 +157,21 @@ class Vtr(lmms):
             },
         )
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean negative log-likelihood of each continuation (a loss: lmms-eval takes the choice with the least), and
         whether greedy decoding would say it.
+
+        Each pair is wrapped: lmms-eval 0.7.3 makes a string of a bare one, and unwraps this.
 
         Raises:
             UnsupportedError: a continuation without a prompt (the metric ``acc_mutual_info``).
         """
-        chat, out = self._chat(), list[tuple[float, bool]]()
+        chat, out = self._chat(), list[GenerationResult]()
         with tqdm(total=len(requests), desc=f"vtr {spelled(chat.policy)}", disable=self._rank != 0) as bar:
             for part in chunks(range(len(requests)), self.batch_size):
                 pairs = [self._scored(requests[i]) for i in part]
-                out += chat.losses([prompt for prompt, _ in pairs], [text for _, text in pairs])
+                losses = chat.losses([prompt for prompt, _ in pairs], [text for _, text in pairs])
+                out += [GenerationResult(loss) for loss in losses]
                 bar.update(len(part))
         return out
 
