@@ -48,10 +48,12 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line that is running, as one would type it again."""
     program = Path(sys.argv[0])
-    if program.parts[-2:] == ("vtr", "cli.py"):  # python -m vtr.cli, torchrun -m vtr.cli
+    # of a package (python -m vtr.eval.peers) or a module (python -m vtr.cli, torchrun -m vtr.cli)
+    stem = program.parent.name if program.stem == "__main__" else program.stem
+    if program.parts[-2:] == ("vtr", "cli.py"):
         name = "vtr"
     else:
-        name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{program.stem}"
+        name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{stem}"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 

@@ -1,0 +1,1 @@
+"""Other people's token and cache reduction, each in an environment of its own, measured beside vtr in the same run."""

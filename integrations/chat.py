@@ -1,0 +1,303 @@
+"""A patched model that answers chat prompts with pictures: what the adapters to evaluation kits share.
+
+Uses vtr's public API only. Not imported by the package: only the kits' adapters need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import vtr
+from vtr.demo import load
+
+POCKET = "pocket"
+DEFAULT_NEW_TOKENS = 1024
+"""As lmms-eval's own models do where a task says nothing."""
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+SAME_AS_NEW_TOKENS = ("max_new_tokens", "max_gen_toks", "max_tokens")
+NOT_FOR_GENERATE = ("do_sample", "max_length", "return_dict_in_generate", "use_cache", *SAMPLING)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the processor takes it: ``text`` with an image mark for each of ``images`` (PIL, RGB), in order."""
+
+    text: str
+    images: list[Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said. tokens: how many it generated. vision_tokens: mean over layers, mean_keep: as a share."""
+
+    text: str
+    tokens: int
+    vision_tokens: float
+    mean_keep: float
+
+
+def read_policy(text: str | None) -> vtr.Policy | None:
+    """A policy from a command line that has its own use for commas.
+
+    ``none``; a folder that ``save_pretrained`` wrote; or a spec string, in which ``;`` may stand for ``,`` and which
+    may be in quotes: ``fastv:keep=0.25;layer=2``, ``"fastv:keep=0.25,layer=2"``.
+
+    Raises:
+        ValueError, TypeError: not a policy.
+    """
+    if text is None or text.strip().lower() in ("", "none"):
+        return None
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1]
+    if Path(text).is_dir():
+        return vtr.Policy.from_pretrained(text)
+    return vtr.policy(text.replace(";", ","))
+
+
+def generation_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """A kit's generation settings → keyword arguments of ``generate``, strings to stop at, and names not understood.
+
+    Greedy unless the temperature is above 0 (or, where none is given, unless ``do_sample`` is true).
+
+    Raises:
+        ValueError: ``until`` is neither a string nor a list of strings.
+    """
+    until = given.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, (list, tuple)) or not all(isinstance(stop, str) for stop in until):
+        raise ValueError(f"until must be a string or a list of strings, got {given['until']!r}")
+    asked = [given[name] for name in SAME_AS_NEW_TOKENS if given.get(name) is not None]
+    temperature = given.get("temperature")
+    sample = given.get("do_sample") is not False and (bool(given.get("do_sample")) if temperature is None else True)
+    sample = sample and (temperature is None or temperature > 0)
+    out: dict[str, Any] = {"max_new_tokens": int(asked[0]) if asked else DEFAULT_NEW_TOKENS, "do_sample": sample}
+    out.update({name: given.get(name) if sample else None for name in SAMPLING if sample is False or name in given})
+    known = GenerationConfig()
+    ignored = []
+    for name, value in given.items():
+        if name in ("until", *SAME_AS_NEW_TOKENS, *NOT_FOR_GENERATE):
+            continue
+        if hasattr(known, name):
+            out[name] = value
+        else:
+            ignored.append(name)
+    return out, [stop for stop in until if stop], sorted(ignored)
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """``text`` up to the first of the strings in ``until``."""
+    return text[: min([text.index(stop) for stop in until if stop in text], default=len(text))]
+
+
+class Forced(LogitsProcessor):
+    """Makes ``generate`` decode given tokens. tokens: int64 [rows, steps]."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        out = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, self.step : self.step + 1], 0.0)
+        self.step += 1
+        return out
+
+
+class Stops(StoppingCriteria):
+    """Ends a row once one of some strings stands at its end.
+
+    Unlike transformers' own ``stop_strings`` it asks nothing of the tokenizer's vocabulary.
+    """
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], start: int) -> None:
+        self.tokenizer, self.until, self.start = tokenizer, until, start
+        self.window = max(len(stop.encode()) for stop in until) + 1  # a token is a byte or more
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        new = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        ended = [any(stop in text for stop in self.until) for text in self.tokenizer.batch_decode(new)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+class Chat:
+    """A model with its processor and one policy.
+
+    Args:
+        pretrained: ``pocket``, a folder or a hub name.
+        policy: a policy, or text that :func:`read_policy` reads; None is no reduction.
+        device: cpu, cuda, cuda:1, …, or auto.
+        dtype: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: a checkpoint that cannot be loaded, an unknown dtype or policy.
+    """
+
+    def __init__(self, pretrained: str = POCKET, policy: Any = None, device: str = "auto", dtype: str = "auto") -> None:
+        self.policy = read_policy(policy) if policy is None or isinstance(policy, str) else vtr.policy(policy)
+        precision = None if dtype == "auto" else getattr(torch, dtype, None)
+        if dtype != "auto" and not isinstance(precision, torch.dtype):
+            raise ValueError(f"dtype={dtype!r}: choose auto, float32, bfloat16 or float16")
+        self.model, self.processor = load(None if pretrained == POCKET else pretrained, device)
+        if precision is not None:
+            self.model.to(precision)
+        if self.policy is not None:
+            self.policy.check(len(self.model.get_decoder().layers))
+        self.tokenizer = self.processor.tokenizer
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """Chat turns → a prompt that ends where the answer begins.
+
+        Args:
+            messages: ``{"role": …, "content": [part, …]}``, where a part is ``{"type": "text", "text": …}`` or
+                ``{"type": "image", "image": a PIL picture or a file}``.
+
+        Raises:
+            UnsupportedError: a video or sound.
+        """
+        images, turns = [], []
+        for message in messages:
+            parts = []
+            for part in message["content"]:
+                if part["type"] == "image":
+                    images.append(picture(part["image"]))
+                    parts.append({"type": "image"})
+                elif part["type"] == "text":
+                    parts.append({"type": "text", "text": part["text"]})
+                else:
+                    raise vtr.UnsupportedError(f"a prompt with {part['type']}: give pictures (frames) and text")
+            turns.append({"role": message["role"], "content": parts})
+        if getattr(self.processor, "chat_template", None):
+            return Prompt(self.processor.apply_chat_template(turns, add_generation_prompt=True), images)
+        return Prompt(self._plain(turns), images)
+
+    def _plain(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """For a processor without a chat template: LLaVA-1.5's layout."""
+        names, lines = {"user": "USER", "assistant": "ASSISTANT", "system": "SYSTEM"}, []
+        for turn in turns:
+            parts = [p["text"] if p["type"] == "text" else f"{self.processor.image_token}\n" for p in turn["content"]]
+            lines.append(f"{names[turn['role']]}: {''.join(parts)}")
+        return " ".join([*lines, "ASSISTANT:"])
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> Any:
+        """A left-padded batch; all prompts have pictures, or none has."""
+        images = [prompt.images for prompt in prompts] if prompts[0].images else None
+        inputs = self.processor(
+            text=[p.text for p in prompts], images=images, return_tensors="pt", padding=True, padding_side="left"
+        )
+        return inputs.to(self.model.device, self.model.dtype)
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+    def answers(
+        self, prompts: Sequence[Prompt], settings: Mapping[str, Any], until: Sequence[str] = ()
+    ) -> list[Answer]:
+        """Generate an answer to each prompt, all in one batch (two, if some prompts have pictures and some have none).
+
+        Args:
+            settings: keyword arguments of ``generate``. until: strings the answers end before.
+        """
+        out: dict[int, Answer] = {}
+        for indexes in by_pictures(prompts):
+            inputs = self.tokenize([prompts[i] for i in indexes])
+            start = inputs["input_ids"].shape[1]
+            stops = StoppingCriteriaList([Stops(self.tokenizer, until, start)] if until else [])
+            made = self.model.generate(
+                **inputs, **self._padding(), policy=self.policy, stopping_criteria=stops, **settings
+            )[:, start:]
+            rows = vtr.report(self.model).rows
+            texts = self.processor.batch_decode(made, skip_special_tokens=True)
+            counts = (made != self._padding()["pad_token_id"]).sum(1).tolist()
+            for i, text, count, row in zip(indexes, texts, counts, rows, strict=True):
+                kept = sum(row.vision_tokens) / len(row.vision_tokens)
+                out[i] = Answer(cut(text, until).strip(), count, kept, row.mean_keep)
+        return [out[i] for i in range(len(prompts))]
+
+    def _padding(self) -> dict[str, int]:
+        pad = self.tokenizer.pad_token_id
+        return {"pad_token_id": self.tokenizer.eos_token_id if pad is None else pad}
+
+    def losses(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[tuple[float, bool]]:
+        """For each prompt: the mean negative log-likelihood of the continuation's tokens, and whether it is what greedy
+        decoding would say.
+
+        The continuation is decoded by force, so that tokens are chosen for the question alone, as when generating.
+
+        Raises:
+            ValueError: an empty continuation.
+        """
+        tokens = [self._continuation(p.text, text) for p, text in zip(prompts, continuations, strict=True)]
+        out: dict[int, tuple[float, bool]] = {}
+        for indexes in by_pictures(prompts):
+            for i, loss in zip(indexes, self._forced(indexes, prompts, tokens), strict=True):
+                out[i] = loss
+        return [out[i] for i in range(len(prompts))]
+
+    def _forced(
+        self, indexes: list[int], prompts: Sequence[Prompt], tokens: Sequence[list[int]]
+    ) -> list[tuple[float, bool]]:
+        inputs = self.tokenize([prompts[i] for i in indexes])
+        lengths = [len(tokens[i]) for i in indexes]
+        wanted = torch.full((len(indexes), max(lengths)), 0)
+        for row, i in enumerate(indexes):
+            wanted[row, : lengths[row]] = torch.tensor(tokens[i])
+        wanted = wanted.to(self.model.device)
+        steps = self.model.generate(
+            **inputs, **self._padding(), policy=self.policy, do_sample=False, num_beams=1, max_new_tokens=max(lengths),
+            logits_processor=LogitsProcessorList([Forced(wanted)]), eos_token_id=[], output_logits=True,
+            return_dict_in_generate=True,
+        ).logits  # fmt: skip
+        logits = torch.stack(steps, 1).float()  # [rows, steps, vocabulary], as the model gave them
+        found = logits.log_softmax(-1).gather(2, wanted[:, : logits.shape[1], None]).squeeze(2)
+        greedy = logits.argmax(-1) == wanted
+        return [(-float(found[row, :n].mean()), bool(greedy[row, :n].all())) for row, n in enumerate(lengths)]
+
+    def _continuation(self, prompt: str, text: str) -> list[int]:
+        """The tokens by which ``text`` continues ``prompt`` (by itself, where the two melt into one token)."""
+        before = self.tokenizer(prompt)["input_ids"]
+        both = self.tokenizer(prompt + text)["input_ids"]
+        alone = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = both[len(before) :] if both[: len(before)] == before else alone
+        if not tokens:
+            raise ValueError(f"cannot score {text!r}: it has no tokens after the prompt")
+        return tokens
+
+
+def by_pictures(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Indexes of the prompts with pictures, and of those without: processors take no row without a picture."""
+    split = [[i for i, p in enumerate(prompts) if bool(p.images) is there] for there in (True, False)]
+    return [indexes for indexes in split if indexes]
+
+
+def picture(source: Any) -> Any:
+    """A PIL picture in RGB, from a PIL picture or a file.
+
+    Raises:
+        UnsupportedError: neither.
+    """
+    from PIL import Image
+
+    if isinstance(source, (str, Path)):
+        with Image.open(source) as opened:
+            return opened.convert("RGB")
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    raise vtr.UnsupportedError(f"a picture must be a PIL image or a file, got {type(source).__name__}")
+
+
+def spelled(policy: vtr.Policy | None) -> str:
+    """The policy's spec string, or ``none``."""
+    return "none" if policy is None else policy.spec
+
+
+__all__ = ["Answer", "Chat", "Prompt", "generation_settings", "picture", "read_policy", "spelled"]
