@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from vtr.eval import results
 from vtr.eval.peers import __main__ as command
 from vtr.eval.peers import venvs
@@ -134,7 +136,15 @@ def test_rows_of_all_peers_are_written_also_where_one_cannot_be_installed(
         for key in ("peer", "method", "ours", "accuracy", "ours_accuracy", "prefill_ms", "ours_prefill_ms", "error"):
             assert key in row
     assert saved["kind"] == "peers"
-    assert command.table(rows).row_count == 4
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(command.table(rows))
+    shown = console.export_text()
+    assert shown.count("fails") == 3 and "decode" in shown.split() and "0.25" in shown
+
+
+def test_the_command_is_written_as_one_types_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(HERE / "__main__.py"), "--limit", "3"])
+    assert results.command() == "python -m vtr.eval.peers --limit 3"
 
 
 def test_failed_installs_make_a_row_a_method(plan: Plan) -> None:

@@ -42,9 +42,9 @@ def run(peers: Sequence[Peer], plan: Plan, environments: Path, ours: Side) -> li
 def table(rows: Sequence[Row]) -> Table:
     """What the terminal shows: accuracies, cached tokens, and times of ours ÷ theirs."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    made.add_column("peer", overflow="fold", min_width=22)
-    made.add_column("ours", overflow="fold", min_width=14)
-    for name in ("accuracy\ntheirs", "\nours", "cached\ntokens", "prefill\n÷", "decode\n÷"):
+    made.add_column("peer", overflow="fold", min_width=18)
+    made.add_column("ours", overflow="fold", min_width=12)
+    for name in ("right:\ntheirs", "\nours", "cached\ntokens", "prefill\n÷", "decode\n÷"):
         made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         method = row.method if row.batch == 1 else f"{row.method}, batch {row.batch}"
@@ -63,6 +63,10 @@ def _number(found: dict[str, float] | None) -> str:
     return "–" if found is None else f"{found['median']:.2f}"
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Option(help="the result file (JSON)")] = Path("eval/results/peers.json"),
     environments: Annotated[
@@ -142,4 +146,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
