@@ -43,10 +43,11 @@ class Captures:
 
     Args:
         patch: whose model it is. projected, states: whether projector outputs and the tower's states are to be kept.
+        tiles: how many there are in each run of the tower.
     """
 
-    def __init__(self, patch: Patch, projected: bool, states: bool) -> None:
-        self.patch = patch
+    def __init__(self, patch: Patch, projected: bool, states: bool, tiles: list[int]) -> None:
+        self.patch, self.tiles = patch, tiles
         self.keeps_projected, self.keeps_states = projected, states
         self.projected: list[torch.Tensor] = []
         """Per run of the projector: [tiles, patches, hidden_size]."""
@@ -79,7 +80,7 @@ class Captures:
 
     def _of(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
         """One image's part of a run's output, the thumbnail in front."""
-        if place.run >= len(runs) or place.first + place.count > len(runs[place.run]):
+        if [len(run) for run in runs] != self.tiles:
             raise UnsupportedError(
                 f"the {what} of {type(self.patch.model).__name__} did not run for all images of this call, but a "
                 "policy needs what it gives: pass pixel_values, and memoise images (if at all) in the vision tower's "
@@ -205,7 +206,9 @@ class VisionHooks:
             return None
         states = self.cls and any("cls" in wants for wants, _ in asking)
         tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
-        return Captures(self.patch, any(not layout.whole for row in tiles for layout in row), states)
+        last = {place.run: place.first + place.count for row in prompt.places for place in row}
+        projected = any(not layout.whole for row in tiles for layout in row)
+        return Captures(self.patch, projected, states, [last[run] for run in sorted(last)])
 
     def _taking(self) -> Captures | None:
         if torch.compiler.is_compiling() or (found := capturing.get()) is None:
