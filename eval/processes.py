@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,9 +57,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_cores(rank: Rank) -> None:
+@contextmanager
+def shared_cores(rank: Rank) -> Iterator[None]:
     """Let torch use this process's part of the machine's cores: more threads than cores make everyone slower."""
+    before = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() // rank.local_world))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def spread(work: Callable[[Rank, str | None], None], processes: int) -> None:

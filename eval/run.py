@@ -19,7 +19,7 @@ from vtr.eval.data import POCKET, POCKET_QUESTIONS, Bad, Sample, Source, open_da
 from vtr.eval.interleave import in_turns, text_times
 from vtr.eval.journal import ROWS, Journal
 from vtr.eval.metrics import metric
-from vtr.eval.processes import Rank, cores, device_of, launched, share_cores, spread
+from vtr.eval.processes import Rank, cores, device_of, launched, shared_cores, spread
 
 from vtr.demo import load
 
@@ -123,28 +123,30 @@ def _work(
     rank: Rank, store: str | None, *, settings: Settings, out: Path, resume: bool, indispensable: bool, latency: int
 ) -> None:
     """One process's share; the first one also makes the table."""
-    share_cores(rank)
-    rank.join(store)
-    bench, left_out, source = prepare(settings, rank)
-    journal = Journal(out, rank.index)
-    if rank.index == 0:
-        journal.begin(_identity(settings, bench), resume)
-    rank.wait()
-    journal.read()
-    rank.wait()  # nobody appends before all have read
-    if journal.redone:
-        tqdm.write(f"{journal.redone} torn lines are made again")
-    _run(bench, source, settings, journal, rank)
-    rank.wait()
-    if rank.index == 0:
-        rows = journal.merge()
-        body = summary.summarize(rows, bench.contenders, bench.metric, indispensable=indispensable, seed=settings.seed)
-        if latency:
-            times = prefill_times(bench, source, latency)
-            for row in body["policies"]:
-                row["prefill_ms"] = times[row["policy"]]
-        _save({**body, "processes": rank.world}, settings, bench, left_out, out)
-    rank.leave()
+    with shared_cores(rank):
+        rank.join(store)
+        bench, left_out, source = prepare(settings, rank)
+        journal = Journal(out, rank.index)
+        if rank.index == 0:
+            journal.begin(_identity(settings, bench), resume)
+        rank.wait()
+        journal.read()
+        rank.wait()  # nobody appends before all have read
+        if journal.redone:
+            tqdm.write(f"{journal.redone} torn lines are made again")
+        _run(bench, source, settings, journal, rank)
+        rank.wait()
+        if rank.index == 0:
+            told = {"left_out": left_out, "processes": rank.world}
+            body = summary.summarize(
+                journal.merge(), bench.contenders, bench.metric, indispensable=indispensable, seed=settings.seed
+            )
+            if latency:
+                times = prefill_times(bench, source, latency)
+                for row in body["policies"]:
+                    row["prefill_ms"] = times[row["policy"]]
+            _save({**body, **told}, settings, bench, out)
+        rank.leave()
 
 
 def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Source]:
@@ -267,11 +269,11 @@ def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds) * 1e3, "low": min(seconds) * 1e3, "high": max(seconds) * 1e3}
 
 
-def _save(body: dict[str, Any], settings: Settings, bench: Bench, left_out: dict[str, str], out: Path) -> None:
+def _save(body: dict[str, Any], settings: Settings, bench: Bench, out: Path) -> None:
     body["data"] = {"name": settings.data, **body["data"]}
     told = {
         "model": settings.name, **body, "rows": ROWS, "metric": settings.metric, "instruction": settings.instruction,
-        "base_lm": settings.base_lm, "left_out": left_out, "settings": _identity(settings, bench),
+        "base_lm": settings.base_lm, "settings": _identity(settings, bench),
     }  # fmt: skip
     (out / MARKDOWN).write_text(summary.markdown(told))
     (out / CSV).write_text(summary.table_csv(told))
