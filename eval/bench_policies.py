@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vtr.eval import midsize, peak_memory, shapes
 from vtr.eval.bench_engine import implementations
 from vtr.eval.contenders import Contender, contenders
-from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory, text_times
+from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory, median_ratio, text_times
 from vtr.eval.midsize import Size
 from vtr.eval.peak_memory import cached_bytes, cuda_growth
 from vtr.eval.shapes import Shape
@@ -172,6 +172,7 @@ def measure_singles(
     times = in_turns(runs, repeats, bar.update)
     starts = {str(i): partial(generate, c, inputs[i], setup.decode_tokens) for i, c in enumerate(field)}
     decoded = decode_in_turns(starts, field[0].model.device, bar.update)
+    texts = [[text for text, _ in part[1:]] for part in parts]  # the first one is the warm-up
     rows = []
     for i, contender in enumerate(field):
         counted, closed = count_flops(contender, inputs[i])
@@ -185,7 +186,8 @@ def measure_singles(
                 "budget": contender.budget,
                 "mean_keep": sum(tokens) / (len(tokens) * total),
                 "vision_tokens": tokens,
-                "prefill_ms": spread([text for text, _ in parts[i][1:]]),  # the first one is the warm-up
+                "prefill_ms": spread(texts[i]),
+                "speed_up": asdict(median_ratio(texts[0], texts[i])),
                 "first_token_ms": spread(times[str(i)]),
                 "decode_ms": spread(decoded[str(i)]),
                 "selector_ms": statistics.median(ms for _, ms in parts[i][1:]),
@@ -284,15 +286,13 @@ def table(result: Mapping[str, Any], wide: bool = True) -> tuple[list[str], list
     }  # fmt: skip
     rows = []
     for row in result["rows"]:
-        attention = row["attention"]
-        base = next(r for r in result["rows"] if r["name"] == "none" and r["attention"] == attention)
-        prefill, peak = row["prefill_ms"]["median"], row["peak_bytes"]
+        attention, peak = row["attention"], row["peak_bytes"]
         cells = [
             row["name"] + ("" if attention == "sdpa" else f" ({attention})"),
             "" if row["budget"] is None else f"{row['budget']:.0%}",
             f"{row['mean_keep']:.1%}",
-            f"{prefill:.1f}",
-            f"{base['prefill_ms']['median'] / prefill:.2f}×",
+            f"{row['prefill_ms']['median']:.1f}",
+            f"{row['speed_up']['value']:.2f}×",
             f"{row['first_token_ms']['median']:.1f}",
             f"{row['decode_ms']['median']:.2f}",
             " ".join(f"{rate:.3g}" for rate in row["throughput"].values()),
