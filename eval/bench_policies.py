@@ -6,6 +6,7 @@ where the two differ nothing is reported.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -207,22 +208,30 @@ def served_repeats(batch: int) -> int:
 
 def measure_throughput(
     field: Sequence[Contender], setup: Setup, batches: Sequence[int], seed: int, bar: Any
-) -> list[dict[str, float]]:
-    """Requests per second of every contender at every batch size: prompt and answer, all requests of equal length."""
-    found: list[dict[str, float]] = [{} for _ in field]
+) -> list[dict[str, float | None]]:
+    """Requests per second of every contender at every batch size: prompt and answer, all requests of equal length.
+
+    None where a batch does not fit into the GPU's memory.
+    """
+    found: list[dict[str, float | None]] = [{} for _ in field]
     for batch in batches:
         rows = [(1, setup.served.text_tokens)] * batch
 
         def serve(contender: Contender, rows: Sequence[tuple[int, int]] = rows) -> float:
             inputs = contender.prompts(rows, seed)
             start = now(contender.model.device)
-            generate(contender, inputs, setup.answer - 1)
+            try:
+                generate(contender, inputs, setup.answer - 1)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                return math.inf
             return now(contender.model.device) - start
 
         runs: dict[str, Callable[[], float]] = {str(i): partial(serve, c) for i, c in enumerate(field)}
         times = in_turns(runs, served_repeats(batch), bar.update, warmup=batch == batches[0])
         for i, served in enumerate(found):
-            served[str(batch)] = batch / statistics.median(times[str(i)])
+            seconds = statistics.median(times[str(i)])
+            served[str(batch)] = None if seconds == math.inf else batch / seconds
     return found
 
 
@@ -295,7 +304,7 @@ def table(result: Mapping[str, Any], wide: bool = True) -> tuple[list[str], list
             f"{row['speed_up']['value']:.2f}×",
             f"{row['first_token_ms']['median']:.1f}",
             f"{row['decode_ms']['median']:.2f}",
-            " ".join(f"{rate:.3g}" for rate in row["throughput"].values()),
+            " ".join("–" if rate is None else f"{rate:.3g}" for rate in row["throughput"].values()),
             f"{row['selector_ms']:.2f}",
             f"{row['flops_counted'] / 1e9:.3g}",
             f"{row['kv_bytes'] / 2**20:.3g}",
@@ -310,7 +319,7 @@ def footer(result: Mapping[str, Any]) -> str:
     model, served = result["model"], result["served"]
     return (
         f"Llama {model['text']['num_hidden_layers']} × {model['text']['hidden_size']}, {result['dtype']}, "
-        f"{model['vision_tokens']} vision + {model['text_tokens']} text tokens. Requests per second: of "
-        f"{served['vision_tokens']} + {served['text_tokens']} tokens, {served['answer_tokens']} answered. For every "
-        "line counted FLOPs are those of the closed form and reported KV bytes those of the tensors."
+        f"{model['vision_tokens']} vision + {model['text_tokens']} text tokens. Requests per second (–: no room): of "
+        f"{served['vision_tokens']} + {served['text_tokens']} tokens, {served['answer_tokens']} answered. For "
+        "every line counted FLOPs are those of the closed form and reported KV bytes those of the tensors."
     )

@@ -46,7 +46,7 @@ def policies(result: Mapping[str, Any]) -> Figure:
         _spread(prefill, keep, [row["prefill_ms"] for row in mine], **how)
         _spread(decode, keep, [row["decode_ms"] for row in mine], **how)
         line = {"color": how["color"], "ms": 4}
-        rate.plot(keep, [row["throughput"][batch] for row in mine], how["fmt"], **line)
+        rate.plot(keep, [row["throughput"][batch] or np.nan for row in mine], how["fmt"], **line)
         grown = [(k, row["peak_bytes"] / 2**20) for k, row in zip(keep, mine, strict=True) if row["peak_bytes"]]
         memory.plot(*zip(*grown, strict=True), how["fmt"], **line) if grown else None
         memory.plot(keep, [row["kv_bytes"] / 2**20 for row in mine], "x", **line)
