@@ -7,11 +7,13 @@ unpatched model on the padded batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from vtr.eval import bench_engine as engine
 from vtr.eval import midsize
 from vtr.eval.bench_engine import mixed, prefill, stairs
 from vtr.eval.bench_policies import spread
@@ -20,8 +22,19 @@ from vtr.eval.midsize import Size
 
 import vtr
 
+SIDES = {"small": 16, "cpu": 24}
+"""Vision tokens per side of a picture on a CPU, where eight rows of the mid-size models' own would take hours."""
+
 Request = tuple[vtr.Policy | None, bool, int]
 """Policy, whether there is an image, text tokens."""
+
+
+def choose(small: bool, device: str, dtype: str | None, repeats: int | None) -> tuple[Size, torch.dtype, int]:
+    """Shapes, precision and repeats for a device; raises as the engine's benchmark does."""
+    size, precision, times = engine.choose(small, device, dtype, repeats)
+    if device == "cuda":
+        return size, precision, times
+    return replace(size, side=SIDES["small" if small else "cpu"]), precision, repeats or 3
 
 
 def mixes(size: Size) -> dict[str, list[Request]]:

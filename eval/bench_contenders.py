@@ -119,14 +119,19 @@ def nearest_side(budget: float, side: int) -> int:
     return max(min((math.floor(exact), math.ceil(exact)), key=lambda s: abs((s / side) ** 2 - budget)), 1)
 
 
+def check_budget(budget: float) -> None:
+    """Raise ValueError unless a budget lies between 0 and 1."""
+    if not 0 < budget < 1:
+        raise ValueError(f"budget={budget!r} is the mean share of tokens that stays: choose one between 0 and 1")
+
+
 def at_budget(name: str, budget: float, depth: int, side: int) -> vtr.Policy:
     """The policy ``name``, set so that the mean over ``depth`` decoder layers is ``budget`` (of side × side tiles).
 
     Raises:
         ValueError: it cannot be set so, or nothing is known about how much it keeps.
     """
-    if not 0 < budget < 1:
-        raise ValueError(f"budget={budget!r} is the mean share of tokens that stays: choose one between 0 and 1")
+    check_budget(budget)
     cls = policy_class(name)
     known = {field.name for field in dataclasses.fields(cls)}
     for setting, how in SETTERS.items():
@@ -151,6 +156,9 @@ def contenders(
     Args:
         stock: the unpatched model, of ``shape``. The contenders are on its weights.
 
+    Raises:
+        ValueError: a budget that is none, or a spec that is no policy of this model.
+
     Returns:
         The contenders, and {"name", "budget", "why"} of what cannot be set to a budget.
     """
@@ -161,6 +169,7 @@ def contenders(
         policy.check(depth)
         out.append(Contender(spec.split(":")[0], policy.spec, None, patched, policy, shape))
     for budget in () if specs else budgets:
+        check_budget(budget)
         for name in shipped():
             try:
                 policy = at_budget(name, budget, depth, shape.side)

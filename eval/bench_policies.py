@@ -6,10 +6,11 @@ where the two differ nothing is reported.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from vtr.eval import midsize, peak_memory, shapes
 from vtr.eval.bench_contenders import Contender, contenders
 from vtr.eval.bench_engine import implementations
-from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory, text_times
+from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory, median_ratio, text_times
 from vtr.eval.midsize import Size
 from vtr.eval.peak_memory import cached_bytes, cuda_growth
 from vtr.eval.shapes import Shape
@@ -172,6 +173,7 @@ def measure_singles(
     times = in_turns(runs, repeats, bar.update)
     starts = {str(i): partial(generate, c, inputs[i], setup.decode_tokens) for i, c in enumerate(field)}
     decoded = decode_in_turns(starts, field[0].model.device, bar.update)
+    texts = [[text for text, _ in part[1:]] for part in parts]  # the first one is the warm-up
     rows = []
     for i, contender in enumerate(field):
         counted, closed = count_flops(contender, inputs[i])
@@ -185,7 +187,8 @@ def measure_singles(
                 "budget": contender.budget,
                 "mean_keep": sum(tokens) / (len(tokens) * total),
                 "vision_tokens": tokens,
-                "prefill_ms": spread([text for text, _ in parts[i][1:]]),  # the first one is the warm-up
+                "prefill_ms": spread(texts[i]),
+                "speed_up": asdict(median_ratio(texts[0], texts[i])),
                 "first_token_ms": spread(times[str(i)]),
                 "decode_ms": spread(decoded[str(i)]),
                 "selector_ms": statistics.median(ms for _, ms in parts[i][1:]),
@@ -205,22 +208,30 @@ def served_repeats(batch: int) -> int:
 
 def measure_throughput(
     field: Sequence[Contender], setup: Setup, batches: Sequence[int], seed: int, bar: Any
-) -> list[dict[str, float]]:
-    """Requests per second of every contender at every batch size: prompt and answer, all requests of equal length."""
-    found: list[dict[str, float]] = [{} for _ in field]
+) -> list[dict[str, float | None]]:
+    """Requests per second of every contender at every batch size: prompt and answer, all requests of equal length.
+
+    None where a batch does not fit into the GPU's memory.
+    """
+    found: list[dict[str, float | None]] = [{} for _ in field]
     for batch in batches:
         rows = [(1, setup.served.text_tokens)] * batch
 
         def serve(contender: Contender, rows: Sequence[tuple[int, int]] = rows) -> float:
             inputs = contender.prompts(rows, seed)
             start = now(contender.model.device)
-            generate(contender, inputs, setup.answer - 1)
+            try:
+                generate(contender, inputs, setup.answer - 1)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                return math.inf
             return now(contender.model.device) - start
 
         runs: dict[str, Callable[[], float]] = {str(i): partial(serve, c) for i, c in enumerate(field)}
         times = in_turns(runs, served_repeats(batch), bar.update, warmup=batch == batches[0])
         for i, served in enumerate(found):
-            served[str(batch)] = batch / statistics.median(times[str(i)])
+            seconds = statistics.median(times[str(i)])
+            served[str(batch)] = None if seconds == math.inf else batch / seconds
     return found
 
 
@@ -284,18 +295,16 @@ def table(result: Mapping[str, Any], wide: bool = True) -> tuple[list[str], list
     }  # fmt: skip
     rows = []
     for row in result["rows"]:
-        attention = row["attention"]
-        base = next(r for r in result["rows"] if r["name"] == "none" and r["attention"] == attention)
-        prefill, peak = row["prefill_ms"]["median"], row["peak_bytes"]
+        attention, peak = row["attention"], row["peak_bytes"]
         cells = [
             row["name"] + ("" if attention == "sdpa" else f" ({attention})"),
             "" if row["budget"] is None else f"{row['budget']:.0%}",
             f"{row['mean_keep']:.1%}",
-            f"{prefill:.1f}",
-            f"{base['prefill_ms']['median'] / prefill:.2f}×",
+            f"{row['prefill_ms']['median']:.1f}",
+            f"{row['speed_up']['value']:.2f}×",
             f"{row['first_token_ms']['median']:.1f}",
             f"{row['decode_ms']['median']:.2f}",
-            " ".join(f"{rate:.3g}" for rate in row["throughput"].values()),
+            " ".join("–" if rate is None else f"{rate:.3g}" for rate in row["throughput"].values()),
             f"{row['selector_ms']:.2f}",
             f"{row['flops_counted'] / 1e9:.3g}",
             f"{row['kv_bytes'] / 2**20:.3g}",
@@ -310,7 +319,7 @@ def footer(result: Mapping[str, Any]) -> str:
     model, served = result["model"], result["served"]
     return (
         f"Llama {model['text']['num_hidden_layers']} × {model['text']['hidden_size']}, {result['dtype']}, "
-        f"{model['vision_tokens']} vision + {model['text_tokens']} text tokens. Requests per second: of "
-        f"{served['vision_tokens']} + {served['text_tokens']} tokens, {served['answer_tokens']} answered. For every "
-        "line counted FLOPs are those of the closed form and reported KV bytes those of the tensors."
+        f"{model['vision_tokens']} vision + {model['text_tokens']} text tokens. Requests per second (–: no room): of "
+        f"{served['vision_tokens']} + {served['text_tokens']} tokens, {served['answer_tokens']} answered. For "
+        "every line counted FLOPs are those of the closed form and reported KV bytes those of the tensors."
     )

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 AXES = {"vision_tokens": "vision tokens of a row", "batch": "rows of a batch", "answer": "tokens of the answer"}
 
 
-def figure(columns: int, width: float = 4.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    """An empty figure of so many panels side by side."""
+def figure(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """An empty figure of so many panels."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = list(made.subplots(1, columns, squeeze=False)[0])
+    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = list(made.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.grid(alpha=0.3)
     return made, panels
@@ -34,7 +34,7 @@ def _spread(axis: Axes, x: Sequence[float] | np.ndarray, ms: Sequence[Mapping[st
 
 def policies(result: Mapping[str, Any]) -> Figure:
     """Prefill, decoding, throughput and memory against the mean share of tokens kept, a line per policy."""
-    made, (prefill, decode, rate, memory) = figure(4)
+    made, (prefill, decode, rate, memory) = figure(2, 2)
     rows = [row for row in result["rows"] if row.get("attention", "sdpa") == "sdpa"]
     names = list(dict.fromkeys(row["name"] for row in rows))
     batches = list(rows[0]["throughput"])
@@ -46,7 +46,7 @@ def policies(result: Mapping[str, Any]) -> Figure:
         _spread(prefill, keep, [row["prefill_ms"] for row in mine], **how)
         _spread(decode, keep, [row["decode_ms"] for row in mine], **how)
         line = {"color": how["color"], "ms": 4}
-        rate.plot(keep, [row["throughput"][batch] for row in mine], how["fmt"], **line)
+        rate.plot(keep, [row["throughput"][batch] or np.nan for row in mine], how["fmt"], **line)
         grown = [(k, row["peak_bytes"] / 2**20) for k, row in zip(keep, mine, strict=True) if row["peak_bytes"]]
         memory.plot(*zip(*grown, strict=True), how["fmt"], **line) if grown else None
         memory.plot(keep, [row["kv_bytes"] / 2**20 for row in mine], "x", **line)
@@ -57,7 +57,9 @@ def policies(result: Mapping[str, Any]) -> Figure:
     for panel in (prefill, decode, rate, memory):
         panel.set_xlabel("mean share of vision tokens kept")
         panel.set_ylim(bottom=0)
-    prefill.legend(fontsize=8)
+    for panel, key in ((prefill, "prefill_ms"), (decode, "decode_ms")):  # bars of a busy machine may run out of it
+        panel.set_ylim(top=1.6 * max(row[key]["median"] for row in rows))
+    prefill.legend(fontsize=7, ncols=2)
     return made
 
 

@@ -50,7 +50,7 @@ class Shape:
 
     def facts(self) -> dict[str, Any]:
         """For a result file."""
-        return {**asdict(self), "vision_tokens": self.vision_tokens}
+        return {**asdict(self), "crops": [*self.crops], "vision_tokens": self.vision_tokens}
 
 
 LLAMA_7B = {
@@ -107,7 +107,9 @@ def config_of(shape: Shape) -> Any:
     if shape.family == "internvl":
         square = {name: [shape.vision[name]] * 2 for name in ("image_size", "patch_size")}
         tower = transformers.InternVLVisionConfig(**{**shape.vision, **square})
-        return transformers.InternVLConfig(vision_config=tower, text_config=text, image_token_id=IMAGE_ID)
+        return transformers.InternVLConfig(
+            vision_config=tower, text_config=text, image_token_id=IMAGE_ID, tie_word_embeddings=False
+        )
     vision = transformers.CLIPVisionConfig(**shape.vision, projection_dim=shape.vision["hidden_size"])
     if shape.family == "llava":
         return transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
@@ -131,6 +133,7 @@ def build(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
     model.to_empty(device=device)
     torch.manual_seed(seed)
     model.initialize_weights()
+    model.tie_weights()  # weights that were shared on meta are two of their own now
     model.generation_config.eos_token_id = None
     return model.eval()
 

@@ -94,8 +94,9 @@ def bench_policies(
     A budget is the mean over decoder layers of the share of an image's tokens that enters. Runs take turns after a
     warm-up; times are medians with the smallest and the largest in the JSON.
 
-    * `prefill` — the text model from merged embeddings to hidden states, choosing included; `1st token` — the whole
-      first forward; `decode` — all that `generate` does for a token; `select` — of the prefill, choosing tokens.
+    * `prefill` — the text model from merged embeddings to hidden states, choosing included; `speed-up` — the median
+      of no reduction ÷ the policy in the same round; `1st token` — the whole first forward; `decode` — all that
+      `generate` does for a token; `select` — of the prefill, choosing tokens.
 
     * `req/s` — prompt and a short answer, batches of equal requests (on a CPU with fewer tokens a picture).
 
@@ -155,10 +156,9 @@ def bench_batch(
     """
     from vtr.cli import fail
     from vtr.eval import bench_batch as measure
-    from vtr.eval.bench_engine import choose
 
     try:
-        size, precision, times = choose(small, device, dtype, repeats)
+        size, precision, times = measure.choose(small, device, dtype, repeats)
         body = measure.measure(size, device, precision, times, seed)
         write(body, "batch", json_file, out, seed, device)
     except (ValueError, RuntimeError, OSError) as error:
