@@ -67,11 +67,17 @@ def choose(small: bool, device: str, shape: str | None = None) -> Setup:
         if device == "cpu" and not small:
             raise ValueError(f"{shape} at full size needs a GPU: use --device cuda, or --small for a narrow one")
         chosen = shapes.scaled_down(full) if small else full
-        return Setup(chosen, chosen, (0.5, 0.25), 3) if small else Setup(chosen, chosen, (0.5, 0.25, 0.1), 10)
+        return (
+            Setup(chosen, chosen, (0.25,), 3, decode_tokens=16)
+            if small
+            else Setup(chosen, chosen, (0.5, 0.25, 0.1), 10)
+        )
     size = midsize.SMALL if small else midsize.MIDSIZE
     whole = shapes.of_size(size)
     served = replace(whole.downsampled(12 if small else 16), text_tokens=size.text_tokens // 4)
-    return Setup(whole, served, (0.5, 0.25) if small else (0.5, 0.25, 0.1), size.repeats, size)
+    if small:
+        return Setup(whole, served, (0.25,), size.repeats, size, decode_tokens=16)
+    return Setup(whole, served, (0.5, 0.25, 0.1), size.repeats, size)
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

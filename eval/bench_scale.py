@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 from vtr.eval import midsize
 from vtr.eval.bench_batch import facts
-from vtr.eval.bench_contenders import at_budget
 from vtr.eval.bench_engine import prefill
 from vtr.eval.bench_policies import spread
 from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory
 from vtr.eval.midsize import LLAVA_7B, Size
+from vtr.eval.spend import at_budget
 from vtr.eval.timing import now
 
 import vtr

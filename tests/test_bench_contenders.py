@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 from vtr.eval import bench_policies, midsize, shapes
-from vtr.eval.bench_contenders import at_budget, contenders, nearest_side, shipped
+from vtr.eval.bench_contenders import contenders, shipped
+from vtr.eval.spend import at_budget, nearest_side
 
 import vtr
 from tests.test_bench_policies import TINY
@@ -46,9 +47,9 @@ def test_budgets_that_cannot_be_met() -> None:
 def test_what_cannot_be_set_is_named() -> None:
     stock = midsize.build(TINY, "cpu", torch.float32)
     field, left_out = contenders(stock, shapes.of_size(TINY), [0.1])
-    assert {left["name"] for left in left_out} == {"fastv", "gsearch", "pyramid"}
+    assert {left["name"] for left in left_out} == {"fastv", "gsearch", "m3", "pyramid"}
     assert all(left["why"] and left["budget"] == 0.1 for left in left_out)
-    assert [c.name for c in field] == ["none", "random", "uniform", "pool", "globalcom2", "m3", "downsample"]
+    assert [c.name for c in field] == ["none", "random", "uniform", "pool", "globalcom2", "downsample"]
     assert not stock.get_decoder()._forward_pre_hooks  # the stock model stays unpatched
 
 

@@ -21,7 +21,8 @@ from vtr.eval import (
     results,
     shapes,
 )
-from vtr.eval.bench_contenders import at_budget, shipped
+from vtr.eval.bench_contenders import shipped
+from vtr.eval.spend import at_budget
 from vtr.eval.timing import between, mark
 
 import vtr

@@ -105,21 +105,6 @@ def test_all_is_one_of_each_registered_policy_at_the_budget() -> None:
     assert specs["downsample"] == "downsample:scale=0.5"
 
 
-@pytest.mark.parametrize("layers", [10, 28, 32])
-@pytest.mark.parametrize("budget", [0.25, 0.5])
-def test_budgets_are_kept(layers: int, budget: float) -> None:
-    """Mean over layers of the share of 1000 vision tokens that enters."""
-    stairs = contenders.staircase(budget, layers)
-    assert vtr.Schedule(stairs).mean_keep(1000) == pytest.approx(budget, abs=0.004)
-    keeps, begins = contenders.stages(budget, layers)
-    entering = [1.0] * layers
-    for keep, begin in zip(keeps, begins, strict=True):
-        entering[begin:] = [keep] * (layers - begin)
-    assert sum(entering) / layers == pytest.approx(budget, abs=0.001)
-    keep = vtr.policy(contenders.spec_at("fastv", budget, Shapes(layers, 24))).keep  # type: ignore[attr-defined]
-    assert (2 + (layers - 2) * keep) / layers == pytest.approx(budget, abs=0.001)
-
-
 def test_a_new_policy_takes_part_without_a_word_here() -> None:
     from dataclasses import dataclass
 
@@ -161,8 +146,10 @@ def test_specs_of_contenders() -> None:
     }.items():
         with pytest.raises(ValueError, match=said):
             contenders.contenders([spec], POCKET)
-    with pytest.raises(ValueError, match=r"lies between 0\.20 and 1"):
-        contenders.contenders(["all"], POCKET, budget=0.2)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        contenders.contenders(["all"], POCKET, budget=1.5)
+    _, _, left_out = contenders.contenders(["all"], POCKET, budget=0.05)
+    assert {"fastv", "gsearch"} <= left_out.keys()  # in a tenth of the layers all tokens stand
 
 
 def test_downsampling_a_picture() -> None:
