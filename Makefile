@@ -3,7 +3,7 @@
 
 demo:
 	@.ci/setup .venv
-	.venv/bin/vtr run --sample 2 --policy fastv:keep=0.05,layer=2 --compare --show demo.png
+	.venv/bin/vtr run --sample 2 --policy fastv:keep=0.02,layer=2 --compare --show demo.png
 
 test:
 	@.ci/setup .venv dev

@@ -173,6 +173,8 @@ def choose_view(mode: str, rng: random.Random) -> tuple[str, float, float]:
     if mode == "read":  # whole thumbnail (mostly) and a random third of the crops
         return "keep", rng.choice([1.0, 1.0, 1.0, 0.6]), rng.uniform(0.2, 0.4)
     u = rng.random()
+    if mode == "prune":  # what stage `mix` does to pictures, without whole and pooled ones
+        u = rng.uniform(0.30, 0.70)
     if u < 0.30:
         return "full", 1.0, 1.0
     if u < 0.55:
@@ -221,21 +223,8 @@ def answer_loss(
     return loss, (logits.argmax(-1) == labels)[answer], kind[answer]
 
 
-def train_lm(
-    model: Any,
-    ctx: Any,
-    mode: str,
-    steps: int,
-    lr: float,
-    pictures: int,
-    tower: float = 0.0,
-    horizon: int | None = None,
-) -> None:
-    """Stages `read` and `mix`.
-
-    tower: learning rate of the vision tower relative to lr (0: frozen). horizon: number of steps the learning rate
-    is laid out for, when the stage stops before its decay is over.
-    """
+def students(model: Any, lr: float, tower: float) -> tuple[list[Any], list[torch.optim.Optimizer]]:
+    """What learns in the stages from `read` on, and its optimizers: everything, the tower if ``tower`` is not 0."""
     lm, projector = model.model.language_model, model.model.multi_modal_projector
     matrices = [p for n, p in lm.named_parameters() if p.ndim == 2 and "layers" in n]
     matrices += [projector.linear_1.weight, projector.linear_2.weight]
@@ -256,6 +245,25 @@ def train_lm(
         ]
         optimizers.append(torch.optim.AdamW(seeing, lr * tower, (0.9, 0.98), weight_decay=0.01))
         params += seeing
+    return params, optimizers
+
+
+def train_lm(
+    model: Any,
+    ctx: Any,
+    mode: str,
+    steps: int,
+    lr: float,
+    pictures: int,
+    tower: float = 0.0,
+    horizon: int | None = None,
+) -> None:
+    """Stages `read` and `mix`.
+
+    tower: learning rate of the vision tower relative to lr (0: frozen). horizon: number of steps the learning rate
+    is laid out for, when the stage stops before its decay is over.
+    """
+    params, optimizers = students(model, lr, tower)
     first = ctx.resume(mode, model, optimizers)
     rng = random.Random("train-" + ctx.stream_seed(mode, first))
     for step in ctx.steps(mode, first, steps):

@@ -183,12 +183,13 @@ def summary(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def pack(model: Any, features: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """LLaVA-NeXT's token order: thumbnail, then the crops as one picture with a newline token after every row.
 
-    features: (pictures, 1 + rows * cols tiles, 144, width) after the projector.
+    features: (pictures, 1 + rows * cols tiles, 144 or a smaller square, width) after the projector.
     """
-    n, _, _, width = features.shape
-    grid = features[:, 1:].view(n, rows, cols, GRID, GRID, width).permute(0, 1, 3, 2, 4, 5)
-    grid = grid.reshape(n, rows * GRID, cols * GRID, width)
-    newline = model.model.image_newline.expand(n, rows * GRID, 1, width)
+    n, _, tokens, width = features.shape
+    side = math.isqrt(tokens)
+    grid = features[:, 1:].reshape(n, rows, cols, side, side, width).permute(0, 1, 3, 2, 4, 5)
+    grid = grid.reshape(n, rows * side, cols * side, width)
+    newline = model.model.image_newline.expand(n, rows * side, 1, width)
     return torch.cat([features[:, 0], torch.cat([grid, newline], 2).flatten(1, 2)], 1)
 
 

@@ -1,9 +1,10 @@
 """Trains the pocket model from its seed: `python -m vtr.pocket.train --out DIR`.
 
 Stages (see STAGES for the schedule of the shipped weights): `tower` (vision tower, dense labels), `align` (projector
-and word table), `read` (language model, shortened pictures), `mix` (everything, full and reduced pictures). Every
-stage writes DIR/<stage>.pt; an interrupted run continues where the last checkpoint left off. At the end DIR/weights
-and DIR/samples hold what the package ships.
+and word table), `read` (language model, shortened pictures), `mix` (everything, full and reduced pictures), `nest`
+(everything, all of M3's scales of every picture, and randomly pruned ones). Every stage writes DIR/<stage>.pt; an
+interrupted run continues where the last checkpoint left off. At the end DIR/weights and DIR/samples hold what the
+package ships.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "align": {"steps": 400, "lr": 3e-3},
     "read": {"steps": 450, "horizon": 600, "lr": 3e-3, "pictures": 6},
     "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
+    "nest": {"steps": 400, "lr": 8e-4, "pictures": 4, "tower": 0.1},
 }
 
 
@@ -112,14 +114,18 @@ class Context:
 
 def _stage_functions() -> dict[str, Callable[..., None]]:
     from .language import train_align, train_lm
+    from .nest import train_nest
     from .tower import train_tower
 
-    stages: dict[str, Callable[..., None]] = {"tower": train_tower, "align": train_align}
+    stages: dict[str, Callable[..., None]] = {"tower": train_tower, "align": train_align, "nest": train_nest}
     return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
 
 
-def work(rank: int, workers: int, out: Path, seed: int) -> None:
-    """One training process: all stages that are not finished, then (first process only) the export."""
+def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = None) -> None:
+    """One training process: all stages that are not finished, then (first process only) the export.
+
+    start: a trained pocket model's folder; then only the last stage is run, from there.
+    """
     from .model import build
     from .release import export, write_samples
 
@@ -128,7 +134,11 @@ def work(rank: int, workers: int, out: Path, seed: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=workers)
     model, ctx = build(seed), Context(out, rank, workers, seed)
     before: Path | None = None
-    for stage, options in STAGES.items():
+    if start is not None:
+        from . import load
+
+        model.load_state_dict(load(folder=start)[0].state_dict())
+    for stage, options in list(STAGES.items())[-1 if start else 0 :]:
         if not ctx.finished(stage, options["steps"]):
             if before is not None and not ctx.path(stage).exists():
                 model.load_state_dict(torch.load(before, weights_only=True)["model"])
@@ -149,14 +159,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="training processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of a trained pocket model: only the last stage, from there")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "rendezvous").unlink(missing_ok=True)
     if args.workers == 1:
-        work(0, 1, out, args.seed)
+        work(0, 1, out, args.seed, args.start)
     else:
-        torch.multiprocessing.spawn(work, (args.workers, out, args.seed), nprocs=args.workers)
+        torch.multiprocessing.spawn(work, (args.workers, out, args.seed, args.start), nprocs=args.workers)
 
 
 if __name__ == "__main__":

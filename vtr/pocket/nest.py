@@ -1,0 +1,97 @@
+"""Stage `nest`: the M3 objective, so that one set of weights is right at every nested scale and under pruning."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from vtr.policies.matryoshka import pool, scales
+from vtr.training.m3 import backward_nested
+
+from . import scenes as S
+from .language import Batch, answer_loss, choose_view, embed_pictures, make_batch, shorten, students, validate
+from .model import pack, see
+from .optim import average_gradients, ramp, set_lr
+
+SCALES = scales((S.GRID, S.GRID))  # tokens per tile → side of a pooled cell
+NESTED = 0.6  # part of the steps with all scales; the others drop tokens at random, as in stage `mix`
+
+
+def project(model: Any, batch: Batch) -> torch.Tensor:
+    """Every tile's projected features: (pictures, tiles, 144, width)."""
+    seen = see(model, batch.pixels.flatten(0, 1))[:, 1:]
+    return model.model.multi_modal_projector(seen).unflatten(0, batch.pixels.shape[:2])
+
+
+def at_scale(model: Any, tiles: torch.Tensor, batch: Batch, tokens: int) -> torch.Tensor:
+    """The pictures as Matryoshka(tokens) gives them to the language model: (pictures, tokens and newlines, width)."""
+    small = pool(tiles.flatten(0, 1), (S.GRID, S.GRID), SCALES[tokens])
+    return pack(model, small.unflatten(0, tiles.shape[:2]), batch.rows, batch.cols)
+
+
+def scale_loss(
+    model: Any, tiles: torch.Tensor, batch: Batch, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The answers' cross-entropy at one scale, which answers were right, and their types."""
+    vision = at_scale(model, tiles, batch, tokens)
+    where = torch.arange(1, vision.shape[1] + 1).expand(len(vision), -1)
+    return answer_loss(model, vision, where, vision.shape[1] + 1, batch)
+
+
+def train_nest(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower: float) -> None:
+    """Runs the stage. lr: of language model and projector; tower: the vision tower's, relative to it."""
+    params, optimizers = students(model, lr, tower)
+    first = ctx.resume("nest", model, optimizers)
+    rng = random.Random("train-" + ctx.stream_seed("nest", first))
+    for step in ctx.steps("nest", first, steps):
+        set_lr(optimizers, ramp(step, steps, 30, "linear"))
+        shared = random.Random(f"nest-{ctx.seed}-{step}")  # the same for all workers
+        batch = make_batch(rng, "train", pictures)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if shared.random() < NESTED:
+            figures = _nested_step(model, batch)
+        else:
+            view = choose_view("prune", shared)
+            tokens, where, start = shorten(embed_pictures(model, batch, tower > 0), batch, view, rng)
+            loss, right, _ = answer_loss(model, tokens, where, start, batch)
+            loss.backward()
+            figures = {"loss": loss.item(), "pruned": right.float().mean().item()}
+        average_gradients(params)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        ctx.track(step, figures.pop("loss"), figures, every=25)
+        if step % 100 == 0 or step == steps:
+            ctx.save("nest", step, model, optimizers)
+            if ctx.rank == 0:
+                ctx.say("val " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 16).items()))
+                ctx.say("val by scale " + " ".join(f"{k}:{v:.3f}" for k, v in validate_scales(model, 16).items()))
+
+
+def _nested_step(model: Any, batch: Batch) -> dict[str, float]:
+    """Gradients of the mean of the scales' cross-entropies; tower and projector run once."""
+    figures: dict[str, float] = {}
+
+    def loss_at(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
+        loss, right, _ = scale_loss(model, tiles, batch, tokens)
+        figures[f"at{tokens}"] = right.float().mean().item()
+        return loss
+
+    losses = backward_nested(project(model, batch), list(SCALES), loss_at)
+    return figures | {"loss": sum(losses.values()) / len(losses)}
+
+
+@torch.no_grad()
+def validate_scales(model: Any, pictures: int) -> dict[str, float]:
+    """Accuracy at every scale on validation scenes."""
+    rng, hits = random.Random("val-scales"), {tokens: 0.0 for tokens in SCALES}
+    rounds = pictures // 4
+    for _ in range(rounds):
+        batch = make_batch(rng, "val", 4)
+        tiles = project(model, batch)
+        for tokens in SCALES:
+            hits[tokens] += scale_loss(model, tiles, batch, tokens)[1].float().mean().item() / rounds
+    return {str(tokens): value for tokens, value in hits.items()}

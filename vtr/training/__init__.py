@@ -1,0 +1,1 @@
+"""Recipes for the methods that are trained: M3."""
