@@ -312,7 +312,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         (["--model", str(tmp_path)], "cannot load"),
         (["--dtype", "float8"], "choose one of float32"),
         (["--columns", "question"], "write key=value"),
-        (["--budget", "0.1"], "lies between 0.20 and 1"),
+        (["--budget", "1.5"], "between 0 and 1"),
         (["--data", str(folder), "--columns", "question=nothing"], "can be used; the first: no question"),
     ):
         shown = command(*args, "--processes", "1", "--limit", "4")
