@@ -115,7 +115,7 @@ def main(
         rows = [journal.rows[index] for index in sorted(journal.rows)]
         if not rows:
             raise ValueError(f"{run} holds no rows of an evaluation: vtr eval --out {run} writes them")
-        known = next((row["policies"] for row in rows if "bad" not in row), {})
+        known: dict[str, Any] = next((row["policies"] for row in rows if "bad" not in row), {})
         specs = policies.split(";") if policies else [s for s in known if s == NONE or s.startswith(PREFIX)]
         found = oracle(rows, specs)
     except (ValueError, OSError) as error:

@@ -29,8 +29,8 @@ def backward_nested(
     losses = {}
     for scale in scales:
         loss = loss_at(leaf, scale)
-        (loss / len(scales)).backward()  # type: ignore[no-untyped-call]
+        (loss / len(scales)).backward()
         losses[scale] = loss.item()
     if features.requires_grad:
-        features.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        features.backward(leaf.grad)
     return losses
