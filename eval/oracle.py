@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,7 +124,7 @@ def main(
     print(table(found))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "oracle.json").write_text(json.dumps(found.__dict__, indent=1) + "\n")
+        (out / "oracle.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
         (out / "oracle.md").write_text(table(found))
         plot(found).savefig(out / "oracle.png", dpi=130)
 

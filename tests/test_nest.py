@@ -11,7 +11,7 @@ import vtr
 from vtr.chat import encode
 from vtr.pocket import nest
 from vtr.pocket import scenes as S
-from vtr.pocket.language import Batch
+from vtr.pocket.language import Batch, project
 from vtr.pocket.model import answer_states, pixels_of
 from vtr.pocket.model import encode as words_of
 from vtr.training.m3 import backward_nested
@@ -61,7 +61,7 @@ def test_the_stage_trains_what_the_policy_runs(size: tuple[int, int], tokens: in
     none = torch.zeros_like(ids)
     batch = Batch(pixels, size[1] // S.TILE, size[0] // S.TILE, ids, none, none, none, none)
     with torch.inference_mode():
-        vision = nest.at_scale(model, nest.project(model, batch), batch, tokens)
+        vision = nest.at_scale(model, project(model, pixels), batch, tokens)
         where = torch.arange(1, vision.shape[1] + 1)[None]
         places = torch.arange(vision.shape[1] + 1, vision.shape[1] + 1 + ids.shape[1])[None]
         trained = model.lm_head(answer_states(model, vision, where, ids, places, none))[0, -1]

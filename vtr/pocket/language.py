@@ -138,12 +138,17 @@ def make_batch(rng: random.Random, split: str, pictures: int, skip: set[str] | N
     return Batch(pixels, size[1] // S.TILE, size[0] // S.TILE, *columns)
 
 
+def project(model: Any, pixels: torch.Tensor, train_tower: bool = True) -> torch.Tensor:
+    """Every tile's projected features: (pictures, tiles, 144, width)."""
+    with torch.set_grad_enabled(train_tower and torch.is_grad_enabled()):
+        seen = see(model, pixels.flatten(0, 1))[:, 1:]
+    return model.model.multi_modal_projector(seen).unflatten(0, pixels.shape[:2])
+
+
 def embed_pictures(model: Any, batch: Batch, train_tower: bool, thumbnail: bool = False) -> torch.Tensor:
     """All vision tokens of a batch, or those of the thumbnails only: (B, N, width)."""
     pixels = batch.pixels[:, :1] if thumbnail else batch.pixels
-    with torch.set_grad_enabled(train_tower and torch.is_grad_enabled()):
-        seen = see(model, pixels.flatten(0, 1))[:, 1:]
-    features = model.model.multi_modal_projector(seen).unflatten(0, pixels.shape[:2])
+    features = project(model, pixels, train_tower)
     return features[:, 0] if thumbnail else pack(model, features, batch.rows, batch.cols)
 
 

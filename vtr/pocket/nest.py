@@ -11,18 +11,12 @@ from vtr.policies.matryoshka import pool, scales
 from vtr.training.m3 import backward_nested
 
 from . import scenes as S
-from .language import Batch, answer_loss, choose_view, embed_pictures, make_batch, shorten, students, validate
-from .model import pack, see
-from .optim import average_gradients, ramp, set_lr
+from .language import Batch, answer_loss, choose_view, embed_pictures, make_batch, project, shorten, students, validate
+from .model import pack
+from .optim import apply_gradients, ramp, set_lr
 
 SCALES = scales((S.GRID, S.GRID))  # tokens per tile → side of a pooled cell
 NESTED = 0.6  # part of the steps with all scales; the others drop tokens at random, as in stage `mix`
-
-
-def project(model: Any, batch: Batch) -> torch.Tensor:
-    """Every tile's projected features: (pictures, tiles, 144, width)."""
-    seen = see(model, batch.pixels.flatten(0, 1))[:, 1:]
-    return model.model.multi_modal_projector(seen).unflatten(0, batch.pixels.shape[:2])
 
 
 def at_scale(model: Any, tiles: torch.Tensor, batch: Batch, tokens: int) -> torch.Tensor:
@@ -59,10 +53,7 @@ def train_nest(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower
             loss, right, _ = answer_loss(model, tokens, where, start, batch)
             loss.backward()
             figures = {"loss": loss.item(), "pruned": right.float().mean().item()}
-        average_gradients(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        apply_gradients(params, optimizers)
         ctx.track(step, figures.pop("loss"), figures, every=25)
         if step % 100 == 0 or step == steps:
             ctx.save("nest", step, model, optimizers)
@@ -80,7 +71,7 @@ def _nested_step(model: Any, batch: Batch) -> dict[str, float]:
         figures[f"at{tokens}"] = right.float().mean().item()
         return loss
 
-    losses = backward_nested(project(model, batch), list(SCALES), loss_at)
+    losses = backward_nested(project(model, batch.pixels), list(SCALES), loss_at)
     return figures | {"loss": sum(losses.values()) / len(losses)}
 
 
@@ -91,7 +82,7 @@ def validate_scales(model: Any, pictures: int) -> dict[str, float]:
     rounds = pictures // 4
     for _ in range(rounds):
         batch = make_batch(rng, "val", 4)
-        tiles = project(model, batch)
+        tiles = project(model, batch.pixels)
         for tokens in SCALES:
             hits[tokens] += scale_loss(model, tiles, batch, tokens)[1].float().mean().item() / rounds
     return {str(tokens): value for tokens, value in hits.items()}

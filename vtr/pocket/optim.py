@@ -70,6 +70,11 @@ def descend(loss: torch.Tensor, params: list[nn.Parameter], optimizers: Iterable
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
+    apply_gradients(params, optimizers)
+
+
+def apply_gradients(params: list[nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """One step of all optimizers along the gradients that are there: averaged over workers, clipped to norm 1."""
     average_gradients(params)
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     for optimizer in optimizers:
