@@ -6,8 +6,8 @@ import copy
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,27 +17,13 @@ import vtr
 from tests import oracle, shorter, tiny
 from tests.conftest import Pair
 from tests.loads import forward, trainable
+from tests.spy import Spy
 from tests.test_compress import MIXES, ROWS, RUN, G, M, close
 from tests.tiny import IMAGE, VIDEO
-from vtr.base import Image
 from vtr.engine.captures import capturing
 from vtr.image import arrange
 
 SOME = [M(9), G(0.5), None, M([1, 9]), vtr.FastV(0.5)]
-
-
-@vtr.register_policy("spy-for-captures-test")
-@dataclass
-class Spy(vtr.Policy):
-    """Keeps everything, and what it saw."""
-
-    wants: ClassVar[Any] = ("tiles", "cls")
-
-    def __post_init__(self) -> None:
-        self.seen: list[tuple[Image, Tensor]] = []
-
-    def compress(self, image: Image) -> None:
-        self.seen.append((image, image.cls_attention()))
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)

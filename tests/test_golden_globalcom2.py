@@ -6,7 +6,7 @@ import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from vtr.integrations.llava_next import anyres_layout
 import vtr
 from tests import official
 from tests.official import IMG, close
+from tests.spy import Spy
 from vtr.base import Image, top
 from vtr.image import arrange
 from vtr.policies.globalcom2 import best, crops_of, ratios
@@ -126,18 +127,6 @@ def test_true_placement_keeps_the_same_tokens(case: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ model
-@vtr.register_policy("spy-for-golden-test")
-@dataclass
-class Spy(vtr.Policy):
-    """Keeps everything, and what it saw."""
-
-    wants: ClassVar[Any] = ("tiles", "cls")
-
-    def __post_init__(self) -> None:
-        self.seen: list[tuple[Image, Tensor]] = []
-
-    def compress(self, image: Image) -> None:
-        self.seen.append((image, image.cls_attention()))
 
 
 @functools.cache
