@@ -58,15 +58,17 @@ def choose(small: bool, device: str, shape: str | None = None) -> Setup:
     """The models of a device.
 
     Raises:
-        ValueError: an unknown shape, or a published one at full size on a CPU.
+        ValueError: an unknown shape, or one too large for a CPU there.
     """
     if shape is not None and shape not in shapes.SHAPES:
         raise ValueError(f"shapes={shape!r}: choose one of {', '.join(shapes.SHAPES)}")
     if device == "cuda" or shape is not None:
         full = shapes.SHAPES[shape or "llava-1.5-7b"]
-        if device == "cpu" and not small:
+        if device == "cpu" and not small and shape not in shapes.FITS_CPU:
             raise ValueError(f"{shape} at full size needs a GPU: use --device cuda, or --small for a narrow one")
         chosen = shapes.scaled_down(full) if small else full
+        if device == "cpu" and not small:
+            return Setup(chosen, chosen.downsampled(8), (0.5, 0.25, 0.1), 3)
         return (
             Setup(chosen, chosen, (0.25,), 3, decode_tokens=16)
             if small

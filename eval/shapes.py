@@ -63,11 +63,18 @@ CLIP_L_336 = {
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
 INTERNVIT_300M = {**CLIP_L_336, "image_size": 448}
+MID = {
+    "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16,
+    "num_attention_heads": 16, "num_key_value_heads": 16,
+}  # fmt: skip
 SHAPES = {
+    "llava-next-mid": Shape("llava_next", MID, {**CLIP_L_336, "num_hidden_layers": 3}, crops=(2, 2)),
     "llava-1.5-7b": Shape("llava", LLAMA_7B, CLIP_L_336),
     "llava-next-7b": Shape("llava_next", LLAMA_7B, CLIP_L_336, crops=(2, 2)),
     "internvl2-8b": Shape("internvl", INTERNLM2_7B, INTERNVIT_300M, crops=(2, 3)),
 }
+FITS_CPU = ("llava-next-mid",)
+"""Shapes that a CPU runs as they are: a text model of middle size, CLIP-L's width in few layers, AnyRes of 5 tiles."""
 
 
 def of_size(size: Size) -> Shape:

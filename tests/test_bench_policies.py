@@ -149,6 +149,7 @@ def test_setups() -> None:
     assert bench_policies.choose(False, "cuda").shape == shapes.SHAPES["llava-1.5-7b"]
     assert bench_policies.choose(False, "cpu").shape.vision_tokens == midsize.MIDSIZE.vision_tokens
     assert bench_policies.choose(True, "cpu", "llava-next-7b").shape.family == "llava_next"
+    assert bench_policies.choose(False, "cpu", "llava-next-mid").shape.vision_tokens == 5 * 576 + 48
     with pytest.raises(ValueError, match=r"choose one of llava-1\.5-7b"):
         bench_policies.choose(True, "cpu", "gpt-2")
     with pytest.raises(ValueError, match="needs a GPU"):

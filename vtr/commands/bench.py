@@ -82,7 +82,12 @@ def bench_policies(
     device: Device = "cpu",
     dtype: Dtype = None,
     shape: Annotated[
-        str | None, typer.Option("--shapes", help="llava-1.5-7b, llava-next-7b or internvl2-8b (needs cuda or --small)")
+        str | None,
+        typer.Option(
+            "--shapes",
+            help="llava-next-mid (AnyRes, 5 tiles of 576 tokens); on cuda or with --small also llava-1.5-7b, "
+            "llava-next-7b, internvl2-8b",
+        ),
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="a mean keep; may be given again")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="measure these specs instead of all policies")] = None,
