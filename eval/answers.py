@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from vtr.eval.contenders import Contender
 from vtr.eval.data import Bad, BadPictureError, Sample
-from vtr.eval.memo import shared_features
 from vtr.eval.metrics import LETTERS, Metric
 
 import vtr
@@ -73,7 +72,7 @@ class Bench:
         batch = self.prepare(samples)
         rows = [_head(sample) for sample in batch.samples]
         if rows:
-            with torch.inference_mode(), shared_features(self.model):
+            with torch.inference_mode(), vtr.shared_features(self.model):
                 self._contend(batch, rows)
                 gray = [Image.new("RGB", picture.size, GRAY) for picture in batch.pictures]
                 blind = self.say(self.encode(batch.samples, gray), None)

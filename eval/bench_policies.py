@@ -209,17 +209,30 @@ def measure_singles(
     return rows
 
 
+def like(field: Sequence[Contender], found: Sequence[Contender]) -> list[Contender | None]:
+    """For each of ``field`` the one of ``found`` with its name and budget (or spec, without a budget), or None.
+
+    What a budget can be met with depends on the grid (nested scales): a policy may be there on one of two grids only.
+    """
+
+    def key(one: Contender) -> tuple[str, float | None, str]:
+        return one.name, one.budget, one.spec if one.budget is None else ""
+
+    known = {key(one): one for one in found}
+    return [known.get(key(one)) for one in field]
+
+
 def served_repeats(batch: int) -> int:
     """How often a batch is timed: large ones take long and vary little."""
     return 3 if batch <= 8 else 1
 
 
 def measure_throughput(
-    field: Sequence[Contender], setup: Setup, batches: Sequence[int], seed: int, bar: Any
+    field: Sequence[Contender | None], setup: Setup, batches: Sequence[int], seed: int, bar: Any
 ) -> list[dict[str, float | None]]:
     """Requests per second of every contender at every batch size: prompt and answer, all requests of equal length.
 
-    None where a batch does not fit into the GPU's memory.
+    None where a batch does not fit into the GPU's memory, and for who is not there.
     """
     found: list[dict[str, float | None]] = [{} for _ in field]
     for batch in batches:
@@ -235,10 +248,10 @@ def measure_throughput(
                 return math.inf
             return now(contender.model.device) - start
 
-        runs: dict[str, Callable[[], float]] = {str(i): partial(serve, c) for i, c in enumerate(field)}
+        runs: dict[str, Callable[[], float]] = {str(i): partial(serve, c) for i, c in enumerate(field) if c}
         times = in_turns(runs, served_repeats(batch), bar.update, warmup=batch == batches[0])
         for i, served in enumerate(found):
-            seconds = statistics.median(times[str(i)])
+            seconds = statistics.median(times[str(i)]) if str(i) in times else math.inf
             served[str(batch)] = None if seconds == math.inf else batch / seconds
     return found
 
@@ -273,14 +286,17 @@ def measure(
         for model in (stock, other):
             model.set_attn_implementation({"text_config": attention})
         field, left_out = contenders(stock, setup.shape, budgets, specs)
-        served, _ = contenders(other, setup.served, budgets, specs) if other is not stock else (field, [])
+        served: Sequence[Contender | None] = field
+        if other is not stock:
+            served = like(field, contenders(other, setup.served, budgets, specs)[0])
         each = times + 1 + setup.decode_tokens + 1 + 2 + 1 + sum(map(served_repeats, batches))
         with tqdm(total=each * len(field), unit="run", desc=f"vtr bench policies ({attention})") as bar:
             rows = measure_singles(field, setup, times, seed, bar)
             rates = measure_throughput(served, setup, batches, seed, bar)
         grown = peaks(field, setup, seed)
         for row, rate, bytes_, one in zip(rows, rates, grown, served, strict=True):
-            more = {"throughput": rate, "throughput_policy": one.spec, "peak_bytes": bytes_, "attention": attention}
+            policy = one and one.spec
+            more = {"throughput": rate, "throughput_policy": policy, "peak_bytes": bytes_, "attention": attention}
             out.append(row | more)
     return {
         "model": setup.shape.facts(),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import vtr
-from vtr.policies.matryoshka import scales
+from vtr.image import scales
 from vtr.registry import policy_class
 
 CUT = 2

@@ -144,6 +144,19 @@ def test_keys_projected_to_look_ahead_are_not_cached_ones() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- setups
+def test_who_cannot_be_set_to_a_budget_on_the_served_grid_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested scales of 6 × 6 have a quarter, those of 5 × 5 do not; and the other way round."""
+    no_processes(monkeypatch)
+    whole = shapes.of_size(TINY)
+    setup = bench_policies.Setup(whole, whole.downsampled(5), (0.25,), 1, TINY, answer=2, decode_tokens=1)
+    rows = {row["name"]: row for row in bench_policies.measure(setup, batches=(1,))["rows"]}
+    assert rows["m3"]["throughput"] == {"1": None} and rows["m3"]["throughput_policy"] is None
+    assert all(row["throughput"]["1"] > 0 for name, row in rows.items() if name != "m3")
+    setup = bench_policies.Setup(whole.downsampled(5), whole, (0.25,), 1, None, answer=2, decode_tokens=1)
+    names = [row["name"] for row in bench_policies.measure(setup, batches=(1,))["rows"]]
+    assert "m3" not in names and "fastv" in names
+
+
 def test_setups() -> None:
     assert bench_policies.choose(False, "cuda", "internvl2-8b").shape == shapes.SHAPES["internvl2-8b"]
     assert bench_policies.choose(False, "cuda").shape == shapes.SHAPES["llava-1.5-7b"]

@@ -14,7 +14,6 @@ from vtr.eval.contenders import Shapes, contender
 from vtr.eval.data import Sample
 from vtr.eval.downsample import Downsample
 from vtr.eval.journal import Journal
-from vtr.eval.memo import shared_features
 from vtr.eval.metrics import METRICS
 
 import vtr
@@ -33,7 +32,7 @@ def test_shared_features_are_exact(family: str) -> None:
     with torch.inference_mode():
         alone = [tiny.generate(model, inputs, policy=p, max_new_tokens=4) for p in policies]
         logits = model(**inputs, policy=policies[1]).logits
-        with shared_features(model) as memo:
+        with vtr.shared_features(model) as memo:
             shared = [tiny.generate(model, inputs, policy=p, max_new_tokens=4) for p in policies]
             assert (memo.computed, memo.reused) == (1, len(policies) - 1)
             assert torch.equal(model(**inputs, policy=policies[1]).logits, logits)
@@ -46,7 +45,7 @@ def test_other_pixels_are_computed_anew() -> None:
     one, other = (tiny.batch(model, [["ab", tiny.IMAGE, "cd"]], seed=seed) for seed in (1, 2))
     with torch.inference_mode():
         expected = model(**other).logits
-        with shared_features(model) as memo:
+        with vtr.shared_features(model) as memo:
             model(**one)
             assert torch.equal(model(**other).logits, expected)
             assert torch.equal(model(**other).logits, expected)
@@ -65,7 +64,7 @@ def test_hooks_of_tower_and_projector_run_and_inner_hooks_forbid_reuse() -> None
         tower.register_forward_hook(note("tower")),
         model.model.multi_modal_projector.register_forward_hook(note("projector")),
     ]
-    with torch.inference_mode(), shared_features(model) as memo:
+    with torch.inference_mode(), vtr.shared_features(model) as memo:
         model(**inputs)
         model(**inputs)
         assert seen == ["tower", "projector"] * 2 and memo.reused == 1
@@ -73,7 +72,7 @@ def test_hooks_of_tower_and_projector_run_and_inner_hooks_forbid_reuse() -> None
         handles.append(inner.register_forward_hook(note("inside")))
         model(**inputs)
         assert seen.count("inside") == 1 and memo.reused == 1
-    with shared_features(model) as memo:
+    with vtr.shared_features(model) as memo:
         model(**inputs)  # with gradients
         model(**inputs)
     assert (memo.computed, memo.reused) == (0, 0)
@@ -86,10 +85,10 @@ def test_a_forward_of_somebody_elses_is_put_back() -> None:
     tower = model.get_encoder(modality="image")
     theirs = tower.forward
     tower.forward = theirs
-    with pytest.raises(KeyError), shared_features(model):
+    with pytest.raises(KeyError), vtr.shared_features(model):
         raise KeyError
     assert tower.__dict__["forward"] is theirs
-    with pytest.raises(ValueError, match="no vision tower"), shared_features(model.get_decoder()):
+    with pytest.raises(ValueError, match="no vision tower"), vtr.shared_features(model.get_decoder()):
         pass
 
 

@@ -18,7 +18,8 @@ from tests import official
 from tests.official import IMG, close
 from vtr.base import Image, Layout
 from vtr.image import arrange
-from vtr.policies.matryoshka import pool, scales
+from vtr.image import scales
+from vtr.policies.matryoshka import pool
 
 META = official.meta("m3")
 POOL, ANYRES, MODEL = (official.tensors("m3", name) for name in ("pool", "anyres", "model"))

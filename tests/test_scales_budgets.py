@@ -20,7 +20,8 @@ import vtr
 from vtr.base import Image, Layout
 from vtr.image import arrange
 from vtr.policies.globalcom2 import apportion, crops_of
-from vtr.policies.matryoshka import made_of, pool, scales
+from vtr.image import scales
+from vtr.policies.matryoshka import made_of, pool
 
 M, G = vtr.Matryoshka, vtr.GlobalCom2
 

@@ -5,11 +5,13 @@ from vtr import pocket
 from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
 from vtr.engine.install import patch, unpatch, use
-from vtr.policies import FastV, GlobalCom2, GSearch, Matryoshka, Pool, Pyramid, Random, UniformGrid
+from vtr.engine.memo import shared_features
+from vtr.policies import AutoScale, FastV, GlobalCom2, GSearch, Matryoshka, Pool, Pyramid, Random, UniformGrid
 from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
 
 __all__ = [
+    "AutoScale",
     "Chain",
     "FastV",
     "GSearch",
@@ -34,6 +36,7 @@ __all__ = [
     "policy",
     "register_policy",
     "report",
+    "shared_features",
     "unpatch",
     "use",
 ]

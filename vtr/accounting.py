@@ -8,14 +8,14 @@ a row really has; rows that share a cache bucket compute up to 8 % more of the (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from vtr.engine.call import last_traces
 from vtr.engine.install import patch_of
-from vtr.engine.trace import DenseTrace, Geometry, RowTrace, Trace
+from vtr.engine.trace import DenseTrace, Geometry, RowTrace, Trace, Tried
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class RowReport:
         policy: its spec string, or None for no reduction.
         vision_tokens: per decoder layer, how many vision tokens entered it (were routed through it).
         total: vision tokens of the prompt before any reduction.
+        tries: (policy, vision tokens that entered layer 0) of what was tried to choose the policy, in order.
     """
 
     policy: str | None
@@ -33,6 +34,7 @@ class RowReport:
     total: int
     _kept: list[list[int]] = field(repr=False, default_factory=list)
     _sources: list[list[list[int]]] = field(repr=False, default_factory=list)
+    tries: list[tuple[str, int]] = field(default_factory=list)
 
     def kept(self, layer: int) -> list[int]:
         """Slots in the ``input_ids`` row as passed of the vision tokens that entered ``layer``, ascending.
@@ -57,10 +59,11 @@ class Report:
 
     Attributes:
         rows: one per prompt (beams share one).
-        flops: decoder prefill + decode. prefill_flops, decode_flops: its parts.
+        flops: decoder prefill + decode. prefill_flops, decode_flops: its parts. What was tried to choose the policies
+            is in prefill_flops.
         selector_flops: score products of the selectors, not in ``flops``.
         kv_bytes: keys and values live when the call ended; kv_bytes_allocated: the storage that held them.
-        selector_ms: time spent on choosing tokens.
+        selector_ms: time spent on choosing tokens, tries included.
         steps: forwards after the prompt's.
     """
 
@@ -103,7 +106,29 @@ def report(model: Any) -> Report:
             "nothing to report yet: call model.generate(**inputs) or model(**inputs) first (with input_ids, which say "
             "where vision tokens are)"
         )
+    return _with_tries(_report(trace), trace.tried)
+
+
+def _report(trace: Trace | DenseTrace) -> Report:
     return _dense(trace) if isinstance(trace, DenseTrace) else _reduced(trace)
+
+
+def _with_tries(made: Report, tried: Tried | None) -> Report:
+    """The report of a call whose policies were chosen by tries: what these cost is added."""
+    if tried is None:
+        return made
+    reports = [(_report(trace), rows) for trace, rows in tried.traces]
+    flops = sum(one.flops for one, _ in reports)
+    for b, row in enumerate(made.rows):
+        mine = [one.rows[b] for one, rows in reports if b in rows]
+        row.tries.extend((one.policy or "none", one.vision_tokens[0]) for one in mine)
+    return replace(
+        made,
+        flops=made.flops + flops,
+        prefill_flops=made.prefill_flops + flops,
+        selector_flops=made.selector_flops + sum(one.selector_flops for one, _ in reports),
+        selector_ms=made.selector_ms + tried.clock.ms(),
+    )
 
 
 def _reduced(trace: Trace) -> Report:

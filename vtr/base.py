@@ -29,6 +29,8 @@ from vtr.image import Image, Layout, Pooled
 if TYPE_CHECKING:
     import torch
 
+    from vtr.engine.resolve import Tries
+
 __all__ = [
     "Image", "Keep", "Layout", "Policy", "Pooled", "Route", "Scores", "Token", "Tokens", "UnsupportedError", "Wanted",
     "check_keep", "keep_count", "top",
@@ -209,8 +211,15 @@ class Policy:
         """Whether ``layer`` caches this decoded token's key and value: a bool, or a bool tensor of one element."""
         return True
 
+    def resolve(self, tries: Tries) -> list[Policy | None]:
+        """Before ``generate`` runs: the policy of each row that has this one. It may look at pictures and try answers.
+
+        A policy that defines it answers none of the five questions, and is refused in a direct forward.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no policy that chooses others")
+
     def asks(self, question: str) -> bool:
-        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"`` or ``"remember"`` itself."""
+        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"``, ``"remember"`` or ``"resolve"``."""
         return getattr(type(self), question) is not getattr(Policy, question)
 
     def check(self, num_hidden_layers: int) -> None:

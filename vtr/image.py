@@ -6,6 +6,7 @@ Also the two ways back from tiles to tokens that policies share: :func:`stitch` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -173,3 +174,20 @@ def tokens_at(layout: Layout) -> torch.Tensor:
     patches = (layout.newline == 0).nonzero().squeeze(1)
     table = torch.full((layout.tiles * layout.grid[0] * layout.grid[1],), -1)
     return table.index_copy(0, cell(layout)[patches], patches)
+
+
+def scales(grid: tuple[int, int]) -> dict[int, int]:
+    """The nested scales of tiles of ``grid`` (height, width) tokens: tokens per tile → side of a pooled cell.
+
+    The side is divided by its smallest prime factor again and again, so that every scale's cells are made of whole
+    cells of the scale before: 24 × 24 gives the paper's 576, 144, 36, 9, 1; 16 × 16 gives 256, 64, 16, 4, 1; 27 × 27
+    gives 729, 81, 9, 1. Of a grid that is not square, the greatest common divisor of the two is divided.
+    """
+    height, width = grid
+    k, side = 1, math.gcd(height, width)
+    found = {height * width: 1}
+    while side > 1:
+        factor = next(n for n in range(2, side + 1) if side % n == 0)
+        k, side = k * factor, side // factor
+        found[(height // k) * (width // k)] = k
+    return found

@@ -6,12 +6,15 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vtr.base import Policy, Scores, Wanted
 
+if TYPE_CHECKING:
+    from vtr.engine.resolve import Tries
+
 _POLICIES: dict[str, type[Policy]] = {}
-_QUESTIONS = ("compress", "prune", "route", "remember")
+_QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
 
 P = TypeVar("P", bound=type[Policy])
 
@@ -137,8 +140,11 @@ class Chain(Policy):
                 raise ValueError(f"{both} both {question}: only one policy of a chain may, drop one of them")
             if askable:
                 self._answers[question] = askable[0]
-                setattr(self, question, getattr(askable[0], question))
+                if question != "resolve":
+                    setattr(self, question, getattr(askable[0], question))
         pruner = self._answers.get("prune")
+        if "resolve" in self._answers and "compress" in self._answers:
+            raise ValueError("a policy that chooses the scale of pictures cannot act together with one that compresses")
         if "route" in self._answers and pruner is not None and pruner.question_guided:
             raise ValueError("a policy that ranks by attention cannot act together with one that routes")
 
@@ -164,6 +170,12 @@ class Chain(Policy):
     def needs(self, layer: int) -> Scores | None:
         pruner = self._answers.get("prune")
         return pruner.needs(layer) if pruner else None
+
+    def resolve(self, tries: Tries) -> list[Policy | None]:
+        """What the choosing member chooses (its tries are made without the others), together with the others."""
+        chooser = self._answers["resolve"]
+        rest: list[Policy] = [p for p in self.policies if p is not chooser]  # type: ignore[misc]
+        return [Chain([*([] if one is None else [one]), *rest]) for one in chooser.resolve(tries)]
 
     def check(self, num_hidden_layers: int) -> None:
         for p in self.policies:

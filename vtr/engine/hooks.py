@@ -34,6 +34,7 @@ from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
+from vtr.engine.resolve import check_resolvable, resolve_rows
 from vtr.engine.session import Request, Session
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace
@@ -117,6 +118,13 @@ class Patch:
         source = ids if ids is not None else embeds
         policies = self.policies(given, None if source is None else source.shape[0])
         prompt = None if policies is None else self._check_generate(ids, kwargs)
+        tried = None
+        if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
+            check_resolvable(kwargs, self.model.generation_config, ids)
+            with busy(self.key, "it is generating; wait until generate has returned"):
+                policies, tried = resolve_rows(self, original, ids, kwargs, policies, prompt)
+            if all(p is None for p in policies):
+                policies = prompt = None
         length = 0 if ids is None else ids.shape[1]
         captures = None if policies is None or prompt is None else self.vision.wanted(policies, prompt)
         generation = Generation(self.key, policies, prompt, length, Trace(self.geometry), captures)
@@ -129,9 +137,12 @@ class Patch:
             capturing.reset(before)
         if generation.started:
             note_cache(generation.trace, generation.cache_layers, generation.attended_before)
+            generation.trace.tried = tried
             self.publish(generation.trace)
         elif ids is not None:
-            self.publish(self._dense_generation(ids, kwargs, out))
+            dense = self._dense_generation(ids, kwargs, out)
+            dense.tried = tried
+            self.publish(dense)
         return out
 
     def _check_generate(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> Prompt:
@@ -192,6 +203,11 @@ class Patch:
                 "instead of torch.compile(model), or pass policy=None"
             )
         check_call(kwargs, [self.model.config, self.text.config])
+        if choosing := next((p for p in policies if p is not None and p.asks("resolve")), None):
+            raise UnsupportedError(
+                f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
+                "a fixed policy"
+            )
         kwargs["vtr_request"] = self._request(generation, policies, ids, embeds, kwargs)
         return args, kwargs
 

@@ -105,6 +105,18 @@ class RowTrace:
     """Vision tokens of the prompt before anything was reduced."""
 
 
+@dataclass(eq=False)
+class Tried:
+    """What was tried before a call, so that its policies could be chosen.
+
+    Attributes:
+        clock: time of all of it. traces: of each try, with the rows it was for.
+    """
+
+    clock: Clock
+    traces: list[tuple[Trace | DenseTrace, set[int]]] = field(default_factory=list)
+
+
 @dataclass
 class Trace:
     """Everything noted of one call. Holds small index tensors and numbers, never the model."""
@@ -125,6 +137,7 @@ class Trace:
     kv_allocated: int = 0
     kv_itemsize: int = 0
     clocks: list[Clock] = field(default_factory=list)
+    tried: Tried | None = None
 
     def note_packed(self, rows: list[RowTrace], lengths: list[list[int]], past: list[list[int]]) -> None:
         """Add a packed forward: ``lengths[layer][row]`` tokens over ``past[layer][row]`` cached ones.
@@ -163,3 +176,4 @@ class DenseTrace:
     steps: int = 0
     """Tokens decoded after the prompt's forward."""
     beams: int = 1
+    tried: Tried | None = None

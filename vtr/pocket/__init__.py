@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from vtr.base import Policy
+
 WEIGHTS = Path(__file__).parent / "weights"
 SAMPLES = Path(__file__).parent / "samples"
+POLICIES = Path(__file__).parent / "policies"
 
-__all__ = ["SAMPLES", "WEIGHTS", "load", "sample", "samples"]
+__all__ = ["SAMPLES", "WEIGHTS", "autoscale", "load", "sample", "samples"]
 
 
 def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any, Any]:
@@ -36,6 +39,19 @@ def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any,
         if bars:
             logging.enable_progress_bar()
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def autoscale(method: str = "cascade") -> Policy:
+    """The chooser of scales fitted on this model: "cascade" or "router" (see :class:`vtr.AutoScale`).
+
+    Raises:
+        ValueError: no such method.
+    """
+    from vtr.base import Policy
+
+    if method not in ("cascade", "router"):
+        raise ValueError(f"method={method!r}: choose 'cascade' or 'router'")
+    return Policy.from_pretrained(POLICIES / method)
 
 
 def sample(i: int = 0) -> tuple[Image.Image, str, str]:

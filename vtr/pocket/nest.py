@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vtr.policies.matryoshka import pool, scales
+from vtr.image import scales
+from vtr.policies.matryoshka import pool
 from vtr.training.m3 import backward_nested
 
 from . import scenes as S

@@ -1,5 +1,6 @@
 """The policies: one file a method, one class a method."""
 
+from vtr.policies.autoscale import AutoScale
 from vtr.policies.fastv import FastV
 from vtr.policies.globalcom2 import GlobalCom2
 from vtr.policies.gsearch import GSearch
@@ -9,4 +10,4 @@ from vtr.policies.pyramid import Pyramid
 from vtr.policies.random_keep import Random
 from vtr.policies.uniform_grid import UniformGrid
 
-__all__ = ["FastV", "GSearch", "GlobalCom2", "Matryoshka", "Pool", "Pyramid", "Random", "UniformGrid"]
+__all__ = ["AutoScale", "FastV", "GSearch", "GlobalCom2", "Matryoshka", "Pool", "Pyramid", "Random", "UniformGrid"]

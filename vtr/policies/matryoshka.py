@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,25 +11,8 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted
-from vtr.image import arrange
+from vtr.image import arrange, scales
 from vtr.registry import register_policy
-
-
-def scales(grid: tuple[int, int]) -> dict[int, int]:
-    """The nested scales of tiles of ``grid`` (height, width) tokens: tokens per tile → side of a pooled cell.
-
-    The side is divided by its smallest prime factor again and again, so that every scale's cells are made of whole
-    cells of the scale before: 24 × 24 gives the paper's 576, 144, 36, 9, 1; 16 × 16 gives 256, 64, 16, 4, 1; 27 × 27
-    gives 729, 81, 9, 1. Of a grid that is not square, the greatest common divisor of the two is divided.
-    """
-    height, width = grid
-    k, side = 1, math.gcd(height, width)
-    found = {height * width: 1}
-    while side > 1:
-        factor = next(n for n in range(2, side + 1) if side % n == 0)
-        k, side = k * factor, side // factor
-        found[(height // k) * (width // k)] = k
-    return found
 
 
 def pool(tiles: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
@@ -72,7 +54,7 @@ class Matryoshka(Policy):
     training-free baseline) and is exact for weights trained with it.
 
     Args:
-        tokens: per tile, one of the grid's nested scales (576, 144, 36, 9, 1 for 24 × 24; see :func:`scales`); a list
+        tokens: per tile, one of the grid's nested scales (576, 144, 36, 9, 1 for 24 × 24; see :func:`vtr.image.scales`); a list
             gives every image of the row its own.
 
     Raises:

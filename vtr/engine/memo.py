@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,28 +39,43 @@ class Run:
         return pixels.device == self.pixels.device and torch.equal(pixels, self.pixels)
 
 
-@dataclass
-class Memo:
-    """Stands in for a tower's forward. ``computed``, ``reused``: how often each happened."""
+@dataclass(eq=False)
+class Shared:
+    """What one block has encoded. ``computed``, ``reused``: how often each happened."""
 
-    tower: Any
-    forward: Any
     runs: list[Run] = field(default_factory=list)
     computed: int = 0
     reused: int = 0
 
+
+_blocks: ContextVar[Mapping[int, Shared]] = ContextVar("vtr_shared_features", default=MappingProxyType({}))
+"""The blocks open in this context, by the id of their tower; replaced, never changed in place."""
+_lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class Memo:
+    """Stands in for a tower's forward while some context shares features; the others get the forward itself."""
+
+    tower: Any
+    forward: Any
+    own: Any
+    """What the tower's ``__dict__`` held before."""
+    users: int = 0
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block = _blocks.get().get(id(self.tower))
         pixels, rest = (args[0], kwargs) if args else (kwargs.get("pixel_values"), _without(kwargs, "pixel_values"))
-        if not isinstance(pixels, torch.Tensor) or not self._simple(args, rest):
+        if block is None or not isinstance(pixels, torch.Tensor) or not self._simple(args, rest):
             return self.forward(*args, **kwargs)
         states, rest = _states(rest.get("output_hidden_states")), _without(rest, "output_hidden_states")
-        for run in self.runs:
+        for run in block.runs:
             if run.serves(pixels, states, rest):
-                self.reused += 1
+                block.reused += 1
                 return copy.copy(run.out)
         out = self.forward(*args, **kwargs)
-        self.computed += 1
-        self.runs.append(Run(pixels, states, rest, out))
+        block.computed += 1
+        block.runs.append(Run(pixels, states, rest, out))
         return copy.copy(out)
 
     def _simple(self, args: tuple[Any, ...], rest: dict[str, Any]) -> bool:
@@ -90,12 +108,13 @@ def _watched(tower: Any) -> bool:
 
 
 @contextmanager
-def shared_features(model: Any) -> Iterator[Memo]:
+def shared_features(model: Any) -> Iterator[Shared]:
     """Within the block, the vision tower runs once for the same pixels; later calls get the same output again.
 
     Exact: what is reused is the very output of an earlier run on bit-equal pixels with equal arguments. The tower's own
     hooks, projector, packing and everything behind run as always. If a hook sits on a module inside the tower, or
-    gradients are on, nothing is reused. One thread at a time; the outputs are held until the block ends.
+    gradients are on, nothing is reused. Only this thread (this context) is concerned; a block inside a block shares the
+    outer one's. The outputs are held until the block ends.
 
     Raises:
         ValueError: the model has no vision tower of its own.
@@ -103,12 +122,33 @@ def shared_features(model: Any) -> Iterator[Memo]:
     tower = model.get_encoder(modality="image")
     if not isinstance(tower, torch.nn.Module) or tower is model:
         raise ValueError(f"{type(model).__name__} has no vision tower whose output could be shared")
-    before = tower.__dict__.get("forward")
-    memo = Memo(tower, tower.forward)
-    tower.forward = memo
+    known = _blocks.get().get(id(tower))
+    if known is not None:
+        yield known
+        return
+    block = Shared()
+    token, memo = _blocks.set({**_blocks.get(), id(tower): block}), _enter(tower)
     try:
-        yield memo
+        yield block
     finally:
-        del tower.forward
-        if before is not None:
-            tower.forward = before
+        _blocks.reset(token)
+        _leave(memo)
+
+
+def _enter(tower: Any) -> Memo:
+    with _lock:
+        memo = tower.__dict__.get("forward")
+        if not isinstance(memo, Memo) or memo.tower is not tower:
+            memo = Memo(tower, tower.forward, memo)
+            tower.forward = memo
+        memo.users += 1
+        return memo
+
+
+def _leave(memo: Memo) -> None:
+    with _lock:
+        memo.users -= 1
+        if not memo.users:
+            del memo.tower.forward
+            if memo.own is not None:
+                memo.tower.forward = memo.own
