@@ -101,3 +101,17 @@ def direct_answers(rows: list[dict[str, Any]], policy: str | None) -> list[str]:
             out = model.generate(**inputs, policy=policy, max_new_tokens=4, do_sample=False)
         said.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return said
+
+
+def vtr_eval(folder: Path, policy: str, n: int, seed: int = 0) -> tuple[float, list[str]]:
+    """Score and answers of ``vtr eval`` on the same questions."""
+    from vtr.eval.journal import Journal
+    from vtr.eval.run import Settings, evaluate
+
+    body = evaluate(Settings(policies=(policy,), limit=n, seed=seed, max_new_tokens=4), folder, processes=1)
+    assert body is not None
+    row = next(row for row in body["policies"] if row["name"] == policy.split(":")[0])
+    journal = Journal(folder)
+    journal.read()
+    said = [journal.rows[index]["policies"][row["policy"]]["said"] for index in range(n)]
+    return row["accuracy"], said

@@ -328,6 +328,7 @@ def test_scores_are_those_of_generate(tasks: Path, tmp_path: Path, policy: str, 
     said = lmms_task.direct_answers(rows, None if policy == "none" else policy)
     assert [sample["filtered_resps"] for sample in samples] == said
     assert score == sum(a == row["answer"] for a, row in zip(said, rows, strict=True)) / N
+    assert lmms_task.vtr_eval(tmp_path / "vtr", policy, N) == (score, said)
     if policy != "none":
         assert said != [row["answer"] for row in rows]  # so hard a cut costs something: the policy was there
 
