@@ -1,7 +1,7 @@
 """Accuracy by type of question, policies at several budgets beside each other: ``python -m vtr.eval.kinds RESULT …``.
 
-RESULT is a ``results.json`` of ``vtr eval``; of several files each is shown under its own name (``before=FILE`` names it),
-so that one policy can be compared on two models.
+RESULT is a ``results.json`` of ``vtr eval``; of several files each needs a name (``before=FILE after=FILE``), so that
+one policy can be compared on two models.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def main(
-    files: Annotated[list[str], typer.Argument(help="results.json of vtr eval; NAME=FILE to name it", metavar="RESULT")],
+    files: Annotated[
+        list[str], typer.Argument(help="results.json of vtr eval; NAME=FILE to name it", metavar="RESULT")
+    ],
     out: Annotated[Path | None, typer.Option(help="write OUT.md and OUT.png")] = None,
 ) -> None:
     """Show accuracy by type of question, as a table and a plot."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import nn
 
 from vtr.base import Layout, UnsupportedError
 from vtr.engine.adapters import Adapter
+from vtr.image import remembered
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def tile_layout(height: int, width: int) -> Layout:
     """One tile of height × width patches, row by row."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -127,7 +127,7 @@ def test_every_family(family: str) -> None:
     """Rows with several images or none, any grid."""
     model = vtr.patch(getattr(tiny, family)())
     batch = tiny.batch(model, [["ab", tiny.IMAGE, "cd", tiny.IMAGE, "x"], ["text only"], ["a", tiny.IMAGE, "another"]])
-    auto = vtr.AutoScale(threshold=1.0, tokens=2)
+    auto = vtr.AutoScale(threshold=1.0, answer_tokens=2)
     out = tiny.generate(model, batch, policy=auto, max_new_tokens=3)
     rows = vtr.report(model).rows
     assert rows[1].tries == [] and len(rows[0].tries) == len(rows[2].tries) > 0
@@ -160,7 +160,7 @@ def test_where_nothing_can_be_tried(pocket: tuple[Any, Any], inputs: Any) -> Non
         ({"method": "oracle"}, "'cascade' or 'router'"),
         ({"threshold": 0.0}, "a probability"),
         ({"threshold": 1}, "a probability"),
-        ({"tokens": 0}, "1 token at least"),
+        ({"answer_tokens": 0}, "1 token at least"),
         ({"scales": [9]}, "at least two"),
         ({"scales": [36, 9]}, "coarsest to the finest"),
         ({"calibration": [[1.0, 0.0]]}, "name scales"),

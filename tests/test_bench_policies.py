@@ -163,7 +163,7 @@ def test_setups() -> None:
     assert bench_policies.choose(False, "cpu").shape.vision_tokens == midsize.MIDSIZE.vision_tokens
     assert bench_policies.choose(True, "cpu", "llava-next-7b").shape.family == "llava_next"
     assert bench_policies.choose(False, "cpu", "llava-next-mid").shape.vision_tokens == 5 * 576 + 48
-    with pytest.raises(ValueError, match=r"choose one of llava-1\.5-7b"):
+    with pytest.raises(ValueError, match=r"choose one of llava-next-mid"):
         bench_policies.choose(True, "cpu", "gpt-2")
     with pytest.raises(ValueError, match="needs a GPU"):
         bench_policies.choose(False, "cpu", "llava-1.5-7b")
@@ -303,7 +303,7 @@ def test_help_teaches() -> None:
     [
         (["policies", "--device", "tpu"], "choose cpu or cuda"),
         (["policies", "--shapes", "llava-1.5-7b"], "needs a GPU"),
-        (["policies", "--shapes", "mine"], "choose one of llava-1.5-7b"),
+        (["policies", "--shapes", "mine"], "choose one of llava-next-mid"),
         (["policies", "--small", "--policy", "fastvv"], "unknown policy"),
         (["policies", "--small", "--budget", "25"], "between 0 and 1"),
         (["batch", "--dtype", "int4"], "choose one of float32"),

@@ -17,8 +17,7 @@ import vtr
 from tests import official
 from tests.official import IMG, close
 from vtr.base import Image, Layout
-from vtr.image import arrange
-from vtr.image import scales
+from vtr.image import arrange, scales
 from vtr.policies.matryoshka import pool
 
 META = official.meta("m3")

@@ -131,3 +131,19 @@ def test_rates_rise_and_fall() -> None:
     rates = [recipe.rate(step, 100) for step in range(100)]
     assert rates[:3] == [1 / 3, 2 / 3, 1.0] and rates[3] == 1.0 and rates == rates[:3] + sorted(rates[3:], reverse=True)
     assert rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("policy", ["m3:tokens=9", "pool:grid=2", "globalcom2:retention=0.5"])
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_inference_first_does_not_spoil_training(family: str, policy: str) -> None:
+    """What is remembered of layouts may have been made in inference mode."""
+    model = vtr.patch(getattr(tiny, family)(seed=3))
+    grid = vtr.engine.install.patch_of(model)
+    inputs = tiny.batch(model, [["ab", tiny.IMAGE, "cd"]], seed=3)
+    if policy.startswith("m3"):
+        layout = next(iter(grid.adapter.layouts(model, inputs).values()))[0]
+        policy = f"m3:tokens={sorted(scales(layout.grid))[1]}"
+    with torch.inference_mode():
+        model(**inputs, policy=policy)
+    model(**inputs, labels=inputs["input_ids"], policy=policy).loss.backward()
+    assert any(p.grad is not None for p in model.get_input_embeddings().parameters())

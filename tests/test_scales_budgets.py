@@ -18,9 +18,8 @@ from vtr.integrations.llava_onevision import anyres_max_layout, frames_layout
 
 import vtr
 from vtr.base import Image, Layout
-from vtr.image import arrange
+from vtr.image import arrange, scales
 from vtr.policies.globalcom2 import apportion, crops_of
-from vtr.image import scales
 from vtr.policies.matryoshka import made_of, pool
 
 M, G = vtr.Matryoshka, vtr.GlobalCom2

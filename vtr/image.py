@@ -9,10 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn.functional import interpolate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """``lru_cache`` for what is made of tensors: a first call in inference mode must not spoil a later training."""
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        @lru_cache(maxsize)
+        @wraps(function)
+        def made(*args: P.args, **kwargs: P.kwargs) -> T:
+            with torch.inference_mode(False):
+                return function(*args, **kwargs)
+
+        return made  # type: ignore[return-value]
+
+    return wrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +170,7 @@ def arrange(layout: Layout, tiles: torch.Tensor, newline: torch.Tensor | None) -
     return torch.cat(parts).index_select(0, _sources(layout).to(tiles.device, non_blocking=True))
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _sources(layout: Layout) -> torch.Tensor:
     """int64 [n]: which row of what :func:`arrange` joins each token is."""
     n = layout.grid[0] * layout.grid[1]
@@ -168,7 +187,7 @@ def cell(layout: Layout) -> torch.Tensor:
     return (layout.tile * h + layout.y) * w + layout.x
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def tokens_at(layout: Layout) -> torch.Tensor:
     """int64 [tiles * h * w]: which token stands at each patch, counted as :func:`cell` does; -1 where none is left."""
     patches = (layout.newline == 0).nonzero().squeeze(1)

@@ -121,6 +121,7 @@ class Patch:
         tried = None
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
             check_resolvable(kwargs, self.model.generation_config, ids)
+            assert ids is not None
             with busy(self.key, "it is generating; wait until generate has returned"):
                 policies, tried = resolve_rows(self, original, ids, kwargs, policies, prompt)
             if all(p is None for p in policies):

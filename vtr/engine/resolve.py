@@ -1,4 +1,4 @@
-"""Before a ``generate`` runs: policies that look at pictures and try answers first, then say what each row's policy is."""
+"""Before a ``generate`` runs: policies that look at pictures and try answers, then say what each row's policy is."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ class Tries:
             self.original, (), {**given, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
         )
         trace = last_traces.get()[self.patch.key]
+        assert trace is not None  # the try was a call of this context
         self.tried.traces.append((trace, {self.rows[i] for i in policies}))
         said = out.sequences[:, self.ids.shape[1] :]
         logits = torch.stack(out.logits, 1)

@@ -1,7 +1,7 @@
 """AutoScale: which of M3's nested scales a request needs, chosen without knowing the answer.
 
-M3's paper (section 4.4) finds a large gap between every fixed scale and an oracle that takes the smallest sufficient one
-per question, and leaves choosing open. The two choosers here are ours.
+M3's paper finds a large gap between every fixed scale and an oracle that takes the smallest sufficient one per
+question, and leaves choosing open. The two choosers here are ours.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class AutoScale(Policy):
         scales: tokens per tile, coarsest first; the last one is taken if no other suffices. None: all the grid has.
         calibration: for the cascade, (slope, intercept) of every scale but the last (see :func:`calibrated`); None
             takes the probability as it is.
-        tokens: how many tokens of the answer a try looks at.
+        answer_tokens: how many tokens of the answer a try looks at.
 
     Raises:
         TypeError, ValueError: settings out of range; when the grid is known, a scale it does not have.
@@ -79,7 +79,7 @@ class AutoScale(Policy):
     threshold: float = 0.9
     scales: Sequence[int] | None = None
     calibration: Sequence[Sequence[float]] | None = None
-    tokens: int = 1
+    answer_tokens: int = 1
 
     def __post_init__(self) -> None:
         self.weights: dict[str, torch.Tensor] = {}
@@ -87,8 +87,8 @@ class AutoScale(Policy):
             raise ValueError(f"method={self.method!r}: choose 'cascade' or 'router'")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, float) or not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold!r}: a probability, a float above 0 and at most 1.0")
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens!r}: a try looks at 1 token at least")
+        if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens={self.answer_tokens!r}: a try looks at 1 token at least")
         if self.scales is not None:
             self.scales = [int(count) for count in self.scales]
             if len(self.scales) < 2 or self.scales != sorted(set(self.scales)):
@@ -145,7 +145,7 @@ class AutoScale(Policy):
             open_ = [row for row in open_ if step < len(ladders[row]) - 1]
             if not open_:
                 break
-            answers = tries.answer({row: self._at(ladders, row, step, tries) for row in open_}, self.tokens)
+            answers = tries.answer({row: self._at(ladders, row, step, tries) for row in open_}, self.answer_tokens)
             line = (1.0, 0.0) if self.calibration is None else self.calibration[step]
             doubtful = [row for row in open_ if calibrated(confidence(answers[row]), line) < self.threshold]
             for row in doubtful:
@@ -156,8 +156,8 @@ class AutoScale(Policy):
     def _routed(self, tries: Tries, ladders: list[list[int]]) -> list[Policy | None]:
         if not self.weights:
             raise ValueError(
-                "this router has no weights: vtr.training.autoscale trains one, AutoScale.from_pretrained(folder) loads "
-                'it, vtr.pocket.autoscale("router") is that of the embedded model'
+                "this router has no weights: vtr.training.autoscale trains one, AutoScale.from_pretrained(folder) "
+                'loads it, vtr.pocket.autoscale("router") is that of the embedded model'
             )
         rows = [row for row, ladder in enumerate(ladders) if ladder]
         chosen = [0] * len(ladders)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from torch.nn.functional import interpolate, normalize
 
 from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted, keep_count
-from vtr.image import stitch, tokens_at
+from vtr.image import remembered, stitch, tokens_at
 from vtr.registry import register_policy
 
 
@@ -32,7 +31,7 @@ class Crops:
     blocks: torch.Tensor
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def crops_of(layout: Layout) -> Crops:
     """The crops of an image that has some."""
     (rows, columns), (h, w) = layout.crops, layout.grid

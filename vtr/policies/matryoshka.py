@@ -54,8 +54,8 @@ class Matryoshka(Policy):
     training-free baseline) and is exact for weights trained with it.
 
     Args:
-        tokens: per tile, one of the grid's nested scales (576, 144, 36, 9, 1 for 24 × 24; see :func:`vtr.image.scales`); a list
-            gives every image of the row its own.
+        tokens: per tile, one of the grid's :func:`~vtr.image.scales` (576, 144, 36, 9, 1 for 24 × 24); a list gives
+            every image of the row its own.
 
     Raises:
         TypeError, ValueError: not a positive count; later, when the grid is known, not one of its scales, or a list

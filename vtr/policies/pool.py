@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from vtr.base import Image, Layout, Policy, Pooled
+from vtr.image import remembered
 from vtr.registry import register_policy
 
 
@@ -26,7 +26,7 @@ class Cells:
     sources: list[list[int]]
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def cells_of(layout: Layout, height: int, width: int) -> Cells:
     """Cut every tile of ``layout`` into height × width cells, and take the newline tokens of a row of cells together.
 

@@ -81,7 +81,7 @@ def ask_all(
     """Ask every question at every scale. ``model`` is patched.
 
     Args:
-        data: (picture, question, answer). scales: tokens per tile, coarsest first. tokens: see :class:`vtr.AutoScale`.
+        data: (picture, question, answer). scales: tokens per tile, coarsest first. tokens: AutoScale's answer_tokens.
         right: whether what was said (first) is the answer; None compares the strings without regard to case.
 
     Raises:

@@ -253,7 +253,9 @@ def _resumed(model: Any, optimizer: Any, out: Path, told: Mapping[str, Any], res
     if folder is None:
         return 0
     if not resume:
-        raise FileExistsError(f"{folder} holds an interrupted training: resume=True goes on with it, or give another out")
+        raise FileExistsError(
+            f"{folder} holds an interrupted training: resume=True goes on with it, or give another out"
+        )
     state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
     if json.loads(state["told"]) != told:
         raise ValueError(f"{folder} was made with {state['told']}, not {json.dumps(told)}: give another out")
