@@ -109,16 +109,22 @@ class Tries:
         trace = last_traces.get()[self.patch.key]
         assert trace is not None  # the try was a call of this context
         self.tried.traces.append((trace, {self.rows[i] for i in policies}))
-        said = out.sequences[:, self.ids.shape[1] :]
-        logits = torch.stack(out.logits, 1)
-        ends = self.patch.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-        answers = {}
-        for i in policies:
-            ids = said[self.rows[i]]
-            n = next((t + 1 for t, token in enumerate(ids.tolist()) if token in ends), len(ids))
-            answers[i] = Answer(ids[:n], logits[self.rows[i], :n])
-        return answers
+        said = answers_in(out, self.ids.shape[1], self.patch.model.generation_config.eos_token_id)
+        return {i: said[self.rows[i]] for i in policies}
+
+
+def answers_in(out: Any, prompt_length: int, ends: int | Sequence[int] | None) -> list[Answer]:
+    """What each row of a ``generate`` said, up to its first end-of-sequence token.
+
+    Args:
+        out: made with ``return_dict_in_generate=True, output_logits=True``. ends: the ids of such tokens.
+    """
+    stops = set(ends) if isinstance(ends, Sequence) else {ends}
+    logits, answers = torch.stack(out.logits, 1), []
+    for ids, row in zip(out.sequences[:, prompt_length:], logits, strict=True):
+        n = next((t + 1 for t, token in enumerate(ids.tolist()) if token in stops), len(ids))
+        answers.append(Answer(ids[:n], row[:n]))
+    return answers
 
 
 def check_resolvable(kwargs: Mapping[str, Any], default: Any, ids: Any) -> None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import vtr
 from vtr.base import Policy
 from vtr.chat import decode, encode
+from vtr.engine.resolve import Answer, answers_in
 from vtr.policies.autoscale import AutoScale, calibrated, confidence, router_input
 
 if TYPE_CHECKING:
@@ -53,23 +54,15 @@ class Table:
 
 
 class _Look(Policy):
-    """Chooses nothing; keeps what a router would see, and what each scale says with which confidence."""
+    """Keeps what a router would see; every row gets the same policy."""
 
-    def __init__(self, scales: Sequence[int], tokens: int) -> None:
-        self.scales, self.tokens = scales, tokens
-        self.inputs: list[torch.Tensor] = []
-        self.sure: list[list[float]] = []
+    def __init__(self, chosen: Policy) -> None:
+        self.chosen, self.inputs = chosen, list[torch.Tensor]()
 
     def resolve(self, tries: Tries) -> list[Policy | None]:
         images, questions = tries.images(), tries.questions()
         self.inputs += [router_input(*row).cpu() for row in zip(images, questions, strict=True)]
-        sure = []
-        for count in self.scales:
-            policy = vtr.Matryoshka(count)
-            answers = tries.answer(dict.fromkeys(range(len(images)), policy), self.tokens)
-            sure.append([confidence(answers[row]) for row in range(len(images))])
-        self.sure += [list(row) for row in zip(*sure, strict=True)]
-        return [None] * len(images)
+        return [self.chosen] * len(images)
 
 
 @torch.inference_mode()
@@ -90,28 +83,41 @@ def ask_all(
     if len(scales) < 2:
         raise ValueError(f"scales={list(scales)}: there is nothing to choose from")
     same = right or (lambda said, answer: said.lower() == answer.lower())
-    look = _Look(scales, tokens)
+    policies: list[Policy] = [vtr.Matryoshka(count) for count in scales]
+    look = _Look(policies[0])
     hits: list[list[bool]] = []
     counts: list[list[int]] = []
+    sure: list[list[float]] = []
     more = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    ends = model.generation_config.eos_token_id
     with tqdm(total=total, desc="questions at every scale", unit="") as bar:
         records = iter(data)
         while rows := list(islice(records, batch_size)):
             pictures, questions, answers = zip(*rows, strict=True)
             inputs = encode(processor, questions, pictures).to(model.device)
+            start, columns = inputs["input_ids"].shape[1], []
             with vtr.shared_features(model):
-                model.generate(**inputs, policy=look, do_sample=False, max_new_tokens=1)
-                said, entered = [], []
-                for count in scales:
-                    out = model.generate(**inputs, policy=vtr.Matryoshka(count), do_sample=False, **more)
-                    said.append(decode(processor, out, inputs["input_ids"].shape[1]))
-                    entered.append([row.vision_tokens[0] for row in vtr.report(model).rows])
-            hits += [[same(text, a) for text in row] for row, a in zip(zip(*said, strict=True), answers, strict=True)]
-            counts += [list(row) for row in zip(*entered, strict=True)]
+                for policy in [look, *policies[1:]]:
+                    out = model.generate(
+                        **inputs, policy=policy, do_sample=False, return_dict_in_generate=True, output_logits=True,
+                        **more,
+                    )  # fmt: skip
+                    said = answers_in(out, start, ends)
+                    columns.append(
+                        (
+                            [same(t, a) for t, a in zip(decode(processor, out.sequences, start), answers, strict=True)],
+                            [confidence(Answer(one.ids[:tokens], one.logits[:tokens])) for one in said],
+                            [row.vision_tokens[0] for row in vtr.report(model).rows],
+                        )
+                    )
+            right_at, sure_at, tokens_at = zip(*columns, strict=True)
+            hits += map(list, zip(*right_at, strict=True))
+            sure += map(list, zip(*sure_at, strict=True))
+            counts += map(list, zip(*tokens_at, strict=True))
             bar.update(len(rows))
     if not hits:
         raise ValueError("no data: give (picture, question, answer) tuples")
-    return Table(list(scales), np.array(hits), np.array(look.sure), np.array(counts), torch.stack(look.inputs))
+    return Table(list(scales), np.array(hits), np.array(sure), np.array(counts), torch.stack(look.inputs))
 
 
 # -- what a threshold gives --------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def fit_router(
 
 def main(
     out: Annotated[Path, typer.Option(help="folders `cascade` and `router` are written here")],
-    questions: Annotated[int, typer.Option(min=8, help="of the pocket model's validation questions")] = 4000,
+    questions: Annotated[int, typer.Option(min=8, help="of the pocket model's validation questions")] = 2000,
     scales: Annotated[str, typer.Option(help="tokens per tile, coarsest first")] = "1,9,36,144",
     tolerance: Annotated[float, typer.Option(help="accuracy that may be lost to the best fixed scale")] = TOLERANCE,
     seed: Annotated[int, typer.Option(help="which questions; also the router's")] = 0,
