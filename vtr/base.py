@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "SCORES", "Image", "Keep", "Layout", "Policy", "Pooled", "Route", "Scores", "Token", "Tokens", "UnsupportedError", "Wanted",
+    "SCORES",
+    "Image", "Keep", "Layout", "Policy", "Pooled", "Route", "Scores", "Token", "Tokens", "UnsupportedError", "Wanted",
     "check_keep", "keep_count", "top",
 ]  # fmt: skip
 
@@ -41,8 +42,8 @@ Wanted = Literal["tiles", "cls"]
 """What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
 
 Scores = Literal["last", "text", "last-max", "text-max"]
-"""``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token. Mean over
-heads; with ``-max`` each query's strongest head instead."""
+"""``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token. Mean
+over heads; with ``-max`` each query's strongest head instead."""
 SCORES: tuple[Scores, ...] = get_args(Scores)
 
 CONFIG_NAME = "vtr_policy.json"

@@ -102,7 +102,7 @@ class Schedule(Sequence[Keep]):
         return Schedule([self._between(layer * step) for layer in range(layers)])
 
     def _between(self, place: float) -> Keep:
-        """The keep at a place between two layers; beside a ratio of 1.0 (all) a count stays what the lower layer has."""
+        """The keep at a place between two layers; between a ratio and a count it is the nearer layer's."""
         low = min(int(place), len(self) - 1)
         a, b = self._keeps[low], self._keeps[min(low + 1, len(self) - 1)]
         if isinstance(a, float) and isinstance(b, float):
@@ -166,7 +166,7 @@ class Preset:
 
 @lru_cache(maxsize=1)
 def presets() -> dict[str, Preset]:
-    """The presets by name; ``vtr.GSearch("llava-1.5-7b")`` takes one. Each lies in ``vtr/presets`` with its provenance."""
+    """The presets by name, for ``vtr.GSearch("llava-1.5-7b")``; they lie in ``vtr/presets`` with their provenance."""
     found = {}
     for path in sorted(PRESETS.glob("*.json")):
         for name, one in json.loads(path.read_text(encoding="utf-8")).items():

@@ -200,7 +200,7 @@ class Patch:
         self, generation: Generation | None, policies: list[Policy | None], ids: torch.Tensor | None,
         embeds: torch.Tensor | None, kwargs: dict[str, Any], asked: int | None,
     ) -> Request:  # fmt: skip
-        """``asked``: columns of the prompt; behind it stands an answer to score, which ranks nothing. None: no answer."""
+        """``asked``: columns of the prompt, behind which stands an answer that ranks nothing; None: all is prompt."""
         mask = kwargs.get("attention_mask")
         cache = cache_in(kwargs)
         continued = is_ragged(cache)

@@ -29,8 +29,8 @@ class GSearch(Policy):
         schedule: one keep per decoder layer (:class:`~vtr.Schedule` or a list), the name of a preset
             (``"llava-1.5-7b"``), or the path of a saved schedule or of a folder with a ``schedule.json``.
             ``schedule[0]`` must be 1.0: layer 0 has no layer before it to rank by.
-        queries: "text", the mean over all text tokens after the image; "last", the last text token alone, as FastV; both
-            mean over heads. "text-max", "last-max": of each text token the strongest head instead.
+        queries: "text", the mean over all text tokens after the image; "last", the last text token alone, as FastV;
+            both mean over heads. "text-max", "last-max": of each text token the strongest head instead.
         layers: decoder layers of the model the schedule is to be used on; resampled to it, with a warning, if it was
             made for another depth. None: as it is.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
