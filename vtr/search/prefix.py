@@ -137,8 +137,8 @@ class Scorer:
                 None.
         """
         begun = time.perf_counter()
-        policies, sums, alive = [self.policy(keeps) for keeps in candidates], [0.0] * len(candidates), set()
-        alive.update(range(len(candidates)))
+        policies, sums = [self.policy(keeps) for keeps in candidates], [0.0] * len(candidates)
+        alive = set(range(len(candidates)))
         if self.reuse != "naive":
             self._advance(tuple(prefix))
         done = 0
@@ -164,9 +164,8 @@ class Scorer:
             out = self.model(**batch.inputs, policy=policies[0], vtr_queries_end=batch.length, use_cache=False)
             first = batch.length - 1
             logits = [out.logits[row, first : first + batch.counts[row]].float() for row in rows]
-            text = sum(text for _, text in self._starts[number].sizes) * self.depth
-            vision = sum(sum(policies[0].schedule.counts(n)) for n, _ in self._starts[number].sizes)  # type: ignore[attr-defined]
-            self._count(len(batch) * self.depth, vision + text, self.depth)
+            tokens = sum(self._tokens(policies[0].schedule, size) for size in self._starts[number].sizes)
+            self._count(len(batch) * self.depth, tokens, self.depth)
             return [sum(self._values(batch, logits, rows))]
         state = self._states[number]
         end = state.go([(row, policy) for policy in policies for row in rows], self.depth)
@@ -215,5 +214,8 @@ class Scorer:
         self.spent.naive_calls += len(candidates) * len(self.batches) * self.depth
         self.spent.naive_rows += len(candidates) * len(self) * self.depth
         for keeps in candidates:
-            schedule = Schedule(keeps)
-            self.spent.naive_tokens += sum(sum(schedule.counts(v)) + t * self.depth for v, t in self.sizes)
+            self.spent.naive_tokens += sum(self._tokens(keeps, size) for size in self.sizes)
+
+    def _tokens(self, keeps: Sequence[Keep], size: tuple[int, int]) -> int:
+        """Tokens of a prompt of ``size`` that pass a layer under a schedule, summed over layers."""
+        return sum(Schedule(keeps).counts(size[0])) + size[1] * self.depth

@@ -7,7 +7,6 @@ that a shallow layer ranks low are not missed later, and cutting from shallow to
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +131,6 @@ def rank_agreement(model: Any, processor: Any, data: Any, queries: Scores = "tex
     return Ranks(tau / len(asked), within / len(asked), len(asked), queries)
 
 
-def _share(shallow: Sequence[float], deep: Sequence[float]) -> float:
+def _share(shallow: np.ndarray, deep: np.ndarray) -> float:
     best = max(1, int(len(deep) * TOP))
     return len({*np.argsort(deep)[-best:]} & {*np.argsort(shallow)[-2 * best :]}) / best
