@@ -21,7 +21,8 @@ class Found(Schedule):
     Attributes:
         record: JSON data. ``method``, ``objective``, ``queries``; ``base`` and ``score``: of the unreduced model and of
             this schedule on the calibration questions; ``ratios``: its cost to no reduction (flops, kv, keep);
-            ``spent``: layer-forwards of the search and of a naive one; ``ranks``: rank agreement between layers;
+            ``sizes``: (vision, text) tokens of the prompts; ``spent``: layer-forwards of the search and of a naive one;
+            ``ranks``: rank agreement between layers;
             ``warnings``; ``pictures``: digests of those that were searched on; ``trials``: what was tried, in order.
     """
 

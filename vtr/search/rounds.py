@@ -106,8 +106,9 @@ class Search:
         """The result with its record."""
         record = {
             **self.trials.identity, **more, "base": self.scorer.base_mean, "score": score,
-            "ratios": self.cost.ratios(keeps), "questions": len(self.data), "spent": self.scorer.spent.to_json(),
-            "resumed": self.trials.resumed, "ranks": None if ranks is None else ranks.to_json(),
+            "ratios": self.cost.ratios(keeps), "sizes": self.scorer.sizes,
+            "questions": len(self.data), "spent": self.scorer.spent.to_json(), "resumed": self.trials.resumed,
+            "ranks": None if ranks is None else ranks.to_json(),
             "warnings": self.warnings, "pictures": sorted({one.picture for one in self.data}), "trials": self.tried,
         }  # fmt: skip
         return Found(keeps, record)
