@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.search_models import questions, short
 from vtr.cli import app
 from vtr.pocket.evaluate import answers
 from vtr.search import Cost
+from vtr.search.prefix import Scorer
 
 ALL = {
     "curve.png", "ranks.png", "report.json", "report.md", "schedule.json", "search.json", "state.json",
@@ -79,6 +81,27 @@ def test_what_cannot_work_is_said_in_a_line(more: list[str], told: str, tmp_path
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 1
     assert told in " ".join(result.output.split())
+
+
+def test_ctrl_c_keeps_what_was_scored_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    args = ["search", "gsearch", "--out", str(out), "--data", str(small_data(tmp_path, 4)), "--calibration", "2"]
+    args += ["--evaluation", "0", "--start", "7", "--tolerance", "0.001"]
+    rounds = Scorer.means
+    with monkeypatch.context() as patched:
+
+        def stop(self: Scorer, *given: Any) -> Any:
+            if self.spent.candidates:
+                raise KeyboardInterrupt
+            return rounds(self, *given)
+
+        patched.setattr(Scorer, "means", stop)
+        result = CliRunner().invoke(app, args)
+    assert result.exit_code == 130
+    assert "the same call goes on" in result.output
+    assert [path.name for path in out.iterdir()] == ["state.json"]
+    assert CliRunner().invoke(app, args).exit_code == 0
+    assert json.loads((out / "search.json").read_text())["resumed"] == 3
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.45])

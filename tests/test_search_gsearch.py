@@ -180,6 +180,16 @@ def test_a_model_must_be_patched() -> None:
         vtr.search.gsearch(model, None, list(questions(2)), progress=False)
 
 
+def test_a_model_in_training_is_refused() -> None:
+    model, processor = short(4)
+    try:
+        model.train()
+        with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+            vtr.search.gsearch(model, processor, list(questions(2)), **QUIET)
+    finally:
+        model.eval()
+
+
 def test_a_found_schedule_is_saved_with_its_record_and_curve(tmp_path: Path) -> None:
     model, processor = short(5)
     found = vtr.search.gsearch(model, processor, list(questions(2)), tolerance=0.3, **{**QUIET, "queries": "last"})

@@ -37,6 +37,8 @@ class Search:
         settings: dict[str, Any],
     ) -> None:  # fmt: skip
         patch_of(model)
+        if model.training:
+            raise ValueError("a search needs the model as it is used: call model.eval() first")
         self.model, self.processor = model, processor
         self.data: list[Example] = examples(data)
         self.depth = len(model.get_decoder().layers)
