@@ -9,7 +9,7 @@ from vtr.search import Cost
 
 CUT = 2
 """FastV's layer, and the baselines'; earlier where the ratio is so small that it must be."""
-LEAST = 0.02
+LEAST = 0.01
 STAGE = 1 / 3
 """Pyramid's stages begin earlier if each would have to keep less than this share of the one before."""
 STEPS = 50

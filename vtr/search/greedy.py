@@ -25,7 +25,7 @@ LEVELS = tuple(round(2 ** (-step / 4), 4) for step in range(29))
 def gsearch(
     model: Any, processor: Any, data: Any, *, tolerance: float = 0.01, objective: str = "kl",
     method: Literal["bisect", "bayes"] = "bisect", start: int = 2, queries: Scores = "text",
-    levels: Sequence[float] = LEVELS, weight: float | None = None, trials: int = 9, width: int = 3,
+    levels: Sequence[float] = LEVELS, weight: float | None = None, trials: int = 8, width: int = 4,
     batch_size: int = 32, max_new_tokens: int = 16, seed: int = 0, state: str | Path | None = None,
     reuse: Reuse = "batched", check_ranks: bool = True, progress: bool = True,
 ) -> Found:  # fmt: skip
@@ -42,7 +42,7 @@ def gsearch(
         start: the first layer that may cut (0-based; the paper's is 2). queries: the ranking, see :class:`vtr.GSearch`.
         levels: of "bisect": what a keep may be. weight: of "bayes"; None is the tolerance, which then bounds the loss:
             each layer gives up at most weight · what it saves, so all of them at most weight · (1 - FLOPs ratio).
-        trials: of "bayes", candidates a layer. width: candidates scored in one round (rows of the same batch).
+        trials: of "bayes", candidates a layer at most. width: candidates scored in one round (rows of the same batch).
         batch_size: rows a call. state: a file to go on from after an interruption; the result is the same, bit for bit.
         reuse: "batched", or for comparison "prefix" or "naive" (see :class:`vtr.search.prefix.Scorer`).
         check_ranks: measure the paper's assumption first, and warn where it fails.

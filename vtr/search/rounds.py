@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ class Search:
     """What both searches need. Use as a context manager; Ctrl-C leaves the state of the last full round behind.
 
     Args:
-        settings: what else the result depends on. rounds: about how many prompts will be scored, for the bar.
+        settings: what else the result depends on. The others: as for :func:`vtr.search.gsearch`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Search:
         if isinstance(start, bool) or not isinstance(start, int) or not 1 <= start < self.depth:
             raise ValueError(f"start={start!r}: the first layer that may cut is one of 1…{self.depth - 1}")
         if queries not in SCORES:
-            raise ValueError(f"queries={queries!r}: choose one of {', '.join(map(repr, get_args(Scores)))}")
+            raise ValueError(f"queries={queries!r}: choose one of {', '.join(map(repr, SCORES))}")
         chosen = objective_of(objective)
         self.method, self.start, self.queries, self.seed = method, start, queries, seed
         identity = {
