@@ -104,9 +104,9 @@ def _row(model: Any, inputs: dict[str, Tensor]) -> Row:
 
 def scores(probs: Tensor, mask: Tensor, vision: Tensor, queries: str) -> Tensor:
     """What the text paid to each slot ([n]), from a layer's attention probabilities [heads, n, n] under ``mask``."""
-    mean, slots = probs.mean(0), torch.arange(len(vision))
+    mean, slots = probs.amax(0) if queries.endswith("-max") else probs.mean(0), torch.arange(len(vision))
     text = ~vision
-    if queries == "last":
+    if queries.startswith("last"):
         return mean[slots[text][-1]]
     asking = text & (slots > slots[vision][0])
     out = torch.zeros(len(vision))

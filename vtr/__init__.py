@@ -1,5 +1,7 @@
 """vtr: vision-token reduction for multimodal LLMs, patched into a running model, chosen per request."""
 
+from typing import Any
+
 import vtr.integrations  # noqa: F401  (makes the model families known)
 from vtr import pocket
 from vtr.accounting import Report, report
@@ -36,8 +38,18 @@ __all__ = [
     "policy",
     "register_policy",
     "report",
+    "search",
     "shared_features",
     "unpatch",
     "use",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``vtr.search`` is loaded when it is first asked for: it needs scikit-learn."""
+    if name == "search":
+        import importlib
+
+        return importlib.import_module("vtr.search")
+    raise AttributeError(f"module 'vtr' has no attribute {name!r}")

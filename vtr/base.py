@@ -22,7 +22,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from vtr.image import Image, Layout, Pooled
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vtr.engine.resolve import Tries
 
 __all__ = [
+    "SCORES",
     "Image", "Keep", "Layout", "Policy", "Pooled", "Route", "Scores", "Token", "Tokens", "UnsupportedError", "Wanted",
     "check_keep", "keep_count", "top",
 ]  # fmt: skip
@@ -42,8 +43,10 @@ Keep = int | float
 Wanted = Literal["tiles", "cls"]
 """What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
 
-Scores = Literal["last", "text"]
-"""``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token."""
+Scores = Literal["last", "text", "last-max", "text-max"]
+"""``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token. Mean
+over heads; with ``-max`` each query's strongest head instead."""
+SCORES: tuple[Scores, ...] = get_args(Scores)
 
 CONFIG_NAME = "vtr_policy.json"
 WEIGHTS_NAME = "vtr_policy.safetensors"

@@ -12,6 +12,7 @@ from rich.table import Table
 from vtr.commands.bench import bench
 from vtr.commands.eval import eval_command
 from vtr.commands.page import page_command
+from vtr.commands.search import search
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Vision-token reduction for multimodal LLMs. Try: `vtr run --sample 2 --policy fastv:keep=0.05 --compare`",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(search, name="search")
 app.command("page")(page_command)
 app.command("eval")(eval_command)
 console = Console()

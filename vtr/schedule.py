@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from vtr.base import Keep, check_keep, keep_count
+
+PRESETS = Path(__file__).parent / "presets"
+SCHEDULE_NAME = "schedule.json"
 
 
 class Schedule(Sequence[Keep]):
@@ -70,6 +76,41 @@ class Schedule(Sequence[Keep]):
         """Mean over layers of the share of ``total`` tokens that enters."""
         return sum(self.counts(total)) / (len(self) * total) if total else 1.0
 
+    def resample(self, layers: int) -> Schedule:
+        """This schedule for a decoder of another depth: keeps at the same relative depth, ratios interpolated.
+
+        A schedule of as many layers is returned as it is. Else a warning says that it was made for another depth (what
+        a model needs layer by layer differs; the paper's Table 4 loses up to 2 points by a borrowed schedule).
+
+        Raises:
+            ValueError: less than 1 layer, or counts and ratios mixed (they cannot be interpolated).
+        """
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"layers={layers!r}: a decoder has at least 1 layer")
+        if layers == len(self):
+            return self
+        kinds = {type(keep) for keep in self._keeps if keep != 1.0 or isinstance(keep, int)}
+        if len(kinds) > 1:
+            raise ValueError("a schedule that mixes ratios and counts cannot be resampled: write it anew")
+        warnings.warn(
+            f"a schedule of {len(self)} layers is resampled to {layers}: it was not made for this depth, so check the "
+            "accuracy, or search one for this model (vtr search gsearch)",
+            UserWarning,
+            stacklevel=3,
+        )
+        step = (len(self) - 1) / max(layers - 1, 1)
+        return Schedule([self._between(layer * step) for layer in range(layers)])
+
+    def _between(self, place: float) -> Keep:
+        """The keep at a place between two layers; between a ratio and a count it is the nearer layer's."""
+        low = min(int(place), len(self) - 1)
+        a, b = self._keeps[low], self._keeps[min(low + 1, len(self) - 1)]
+        if isinstance(a, float) and isinstance(b, float):
+            return round(a + (b - a) * (place - low), 4)
+        if isinstance(a, int) and isinstance(b, int):
+            return round(a + (b - a) * (place - low))
+        return a if place - low < 0.5 else b
+
     def to_json(self) -> list[Keep]:
         """The keeps as a JSON list (ratios stay floats, counts ints)."""
         return list(self._keeps)
@@ -77,6 +118,21 @@ class Schedule(Sequence[Keep]):
     def save(self, path: str | Path) -> None:
         """Write the schedule as a JSON list."""
         Path(path).write_text(json.dumps(self.to_json()) + "\n")
+
+    @classmethod
+    def named(cls, name: str | Path) -> Schedule:
+        """A preset by its name, or what a file (or the ``schedule.json`` of a folder) holds.
+
+        Raises:
+            FileNotFoundError: neither. ValueError: a file that is no schedule.
+        """
+        if str(name).lower() in (known := presets()):
+            return known[str(name).lower()].schedule
+        path = Path(name)
+        path = path / SCHEDULE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"{name} is neither a file nor one of the presets: {', '.join(known)}")
+        return cls.load(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -92,3 +148,27 @@ class Schedule(Sequence[Keep]):
             raise ValueError(
                 f"{path} is not a schedule: it needs a JSON list with one keep per decoder layer"
             ) from error
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A schedule that comes with the package.
+
+    Attributes:
+        model: which model it was made for. source: who made it, and how it came here (read off a figure, searched).
+    """
+
+    name: str
+    schedule: Schedule
+    model: str
+    source: str
+
+
+@lru_cache(maxsize=1)
+def presets() -> dict[str, Preset]:
+    """The presets by name, for ``vtr.GSearch("llava-1.5-7b")``; they lie in ``vtr/presets`` with their provenance."""
+    found = {}
+    for path in sorted(PRESETS.glob("*.json")):
+        for name, one in json.loads(path.read_text(encoding="utf-8")).items():
+            found[name] = Preset(name, Schedule(one["schedule"]), one["model"], one["source"])
+    return found

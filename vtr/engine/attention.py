@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +38,8 @@ class Probe:
 
     row: int
     queries: torch.Tensor
+    strongest: bool = False
+    """Of each query the strongest head's, not the mean over heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +178,7 @@ def attention(
         for probe in plan.probes:
             if probe.row == row and row not in plan.sink:
                 with torch.no_grad():
-                    found = _timed_scores(plan.clock, q, k, probe.queries, kwargs.get("scaling"), reach)
+                    found = _timed_scores(plan.clock, q, k, probe, kwargs.get("scaling"), reach)
                     plan.sink[row] = found[-n:]
     if one_kernel is not None:
         return one_kernel(query, key, value), None
@@ -235,8 +238,13 @@ def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _timed_scores(clock: Clock | None, *args: Any) -> torch.Tensor:
-    if clock is None:
-        return scores(*args)
-    with clock:
-        return scores(*args)
+def _timed_scores(
+    clock: Clock | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    probe: Probe,
+    scaling: float | None,
+    reach: Reach | None,
+) -> torch.Tensor:
+    with nullcontext() if clock is None else clock:
+        return scores(query, key, probe.queries, scaling, reach, probe.strongest)

@@ -183,6 +183,7 @@ class Patch:
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.pop("policy", MISSING)
+        asked = kwargs.pop("vtr_queries_end", None)
         # a forward by hand, made by a callback of a running generate, names its own policy
         generation = self.generation() if given is MISSING else None
         if args:
@@ -209,13 +210,14 @@ class Patch:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
-        kwargs["vtr_request"] = self._request(generation, policies, ids, embeds, kwargs)
+        kwargs["vtr_request"] = self._request(generation, policies, ids, embeds, kwargs, asked)
         return args, kwargs
 
     def _request(
         self, generation: Generation | None, policies: list[Policy | None], ids: torch.Tensor | None,
-        embeds: torch.Tensor | None, kwargs: dict[str, Any],
+        embeds: torch.Tensor | None, kwargs: dict[str, Any], asked: int | None,
     ) -> Request:  # fmt: skip
+        """``asked``: columns of the prompt, behind which stands an answer that ranks nothing; None: all is prompt."""
         mask = kwargs.get("attention_mask")
         cache = cache_in(kwargs)
         continued = is_ragged(cache)
@@ -230,7 +232,7 @@ class Patch:
             captures = self.vision.wanted(policies, prompt)
             if captures is not None:
                 begin(captures)
-            return Request(policies, prompt, ids.shape[1], None, captures)
+            return Request(policies, prompt, ids.shape[1] if asked is None else asked, None, captures)
         assert generation.prompt is not None
         rows, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         beams = rows // len(policies)  # beam search and num_return_sequences repeat each prompt

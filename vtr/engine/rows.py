@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,12 @@ class Row:
         if layouts:
             self._fields = {name: torch.cat([getattr(lay, name) for lay in layouts]) for name in _FIELDS}
             self._fields["image"] = torch.cat([torch.full((len(lay),), i) for i, lay in enumerate(layouts)])
+
+    def again(self, index: int, policy: Policy | None) -> Row:
+        """This row as it is now, as row ``index`` under ``policy``; cutting one of them leaves the other alone."""
+        row = copy.copy(self)  # nothing of a row is changed in place
+        row.index, row.policy = index, policy
+        return row
 
     # -- before the decoder ----------------------------------------------------------------------------------------
     def compress(self, embeds: torch.Tensor, captures: Captures | None) -> None:
@@ -147,7 +154,7 @@ class Row:
 
     def queries(self, kind: str) -> torch.Tensor:
         """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""
-        chosen = self._text_queries[-1:] if kind == "last" else self._text_queries
+        chosen = self._text_queries[-1:] if kind.startswith("last") else self._text_queries
         return self.text.index_select(0, chosen)
 
     def cut(self, keep: torch.Tensor) -> torch.Tensor:

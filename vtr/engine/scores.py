@@ -30,15 +30,16 @@ class Reach:
 
 
 def scores(
-    query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float | None, reach: Reach | None = None
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float | None, reach: Reach | None = None,
+    strongest: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Attention that keys get from some queries of one row: mean over heads, and over the queries that can see the key.
 
     Args:
         query: [1, heads, n, d] after rope; key: [1, kv_heads, m, d], of which the last n belong to the queries.
         queries: int64 [q], indices into the n.
         scaling: of the logits; None for d ** -0.5.
-        reach: of a sliding window, or None.
+        reach: of a sliding window, or None. strongest: of each query, the largest over heads instead of their mean.
 
     Returns:
         float32 [m]; 0 for a key that none of the queries can see.
@@ -53,7 +54,8 @@ def scores(
         q = query[0].index_select(1, some).view(kv_heads, heads // kv_heads * some.shape[0], -1)
         logits = torch.matmul(q, key[0].transpose(1, 2)).float().mul_(scaling).view(heads, some.shape[0], m)
         logits.masked_fill_(~seen, float("-inf"))
-        total += logits.softmax(-1).mean(0).sum(0)
+        paid = logits.softmax(-1)
+        total += (paid.amax(0) if strongest else paid.mean(0)).sum(0)
         seen_by += seen.sum(0)
     return total / seen_by.clamp_(min=1)
 

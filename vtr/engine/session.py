@@ -6,9 +6,11 @@ on the model. It makes one immutable :class:`~vtr.engine.attention.Plan` per dec
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -128,8 +130,7 @@ class Session:
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
-        if not self._rope:
-            self._rope, self._positions = kwargs["position_embeddings"], kwargs["position_ids"]
+        self.stand(kwargs)
         if hidden.device != self.device:
             self._move(hidden.device)
         if self.state is not None and self.state.shift[index] != self._shift:
@@ -165,6 +166,11 @@ class Session:
             self.layers[index].staged = plan
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
+
+    def stand(self, kwargs: dict[str, Any]) -> None:
+        """Take rope and positions of the packed tokens from what the text model hands its first layer."""
+        if not self._rope:
+            self._rope, self._positions = kwargs["position_embeddings"], kwargs["position_ids"]
 
     def _move(self, device: torch.device) -> None:
         """The layers from here on are on another device: bring what indexes their tokens."""
@@ -299,10 +305,41 @@ class Session:
             kind = row.policy.needs(index + 1) if row.policy is not None and row.count else None
             if kind is not None:
                 queries = row.queries(kind)
-                probes.append(Probe(row.index, queries))
+                probes.append(Probe(row.index, queries, kind.endswith("-max")))
                 g, keys = self.trace.geometry, row.length + (past[row.index] if past else 0)
                 self.trace.selector_flops += 2 * g.heads * g.head_dim * len(queries) * keys
         return tuple(probes)
+
+    # -- the same rows again ---------------------------------------------------------------------------------------
+    def fork(self, picks: Sequence[tuple[int, Policy | None]]) -> tuple[Session, torch.Tensor]:
+        """A session that goes on from where this one is, with rows of its own.
+
+        Args:
+            picks: for each new row, which of this session's rows it continues, and under which policy.
+
+        Returns:
+            The new session, and int64 [T']: which packed token of this one each of its tokens is. This one stays as it
+            is and can be forked again.
+
+        Raises:
+            UnsupportedError: the rows have a cache.
+        """
+        if self.state is not None:
+            raise UnsupportedError("rows that fill a cache cannot be forked: call the model with use_cache=False")
+        starts = [0, *accumulate(row.length for row in self.rows)]
+        chosen = [torch.arange(starts[old], starts[old + 1]) for old, _ in picks]
+        index = torch.cat(chosen).to(self.device, non_blocking=True)
+        made = copy.copy(self)
+        made.rows = [self.rows[old].again(new, policy) for new, (old, policy) in enumerate(picks)]
+        made.batch, made._shift = len(picks), [0] * len(picks)
+        made.clock, made.trace = Clock(self.device), Trace(self.trace.geometry)
+        made.lengths, made.past, made.noted = [], [], [row.trace(self._offset) for row in made.rows]
+        made._scores = {new: self._scores[old] for new, (old, _) in enumerate(picks) if old in self._scores}
+        if self._rope:
+            made._rope = tuple(t.index_select(1, index) for t in self._rope)
+            made._positions = self._positions.index_select(1, index)
+        made._check()
+        return made, index
 
     # -- out of the decoder ----------------------------------------------------------------------------------------
     def unpack(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.base import Keep, Policy, Scores, Tokens, keep_count, top
+from vtr.base import SCORES, Keep, Policy, Scores, Tokens, keep_count, top
 from vtr.policies._checks import check_on_continue
 from vtr.registry import register_policy
 from vtr.schedule import Schedule
@@ -21,43 +21,53 @@ if TYPE_CHECKING:
 class GSearch(Policy):
     """A cut before every decoder layer, as a schedule says: the best vision tokens stay, dropped ones stay gone.
 
-    Tokens are ranked by the attention they got in the layer before (paper, Fig. 2), mean over heads. Which queries the
-    paper takes is not published; ``queries="text"`` (the mean over all text tokens after the image) is our choice.
+    Tokens are ranked by the attention they got in the layer before (paper, Fig. 2). Which queries and heads the paper
+    takes is not published; ``queries="text"`` is our choice. :func:`vtr.search.gsearch` and :func:`vtr.search.psigmoid`
+    find a schedule for a model; the paper's published ones are presets (:func:`vtr.schedule.presets`).
 
     Args:
-        schedule: one keep per decoder layer (:class:`~vtr.Schedule`, a list, or the path of a saved schedule).
+        schedule: one keep per decoder layer (:class:`~vtr.Schedule` or a list), the name of a preset
+            (``"llava-1.5-7b"``), or the path of a saved schedule or of a folder with a ``schedule.json``.
             ``schedule[0]`` must be 1.0: layer 0 has no layer before it to rank by.
-        queries: "text" or "last" (the last text token alone, as FastV).
+        queries: "text", the mean over all text tokens after the image; "last", the last text token alone, as FastV;
+            both mean over heads. "text-max", "last-max": of each text token the strongest head instead.
+        layers: decoder layers of the model the schedule is to be used on; resampled to it, with a warning, if it was
+            made for another depth. None: as it is.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
 
     Raises:
         TypeError, ValueError: settings out of range.
+        FileNotFoundError: neither a preset nor a file.
     """
 
     schedule: Sequence[Keep] = field(default_factory=lambda: Schedule([1.0]))
     queries: Scores = "text"
+    layers: int | None = None
     on_continue: str = "warn"
 
     question_guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, (str, Path)):
-            self.schedule = Schedule.load(self.schedule)
+            self.schedule = Schedule.named(self.schedule)
         elif not isinstance(self.schedule, Schedule):
             self.schedule = Schedule(self.schedule)
+        if self.layers is not None:
+            self.schedule, self.layers = self.schedule.resample(self.layers), None
         if repr(self.schedule[0]) != "1.0":
             raise ValueError(
                 f"schedule[0]={self.schedule[0]!r} must be 1.0: layer 0 has no attention before it to rank tokens by"
             )
-        if self.queries not in ("text", "last"):
-            raise ValueError(f"queries={self.queries!r}: choose 'text' or 'last'")
+        if self.queries not in SCORES:
+            raise ValueError(f"queries={self.queries!r}: choose one of {', '.join(map(repr, SCORES))}")
         check_on_continue(self.on_continue)
 
     def check(self, num_hidden_layers: int) -> None:
         if len(self.schedule) != num_hidden_layers:
             raise ValueError(
                 f"the schedule has {len(self.schedule)} entries, but the model has {num_hidden_layers} decoder layers: "
-                "give one keep per layer"
+                f"give one keep per layer, or GSearch(…, layers={num_hidden_layers}) to stretch this one (a schedule "
+                "searched for this very model is better: vtr search gsearch)"
             )
 
     def needs(self, layer: int) -> Scores | None:

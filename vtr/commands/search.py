@@ -1,0 +1,208 @@
+"""``vtr search``: find a keep-schedule for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtr.search import Example, Found, Split
+
+search = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+Model = Annotated[str | None, typer.Option(help="a folder or hub name", show_default="the pocket model")]
+Data = Annotated[str, typer.Option(help="`pocket:split=val`, a JSONL file, a folder, or `hf:NAME,split=…`")]
+Images = Annotated[Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")]
+Columns = Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")]
+Out = Annotated[Path, typer.Option(help="the folder for schedule, policy, plots and report")]
+Calibration = Annotated[int, typer.Option(min=1, help="questions to search on")]
+Evaluation = Annotated[int, typer.Option(min=0, help="other questions (other pictures) to measure on; 0: no report")]
+Objective = Annotated[str, typer.Option(help="kl, agreement (both need no answers), accuracy, likelihood")]
+Start = Annotated[int, typer.Option(min=1, help="the first layer that may cut, from 0")]
+Queries = Annotated[str, typer.Option(help="whose attention ranks: text, last, text-max, last-max")]
+Batch = Annotated[int, typer.Option(min=1, help="rows (questions × candidates) a call")]
+Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
+Seed = Annotated[int, typer.Option(help="of the split and of the search")]
+Latency = Annotated[int, typer.Option(min=0, help="time the prefill of so many held-out prompts, in turns")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16", show_default="float32 on the CPU")]
+POCKET = "pocket:split=val"
+
+
+@search.callback()
+def search_main() -> None:
+    """Find how many vision tokens each decoder layer of a model needs. Try: `vtr search gsearch --out schedule`"""
+
+
+@search.command("gsearch")
+def gsearch_command(
+    out: Out = Path("schedule"),
+    model: Model = None,
+    data: Data = POCKET,
+    images: Images = None,
+    columns: Columns = "",
+    calibration: Calibration = 32,
+    evaluation: Evaluation = 64,
+    tolerance: Annotated[float, typer.Option(min=0, help="how far the mean score may fall")] = 0.01,
+    objective: Objective = "kl",
+    method: Annotated[str, typer.Option(help="bisect (hard tolerance), or bayes (the paper's kind)")] = "bisect",
+    start: Start = 2,
+    queries: Queries = "text",
+    batch_size: Batch = 32,
+    max_new_tokens: Tokens = 16,
+    seed: Seed = 0,
+    latency: Latency = 2,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Find the cheapest schedule that loses (almost) nothing: G-Search.
+
+    Layer by layer, from shallow to deep, the smallest share of vision tokens that stays within the tolerance. What lies
+    before a layer is computed once; candidates share batches. Ctrl-C is safe: the same command goes on where it was
+    (`state.json` in --out).
+
+    Writes vtr_policy.json (`vtr.GSearch.from_pretrained(out)`), schedule.json, search.json (all that was tried),
+    curve.png, ranks.png (do layers rank tokens alike?), report.md and report.json: accuracy, FLOPs, KV and latency on
+    held-out questions, beside no reduction and FastV, Pyramid and uniform choice at equal FLOPs.
+
+    * `vtr search gsearch --out schedule` — the pocket model, offline, a minute or two
+
+    * `vtr search gsearch --model llava-hf/llava-1.5-7b-hf --data textvqa.jsonl --images pics --tolerance 0.02`
+
+    * `vtr search gsearch --objective accuracy --tolerance 0 --calibration 256 --method bayes`
+    """
+    from vtr.search import gsearch
+
+    def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
+        return gsearch(loaded, processor, examples, tolerance=tolerance, method=method, **shared)  # type: ignore[arg-type]
+
+    shared = {"objective": objective, "start": start, "queries": queries, "batch_size": batch_size, "seed": seed}
+    _run(
+        find, {**shared, "max_new_tokens": max_new_tokens}, out, (model, device, dtype), (data, images, columns),
+        (calibration, evaluation), latency,
+    )  # fmt: skip
+
+
+@search.command("psigmoid")
+def psigmoid_command(
+    budget: Annotated[float, typer.Option(help="what may be spent, as a ratio to no reduction")] = 0.3,
+    measure: Annotated[str, typer.Option(help="of: keep (mean share of tokens), flops, kv")] = "flops",
+    trials: Annotated[int, typer.Option(min=1, help="schedules to try")] = 16,
+    curve: Annotated[Path | None, typer.Option(help="a schedule whose fitted sigmoid is tried first")] = None,
+    out: Out = Path("schedule"),
+    model: Model = None,
+    data: Data = POCKET,
+    images: Images = None,
+    columns: Columns = "",
+    calibration: Calibration = 32,
+    evaluation: Evaluation = 64,
+    objective: Objective = "kl",
+    start: Start = 2,
+    queries: Queries = "text",
+    batch_size: Batch = 32,
+    max_new_tokens: Tokens = 16,
+    seed: Seed = 0,
+    latency: Latency = 2,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Find the best sigmoid schedule for a budget: P-Sigmoid.
+
+    Steepness and middle of a sigmoid over layers by Bayesian optimisation; its height is what makes it cost the budget.
+    Ctrl-C is safe: the same command goes on where it was. Writes what `vtr search gsearch` writes.
+
+    * `vtr search psigmoid --budget 0.2 --measure flops --out schedule20`
+
+    * `vtr search psigmoid --budget 0.25 --measure keep --curve schedule` — begins with the fit of a G-Search curve
+    """
+    from vtr import Schedule
+    from vtr.search import psigmoid
+
+    def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
+        first = None if curve is None else list(Schedule.named(curve))
+        how = {"budget": budget, "measure": measure, "trials": trials, "curve": first}
+        return psigmoid(loaded, processor, examples, **how, **shared)  # type: ignore[arg-type]
+
+    shared = {"objective": objective, "start": start, "queries": queries, "batch_size": batch_size, "seed": seed}
+    _run(
+        find, {**shared, "max_new_tokens": max_new_tokens}, out, (model, device, dtype), (data, images, columns),
+        (calibration, evaluation), latency,
+    )  # fmt: skip
+
+
+def _run(
+    find: Callable[..., Found], shared: dict[str, Any], out: Path, which: tuple[str | None, str, str | None],
+    source: tuple[str, Path | None, str], sizes: tuple[int, int], latency: int,
+) -> None:  # fmt: skip
+    """Load, split, search, save, measure, show."""
+    from vtr import demo
+    from vtr.cli import console, fail
+    from vtr.search.prefix import Spent
+
+    try:
+        sides = _sides(source, sizes, shared["seed"])
+        model, processor = demo.load(*which)
+        out.mkdir(parents=True, exist_ok=True)
+        found = find(model, processor, list(sides.calibration), {**shared, "state": out / "state.json"})
+        found.save_pretrained(out)
+        _draw_ranks(found, out)
+        console.print(Spent(**found.record["spent"]).table(), highlight=False)
+        console.print(f"schedule: {list(found)}", highlight=False)
+        if sizes[1]:
+            console.print(
+                _report(model, processor, found, sides, latency, out), highlight=False, markup=False, soft_wrap=True
+            )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+    console.print(f"written to [bold]{out}[/]; use it: vtr.GSearch.from_pretrained({str(out)!r})", highlight=False)
+
+
+def _sides(source: tuple[str, Path | None, str], sizes: tuple[int, int], seed: int) -> Split:
+    """Calibration and evaluation examples of the data, with no picture on both sides.
+
+    Raises:
+        ValueError: records that cannot be used, or too few.
+    """
+    from vtr.eval.data import Bad, open_data, settings_of
+    from vtr.search import Example, Split, split
+
+    data, images, columns = source
+    limit = sum(sizes) if sizes[1] else sizes[0] + 8  # some more for another side, since a split has two
+    made = []
+    for record in open_data(data, limit=limit, seed=seed, columns=settings_of(columns), images=images):
+        if isinstance(record, Bad):
+            raise ValueError(f"record {record.id} of {data} cannot be used: {record.reason}")
+        made.append(Example(record.picture(), record.question, record.answers[0]))
+    sides = split(made, sizes[0], seed)
+    return Split(sides.calibration, sides.evaluation[: sizes[1] or None])
+
+
+def _draw_ranks(found: Found, out: Path) -> None:
+    """How much layers agree, as a picture."""
+    import numpy as np
+
+    from vtr.search import Ranks
+
+    if (told := found.record["ranks"]) is not None:
+        ranks = Ranks(np.array(told["tau"]), np.array(told["within"]), told["questions"], told["queries"])
+        ranks.plot().savefig(out / "ranks.png", dpi=110)
+
+
+def _report(model: Any, processor: Any, found: Found, sides: Split, latency: int, out: Path) -> str:
+    from vtr.eval import equal_flops, schedule_report
+    from vtr.search import Cost
+    from vtr.search.data import refuse_overlap
+
+    refuse_overlap(found.record["pictures"], sides.evaluation)
+    cost = Cost.of(model, found.record["sizes"])
+    others = equal_flops.baselines(found.record["ratios"]["flops"], cost)
+    policies = {"none": None, found.record["method"]: found.policy(), **others}
+    tokens = found.record["max_new_tokens"]
+    lines = schedule_report.measure(model, processor, policies, sides.evaluation, latency, tokens)
+    return schedule_report.write(out, found, found.record, lines, sides.evaluation)
