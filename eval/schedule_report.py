@@ -14,7 +14,6 @@ from vtr.eval import results
 from vtr.eval.answers import Bench, costs
 from vtr.eval.contenders import Contender
 from vtr.eval.data import Sample
-from vtr.eval.memo import shared_features
 from vtr.eval.metrics import metric
 from vtr.eval.run import prefill_times
 from vtr.eval.stats import mcnemar, paired
@@ -69,7 +68,7 @@ def measure(
             batch = bench.prepare(samples[start : start + BATCH])
             if batch.bad:
                 raise ValueError(f"a held-out question cannot be used: {batch.bad[0].reason}")
-            with torch.inference_mode(), shared_features(model):
+            with torch.inference_mode(), vtr.shared_features(model):
                 for one, line in zip(bench.contenders, lines, strict=True):
                     _answer(bench, batch, one, line)
     for line in lines:
