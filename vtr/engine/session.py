@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import Policy, Token, UnsupportedError
 from vtr.engine.attention import Plan, Probe, Routing
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
+from vtr.engine.decode import answers, as_tensor
 from vtr.engine.prompt import Prompt
 from vtr.engine.rows import Row, checked_keep
 from vtr.engine.scores import Reach, ahead
@@ -79,12 +80,17 @@ class Session:
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
+        self._memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in self.rows]
 
     def _check(self) -> None:
         for row in self.rows:
             if row.length == 0:
                 raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros")
             p = row.policy
+            if self.layers is None and p is not None and p.renumbers and p.asks("remember"):
+                raise UnsupportedError(
+                    f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
+                )
             ranks = p is not None and row.count and (p.question_guided or any(map(p.needs, range(self.depth))))
             if ranks and not row.rankable:
                 raise ValueError(
@@ -135,13 +141,13 @@ class Session:
         if self.state is not None and self.state.shift[index] != self._shift:
             self._step_down(self.state.shift[index], hidden)
         with self.clock:
+            remembered = self._forget(index, hidden)
+        hidden = self._select(hidden, remembered)
+        with self.clock:
             stay = self._prune(index, layer, hidden)
-        if stay is not None:
-            hidden = hidden.index_select(1, stay)
-            self._rope = tuple(t.index_select(1, stay) for t in self._rope)
-            self._positions = self._positions.index_select(1, stay)
-            if any(row.lost for row in self.rows):
-                self._renumber(hidden)
+        hidden = self._select(hidden, stay)
+        if stay is not None and any(row.lost for row in self.rows):
+            self._renumber(hidden)
         if self.state is not None:
             self.state.shift[index] = [old + row.lost for old, row in zip(self._shift, self.rows, strict=True)]
         with self.clock:
@@ -165,6 +171,14 @@ class Session:
             self.layers[index].staged = plan
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
+
+    def _select(self, hidden: torch.Tensor, stay: torch.Tensor | None) -> torch.Tensor:
+        """The packed tokens that stay, and their rope and positions; None: all."""
+        if stay is None:
+            return hidden
+        self._rope = tuple(t.index_select(1, stay) for t in self._rope)
+        self._positions = self._positions.index_select(1, stay)
+        return hidden.index_select(1, stay)
 
     def _move(self, device: torch.device) -> None:
         """The layers from here on are on another device: bring what indexes their tokens."""
@@ -218,6 +232,28 @@ class Session:
             reach=self._reach,
         )
 
+    def _forget(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Without a cache: decoded tokens that a cache would not hold are no keys either. Reads the device."""
+        if self.layers is not None:
+            return None
+        stays: list[torch.Tensor | None] = []
+        before, start = [row.length for row in self.rows], 0
+        for row, n in zip(self.rows, before, strict=True):
+            stay, p = None, row.policy
+            if len(row.decoded) and p is not None and p.asks("remember"):
+                states = hidden[0, start : start + n].index_select(0, row.decoded)
+                tokens = [Token(state, memo) for state, memo in zip(states, self._memos[row.index], strict=True)]
+                said = answers(p, p.recall(index, tokens), len(tokens))
+                answer = torch.stack([as_tensor(a, hidden.device) for a in said])
+                self.trace.selector_flops += sum(token.flops for token in tokens)
+                if not bool(answer.all()):
+                    stay = row.forget(answer)
+                    kept = answer.tolist()
+                    self._memos[row.index] = [m for m, k in zip(self._memos[row.index], kept, strict=True) if k]
+            stays.append(stay)
+            start += n
+        return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
+
     def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
         stays: list[torch.Tensor | None] = []
         before, start = [row.length for row in self.rows], 0
@@ -227,9 +263,9 @@ class Session:
             if row.count and p is not None and p.asks("prune"):
                 here = slice(start, start + n)
                 look = partial(self._ahead, row, index, layer, hidden, here)
-                answer = p.prune(
-                    index, row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
-                )
+                tokens = row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
+                answer = p.prune(index, tokens)
+                self.trace.selector_flops += tokens.flops
                 if answer is not None:
                     keep = checked_keep(answer, row.count, "prune", p, hidden.device)
                     stay = row.cut(keep) if len(keep) < row.count else None
@@ -268,7 +304,9 @@ class Session:
             start += n
             passes, scale = None, hidden.new_ones(n)
             if row.count and p is not None and p.asks("route"):
-                answer = p.route(index, row.tokens(index, self.depth, here, None, _no_look_ahead))
+                tokens = row.tokens(index, self.depth, here, None, _no_look_ahead)
+                answer = p.route(index, tokens)
+                self.trace.selector_flops += tokens.flops
                 if answer is not None:
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
                     passes = row.passing(keep)
