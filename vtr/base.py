@@ -102,6 +102,7 @@ class Tokens:
         layer: the 0-based decoder layer about to run; num_hidden_layers: how many there are.
         total: how many vision tokens the row had when it entered the text model.
         image, tile, y, x, newline: int64 [n] each, n = len(tokens): the tokens still there.
+        place: int64 [n], where they stand among the row's ``row_length`` tokens (text too) that enter the layer.
         hidden: [n, hidden_size], their hidden states. text: [t, hidden_size], those of the row's text tokens.
         scores: float32 [n], what ``needs(layer)`` asked for, or None.
         per_image: how many of them each image of the row had on entering the text model, in order.
@@ -122,8 +123,9 @@ class Tokens:
         scores: torch.Tensor | None,
         ahead: Callable[[], torch.Tensor],
         per_image: tuple[int, ...] = (),
+        row_length: int = 0,
     ) -> None:
-        self.ahead, self.per_image, self.flops = ahead, per_image, 0
+        self.ahead, self.per_image, self.row_length, self.flops = ahead, per_image, row_length, 0
         self.layer, self.num_hidden_layers, self.total = layer, num_hidden_layers, total
         self._count, self._field, self.scores = count, field, scores
 
@@ -149,6 +151,10 @@ class Tokens:
     @property
     def newline(self) -> torch.Tensor:
         return self._field("newline")
+
+    @property
+    def place(self) -> torch.Tensor:
+        return self._field("place")
 
     @property
     def hidden(self) -> torch.Tensor:

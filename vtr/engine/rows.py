@@ -145,13 +145,15 @@ class Row:
         def field(name: str) -> torch.Tensor:
             if name == "hidden":
                 return hidden.index_select(0, self.vision)
+            if name == "place":
+                return self.vision
             if name == "text":
                 return hidden.index_select(0, self.text)
             whole = self._fields[name]
             return whole if self.alive is None else whole.index_select(0, self.alive)
 
         ranked = None if scores is None else scores.index_select(0, self.vision)
-        return Tokens(layer, depth, self.total, self.count, field, ranked, ahead, self.per_image)
+        return Tokens(layer, depth, self.total, self.count, field, ranked, ahead, self.per_image, self.length)
 
     def queries(self, kind: str) -> torch.Tensor:
         """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""

@@ -46,8 +46,10 @@ class PMoD(Learned):
     pass the MLP's output is scaled by w, of those that go around the whole hidden state; text is left alone. How many
     pass falls with depth (PRD, section 3.3: :func:`vtr.schedule.progressive`). Decoded tokens pass every layer.
 
-    All of it is computed in the model's dtype. In bfloat16 w has some tens of distinct values, so ties are common:
-    among equals the lower slot passes (the official code leaves that to ``torch.topk``, which differs by device).
+    All of it is computed in the model's dtype. w saturates, and in bfloat16 it has some tens of distinct values, so
+    ties are common. By default the lower slot passes. The official code leaves it to ``torch.topk`` over the whole row,
+    text included, whose order differs by device and number of tokens; ``ties="official"`` does the same (so that with
+    it, decoding without a cache may choose others at every step).
 
     Args:
         high: layers of which more than this share would pass are dense. low: at least this share passes.
@@ -55,6 +57,7 @@ class PMoD(Learned):
         shape: "cosine", or "linear" (the official code's shiftedlinear_decay).
         ratios: the share that passes each decoder layer, None for a dense layer; instead of all of the above.
         norm: "activation_scale_bias", as official checkpoints name it; tanh, sigmoid, softmax or none.
+        ties: which of equally weighted tokens pass: "lower" or "official".
 
     Raises:
         TypeError, ValueError: settings out of range.
@@ -67,6 +70,7 @@ class PMoD(Learned):
     shape: Literal["cosine", "linear"] = "cosine"
     ratios: Sequence[float | None] | None = None
     norm: str = "tanh_0.2_1"
+    ties: Literal["lower", "official"] = "lower"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +78,8 @@ class PMoD(Learned):
             raise ValueError(f"low={self.low}, high={self.high}: shares of tokens, 0 <= low <= high <= 1")
         if self.shape not in ("cosine", "linear"):
             raise ValueError(f"shape={self.shape!r}: choose 'cosine' or 'linear'")
+        if self.ties not in ("lower", "official"):
+            raise ValueError(f"ties={self.ties!r}: choose 'lower' or 'official'")
         if self.period is not None and (isinstance(self.period, bool) or self.period < 1):
             raise ValueError(f"period={self.period!r}: a decoder layer, at least 1, or None for the last one")
         if self.ratios is not None:
@@ -118,7 +124,12 @@ class PMoD(Learned):
         weights = self.weights(layer, hidden)
         tokens.flops += 2 * hidden.numel()
         count = min(int(tokens.total * ratio), len(tokens))  # the official rounding: cut off
-        return Route(top(weights.detach(), count), weights)
+        score = weights.detach()
+        if self.ties == "lower":
+            return Route(top(score, count), weights)
+        place = tokens.place
+        row = score.new_full((tokens.row_length,), -torch.inf).index_copy(0, place, score)
+        return Route(torch.searchsorted(place, row.topk(count).indices.sort().values), weights)
 
 
 def _parsed(norm: str) -> tuple[str, float, float]:
