@@ -86,7 +86,7 @@ class Learned(Policy):
             The policy itself.
         """
         config = model.get_decoder().config
-        self._start(config.hidden_size, config.num_hidden_layers)
+        self.start(config.hidden_size, config.num_hidden_layers)
         assert self.module is not None
         self.module.to(next(model.get_decoder().parameters()).device)
         return self
@@ -101,7 +101,8 @@ class Learned(Policy):
         for name in ("module", "sizes", "base", "allow_mismatch", "folder"):
             setattr(self, name, getattr(other, name))
 
-    def _start(self, hidden_size: int, num_hidden_layers: int) -> None:
+    def start(self, hidden_size: int, num_hidden_layers: int) -> None:
+        """Take new weights for models of these sizes, as training begins with them."""
         self.sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
         self.module, self.base, self.folder, self._copies = self.make(**self.sizes), None, None, {}
 
@@ -193,7 +194,7 @@ class Learned(Policy):
             raise ValueError(
                 f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights"
             ) from error
-        self._start(*sizes)
+        self.start(*sizes)
         assert self.module is not None and about is not None
         wanted = self.module.state_dict()
         wrong = [f"missing {name} {list(t.shape)}" for name, t in wanted.items() if name not in tensors]
