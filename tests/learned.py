@@ -59,9 +59,12 @@ def reference(model: Any, row: oracle.Row, policy: Any, images: list[int], asked
     positions, alive, kept, held = torch.arange(n), torch.ones(n).bool(), [], []
     for depth, layer in enumerate(text.layers):
         here, weights = vision, None
+        if isinstance(policy, vtr.PMoD):  # who went around the layer before is back
+            alive = torch.ones(n).bool()
         if isinstance(policy, vtr.PMoD) and (ratio := policy.layers(len(text.layers))[depth]) is not None:
             z = policy.module.routers[str(depth)](x[vision])[:, 0]  # type: ignore[union-attr,index]
-            w = 0.2 * torch.tanh(z) + 1
+            act, scale, bias = policy.norm.split("_")
+            w = float(scale) * getattr(torch, act)(z) + float(bias)
             weights = torch.ones(n).index_copy(0, torch.tensor(vision).long(), w)
             here = oracle.best(weights, vision, int(len(vision) * ratio), None)
             alive = ~row.vision
@@ -92,7 +95,8 @@ def _decided(
         mine = row.slots[start : start + count]
         score = module.image_score_predictor(x[None, mine])[0].log_softmax(-1)[:, 0]
         spread = torch.zeros(len(x)).index_copy(0, torch.tensor(mine), score)
-        stay += oracle.best(spread, mine, int(count * policy.keep), None)
+        keep = min(policy.keep, count) if isinstance(policy.keep, int) else int(count * policy.keep)
+        stay += oracle.best(spread, mine, keep, None)
         start += count
     alive = ~row.vision
     alive[stay] = True
