@@ -118,10 +118,9 @@ def test_200_decoded_tokens_in_a_mixed_batch() -> None:
         alone = tiny.generate(model, tiny.single(inputs, b, model), policy=policy, **long)
         assert torch.equal(together.sequences[b, -200:], alone.sequences[0, -200:])
         close(torch.stack([step[b] for step in together.logits]), torch.cat(alone.logits))
-        lengths = [
-            [layer.lengths()[i] for layer in out.past_key_values.layers] for out, i in ((together, b), (alone, 0))
-        ]
-        assert lengths[0] == lengths[1]
+        if policy is not None:
+            held = [layer.lengths()[0] for layer in alone.past_key_values.layers]
+            assert [layer.lengths()[b] for layer in together.past_key_values.layers] == held
 
 
 @pytest.mark.parametrize("policies", [MIXES[1]], ids=["dynamic and pmod"])
