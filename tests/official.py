@@ -173,7 +173,6 @@ def given(method: str, rename: Callable[[str], str | None], attn: str = "sdpa") 
 
     ``rename``: an official parameter's name without what the method wraps around it; None for the policy's weights.
     """
-    register_adapter(GivenAdapter())
     config, state = meta(method)["config"], tensors(method, "weights")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names = (*names, "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta")
@@ -186,14 +185,20 @@ def given(method: str, rename: Callable[[str], str | None], attn: str = "sdpa") 
     named = {_renamed(new, ""): t for name, t in state.items() if (new := rename(name)) is not None}
     missing, unexpected = made.load_state_dict(named, strict=False)
     assert not unexpected and not [name for name in missing if "language_model" in name or name == "lm_head.weight"]
+    made.set_attn_implementation(attn)
+    return vtr.patch(features_given(made).eval())
+
+
+def features_given(model: Any) -> Any:
+    """Let a :class:`Given` take its ``pictures`` for what tower and projector make of any pixels."""
+    register_adapter(GivenAdapter())
 
     def features(pixel_values: Any = None, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=made.pictures)
+        return BaseModelOutputWithPooling(pooler_output=model.pictures)
 
-    made.model.get_image_features = features
-    made.generation_config.eos_token_id = None
-    made.set_attn_implementation(attn)
-    return vtr.patch(made.eval())
+    model.model.get_image_features = features
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def mark(model: Any, *used: Tensor) -> None:

@@ -68,7 +68,8 @@ compressors = st.one_of(
     st.builds(vtr.Matryoshka, st.sampled_from([1, 9])),
     st.builds(vtr.GlobalCom2, ratios, budget=st.sampled_from(["paper", "exact"])),
 )
-pmod, dynamic = (functools.lru_cache(256, typed=True)(functools.partial(make, LAYERS)) for make in (learned.pmod, learned.dynamic))
+typed = functools.lru_cache(256, typed=True)
+pmod, dynamic = (typed(functools.partial(make, LAYERS)) for make in (learned.pmod, learned.dynamic))
 trained = st.one_of(
     st.builds(pmod, st.integers(0, 3), low=st.integers(0, 9).map(lambda n: n / 10)),
     st.builds(dynamic, st.integers(0, 3), keep=keeps, layer=layers),
