@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import vtr
 from tests import official, oracle
 from tests.official import close
+from vtr.training.dynamic_llava import DynamicLLaVATraining, Masking, masked_attention
 
 META = official.meta("dynamic_llava")
 CONFIG, SPARSE = META["config"], META["config"]["sparse_config"]
@@ -163,3 +165,44 @@ def test_text_alone() -> None:
     official.mark(model(), DATA["E.input_ids"])
     with torch.no_grad():
         close(model()(input_ids=DATA["E.input_ids"], policy=policy()).logits, DATA["E.logits"])
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("block", [3, 256])
+def test_masked_softmax(block: int) -> None:
+    q, k, v, keep = (DATA[f"F.{name}"] for name in ("q", "k", "v", "policy"))
+    close(masked_attention(q, k, v, keep[..., 0], q.shape[-1] ** -0.5, block=block), DATA["F.out"], 1e-6)
+
+
+def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A right-padded batch; the noise of the Gumbel-softmax drawn as the official code drew it."""
+    inputs = prompt("D")
+    learns = copy.deepcopy(policy())
+    made = copy.deepcopy(model())
+    official.features_given(made)
+    objective = DynamicLLaVATraining(
+        made, learns, text_keep=SPARSE["output_text_keep_rate"], weight=SPARSE["mask_loss_weight"],
+        min_answer=SPARSE["output_text_len_for_training"],
+    )  # fmt: skip
+    seen: list[Masking] = []
+
+    def masking(*args: Any) -> Masking:
+        seen.append(DynamicLLaVATraining._masking(objective, *args))
+        return seen[0]
+
+    monkeypatch.setattr(objective, "_masking", masking)
+    objective.tau = META["cases"]["D.tau"]
+    torch.manual_seed(META["cases"]["D.manual_seed"])
+    out = objective(**inputs, labels=DATA["D.labels"])
+    out["loss"].backward()
+    assert seen[0].keep is not None
+    close(seen[0].keep.detach()[..., None], DATA["D.policy"])
+    close(out["loss"].detach()[None], DATA["D.loss"][None])
+    assert out["image_kept"] == DATA["D.gumbel.image.hard"][..., 0].mean(1).mean()
+    parameters = dict(made.named_parameters()) | {f"policy.{n}": p for n, p in objective.weights.named_parameters()}
+    gradients = [name for name in DATA if name.startswith("D.grad.")]
+    assert gradients
+    for name in gradients:
+        own = name.removeprefix("D.grad.")
+        mine = f"policy.{own.removeprefix('model.')}" if plain(own) is None else official._renamed(own, "")
+        close(parameters[mine].grad, DATA[name])
