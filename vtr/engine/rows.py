@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -206,6 +206,15 @@ class Row:
         slots = torch.where(self.origin >= 0, self.origin + offset, self.origin) if offset else self.origin
         sources = self.sources and [Sources(s.slots + offset, s.made_of) for s in self.sources]
         return RowTrace(self.policy.spec if self.policy else None, slots, sources, original=self.original)
+
+
+def joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
+    """Row-local indices (None = the whole row) as indices into the packed sequence."""
+    out, start = [], 0
+    for part, n in zip(parts, before, strict=True):
+        out.append(torch.arange(start, start + n, device=device) if part is None else part + start)
+        start += n
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def checked_keep(answer: Any, count: int, question: str, policy: Policy, device: torch.device) -> torch.Tensor:

@@ -20,7 +20,7 @@ from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.decode import answers, as_tensor
 from vtr.engine.prompt import Prompt
-from vtr.engine.rows import Row, checked_keep
+from vtr.engine.rows import Row, checked_keep, joined
 from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
 
@@ -252,7 +252,7 @@ class Session:
                     self._memos[row.index] = [m for m, k in zip(self._memos[row.index], kept, strict=True) if k]
             stays.append(stay)
             start += n
-        return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
+        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
 
     def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
         stays: list[torch.Tensor | None] = []
@@ -273,7 +273,7 @@ class Session:
             stays.append(stay)
             start += n
         self._scores = {}
-        return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
+        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
 
     def _ahead(self, row: Row, index: int, layer: Any, hidden: torch.Tensor, here: slice) -> torch.Tensor:
         """What ``Tokens.ahead`` gives: float32 [vision tokens of the row]."""
@@ -319,8 +319,8 @@ class Session:
             weights.append(scale)
         if all(p is None for p in through):
             return None
-        joined = _joined(through, before, hidden.device)
-        return joined, lengths, counts, alive, torch.cat(weights) if weighted else None
+        packed = joined(through, before, hidden.device)
+        return packed, lengths, counts, alive, torch.cat(weights) if weighted else None
 
     def _cached(self, index: int) -> list[int]:
         """Tokens each row already has in this layer's cache; empty when there are none."""
@@ -380,15 +380,6 @@ def _check_checkpointing(layer: Any) -> None:
 
 def _no_look_ahead() -> torch.Tensor:
     raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")
-
-
-def _joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
-    """Row-local indices (None = the whole row) as indices into the packed sequence."""
-    out, start = [], 0
-    for part, n in zip(parts, before, strict=True):
-        out.append(torch.arange(start, start + n, device=device) if part is None else part + start)
-        start += n
-    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _rows(request: Request | None, batch: int, length: int, valid: torch.Tensor | None) -> list[Row]:
