@@ -67,6 +67,7 @@ def contenders(
         for name in shipped():
             try:
                 policy = at_budget(name, budget, depth, shape.side)
+                policy.check(depth)
             except ValueError as error:
                 left_out.append({"name": name, "budget": budget, "why": str(error)})
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from vtr.integrations.llava import Llava, tile_layout
 
 import vtr
+from vtr.base import Layout
+from vtr.engine.adapters import register_adapter
 
 GOLDEN = Path(os.environ.get("VTR_GOLDEN", Path(__file__).parent / "golden"))
 IMG = -200
@@ -143,3 +150,98 @@ def greedy(model: Any, inputs: dict[str, Tensor], policy: Any, steps: int) -> li
         **inputs, policy=policy, max_new_tokens=steps, do_sample=False, suppress_tokens=[model.config.image_token_id]
     )
     return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+# ------------------------------------------------------------------------- text models with given vision features
+class Given(LlavaForConditionalGeneration):
+    """A LLaVA whose images are given as features: ``pictures`` is a list of [tokens, width], in the order of rows."""
+
+    pictures: list[Tensor]
+
+
+class GivenAdapter(Llava):
+    """Every picture is a line of tokens."""
+
+    family, classes = "features given by a test", ("Given",)
+
+    def layouts(self, model: Any, inputs: Any) -> dict[int, list[Layout]]:
+        return {model.config.image_token_id: [tile_layout(1, len(p)) for p in model.pictures]}
+
+
+def given(method: str, rename: Callable[[str], str | None], attn: str = "sdpa") -> Any:
+    """The official tiny text model of ``method``, patched; which word stands for vision tokens says :func:`mark`.
+
+    ``rename``: an official parameter's name without what the method wraps around it; None for the policy's weights.
+    """
+    config, state = meta(method)["config"], tensors(method, "weights")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (*names, "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta")
+    words = {"vocab_size": config["vocab_size"], "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+    text = LlamaConfig(**words, **{name: config[name] for name in names})
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=2, patch_size=1
+    )
+    made: Any = Given(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
+    named = {_renamed(new, ""): t for name, t in state.items() if (new := rename(name)) is not None}
+    missing, unexpected = made.load_state_dict(named, strict=False)
+    assert not unexpected and not [name for name in missing if "language_model" in name or name == "lm_head.weight"]
+    made.set_attn_implementation(attn)
+    return vtr.patch(features_given(made).eval())
+
+
+def features_given(model: Any) -> Any:
+    """Let a :class:`Given` take its ``pictures`` for what tower and projector make of any pixels."""
+    register_adapter(GivenAdapter())
+
+    def features(pixel_values: Any = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=model.pictures)
+
+    model.model.get_image_features = features
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def mark(model: Any, *used: Tensor) -> None:
+    """Let a word that is none of the ``used`` ones stand for vision tokens, of which there are none yet."""
+    model.pictures = []
+    model.config.image_token_id = min(
+        {*range(1, model.config.text_config.vocab_size)} - {t for ids in used for t in ids.flatten().tolist()}
+    )
+
+
+def given_prompt(
+    model: Any, embeds: Tensor, vision: Tensor, mask: Tensor | None = None, used: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
+    """Merged embeddings [rows, n, width] → what the model takes; the tokens at ``vision`` become its pictures.
+
+    used: ids that are labels or are said later on.
+    """
+    mask = torch.ones(embeds.shape[:2]).bool() if mask is None else mask.bool()
+    found = (embeds[:, :, None] - model.get_input_embeddings().weight).abs().amax(-1)
+    assert bool((found.amin(-1)[mask & ~vision] < 1e-6).all()), "text embeddings that are no word's"
+    ids = found.argmin(-1).masked_fill(~mask | vision, 0)
+    mark(model, ids, *used)
+    ids = ids.masked_fill(vision, model.config.image_token_id)
+    model.pictures = [row[here] for row, here in zip(embeds, vision, strict=True) if here.any()]
+    return {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": torch.zeros(len(model.pictures), 3, 2, 2)}
+
+
+class Dictated(LogitsProcessor):
+    """Lets ``generate`` say the ``tokens`` [rows, steps] and nothing else."""
+
+    def __init__(self, tokens: Tensor, start: int) -> None:
+        self.tokens, self.start = tokens, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.start
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter(1, self.tokens[:, step : step + 1], 0.0) if step < self.tokens.shape[1] else scores
+
+
+def dictate(model: Any, inputs: dict[str, Tensor], policy: Any, tokens: Tensor, **kwargs: Any) -> Any:
+    """``generate`` that says ``tokens`` [rows, steps], and one more: its logits [steps + 1] follow each of them."""
+    said = LogitsProcessorList([Dictated(tokens, inputs["input_ids"].shape[1])])
+    return model.generate(
+        **inputs, policy=policy, max_new_tokens=tokens.shape[1] + 1, do_sample=False, logits_processor=said,
+        return_dict_in_generate=True, output_logits=True, **kwargs,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtr
-from tests import tiny
+from tests import learned, tiny
 from tests.tiny import IMAGE
 from vtr.engine import session
 
@@ -19,6 +19,7 @@ ROWS = [["ab", IMAGE, "what"], ["a", IMAGE, "bc", IMAGE, "whichone"], ["abcdef"]
 POLICIES = [
     [vtr.FastV(0.5, layer=2), None, vtr.Random(0.5), vtr.GSearch([1.0, 0.8, 0.5, 0.3, 0.2])],
     [vtr.Pyramid(), vtr.UniformGrid(0.25, layer=1), None, vtr.Pyramid(positions="keep")],
+    [learned.pmod(), learned.dynamic(), learned.dynamic(), learned.pmod(seed=1)],
 ]
 WAITS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default", "aten.is_nonzero.default")
 """What reads a tensor's values on the host: .item(), int(), .tolist(), boolean indexing, torch.equal."""

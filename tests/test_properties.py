@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtr
-from tests import oracle, pooling, tiny
+from tests import learned, oracle, pooling, tiny
 from tests.tiny import IMAGE
 
 NOISE = 1e-5
@@ -68,7 +68,16 @@ compressors = st.one_of(
     st.builds(vtr.Matryoshka, st.sampled_from([1, 9])),
     st.builds(vtr.GlobalCom2, ratios, budget=st.sampled_from(["paper", "exact"])),
 )
-anything: Any = st.one_of(policies, compressors, st.builds(vtr.Policy.__add__, compressors, pruners))
+typed = functools.lru_cache(256, typed=True)
+pmod, dynamic = (typed(functools.partial(make, LAYERS)) for make in (learned.pmod, learned.dynamic))
+trained = st.one_of(
+    st.builds(pmod, st.integers(0, 3), low=st.integers(0, 9).map(lambda n: n / 10)),
+    st.builds(dynamic, st.integers(0, 3), keep=keeps, layer=layers),
+)
+anything: Any = st.one_of(
+    policies, compressors, st.builds(vtr.Policy.__add__, compressors, pruners), trained,
+    st.builds(vtr.Policy.__add__, st.one_of(pools, compressors), trained),
+)  # fmt: skip
 texts = st.text("abcdefghij", min_size=1, max_size=6)
 
 

@@ -8,18 +8,32 @@ from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.memo import shared_features
-from vtr.policies import AutoScale, FastV, GlobalCom2, GSearch, Matryoshka, Pool, Pyramid, Random, UniformGrid
+from vtr.policies import (
+    AutoScale,
+    DynamicLLaVA,
+    FastV,
+    GlobalCom2,
+    GSearch,
+    Matryoshka,
+    PMoD,
+    Pool,
+    Pyramid,
+    Random,
+    UniformGrid,
+)
 from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
 
 __all__ = [
     "AutoScale",
     "Chain",
+    "DynamicLLaVA",
     "FastV",
     "GSearch",
     "GlobalCom2",
     "Image",
     "Matryoshka",
+    "PMoD",
     "Policy",
     "Pool",
     "Pooled",

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -107,8 +107,11 @@ class Tokens:
         layer: the 0-based decoder layer about to run; num_hidden_layers: how many there are.
         total: how many vision tokens the row had when it entered the text model.
         image, tile, y, x, newline: int64 [n] each, n = len(tokens): the tokens still there.
+        place: int64 [n], where they stand among the row's ``row_length`` tokens (text too) that enter the layer.
         hidden: [n, hidden_size], their hidden states. text: [t, hidden_size], those of the row's text tokens.
         scores: float32 [n], what ``needs(layer)`` asked for, or None.
+        per_image: how many of them each image of the row had on entering the text model, in order.
+        flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.
     """
 
     ahead: Callable[[], torch.Tensor]
@@ -124,8 +127,10 @@ class Tokens:
         field: Callable[[str], torch.Tensor],
         scores: torch.Tensor | None,
         ahead: Callable[[], torch.Tensor],
+        per_image: tuple[int, ...] = (),
+        row_length: int = 0,
     ) -> None:
-        self.ahead = ahead
+        self.ahead, self.per_image, self.row_length, self.flops = ahead, per_image, row_length, 0
         self.layer, self.num_hidden_layers, self.total = layer, num_hidden_layers, total
         self._count, self._field, self.scores = count, field, scores
 
@@ -153,6 +158,10 @@ class Tokens:
         return self._field("newline")
 
     @property
+    def place(self) -> torch.Tensor:
+        return self._field("place")
+
+    @property
     def hidden(self) -> torch.Tensor:
         return self._field("hidden")
 
@@ -168,10 +177,12 @@ class Token:
     Attributes:
         hidden: [hidden_size].
         memo: a dict of the policy's own, shared by all layers of this step (a decision made once can be kept in it).
+        flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.
     """
 
     hidden: torch.Tensor
     memo: dict[str, Any]
+    flops: int = 0
 
 
 @dataclass
@@ -228,6 +239,24 @@ class Policy:
     def check(self, num_hidden_layers: int) -> None:
         """Raise ValueError if these settings cannot work on a model of so many decoder layers."""
 
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError if what this policy has learned cannot be used with ``model``."""
+
+    def remember_all(self, layer: int, tokens: Sequence[Token]) -> Any:
+        """:meth:`remember`, asked of the new tokens of all rows that share this policy; for where that is cheaper.
+
+        Returns:
+            A bool tensor [len(tokens)], or a list of bools and bool tensors.
+        """
+        return [self.remember(layer, token) for token in tokens]
+
+    def recall(self, layer: int, tokens: Sequence[Token]) -> Any:
+        """:meth:`remember`, asked without a cache: of all that one row has decoded but for the newest token, at every
+        step again. Who is not remembered here is gone from this layer on, so a policy that forgets a token at one layer
+        and remembers it at a deeper one says something else than with a cache. Answers as :meth:`remember_all`.
+        """
+        return self.remember_all(layer, tokens)
+
     # -- settings as data -------------------------------------------------------------------------------------------
     def config(self) -> dict[str, Any]:
         """The settings as plain JSON data."""
@@ -245,8 +274,12 @@ class Policy:
         """Learned weights to save beside the settings; none for a training-free policy."""
         return {}
 
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the weights that :meth:`tensors` gave.
+    def about(self) -> dict[str, Any] | None:
+        """What has to be known of :meth:`tensors` to load them again, as JSON data; None without weights."""
+        return None
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Take the weights that :meth:`tensors` and :meth:`about` gave.
 
         Raises:
             ValueError: this policy has no weights.
@@ -259,36 +292,48 @@ class Policy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = {"policy": self.name, "settings": self.config()}
-        (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")
-        if tensors := self.tensors():
+        tensors, about = self.tensors(), self.about()
+        if about is not None:
+            data["weights"] = about
+        if tensors:
             from safetensors.torch import save_file
 
             save_file(tensors, str(folder / WEIGHTS_NAME))
+        else:
+            (folder / WEIGHTS_NAME).unlink(missing_ok=True)  # of a policy that was there before
+        (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> Policy:
+    def from_pretrained(folder: str | Path, allow_mismatch: bool = False) -> Policy:
         """Load what :meth:`save_pretrained` wrote.
 
+        Args:
+            allow_mismatch: let learned weights act on another model than the one they were trained with.
+
         Raises:
-            FileNotFoundError: no ``vtr_policy.json`` in ``folder``.
-            ValueError: the file is not a policy's, names an unknown policy or unknown settings.
+            FileNotFoundError: no ``vtr_policy.json`` in ``folder``, or not the weights it speaks of.
+            ValueError: a file is not a policy's, is cut off, names an unknown policy or unknown settings, or its
+                tensors are not those of the policy (all that are missing, unknown or of another shape are listed).
         """
-        path = Path(folder) / CONFIG_NAME
+        path, weights = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; policy.save_pretrained(folder) writes one")
         try:
             data = json.loads(path.read_text())
-            name, settings = data["policy"], dict(data["settings"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            name, settings, about = data["policy"], dict(data["settings"]), data.get("weights")
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path} is not a policy file: it needs {{"policy": …, "settings": …}}') from error
         from vtr import registry
 
         loaded = registry.build(name, settings)
-        weights = Path(folder) / WEIGHTS_NAME
+        if about is not None and not weights.is_file():
+            raise FileNotFoundError(f"{folder} lacks {WEIGHTS_NAME}, the weights of {name!r}: copy it there as well")
         if weights.is_file():
-            from safetensors.torch import load_file
-
-            loaded.load_tensors(load_file(str(weights)))
+            loaded.load_tensors(_read_tensors(weights), about)
+        for part in getattr(loaded, "policies", [loaded]):
+            if hasattr(part, "allow_mismatch"):
+                part.allow_mismatch = allow_mismatch
+                part.folder = str(folder) if part is loaded else None
         return loaded
 
     def __add__(self, other: Policy) -> Policy:
@@ -296,6 +341,16 @@ class Policy:
         from vtr.registry import Chain
 
         return Chain([self, other])
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
 
 
 def _compact(value: Any) -> str:

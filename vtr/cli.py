@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtr.commands.bench import bench
+from vtr.commands.convert import convert_command
 from vtr.commands.eval import eval_command
 from vtr.commands.page import page_command
 from vtr.commands.search import search
@@ -24,6 +25,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(search, name="search")
 app.command("page")(page_command)
 app.command("eval")(eval_command)
+app.command("convert")(convert_command)
 console = Console()
 
 

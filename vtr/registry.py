@@ -6,9 +6,17 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vtr.base import Policy, Scores, Wanted
+from vtr.base import CONFIG_NAME, WEIGHTS_NAME, Policy, Scores, Wanted
+from vtr.learned import Learned
+
+if TYPE_CHECKING:
+    import torch
+
+FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
 if TYPE_CHECKING:
     from vtr.engine.resolve import Tries
@@ -59,8 +67,20 @@ def policy_class(name: str) -> type[Policy]:
 
 
 def build(name: str, settings: dict[str, Any]) -> Policy:
-    """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones."""
+    """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones.
+
+    A policy that owns weights may be given the folder they are in (``weights``, and ``allow_mismatch``): the settings
+    saved there hold unless others are named.
+    """
     cls = policy_class(name)
+    if issubclass(cls, Learned) and "weights" in settings:
+        given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
+        found = _loaded(str(settings["weights"]), bool(settings.get("allow_mismatch", False)))
+        if type(found) is not cls:
+            raise ValueError(f"{settings['weights']} holds a policy {found.name!r}, not {name!r}")
+        made = build(name, {**found.config(), **given})
+        made.share(found)  # type: ignore[attr-defined]
+        return made
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     unknown = sorted(set(settings) - set(known))
     if unknown:
@@ -73,6 +93,17 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     if missing := sorted(required - set(settings)):
         raise ValueError(f"policy {name!r} needs {', '.join(missing)}, e.g. {name}:{missing[0]}=…")
     return cls(**settings)
+
+
+def _loaded(folder: str, allow_mismatch: bool) -> Policy:
+    """The policy in ``folder``, read again only if its files have changed."""
+    stamps = tuple((Path(folder) / file).stat().st_mtime_ns for file in FILES if (Path(folder) / file).is_file())
+    return _read(folder, allow_mismatch, stamps)
+
+
+@lru_cache(maxsize=16)
+def _read(folder: str, allow_mismatch: bool, stamps: tuple[int, ...]) -> Policy:
+    return Policy.from_pretrained(folder, allow_mismatch)
 
 
 def policy(spec: str | Policy) -> Policy:
@@ -142,6 +173,9 @@ class Chain(Policy):
                 self._answers[question] = askable[0]
                 if question != "resolve":
                     setattr(self, question, getattr(askable[0], question))
+        if "remember" in self._answers:
+            self.remember_all = self._answers["remember"].remember_all  # type: ignore[method-assign]
+            self.recall = self._answers["remember"].recall  # type: ignore[method-assign]
         pruner = self._answers.get("prune")
         if "resolve" in self._answers and "compress" in self._answers:
             raise ValueError("a policy that chooses the scale of pictures cannot act together with one that compresses")
@@ -180,6 +214,24 @@ class Chain(Policy):
     def check(self, num_hidden_layers: int) -> None:
         for p in self.policies:
             p.check(num_hidden_layers)  # type: ignore[union-attr]
+
+    def check_model(self, model: Any) -> None:
+        for p in self.policies:
+            p.check_model(model)  # type: ignore[union-attr]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{n}": t for i, p in enumerate(self.policies) for n, t in p.tensors().items()}  # type: ignore[union-attr]
+
+    def about(self) -> dict[str, Any] | None:
+        found = {str(i): p.about() for i, p in enumerate(self.policies) if p.about() is not None}  # type: ignore[union-attr]
+        return found or None
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        for i, p in enumerate(self.policies):
+            mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(i)}
+            p.load_tensors(mine, (about or {}).get(str(i)))  # type: ignore[union-attr]
+        if foreign := sorted(n for n in tensors if n.partition(".")[0] not in map(str, range(len(self.policies)))):
+            raise ValueError(f"these tensors belong to no policy of the chain: {', '.join(foreign)}")
 
     def config(self) -> dict[str, Any]:
         return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -172,3 +173,24 @@ def presets() -> dict[str, Preset]:
         for name, one in json.loads(path.read_text(encoding="utf-8")).items():
             found[name] = Preset(name, Schedule(one["schedule"]), one["model"], one["source"])
     return found
+
+
+def progressive(
+    num_hidden_layers: int, high: float = 0.85, low: float = 0.15, factor: float = 0.5, period: int | None = None,
+    shape: str = "cosine",
+) -> list[float | None]:  # fmt: skip
+    """p-MoD's progressive ratio decay (PRD): the share of vision tokens that passes each decoder layer.
+
+    r(l) = 0.5 · cos(π l / period) + factor ("cosine"), or 0.5 - l / period + factor ("linear"). A layer whose r(l) is
+    above ``high`` is dense (None); the others let max(r(l), ``low``) pass.
+
+    Args:
+        period: the layer at which the cosine is over; None: the last one. The official code has 31 in it, the last
+            layer of its 32.
+    """
+    span = (num_hidden_layers - 1 if period is None else period) or 1
+    ratios: list[float | None] = []
+    for layer in range(num_hidden_layers):
+        fall = 0.5 * math.cos(math.pi * layer / span) if shape == "cosine" else 0.5 - layer / span
+        ratios.append(max(fall + factor, low) if fall + factor <= high else None)
+    return ratios

@@ -89,12 +89,13 @@ def refuse_if_busy(key: object, what: str) -> None:
         raise RuntimeError(f"cannot {what} this model now: {whys[0]}")
 
 
-def resolve(given: Given, rows: int | None, num_hidden_layers: int) -> list[Policy | None] | None:
+def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) -> list[Policy | None] | None:
     """One policy or one per row → a list with one entry per row; None if nothing is reduced.
 
     Raises:
         TypeError: neither policies, spec strings nor None.
-        ValueError: an unknown spec, settings impossible on this model, or not one policy per row.
+        ValueError: an unknown spec, settings impossible on this model, weights of another model, or not one policy per
+            row.
     """
     if given is None:
         return None
@@ -103,6 +104,7 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int) -> list[Poli
     made = [None if p is None else as_policy(p) for p in entries]
     for p in {id(p): p for p in made if p is not None}.values():
         p.check(num_hidden_layers)
+        p.check_model(model)
     if several and rows is not None and len(made) != rows:
         raise ValueError(
             f"{len(made)} policies for {rows} rows: give one policy for all rows or a list with one per row "
@@ -128,7 +130,7 @@ def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
     check_cache(cache_in(kwargs))
 
 
-def check_generation(kwargs: Mapping[str, Any], default: Any) -> None:
+def check_generation(kwargs: Mapping[str, Any], default: Any, policies: Sequence[Policy | None]) -> None:
     """Refuse ways of generating that a reduced call cannot go. ``default``: the model's generation config.
 
     Raises:
@@ -146,6 +148,14 @@ def check_generation(kwargs: Mapping[str, Any], default: Any) -> None:
         raise UnsupportedError(
             "prefill_chunk_size cuts the prompt into pieces, but a policy chooses among all of its tokens: leave it "
             "out (a reduced prefill needs less memory anyway), or pass policy=None"
+        )
+    drafts = kwargs.get("assistant_model") or any(
+        kwargs.get(name) or getattr(config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+    )
+    if drafts and (forgets := next((p for p in policies if p is not None and p.asks("remember")), None)):
+        raise UnsupportedError(
+            f"assisted decoding takes back drafted tokens, but {forgets.spec!r} may have forgotten them: leave out the "
+            "assistant, or use a policy that remembers what is decoded"
         )
 
 

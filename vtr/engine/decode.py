@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vtr.base import Token
+from vtr.base import Policy, Token
 from vtr.engine.attention import Plan
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.trace import Trace
@@ -20,8 +20,8 @@ class Step:
         positions: int64 [rows, 1], as layer 0 sees them without renumbering cuts. rotary: the model's rotary embedding.
     """
 
-    def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Any) -> None:
-        self.state, self.positions, self.rotary = state, positions, rotary
+    def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Any, trace: Trace) -> None:
+        self.state, self.positions, self.rotary, self.trace = state, positions, rotary, trace
         self.asks = any(p is not None and p.asks("remember") for p in state.policies)
         self.renumbers = any(map(any, state.shift))
         self._shift: list[int] = [0] * len(state.policies)
@@ -34,7 +34,7 @@ class Step:
         if self.renumbers:
             self._renumber(index, hidden, kwargs)
         if self.asks:
-            remembering(index, hidden, kwargs)
+            self.trace.selector_flops += remembering(index, hidden, kwargs)
         return hidden
 
     def _renumber(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -50,33 +50,61 @@ class Step:
             plan.layers[index].staged = plan
 
 
-def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
-    """Ask each row's policy whether layer ``index`` remembers its new token. hidden: [rows, 1, D].
+def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> int:
+    """Ask the rows' policies whether layer ``index`` remembers their new tokens. hidden: [rows, 1, D].
 
-    Decisions may stay on the device (a bool tensor) or be plain bools; rows without such a policy remember all.
+    Rows that share a policy are asked together. Decisions may stay on the device (bool tensors) or be plain bools; rows
+    without such a policy remember all.
+
+    Returns:
+        What the policies' own matrix products cost.
 
     Raises:
-        TypeError: a policy answered with something else.
+        TypeError, ValueError: a policy answered with something else.
     """
     plan: Plan = kwargs["vtr_plan"]
-    cache = plan.layers[index]
-    answers = []
+    cache, flops = plan.layers[index], 0
+    groups: dict[int, tuple[Policy, list[int]]] = {}
     for row, p in enumerate(cache.state.policies):
-        answer: Any = True
         if p is not None and p.asks("remember"):
-            answer = p.remember(index, Token(hidden[row, 0], cache.state.memos[row]))
-            single = isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.numel() == 1
-            if not (isinstance(answer, bool) or single):
-                raise TypeError(f"{type(p).__name__}.remember must return a bool or a bool tensor, got {answer!r}")
-        answers.append(answer)
-    if all(answer is True for answer in answers):
+            groups.setdefault(id(p), (p, []))[1].append(row)
+    found: list[Any] = [True] * len(cache.state.policies)
+    for p, rows in groups.values():
+        tokens = [Token(hidden[row, 0], cache.state.memos[row]) for row in rows]
+        for row, answer in zip(rows, answers(p, p.remember_all(index, tokens), len(tokens)), strict=True):
+            found[row] = answer
+        flops += sum(token.flops for token in tokens)
+    if all(answer is True for answer in found):
         plan = replace(plan, remember=None)
     else:
         cache.state.exact = False
-        stacked = torch.stack([torch.as_tensor(a, device=hidden.device).reshape(()) for a in answers])
-        plan = replace(plan, remember=stacked)
+        plan = replace(plan, remember=torch.stack([as_tensor(a, hidden.device) for a in found]))
     cache.staged = plan
     kwargs["vtr_plan"] = plan
+    return flops
+
+
+def answers(policy: Policy, found: Any, count: int) -> list[Any]:
+    """What ``policy`` answered about ``count`` tokens, checked: a bool or a 0-d bool tensor for each.
+
+    Raises:
+        TypeError, ValueError: it answered with something else.
+    """
+    who = f"{type(policy).__name__}.remember"
+    found = list(found.unbind(0)) if isinstance(found, torch.Tensor) and found.dim() == 1 else found
+    if not isinstance(found, list) or len(found) != count:
+        raise ValueError(f"{who} must answer for each of {count} tokens, got {found!r}")
+    for answer in found:
+        single = isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.numel() == 1
+        if not (isinstance(answer, bool) or single):
+            raise TypeError(f"{who} must return a bool or a bool tensor, got {answer!r}")
+    return found
+
+
+def as_tensor(answer: Any, device: torch.device) -> torch.Tensor:
+    if isinstance(answer, bool):
+        return torch.full((), answer, device=device)  # as a copy from the host it would wait
+    return answer.to(device).reshape(())
 
 
 def note_cache(trace: Trace, layers: list[RaggedLayer] | None, attended_before: list[Any] | None = None) -> None:

@@ -98,7 +98,7 @@ class Patch:
         """Argument of the call > ``vtr.use`` > the model's default."""
         if given is MISSING:
             given = in_use.get().get(self.key, self.default)
-        return resolve(given, rows, self.geometry.num_hidden_layers)
+        return resolve(given, rows, self.geometry.num_hidden_layers, self.model)
 
     def generation(self) -> Generation | None:
         """The ``generate`` of this model that is running in this context."""
@@ -117,7 +117,7 @@ class Patch:
         embeds = kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
         policies = self.policies(given, None if source is None else source.shape[0])
-        prompt = None if policies is None else self._check_generate(ids, kwargs)
+        prompt = None if policies is None else self._check_generate(ids, kwargs, policies)
         tried = None
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
             check_resolvable(kwargs, self.model.generation_config, ids)
@@ -146,10 +146,12 @@ class Patch:
             self.publish(dense)
         return out
 
-    def _check_generate(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> Prompt:
+    def _check_generate(
+        self, ids: torch.Tensor | None, kwargs: dict[str, Any], policies: list[Policy | None]
+    ) -> Prompt:
         """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
         check_call(kwargs, [self.model.config, self.text.config])
-        check_generation(kwargs, self.model.generation_config)
+        check_generation(kwargs, self.model.generation_config, policies)
         embeds = kwargs.get("inputs_embeds")
         if embeds is not None and (ids is None or ids.shape != embeds.shape[:2]):
             if kwargs.get("use_cache") is False:

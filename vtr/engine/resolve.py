@@ -174,4 +174,5 @@ def resolve_rows(
                 out[row] = one
         for one in {id(p): p for p in out if p is not None}.values():
             one.check(patch.geometry.num_hidden_layers)
+            one.check_model(patch.model)
     return out, tried

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class Row:
         self.original = self.total = self.count = len(vision)
         first, last = (int(vision[0]), int(vision[-1])) if len(vision) else (0, -1)
         asked = slots[text] < queries_end
+        decoded = text[~asked]
+        self.decoded = decoded[:-1]
+        """Text tokens that were decoded, but for the newest: what a run without a cache meets again."""
         self._text_queries = ((text > first) & asked).nonzero().squeeze(1)
         """Which of the text tokens may rank vision tokens."""
         self.rankable = bool(((text > last) & asked).any())
@@ -65,6 +68,8 @@ class Row:
         self.sources: list[Sources] | None = None
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         """For a compressed row: (row-local indices, [k, D] features) of the new tokens of each image."""
+        self.per_image = tuple(map(len, layouts))
+        """Vision tokens of each image on entering the text model."""
         self._fields = {}
         if layouts:
             self._fields = {name: torch.cat([getattr(lay, name) for lay in layouts]) for name in _FIELDS}
@@ -110,6 +115,8 @@ class Row:
         self.dropped = self.length - len(stay)
         self.slots, self.is_vision, self.length = self.slots[stay], self.is_vision[stay], len(stay)
         self.text = torch.searchsorted(stay, self.text)
+        self.decoded = torch.searchsorted(stay, self.decoded)
+        self.per_image = tuple(map(len, fields["image"]))
         self.vision = self.is_vision.nonzero().squeeze(1)
         self.total = self.count = len(self.vision)
         self.origin = torch.cat(origin)
@@ -131,6 +138,7 @@ class Row:
             return t.to(device, non_blocking=device.type == "cuda")  # back to the CPU one would have to wait
 
         self.text, self.vision, self._text_queries = moved(self.text), moved(self.vision), moved(self._text_queries)
+        self.decoded = moved(self.decoded)
         self.alive = self.alive if self.alive is None else moved(self.alive)
         self._here = self._here if self._here is None else moved(self._here)
         self._fields = {name: moved(t) for name, t in self._fields.items()}
@@ -144,13 +152,15 @@ class Row:
         def field(name: str) -> torch.Tensor:
             if name == "hidden":
                 return hidden.index_select(0, self.vision)
+            if name == "place":
+                return self.vision
             if name == "text":
                 return hidden.index_select(0, self.text)
             whole = self._fields[name]
             return whole if self.alive is None else whole.index_select(0, self.alive)
 
         ranked = None if scores is None else scores.index_select(0, self.vision)
-        return Tokens(layer, depth, self.total, self.count, field, ranked, ahead)
+        return Tokens(layer, depth, self.total, self.count, field, ranked, ahead, self.per_image, self.length)
 
     def queries(self, kind: str) -> torch.Tensor:
         """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""
@@ -162,10 +172,25 @@ class Row:
         kept = self.vision.index_select(0, keep)
         stay = torch.cat([self.text, kept]).sort().values
         self.text, self.vision = torch.searchsorted(stay, self.text), torch.searchsorted(stay, kept)
+        self.decoded = torch.searchsorted(stay, self.decoded)
         self.alive = self.alive_of(keep)
-        self._here = stay if self._here is None else self._here.index_select(0, stay)
-        self.count, self.length = len(keep), len(stay)
+        self._stays(stay)
+        self.count = len(keep)
         return stay
+
+    def forget(self, remembered: torch.Tensor) -> torch.Tensor:
+        """Drop the ``decoded`` tokens that are not ``remembered`` (bool [n]); returns what stays, as :meth:`cut`."""
+        gone = torch.zeros(self.length, dtype=torch.bool, device=self.text.device)
+        gone[self.decoded] = ~remembered
+        stay = (~gone).nonzero().squeeze(1)
+        self.decoded = torch.searchsorted(stay, self.decoded[remembered])
+        self.text, self.vision = (torch.searchsorted(stay, t[~gone[t]]) for t in (self.text, self.vision))
+        self._stays(stay)
+        return stay
+
+    def _stays(self, stay: torch.Tensor) -> None:
+        self._here = stay if self._here is None else self._here.index_select(0, stay)
+        self.length = len(stay)
 
     def alive_of(self, keep: torch.Tensor) -> torch.Tensor:
         """``keep``, an index into the vision tokens still there, as one into those that entered the text model."""
@@ -188,6 +213,15 @@ class Row:
         slots = torch.where(self.origin >= 0, self.origin + offset, self.origin) if offset else self.origin
         sources = self.sources and [Sources(s.slots + offset, s.made_of) for s in self.sources]
         return RowTrace(self.policy.spec if self.policy else None, slots, sources, original=self.original)
+
+
+def joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
+    """Row-local indices (None = the whole row) as indices into the packed sequence."""
+    out, start = [], 0
+    for part, n in zip(parts, before, strict=True):
+        out.append(torch.arange(start, start + n, device=device) if part is None else part + start)
+        start += n
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def checked_keep(answer: Any, count: int, question: str, policy: Policy, device: torch.device) -> torch.Tensor:

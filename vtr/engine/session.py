@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import Policy, Token, UnsupportedError
 from vtr.engine.attention import Plan, Probe, Routing
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
+from vtr.engine.decode import answers, as_tensor
 from vtr.engine.prompt import Prompt
-from vtr.engine.rows import Row, checked_keep
+from vtr.engine.rows import Row, checked_keep, joined
 from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
 
@@ -81,12 +82,17 @@ class Session:
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
+        self._memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in self.rows]
 
     def _check(self) -> None:
         for row in self.rows:
             if row.length == 0:
                 raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros")
             p = row.policy
+            if self.layers is None and p is not None and p.renumbers and p.asks("remember"):
+                raise UnsupportedError(
+                    f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
+                )
             ranks = p is not None and row.count and (p.question_guided or any(map(p.needs, range(self.depth))))
             if ranks and not row.rankable:
                 raise ValueError(
@@ -136,13 +142,13 @@ class Session:
         if self.state is not None and self.state.shift[index] != self._shift:
             self._step_down(self.state.shift[index], hidden)
         with self.clock:
+            remembered = self._forget(index, hidden)
+        hidden = self._select(hidden, remembered)
+        with self.clock:
             stay = self._prune(index, layer, hidden)
-        if stay is not None:
-            hidden = hidden.index_select(1, stay)
-            self._rope = tuple(t.index_select(1, stay) for t in self._rope)
-            self._positions = self._positions.index_select(1, stay)
-            if any(row.lost for row in self.rows):
-                self._renumber(hidden)
+        hidden = self._select(hidden, stay)
+        if stay is not None and any(row.lost for row in self.rows):
+            self._renumber(hidden)
         if self.state is not None:
             self.state.shift[index] = [old + row.lost for old, row in zip(self._shift, self.rows, strict=True)]
         with self.clock:
@@ -171,6 +177,14 @@ class Session:
         """Take rope and positions of the packed tokens from what the text model hands its first layer."""
         if not self._rope:
             self._rope, self._positions = kwargs["position_embeddings"], kwargs["position_ids"]
+
+    def _select(self, hidden: torch.Tensor, stay: torch.Tensor | None) -> torch.Tensor:
+        """The packed tokens that stay, and their rope and positions; None: all."""
+        if stay is None:
+            return hidden
+        self._rope = tuple(t.index_select(1, stay) for t in self._rope)
+        self._positions = self._positions.index_select(1, stay)
+        return hidden.index_select(1, stay)
 
     def _move(self, device: torch.device) -> None:
         """The layers from here on are on another device: bring what indexes their tokens."""
@@ -224,6 +238,28 @@ class Session:
             reach=self._reach,
         )
 
+    def _forget(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Without a cache: decoded tokens that a cache would not hold are no keys either. Reads the device."""
+        if self.layers is not None:
+            return None
+        stays: list[torch.Tensor | None] = []
+        before, start = [row.length for row in self.rows], 0
+        for row, n in zip(self.rows, before, strict=True):
+            stay, p = None, row.policy
+            if len(row.decoded) and p is not None and p.asks("remember"):
+                states = hidden[0, start : start + n].index_select(0, row.decoded)
+                tokens = [Token(state, memo) for state, memo in zip(states, self._memos[row.index], strict=True)]
+                said = answers(p, p.recall(index, tokens), len(tokens))
+                answer = torch.stack([as_tensor(a, hidden.device) for a in said])
+                self.trace.selector_flops += sum(token.flops for token in tokens)
+                if not bool(answer.all()):
+                    stay = row.forget(answer)
+                    kept = answer.tolist()
+                    self._memos[row.index] = [m for m, k in zip(self._memos[row.index], kept, strict=True) if k]
+            stays.append(stay)
+            start += n
+        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
+
     def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
         stays: list[torch.Tensor | None] = []
         before, start = [row.length for row in self.rows], 0
@@ -233,9 +269,9 @@ class Session:
             if row.count and p is not None and p.asks("prune"):
                 here = slice(start, start + n)
                 look = partial(self._ahead, row, index, layer, hidden, here)
-                answer = p.prune(
-                    index, row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
-                )
+                tokens = row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
+                answer = p.prune(index, tokens)
+                self.trace.selector_flops += tokens.flops
                 if answer is not None:
                     keep = checked_keep(answer, row.count, "prune", p, hidden.device)
                     stay = row.cut(keep) if len(keep) < row.count else None
@@ -243,7 +279,7 @@ class Session:
             stays.append(stay)
             start += n
         self._scores = {}
-        return None if all(stay is None for stay in stays) else _joined(stays, before, hidden.device)
+        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
 
     def _ahead(self, row: Row, index: int, layer: Any, hidden: torch.Tensor, here: slice) -> torch.Tensor:
         """What ``Tokens.ahead`` gives: float32 [vision tokens of the row]."""
@@ -274,7 +310,9 @@ class Session:
             start += n
             passes, scale = None, hidden.new_ones(n)
             if row.count and p is not None and p.asks("route"):
-                answer = p.route(index, row.tokens(index, self.depth, here, None, _no_look_ahead))
+                tokens = row.tokens(index, self.depth, here, None, _no_look_ahead)
+                answer = p.route(index, tokens)
+                self.trace.selector_flops += tokens.flops
                 if answer is not None:
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
                     passes = row.passing(keep)
@@ -287,8 +325,8 @@ class Session:
             weights.append(scale)
         if all(p is None for p in through):
             return None
-        joined = _joined(through, before, hidden.device)
-        return joined, lengths, counts, alive, torch.cat(weights) if weighted else None
+        packed = joined(through, before, hidden.device)
+        return packed, lengths, counts, alive, torch.cat(weights) if weighted else None
 
     def _cached(self, index: int) -> list[int]:
         """Tokens each row already has in this layer's cache; empty when there are none."""
@@ -332,6 +370,7 @@ class Session:
         made = copy.copy(self)
         made.rows = [self.rows[old].again(new, policy) for new, (old, policy) in enumerate(picks)]
         made.batch, made._shift = len(picks), [0] * len(picks)
+        made._memos = [[{} for _ in row.decoded] for row in made.rows]
         made.clock, made.trace = Clock(self.device), Trace(self.trace.geometry)
         made.lengths, made.past, made.noted = [], [], [row.trace(self._offset) for row in made.rows]
         made._scores = {new: self._scores[old] for new, (old, _) in enumerate(picks) if old in self._scores}
@@ -379,15 +418,6 @@ def _check_checkpointing(layer: Any) -> None:
 
 def _no_look_ahead() -> torch.Tensor:
     raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")
-
-
-def _joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
-    """Row-local indices (None = the whole row) as indices into the packed sequence."""
-    out, start = [], 0
-    for part, n in zip(parts, before, strict=True):
-        out.append(torch.arange(start, start + n, device=device) if part is None else part + start)
-        start += n
-    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _rows(request: Request | None, batch: int, length: int, valid: torch.Tensor | None) -> list[Row]:

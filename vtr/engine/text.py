@@ -100,7 +100,7 @@ class TextHooks:
         for layer in layers:
             layer.staged = plan
         kwargs["vtr_plan"] = plan
-        step = Step(state, positions.expand(rows, -1), module.rotary_emb)
+        step = Step(state, positions.expand(rows, -1), module.rotary_emb, trace)
         if step.asks or step.renumbers:
             kwargs["vtr_session"] = step
         if generation is not None:

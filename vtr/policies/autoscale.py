@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import gelu
@@ -104,7 +104,7 @@ class AutoScale(Policy):
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self.weights)
 
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
         """Take a router's weights.
 
         Raises:

@@ -1,0 +1,226 @@
+"""Training p-MoD and Dynamic-LLaVA on tiny models: the objectives, the loop, going on after an interruption."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtr
+from tests import learned, tiny
+from tests.tiny import IMAGE
+from vtr.training import loop
+from vtr.training.dynamic_llava import DynamicLLaVATraining, masked_attention, temperature
+from vtr.training.pmod import PModTraining
+
+ROWS = [["ab", IMAGE, "whatisthere"], ["cd", IMAGE, "b", IMAGE, "andhere"], ["abc", "words"]]
+
+
+def batch(model: Any, padding: str = "right") -> dict[str, Tensor]:
+    inputs = tiny.batch(model, ROWS, padding)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    for b in range(len(ROWS)):  # the last five tokens are the answer
+        labels[b, tiny.real(inputs, b)[:-5]] = -100
+    return {**inputs, "labels": labels}
+
+
+def objective(kind: str, family: str = "llava", attn: str = "sdpa", seed: int = 0) -> Any:
+    model = vtr.patch(getattr(tiny, family)(attn).train())
+    if kind == "pmod":
+        return PModTraining(model, learned.pmod(seed=seed))
+    return DynamicLLaVATraining(model, learned.dynamic(seed=seed), min_answer=5)
+
+
+# ----------------------------------------------------------------------------------------------------- masked softmax
+@pytest.mark.parametrize("mask", ["causal", "left", "window"])
+def test_masked_attention_is_the_formula(mask: str) -> None:
+    """Against the whole matrix in float64, grouped queries, in blocks; values and gradients."""
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 21, 8, generator=made).double() for heads in (4, 2, 2))
+    keep = torch.bernoulli(torch.full((2, 21), 0.6), generator=made).double()
+    seen = torch.ones(21, 21).tril().bool().expand(2, 1, 21, 21).clone()
+    if mask == "left":
+        seen[1, 0, :, :4] = False
+        seen[1, 0, range(4), range(4)] = True
+    elif mask == "window":
+        seen &= torch.ones(21, 21).triu(-6).bool()
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        a = (q @ k.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+        g = torch.where(torch.eye(21).bool(), 1.0, keep[:, None, None])
+        e = (a - a.amax(-1, keepdim=True)).exp() * g
+        return (e + 1e-6 / 21) / (e.sum(-1, keepdim=True) + 1e-6) @ v
+
+    grads = []
+    for how in (formula, lambda *t: masked_attention(*t, 0.3, None if mask == "causal" else seen, block=8)):
+        parts = [t.clone().requires_grad_() for t in (q, k, v, keep)]
+        out = how(*parts)
+        (out * torch.arange(8)).sum().backward()
+        grads.append([out.detach(), *(p.grad for p in parts)])
+    for got, want in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    assert grads[0][-1][keep == 0].abs().max() > 0.1  # dropped keys hear what they would have been good for
+
+
+def test_the_temperature_falls_exponentially() -> None:
+    assert [round(temperature(x), 4) for x in (0.0, 0.5, 1.0)] == [1.0, 0.3162, 0.1]
+
+
+# --------------------------------------------------------------------------------------------------------- objectives
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("kind", ["pmod", "dynamic"])
+def test_gradients_reach_policy_and_model(kind: str, family: str) -> None:
+    made = objective(kind, family)
+    torch.manual_seed(0)
+    out = made(**batch(made.model))
+    out["loss"].backward()
+    heard = {name for name, p in made.weights.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    deaf = {name for name, p in made.weights.named_parameters() if p.dim() == 2} - heard
+    assert deaf == ({"routers.4.weight"} if kind == "pmod" else set())  # nobody reads vision tokens of the last layer
+    assert all(layer.mlp.down_proj.weight.grad.abs().max() > 0 for layer in made.model.get_decoder().layers)
+    if kind == "dynamic":
+        assert 0 < out["image_kept"] < 1 and 0 < out["text_kept"] < 1
+
+
+@pytest.mark.parametrize("kind", ["pmod", "dynamic"])
+def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
+    found = []
+    for on in (False, True):
+        made = objective(kind)
+        if on:
+            made.model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(1)
+        loss = made(**batch(made.model))["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in made.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_masked_token_is_as_if_it_were_gone() -> None:
+    """Dynamic-LLaVA's training forward against inference: the same images' tokens kept, the same logits of the text."""
+    made = objective("dynamic")
+    inputs = batch(made.model)
+    kept: dict[int, list[int]] = {}
+    with torch.no_grad():
+        want = made.model(**inputs, policy=made.policy)
+        rows = vtr.report(made.model).rows
+        kept = {b: rows[b].kept(made.policy.layer) for b in range(len(ROWS))}
+
+        def chosen(policy: Any, hidden: Tensor, self: Any) -> None:
+            self.keep = hidden.new_ones(hidden.shape[:2])
+            for row, slots in self.images:
+                self.keep[row, slots] = torch.isin(slots, torch.tensor(kept[row])).to(hidden)
+
+        masking = made._masking(inputs, inputs["labels"])
+        masking.decide = lambda policy, hidden: chosen(policy, hidden, masking)
+        got = made.model(**inputs, use_cache=False, vtr_masking=masking)
+    text = inputs["attention_mask"].bool() & (inputs["input_ids"] != tiny.IMAGE_ID)
+    torch.testing.assert_close(got.logits[text], want.logits[text], atol=2e-4, rtol=0)
+
+
+def test_short_answers_stay_whole_and_the_model_is_left_as_it_was() -> None:
+    made = objective("dynamic")
+    made.min_answer = 6
+    out = made(**batch(made.model))
+    assert out["text_kept"].isnan() and out["image_kept"] > 0
+    inputs = {k: v for k, v in batch(made.model).items() if k != "labels"}
+    with torch.no_grad():
+        within = made.model(**inputs).logits
+        made.remove()
+        assert torch.equal(made.model(**inputs).logits, within)
+        assert torch.equal(tiny.llava()(**inputs).logits, within)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_does_not_matter(padding: str) -> None:
+    """Of the image decisions too: rows judged alone and in a padded batch have the same loss (with no noise)."""
+    made = objective("dynamic")
+    made.policy.forget = False
+    made.tau = 1e-4  # what the predictor finds likelier, nearly always
+
+    def loss(inputs: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+            soft = torch.nn.functional.one_hot
+            patched.setattr("torch.nn.functional.gumbel_softmax", lambda x, *a, **k: soft(x.argmax(-1), 2).float())
+            return made(**inputs)["cross_entropy"]
+
+    inputs = batch(made.model, padding)
+    singles = []
+    for b in range(len(ROWS)):
+        alone = tiny.single(inputs, b, made.model)
+        singles.append(loss({**alone, "labels": inputs["labels"][b : b + 1, tiny.real(inputs, b)]}))
+    torch.testing.assert_close(loss(inputs), torch.stack(singles).mean(), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+@pytest.mark.parametrize("kind", ["pmod", "dynamic"])
+def test_the_loop_learns_and_goes_on(kind: str, tmp_path: Path) -> None:
+    """An interrupted run ends where an uninterrupted one does; what it saves belongs together."""
+    settings = loop.Settings(steps=6, lr=3e-3, policy_lr=1e-2, save_every=2, accumulate=2)
+    made = objective(kind)
+    loop.freeze_tower(made.model)
+    before = copy.deepcopy(made.weights.state_dict())
+    log = loop.run(made, [batch(made.model)], tmp_path / "whole", settings)
+    name = "loss" if kind == "pmod" else "cross_entropy"  # the shares are noisy
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6] and log[-1][name] < log[0][name]
+    assert any(not torch.equal(before[name], t) for name, t in made.weights.state_dict().items())
+    assert len((tmp_path / "whole" / "log.jsonl").read_text().splitlines()) == 6
+
+    policy = vtr.Policy.from_pretrained(tmp_path / "whole" / "policy")
+    model = vtr.patch(type(made.model).from_pretrained(tmp_path / "whole" / "model"))
+    out = tiny.generate(model, tiny.batch(model, ROWS), policy=policy, max_new_tokens=3)
+    assert out.shape[0] == len(ROWS)
+    with pytest.raises(ValueError, match="trained with another model"):
+        tiny.generate(vtr.patch(tiny.llava()), tiny.batch(model, ROWS), policy=policy, max_new_tokens=3)
+
+    class Interrupted(Exception):
+        pass
+
+    class Stopping(list):
+        def __getitem__(self, index: int) -> Any:
+            self.left -= 1  # type: ignore[attr-defined]
+            if self.left < 0:  # type: ignore[attr-defined]
+                raise Interrupted
+            return super().__getitem__(index)
+
+    first, second = objective(kind), objective(kind)
+    for again in (first, second):
+        loop.freeze_tower(again.model)
+    data = Stopping([batch(first.model)])
+    data.left = 7
+    with pytest.raises(Interrupted):
+        loop.run(first, torch.utils.data.DataLoader(data, batch_size=None), tmp_path / "parts", settings)
+    done = json.loads((tmp_path / "parts" / "state" / "at.json").read_text())["step"]
+    rest = loop.run(second, [batch(second.model)], tmp_path / "parts", settings)
+    assert done == 2 and [line["step"] for line in rest] == [3, 4, 5, 6]
+    for got, want in zip(second.parameters(), made.parameters(), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="holds a run of 6 steps, not 7"):
+        loop.run(second, [batch(second.model)], tmp_path / "parts", loop.Settings(steps=7))
+
+
+def test_impossible_runs_are_refused(tmp_path: Path) -> None:
+    made = objective("pmod")
+    with pytest.raises(ValueError, match="no batches"):
+        loop.run(made, [], tmp_path, loop.Settings(steps=1))
+    with pytest.raises(ValueError, match="nothing learns"):
+        loop.run(made, [batch(made.model)], tmp_path, loop.Settings(steps=1, lr=0.0))
+    with pytest.raises(ValueError, match="steps=0"):
+        loop.Settings(steps=0)
+    with pytest.raises(ValueError, match="has no weights"):
+        PModTraining(made.model, vtr.PMoD())
+    with pytest.raises(ValueError, match="a share of the image tokens"):
+        DynamicLLaVATraining(made.model, learned.dynamic(keep=7))
+    with pytest.raises(ValueError, match="not patched"):
+        PModTraining(tiny.llava(), learned.pmod())
+    dynamic = objective("dynamic")
+    with pytest.raises(ValueError, match="needs labels"):
+        dynamic(**{k: v for k, v in batch(dynamic.model).items() if k != "labels"})

@@ -1,0 +1,102 @@
+"""What official configurations and parameter names of p-MoD, Dynamic-LLaVA and M3 say about their policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vtr.base import Policy
+from vtr.policies.dynamic_llava import DynamicLLaVA
+from vtr.policies.matryoshka import Matryoshka
+from vtr.policies.pmod import PMoD
+
+State = dict[str, torch.Tensor]
+
+
+def pmod(config: dict[str, Any], state: State) -> tuple[Policy, list[str]]:
+    """p-MoD: routers out of ``state``, which is left with a plain LLaVA's names. Returns (policy, what was ignored).
+
+    Raises:
+        ValueError: a schedule or token type that vtr does not have, or router tensors that do not fit.
+    """
+    if (kind := config.get("mod_target_token_type", "vision_all")) != "vision_all":
+        raise ValueError(
+            f"mod_target_token_type={kind!r}: only 'vision_all' (all vision tokens are routed) is supported"
+        )
+    settings = _schedule(
+        str(config.get("mod_target_layers")), float(config.get("mod_router_factor", 0.5)), config["num_hidden_layers"]
+    )
+    made = PMoD(**settings, norm=config.get("mod_weight_norm", "tanh_0.2_1"), ties="official")
+    routers: State = {}
+    for name in list(state):
+        parts = name.split(".")
+        if ".router.router." in name:
+            routers[f"routers.{parts[2]}.{parts[-1]}"] = state.pop(name)
+        elif ".decoder_layer." in name:
+            state[name.replace(".decoder_layer.", ".")] = state.pop(name)
+    if not config.get("mod_bias_enabled", True):
+        routers |= {k.replace(".weight", ".bias"): t.new_zeros(1) for k, t in routers.items() if k.endswith(".weight")}
+    made.load_tensors(routers, _sizes(config))
+    return made, []
+
+
+def _schedule(name: str, factor: float, depth: int) -> dict[str, Any]:
+    """The settings of ``mod_target_layers``. 31 is a constant of the official code, whatever the model's depth."""
+    kind, *numbers = name.split("_decay_")
+    shapes = {"shiftedcos": "cosine", "shiftedlinear": "linear"}
+    if kind in shapes and numbers:
+        high, low = map(float, numbers[0].split("_"))
+        return {"high": high, "low": low, "factor": factor, "period": 31, "shape": shapes[kind]}
+    routed = {
+        "deep_all": range(2, depth - 1),
+        "deep_all_include_last": range(2, depth),
+        "interleave": range(1, depth, 2),
+    }
+    if name not in routed:
+        raise ValueError(f"mod_target_layers={name!r}: vtr knows {', '.join([*shapes, *routed])}")
+    return {"ratios": [factor if layer in routed[name] else None for layer in range(depth)]}
+
+
+def dynamic_llava(config: dict[str, Any], state: State) -> tuple[Policy, list[str]]:
+    """Dynamic-LLaVA: predictors out of ``state``. Returns (policy, what was ignored).
+
+    Raises:
+        ValueError: no ``sparse_config``, an instruct predictor in use, or predictor tensors that do not fit.
+    """
+    sparse = config.get("sparse_config")
+    if not isinstance(sparse, dict):
+        raise ValueError("the config has no sparse_config: this is no Dynamic-LLaVA checkpoint")
+    if sparse.get("use_instruct_predictor", True) and any("instruct_score_predictor" in name for name in state):
+        raise ValueError("use_instruct_predictor is on: vtr does not prune the text of the prompt")
+    if not sparse.get("use_vision_predictor", True):
+        raise ValueError("use_vision_predictor is off: there is nothing to convert")
+    forget = bool(sparse.get("use_text_predictor", True) and sparse.get("use_output_text_predictor", True))
+    made = DynamicLLaVA(
+        keep=float(sparse["vision_keep_rate"]), layer=int(sparse["sparse_layer"]), forget=forget,
+        width=int(sparse["d_model"]), heads=int(sparse["nhead"]), inner=int(sparse["dim_feedforward"]),
+        blocks=int(sparse["num_layers"]),
+    )  # fmt: skip
+    ignored = sorted(name for name in state if "instruct_score_predictor." in name)
+    for name in ignored:
+        del state[name]
+    mine = [name for name in state if "image_score_predictor." in name or "output_text_score_predictor." in name]
+    made.load_tensors({name.removeprefix("model."): state.pop(name) for name in mine}, _sizes(config))
+    return made, ignored
+
+
+def m3(config: dict[str, Any], state: State) -> tuple[Policy, list[str]]:
+    """M3: no weights of its own; the scale is chosen per request."""
+    return Matryoshka(), []
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in ("hidden_size", "num_hidden_layers")}
+
+
+POLICIES: dict[str, Callable[[dict[str, Any], State], tuple[Policy, list[str]]]] = {
+    "pmod": pmod,
+    "dynamic-llava": dynamic_llava,
+    "m3": m3,
+}

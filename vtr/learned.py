@@ -1,0 +1,225 @@
+"""Policies that own weights: how these follow a model, are saved beside the settings, and know the model they fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+
+from vtr.base import Policy
+
+SAMPLED = (0.31, 0.77)
+"""Where each matrix of the decoder is sampled for a fingerprint, as parts of its length."""
+ROUNDING, TINIEST = 2.0**-7, 1e-7
+"""Two samples are the same if they differ by no more than bfloat16 and float16 round away."""
+
+_fitting: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""Which weights have been found to fit a model, so that the model is not read again at every call."""
+
+
+def fingerprint(model: Any) -> dict[str, list[float]]:
+    """Two weights of every matrix of ``model``'s decoder, by name: tells apart models, not the dtypes they are in.
+
+    Quantized and offloaded matrices are left out. Reads the device once.
+    """
+    names, picked = [], []
+    for name, weight in model.get_decoder().named_parameters():
+        if weight.dim() == 2 and weight.is_floating_point() and weight.device.type != "meta" and weight.numel():
+            at = torch.tensor([int(part * weight.numel()) for part in SAMPLED], device=weight.device)
+            names.append(name.replace(".base_layer", ""))
+            picked.append(weight.detach().flatten().index_select(0, at).float())
+    if not picked:
+        return {}
+    values = torch.stack([p.to(picked[0].device) for p in picked]).cpu().tolist()
+    return dict(zip(names, values, strict=True))
+
+
+def differing(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[str]:
+    """The names whose samples are not the same, of those that both fingerprints have."""
+
+    def same(a: float, b: float) -> bool:
+        return abs(a - b) <= ROUNDING * max(abs(a), abs(b)) + TINIEST
+
+    return [n for n in ours if n in theirs and not all(map(same, ours[n], theirs[n]))]
+
+
+@dataclass(eq=False)
+class Learned(Policy):
+    """Base class of policies with weights. Settings are dataclass fields; weights hang beside them in ``module``.
+
+    Two such policies are equal if settings and weights are. Copies and pickles carry the weights along. The spec string
+    names the folder they were loaded from (``pmod:weights=runs/pmod``); a policy whose weights came from no folder has
+    a spec without weights, which the model will refuse.
+
+    Attributes (none of them settings):
+        module: the weights, or None. A subclass's :meth:`make` says what they are.
+        sizes: {"hidden_size", "num_hidden_layers"} of the models they fit, or None.
+        base: the fingerprint of the model they were trained with, or None if nobody noted it.
+        allow_mismatch: use them on another model all the same.
+        folder: where they were loaded from, or None.
+    """
+
+    def __post_init__(self) -> None:
+        self.module: nn.Module | None = None
+        self.sizes: dict[str, int] | None = None
+        self.base: dict[str, list[float]] | None = None
+        self.allow_mismatch = False
+        self.folder: str | None = None
+        self._copies: dict[Any, nn.Module] = {}
+
+    def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
+        """A new module of these settings, as training begins with it."""
+        raise NotImplementedError
+
+    # -- getting weights -------------------------------------------------------------------------------------------
+    def init_weights(self, model: Any) -> Any:
+        """Take new weights, as training begins with them, of ``model``'s sizes, device and (float32) dtype.
+
+        Returns:
+            The policy itself.
+        """
+        config = model.get_decoder().config
+        self.start(config.hidden_size, config.num_hidden_layers)
+        assert self.module is not None
+        self.module.to(next(model.get_decoder().parameters()).device)
+        return self
+
+    def fit(self, model: Any) -> Any:
+        """Note ``model`` as the one these weights belong to (its fingerprint). Returns the policy itself."""
+        self.base = fingerprint(model)
+        return self
+
+    def share(self, other: Learned) -> None:
+        """Take the weights of ``other``, a policy of the same class, perhaps with other settings."""
+        for name in ("module", "sizes", "base", "allow_mismatch", "folder"):
+            setattr(self, name, getattr(other, name))
+
+    def start(self, hidden_size: int, num_hidden_layers: int) -> None:
+        """Take new weights for models of these sizes, as training begins with them."""
+        self.sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+        self.module, self.base, self.folder, self._copies = self.make(**self.sizes), None, None, {}
+
+    # -- using them ------------------------------------------------------------------------------------------------
+    def at(self, like: torch.Tensor) -> Callable[..., Any]:
+        """The module as a function, its weights on the device and in the dtype of ``like``.
+
+        Weights that learn are cast with gradients; others are copied once per device and dtype. Under autocast they
+        stay in their own dtype.
+        """
+        assert self.module is not None
+        first = next(self.module.parameters())
+        if first.device == like.device and (first.dtype == like.dtype or torch.is_autocast_enabled(like.device.type)):
+            return self.module
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            cast = {name: p.to(like) for name, p in self.module.named_parameters()}
+            return partial(torch.func.functional_call, self.module, cast)
+        changes = sum(0 if p.is_inference() else p._version for p in self.module.parameters())
+        known = (like.device, like.dtype, changes)
+        if known not in self._copies:
+            self._copies = {k: v for k, v in self._copies.items() if k[2] == changes}
+            self._copies[known] = copy.deepcopy(self.module).requires_grad_(False).to(like)
+        return self._copies[known]
+
+    def check(self, num_hidden_layers: int) -> None:
+        if self.module is None or self.sizes is None:
+            raise ValueError(
+                f"{self.name!r} has no weights: load trained ones with vtr.Policy.from_pretrained(folder) or the spec "
+                f"{self.name}:weights=FOLDER, or begin training with policy.init_weights(model)"
+            )
+        if self.sizes["num_hidden_layers"] != num_hidden_layers:
+            raise ValueError(
+                f"the weights of {self.spec!r} are for {self.sizes['num_hidden_layers']} decoder layers, this model "
+                f"has {num_hidden_layers}: use the model they were trained with"
+            )
+
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError if the weights belong to another model."""
+        module = self.module
+        if module is None or self.sizes is None or module in _fitting.get(model, ()):
+            return
+        width = model.get_decoder().config.hidden_size
+        if self.sizes["hidden_size"] != width:
+            raise ValueError(
+                f"the weights of {self.spec!r} are for hidden states of {self.sizes['hidden_size']}, this model's have "
+                f"{width}: use the model they were trained with"
+            )
+        if self.base is not None and not self.allow_mismatch:
+            wrong = differing(fingerprint(model), self.base)
+            if wrong:
+                raise ValueError(
+                    f"the weights of {self.spec!r} were trained with another model: {len(wrong)} of its "
+                    f"{len(self.base)} matrices differ from this one's ({wrong[0]} is the first). Load the model they "
+                    "belong to, or load the policy with allow_mismatch=True to use them all the same"
+                )
+        _fitting.setdefault(model, WeakSet()).add(module)
+
+    # -- as data ---------------------------------------------------------------------------------------------------
+    @property
+    def spec(self) -> str:
+        """As for any policy; the folder of the weights stands in front."""
+        settings = super().spec.partition(":")[2]
+        quoted = json.dumps(self.folder) if set(self.folder or "") & set(',+[]{}" ') else self.folder
+        parts = [f"weights={quoted}"] if self.folder else []
+        parts += ["allow_mismatch=true"] if self.folder and self.allow_mismatch else []
+        shown = ",".join([*parts, settings] if settings else parts)
+        return self.name + (":" + shown if shown else "")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.module is None:
+            return {}
+        return {name: t.detach().cpu().contiguous() for name, t in self.module.state_dict().items()}
+
+    def about(self) -> dict[str, Any] | None:
+        """What is saved beside the settings to load the weights again: sizes and fingerprint."""
+        return None if self.module is None else {**(self.sizes or {}), "base": self.base}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Take the weights that :meth:`tensors` and :meth:`about` gave; they do not learn unless asked to.
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape (all are listed), or nothing says their sizes.
+        """
+        if about is None and not tensors:
+            return
+        try:
+            sizes = int(about["hidden_size"]), int(about["num_hidden_layers"])  # type: ignore[index]
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights"
+            ) from error
+        self.start(*sizes)
+        assert self.module is not None and about is not None
+        wanted = self.module.state_dict()
+        wrong = [f"missing {name} {list(t.shape)}" for name, t in wanted.items() if name not in tensors]
+        wrong += [f"unknown {name} {list(t.shape)}" for name, t in tensors.items() if name not in wanted]
+        wrong += [
+            f"{name} is {list(tensors[name].shape)}, not {list(t.shape)}"
+            for name, t in wanted.items()
+            if name in tensors and tensors[name].shape != t.shape
+        ]
+        if wrong:
+            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(sorted(wrong)))
+        self.module = self.module.to(next(iter(tensors.values())).dtype)
+        self.module.load_state_dict(tensors)
+        self.module.requires_grad_(False).eval()
+        self.base = about.get("base")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Learned) or type(self) is not type(other) or self.config() != other.config():
+            return NotImplemented if not isinstance(other, Policy) else False
+        if self.module is other.module:
+            return True
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}

@@ -1,0 +1,144 @@
+"""p-MoD (Zhang et al., ICCV 2025, arXiv 2412.04449): each layer's router chooses which vision tokens pass it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from vtr.base import Route, Tokens, top
+from vtr.learned import Learned
+from vtr.registry import register_policy
+from vtr.schedule import progressive
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda z: z.softmax(-1),
+    "none": lambda z: z,
+}
+
+
+class Routers(nn.Module):
+    """One Linear(hidden_size → 1) a routed layer, zero at first: every token then weighs 1."""
+
+    def __init__(self, hidden_size: int, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.routers = nn.ModuleDict({str(layer): nn.Linear(hidden_size, 1) for layer in layers})
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] → [n]."""
+        return self.routers[str(layer)](hidden).squeeze(-1)
+
+
+@register_policy("pmod")
+@dataclass(eq=False)
+class PMoD(Learned):
+    """Mixture of depths with trained routers: the better tokens pass a layer, the others go around it and come back.
+
+    A layer's router reads the hidden states that enter it, w = 0.2 · tanh(router(h)) + 1 (TanhNorm, section 3.2), and
+    the ⌊ratio · V⌋ tokens of largest w pass, at their original positions. Symmetric reweighting (STRing): of those that
+    pass the MLP's output is scaled by w, of those that go around the whole hidden state; text is left alone. How many
+    pass falls with depth (PRD, section 3.3: :func:`vtr.schedule.progressive`). Decoded tokens pass every layer.
+
+    All of it is computed in the model's dtype. w saturates, and in bfloat16 it has some tens of distinct values, so
+    ties are common. By default the lower slot passes. The official code leaves it to ``torch.topk`` over the whole row,
+    text included, whose order differs by device and number of tokens; ``ties="official"`` does the same (so that with
+    it, decoding without a cache may choose others at every step).
+
+    Args:
+        high: layers of which more than this share would pass are dense. low: at least this share passes.
+        factor: added to the half cosine. period: the layer at which it is over; None: the last one.
+        shape: "cosine", or "linear" (the official code's shiftedlinear_decay).
+        ratios: the share that passes each decoder layer, None for a dense layer; instead of all of the above.
+        norm: "activation_scale_bias", as official checkpoints name it; tanh, sigmoid, softmax or none.
+        ties: which of equally weighted tokens pass: "lower" or "official".
+
+    Raises:
+        TypeError, ValueError: settings out of range.
+    """
+
+    high: float = 0.85
+    low: float = 0.15
+    factor: float = 0.5
+    period: int | None = None
+    shape: Literal["cosine", "linear"] = "cosine"
+    ratios: Sequence[float | None] | None = None
+    norm: str = "tanh_0.2_1"
+    ties: Literal["lower", "official"] = "lower"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"low={self.low}, high={self.high}: shares of tokens, 0 <= low <= high <= 1")
+        if self.shape not in ("cosine", "linear"):
+            raise ValueError(f"shape={self.shape!r}: choose 'cosine' or 'linear'")
+        if self.ties not in ("lower", "official"):
+            raise ValueError(f"ties={self.ties!r}: choose 'lower' or 'official'")
+        if self.period is not None and (isinstance(self.period, bool) or self.period < 1):
+            raise ValueError(f"period={self.period!r}: a decoder layer, at least 1, or None for the last one")
+        if self.ratios is not None:
+            if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence):
+                raise TypeError(f"ratios must be a list with a ratio or None for each layer, got {self.ratios!r}")
+            self.ratios = [None if r is None else float(r) for r in self.ratios]
+            if any(r is not None and not 0 <= r <= 1 for r in self.ratios):
+                raise ValueError(f"ratios={self.ratios}: each lies in [0, 1], or is None for a dense layer")
+        self._act, self._scale, self._bias = _parsed(self.norm)
+        self._known: tuple[int, list[float | None]] = (0, [])
+
+    def layers(self, num_hidden_layers: int) -> list[float | None]:
+        """The share of vision tokens that passes each decoder layer; None where all do, unweighted."""
+        if self.ratios is not None:
+            return list(self.ratios)
+        if self._known[0] != num_hidden_layers:
+            found = progressive(num_hidden_layers, self.high, self.low, self.factor, self.period, self.shape)
+            self._known = (num_hidden_layers, found)
+        return self._known[1]
+
+    def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
+        self._check_ratios(num_hidden_layers)
+        return Routers(hidden_size, [i for i, r in enumerate(self.layers(num_hidden_layers)) if r is not None])
+
+    def check(self, num_hidden_layers: int) -> None:
+        self._check_ratios(num_hidden_layers)
+        super().check(num_hidden_layers)
+
+    def _check_ratios(self, num_hidden_layers: int) -> None:
+        if self.ratios is not None and len(self.ratios) != num_hidden_layers:
+            raise ValueError(f"ratios has {len(self.ratios)} entries, the model {num_hidden_layers} decoder layers")
+
+    def weights(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """w of vision tokens [n, hidden_size] that enter ``layer``: [n], in their dtype."""
+        return self._scale * ACTIVATIONS[self._act](self.at(hidden)(layer, hidden)) + self._bias
+
+    def route(self, layer: int, tokens: Tokens) -> Route | None:
+        ratio = self.layers(tokens.num_hidden_layers)[layer]
+        if ratio is None:
+            return None
+        hidden = tokens.hidden
+        weights = self.weights(layer, hidden)
+        tokens.flops += 2 * hidden.numel()
+        count = min(int(tokens.total * ratio), len(tokens))  # the official rounding: cut off
+        score = weights.detach()
+        if self.ties == "lower":
+            return Route(top(score, count), weights)
+        place = tokens.place
+        row = score.new_full((tokens.row_length,), -torch.inf).index_copy(0, place, score)
+        return Route(torch.searchsorted(place, row.topk(count).indices.sort().values), weights)
+
+
+def _parsed(norm: str) -> tuple[str, float, float]:
+    """(activation, scale, bias) of "tanh_0.2_1"; without numbers scale and bias are 1."""
+    act, *numbers = norm.split("_") if isinstance(norm, str) else ("",)
+    try:
+        scale, bias = map(float, numbers or (1, 1))
+    except ValueError:
+        act, scale, bias = "", 1.0, 1.0
+    if act not in ACTIVATIONS:
+        raise ValueError(f"norm={norm!r}: write activation_scale_bias, e.g. tanh_0.2_1, with {', '.join(ACTIVATIONS)}")
+    return act, scale, bias

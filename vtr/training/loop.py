@@ -1,0 +1,203 @@
+"""A plain training loop on accelerate for policies with weights: one process, or many by ``accelerate launch``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vtr.engine.adapters import find_adapter
+from vtr.training.dynamic_llava import DynamicLLaVATraining, temperature
+
+
+@dataclass
+class Settings:
+    """How long and how fast to learn.
+
+    Attributes:
+        steps: optimiser steps. accumulate: batches per step.
+        lr: of the model; 0 leaves it as it is. policy_lr: of the policy's weights (None: as the model's).
+        weight_decay, warmup: AdamW's, and the share of the steps in which rates rise; then they fall as a cosine.
+        clip: the gradient's norm at most. mixed_precision: "no", "bf16" or "fp16". seed: of the noise in the objective.
+        save_every: steps between checkpoints (0: only at the end). temperatures: of Dynamic-LLaVA, first and last.
+    """
+
+    steps: int
+    lr: float = 2e-5
+    policy_lr: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    accumulate: int = 1
+    clip: float = 1.0
+    mixed_precision: str = "no"
+    seed: int = 0
+    save_every: int = 0
+    temperatures: tuple[float, float] = (1.0, 0.1)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.accumulate < 1:
+            raise ValueError(f"steps={self.steps}, accumulate={self.accumulate}: both are at least 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup}: the share of the steps in which rates rise, in [0, 1)")
+
+
+def freeze_tower(model: Any) -> None:
+    """Vision towers stay as they are in both papers; projector and language model learn."""
+    find_adapter(model).tower(model).requires_grad_(False)
+
+
+def run(objective: nn.Module, batches: Iterable[dict[str, Any]], out: str | Path, settings: Settings) -> list[dict]:
+    """Train ``objective`` (a :class:`PModTraining` or :class:`DynamicLLaVATraining`) on ``batches``, again and again.
+
+    Writes ``out/log.jsonl`` (a line a step: loss, realised keep shares, rates), ``out/state`` (a run that was
+    interrupted goes on from there by itself, as if it had not been), and at the end ``out/policy`` and ``out/model``.
+
+    Args:
+        batches: padded batches with labels, for all processes together (accelerate deals them out); a DataLoader, or
+            a list. What does not learn must have ``requires_grad`` False (:func:`freeze_tower`; LoRA: wrap the model's
+            language model with peft before).
+
+    Returns:
+        The lines of the log that this call wrote.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        ValueError: no batches, nothing that learns, or a state of a run with other settings.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
+    folder = Path(out)
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    optimizer = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
+    loader = batches if isinstance(batches, torch.utils.data.DataLoader) else _as_loader(batches)
+    ready, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    accelerator.register_for_checkpointing(scheduler)
+    first = _resume(accelerator, folder, settings)
+    stream, log = _endless(accelerator, loader, first * settings.accumulate), []
+    if first == 0:  # later the saved state says
+        torch.manual_seed(settings.seed * 1009 + accelerator.process_index)
+    learnt = [p for group in optimizer.param_groups for p in group["params"]]
+    show = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="training",
+                disable=not accelerator.is_main_process)  # fmt: skip
+    for step in show:
+        if isinstance(objective, DynamicLLaVATraining):
+            objective.tau = temperature(step / settings.steps, *settings.temperatures)
+        figures = _step(accelerator, ready, stream, settings.accumulate)
+        accelerator.clip_grad_norm_(learnt, settings.clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        line = {"step": step + 1, **figures, "lr": scheduler.get_last_lr()}
+        log.append(line)
+        show.set_postfix(loss=f"{figures['loss']:.3f}")
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if step + 1 == settings.steps or (settings.save_every and (step + 1) % settings.save_every == 0):
+            _save(accelerator, folder, step + 1, settings)
+    if accelerator.is_main_process:
+        _export(objective, folder)
+    accelerator.wait_for_everyone()
+    return log
+
+
+def rate(step: int, settings: Settings) -> float:
+    """Factor of the learning rates: a linear rise over the warm-up, then half a cosine."""
+    rise = math.ceil(settings.warmup * settings.steps)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(settings.steps - rise, 1)))
+
+
+def _groups(objective: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Parameters and rates: the policy's weights, and what learns of the model."""
+    own = {id(p) for p in objective.weights.parameters()}
+    if settings.lr == 0:
+        objective.model.requires_grad_(False)
+    model = [p for p in objective.model.parameters() if p.requires_grad and id(p) not in own]
+    policy = [p for p in objective.weights.parameters() if p.requires_grad]
+    policy_lr = settings.lr if settings.policy_lr is None else settings.policy_lr
+    groups = [{"params": model, "lr": settings.lr}, {"params": policy, "lr": policy_lr}]
+    if not any(group["params"] and group["lr"] for group in groups):
+        raise ValueError("nothing learns: give lr or policy_lr, and let some parameters require gradients")
+    return [group for group in groups if group["params"]]
+
+
+def _as_loader(batches: Iterable[dict[str, Any]]) -> Any:
+    made = list(batches)
+    if not made:
+        raise ValueError("there are no batches to train on")
+    return torch.utils.data.DataLoader(made, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
+def _endless(accelerator: Any, loader: Any, skip: int) -> Any:
+    """Batches of all epochs, from the ``skip``-th on."""
+    size = len(loader)
+    while True:
+        yield from accelerator.skip_first_batches(loader, skip % size) if skip % size else loader
+        skip = 0
+
+
+def _step(accelerator: Any, ready: Any, stream: Any, count: int) -> dict[str, float]:
+    """Gradients of ``count`` batches' mean loss; returns the mean of every figure that is a number."""
+    seen: list[dict[str, torch.Tensor]] = []
+    for i in range(count):
+        batch = next(stream)
+        if i + 1 < count:
+            with accelerator.no_sync(ready):
+                out = ready(**batch)
+                accelerator.backward(out["loss"] / count)
+        else:
+            out = ready(**batch)
+            accelerator.backward(out["loss"] / count)
+        seen.append({name: value.detach().float() for name, value in out.items()})
+    means = {name: accelerator.gather(torch.stack([one[name] for one in seen])).nanmean() for name in seen[0]}
+    return {name: round(value.item(), 6) for name, value in means.items()}
+
+
+def _resume(accelerator: Any, folder: Path, settings: Settings) -> int:
+    """Load the last state, if there is one; returns the steps already done."""
+    at = folder / "state" / "at.json"
+    if not at.is_file():
+        return 0
+    said = json.loads(at.read_text())
+    if (steps := said["steps"]) != settings.steps:
+        raise ValueError(f"{folder} holds a run of {steps} steps, not {settings.steps}: choose another folder")
+    accelerator.load_state(str(folder / "state" / said["folder"]))
+    return int(said["step"])
+
+
+def _save(accelerator: Any, folder: Path, step: int, settings: Settings) -> None:
+    """A whole state, then the note that it is the one to go on from: an interruption leaves the one before."""
+    name = f"step-{step}"
+    accelerator.save_state(str(folder / "state" / name))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        import shutil
+
+        at = folder / "state" / "at.json"
+        note = at.with_suffix(".tmp")
+        note.write_text(json.dumps({"step": step, "steps": settings.steps, "folder": name}))
+        note.replace(at)
+        for old in (folder / "state").glob("step-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _export(objective: Any, folder: Path) -> None:
+    """The policy with the fingerprint of the model as it is now, and the model."""
+    objective.policy.fit(objective.model)
+    objective.policy.save_pretrained(folder / "policy")
+    objective.model.save_pretrained(folder / "model")
