@@ -13,6 +13,7 @@ from vtr.commands.bench import bench
 from vtr.commands.convert import convert_command
 from vtr.commands.eval import eval_command
 from vtr.commands.page import page_command
+from vtr.commands.train import train_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app.add_typer(bench, name="bench")
 app.command("page")(page_command)
 app.command("eval")(eval_command)
 app.command("convert")(convert_command)
+app.command("train")(train_command)
 console = Console()
 
 
