@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,7 +65,7 @@ def train_command(
             objective = DynamicLLaVATraining(net.train(), made, text_keep, min_answer)
         else:
             objective = PModTraining(net.train(), made)  # type: ignore[arg-type]
-        loader = torch.utils.data.DataLoader(
+        loader: Any = torch.utils.data.DataLoader(
             samples,  # type: ignore[arg-type]
             batch_size=batch,
             shuffle=True,
