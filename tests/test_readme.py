@@ -35,4 +35,7 @@ def test_its_commands_files_and_policies_exist() -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     for spec in re.findall(r"--policy (\S+)", README):
-        vtr.policy(spec.rstrip("`"))
+        if "weights=" in spec:  # of a folder that only the reader has
+            assert spec.partition(":")[0] in vtr.list_policies()
+        else:
+            vtr.policy(spec.rstrip("`"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import vtr
 from tests import learned, tiny
@@ -197,7 +200,7 @@ def test_the_loop_learns_and_goes_on(kind: str, tmp_path: Path) -> None:
     data = Stopping([batch(first.model)])
     data.left = 7
     with pytest.raises(Interrupted):
-        loop.run(first, torch.utils.data.DataLoader(data, batch_size=None), tmp_path / "parts", settings)
+        loop.run(first, data, tmp_path / "parts", settings)
     done = json.loads((tmp_path / "parts" / "state" / "at.json").read_text())["step"]
     rest = loop.run(second, [batch(second.model)], tmp_path / "parts", settings)
     assert done == 2 and [line["step"] for line in rest] == [3, 4, 5, 6]
@@ -207,10 +210,60 @@ def test_the_loop_learns_and_goes_on(kind: str, tmp_path: Path) -> None:
         loop.run(second, [batch(second.model)], tmp_path / "parts", loop.Settings(steps=7))
 
 
+def test_a_data_loader_of_samples(tmp_path: Path) -> None:
+    """Samples that a collate_fn makes batches of; two epochs and a half."""
+    made = objective("dynamic")
+    loop.freeze_tower(made.model)
+    loader = DataLoader([0, 1, 2, 3], batch_size=2, collate_fn=lambda some: batch(made.model))  # type: ignore[arg-type]
+    log = loop.run(made, loader, tmp_path, loop.Settings(steps=5, lr=0.0, policy_lr=1e-3))
+    assert len(log) == 5 and all(0 <= line["image_kept"] <= 1 for line in log)
+
+
+def two_batches(model: Any) -> list[dict[str, Tensor]]:
+    """The second has no image."""
+    plain = tiny.batch(model, [["abcd", "words"], ["ef", "others"]], "right")
+    labels = plain["input_ids"].masked_fill(plain["attention_mask"] == 0, -100)
+    return [batch(model), {**plain, "labels": labels}]
+
+
+def work(rank: int, folder: str, port: int) -> None:
+    """One of two processes, as ``accelerate launch --cpu --num_processes 2`` starts them."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    made = objective("pmod")
+    loop.freeze_tower(made.model)
+    loop.run(made, two_batches(made.model), folder, loop.Settings(steps=2, lr=1e-3))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+    """Each takes one of two batches a step; one process that accumulates both ends at the same weights."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (str(tmp_path / "two"), port), nprocs=2)
+    made = objective("pmod")
+    loop.freeze_tower(made.model)
+    loop.run(made, two_batches(made.model), tmp_path / "one", loop.Settings(steps=2, lr=1e-3, accumulate=2))
+    one, two = (vtr.Policy.from_pretrained(tmp_path / name / "policy") for name in ("one", "two"))
+    for name, tensor in one.tensors().items():
+        torch.testing.assert_close(two.tensors()[name], tensor, atol=1e-5, rtol=1e-4)
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")
+    ]
+    assert [line["loss"] for line in logs[1]] == pytest.approx([line["loss"] for line in logs[0]], abs=1e-4)
+
+
 def test_impossible_runs_are_refused(tmp_path: Path) -> None:
     made = objective("pmod")
     with pytest.raises(ValueError, match="no batches"):
         loop.run(made, [], tmp_path, loop.Settings(steps=1))
+    with pytest.raises(ValueError, match="without batch_size"):
+        loop.run(made, DataLoader([batch(made.model)], batch_size=None), tmp_path, loop.Settings(steps=1))
     with pytest.raises(ValueError, match="nothing learns"):
         loop.run(made, [batch(made.model)], tmp_path, loop.Settings(steps=1, lr=0.0))
     with pytest.raises(ValueError, match="steps=0"):

@@ -329,8 +329,7 @@ class Policy:
         if about is not None and not weights.is_file():
             raise FileNotFoundError(f"{folder} lacks {WEIGHTS_NAME}, the weights of {name!r}: copy it there as well")
         if weights.is_file():
-            tensors = _read_tensors(weights)
-            loaded.load_tensors(tensors) if about is None else loaded.load_tensors(tensors, about)
+            loaded.load_tensors(_read_tensors(weights), *([] if about is None else [about]))
         for part in getattr(loaded, "policies", [loaded]):
             if hasattr(part, "allow_mismatch"):
                 part.allow_mismatch = allow_mismatch

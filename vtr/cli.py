@@ -14,6 +14,7 @@ from vtr.commands.convert import convert_command
 from vtr.commands.eval import eval_command
 from vtr.commands.page import page_command
 from vtr.commands.search import search
+from vtr.commands.train import train_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,7 @@ app.add_typer(search, name="search")
 app.command("page")(page_command)
 app.command("eval")(eval_command)
 app.command("convert")(convert_command)
+app.command("train")(train_command)
 console = Console()
 
 

@@ -229,7 +229,8 @@ class Chain(Policy):
     def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
         for i, p in enumerate(self.policies):
             mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(i)}
-            p.load_tensors(mine, (about or {}).get(str(i)))  # type: ignore[union-attr]
+            known = (about or {}).get(str(i))
+            p.load_tensors(mine, *([] if known is None else [known]))  # type: ignore[union-attr]
         if foreign := sorted(n for n in tensors if n.partition(".")[0] not in map(str, range(len(self.policies)))):
             raise ValueError(f"these tensors belong to no policy of the chain: {', '.join(foreign)}")
 

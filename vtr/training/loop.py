@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vtr.engine.adapters import find_adapter
@@ -53,16 +55,17 @@ def freeze_tower(model: Any) -> None:
     find_adapter(model).tower(model).requires_grad_(False)
 
 
-def run(objective: nn.Module, batches: Iterable[dict[str, Any]], out: str | Path, settings: Settings) -> list[dict]:
+def run(objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | Path, settings: Settings) -> list[dict]:
     """Train ``objective`` (a :class:`PModTraining` or :class:`DynamicLLaVATraining`) on ``batches``, again and again.
 
     Writes ``out/log.jsonl`` (a line a step: loss, realised keep shares, rates), ``out/state`` (a run that was
-    interrupted goes on from there by itself, as if it had not been), and at the end ``out/policy`` and ``out/model``.
+    interrupted goes on from there by itself, as if it had not been; a DataLoader that shuffles begins its order anew),
+    and at the end ``out/policy`` and ``out/model``.
 
     Args:
-        batches: padded batches with labels, for all processes together (accelerate deals them out); a DataLoader, or
-            a list. What does not learn must have ``requires_grad`` False (:func:`freeze_tower`; LoRA: wrap the model's
-            language model with peft before).
+        batches: padded batches with labels, for all processes together (they are dealt out): a list, or a DataLoader
+            of samples with its own ``batch_size`` and ``collate_fn``. What does not learn must have ``requires_grad``
+            False (:func:`freeze_tower`; LoRA: put peft's adapters into the language model before).
 
     Returns:
         The lines of the log that this call wrote.
@@ -72,18 +75,24 @@ def run(objective: nn.Module, batches: Iterable[dict[str, Any]], out: str | Path
         ValueError: no batches, nothing that learns, or a state of a run with other settings.
     """
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
     folder = Path(out)
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    if not len(batches):
+        raise ValueError("there are no batches to train on")
+    if isinstance(batches, DataLoader) and batches.batch_sampler is None:
+        raise ValueError(
+            "processes cannot share a DataLoader without batch_size: give it one, or pass a list of batches"
+        )
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)  # a rank's batch may have no image
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[parallel])
     optimizer = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
-    loader = batches if isinstance(batches, torch.utils.data.DataLoader) else _as_loader(batches)
-    ready, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    ready, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     first = _resume(accelerator, folder, settings)
-    stream, log = _endless(accelerator, loader, first * settings.accumulate), []
+    stream, log = _endless(accelerator, batches, first * settings.accumulate), []
     if first == 0:  # later the saved state says
         torch.manual_seed(settings.seed * 1009 + accelerator.process_index)
     learnt = [p for group in optimizer.param_groups for p in group["params"]]
@@ -134,19 +143,18 @@ def _groups(objective: Any, settings: Settings) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _as_loader(batches: Iterable[dict[str, Any]]) -> Any:
-    made = list(batches)
-    if not made:
-        raise ValueError("there are no batches to train on")
-    return torch.utils.data.DataLoader(made, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+def _endless(accelerator: Any, batches: Any, skip: int) -> Iterator[dict[str, Any]]:
+    """This process's batches of all epochs, from its ``skip``-th on."""
+    if isinstance(batches, DataLoader):
+        loader = accelerator.prepare(batches)
+        while True:
+            yield from accelerator.skip_first_batches(loader, skip % len(loader)) if skip % len(loader) else loader
+            skip = 0
+    from accelerate.utils import send_to_device
 
-
-def _endless(accelerator: Any, loader: Any, skip: int) -> Any:
-    """Batches of all epochs, from the ``skip``-th on."""
-    size = len(loader)
-    while True:
-        yield from accelerator.skip_first_batches(loader, skip % size) if skip % size else loader
-        skip = 0
+    for turn in itertools.count(skip):
+        at = (turn * accelerator.num_processes + accelerator.process_index) % len(batches)
+        yield send_to_device(batches[at], accelerator.device)
 
 
 def _step(accelerator: Any, ready: Any, stream: Any, count: int) -> dict[str, float]:
