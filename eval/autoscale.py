@@ -129,13 +129,15 @@ def curves(table: Table) -> dict[str, list[tuple[float, float]]]:
     """(Tokens, accuracy) of both choosers at other thresholds than theirs."""
     cascade, router = vtr.pocket.autoscale("cascade"), vtr.pocket.autoscale("router")
     assert isinstance(cascade, vtr.AutoScale) and isinstance(router, vtr.AutoScale) and cascade.calibration is not None
+    assert cascade.scales is not None and router.scales is not None
+    few, all_ = (table.at([table.scales.index(count) for count in p.scales or ()]) for p in (cascade, router))
     estimates = {
-        "cascade": (cascade_estimates(table, cascade.calibration), True),
-        "router": (router.estimates(table.inputs).numpy(), False),
+        "cascade": (few, cascade_estimates(few, cascade.calibration), True),
+        "router": (all_, router.estimates(table.inputs).numpy(), False),
     }
     return {
-        name: sorted({outcome(table, found, threshold, tried)[::-1] for threshold in THRESHOLDS})
-        for name, (found, tried) in estimates.items()
+        name: sorted({outcome(part, found, threshold, tried)[::-1] for threshold in THRESHOLDS})
+        for name, (part, found, tried) in estimates.items()
     }
 
 

@@ -202,7 +202,7 @@ def test_both_choosers_learn_what_there_is_to_learn(tmp_path: Path) -> None:
     accuracy, tokens = fit.outcome(rest, fit.cascade_estimates(rest, cascade.calibration), cascade.threshold, True)
     assert accuracy == 1 and tokens == pytest.approx(20 * share + 110 * (1 - share))
     accuracy, tokens = fit.outcome(rest, router.estimates(rest.inputs).numpy(), router.threshold, False)
-    assert accuracy > 0.98 and tokens < 80
+    assert accuracy > 0.96 and tokens < 80
     router.save_pretrained(tmp_path)
     loaded = vtr.Policy.from_pretrained(tmp_path)
     assert isinstance(loaded, vtr.AutoScale) and loaded == router

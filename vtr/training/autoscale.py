@@ -8,9 +8,10 @@ Use questions the model was not trained on: on those it is surer than it should 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,29 @@ class Table:
     def part(self, rows: slice) -> Table:
         """Some of the questions."""
         return Table(self.scales, self.right[rows], self.sure[rows], self.tokens[rows], self.inputs[rows])
+
+    def at(self, steps: Sequence[int]) -> Table:
+        """Some of the scales, by their place."""
+        chosen = list(steps)
+        right, sure, tokens = (whole[:, chosen] for whole in (self.right, self.sure, self.tokens))
+        return Table([self.scales[step] for step in chosen], right, sure, tokens, self.inputs)
+
+    def save(self, path: Path) -> None:
+        """Write it, so that other choosers can be fitted without asking again (``.safetensors``)."""
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {"right": self.right, "sure": self.sure, "tokens": self.tokens, "scales": np.array(self.scales)}
+        save_file({**{n: torch.from_numpy(a) for n, a in arrays.items()}, "inputs": self.inputs}, str(path))
+
+    @staticmethod
+    def load(path: Path) -> Table:
+        """Read what :meth:`save` wrote."""
+        from safetensors.torch import load_file
+
+        found = load_file(str(path))
+        right, sure, tokens = (found[name].numpy() for name in ("right", "sure", "tokens"))
+        return Table(found["scales"].tolist(), right, sure, tokens, found["inputs"])
 
 
 class _Look(Policy):
@@ -138,31 +162,47 @@ def outcome(table: Table, estimates: np.ndarray, threshold: float, tried: bool) 
     return float(table.right[every, chosen].mean()), float(tokens.mean())
 
 
-def best_threshold(table: Table, estimates: np.ndarray, tried: bool, tolerance: float = TOLERANCE) -> float:
-    """The threshold with the fewest tokens among those at most ``tolerance`` below the best fixed scale's accuracy."""
-    needed = table.right.mean(0).max() - tolerance
+def best_threshold(
+    table: Table, estimates: np.ndarray, tried: bool, needed: float
+) -> tuple[float, float, float]:  # fmt: skip
+    """(Threshold, accuracy, tokens) with the fewest tokens among those that reach the accuracy ``needed``.
+
+    If none does, the most accurate one.
+    """
     found = [(threshold, *outcome(table, estimates, threshold, tried)) for threshold in THRESHOLDS]
-    good = [(tokens, threshold) for threshold, accuracy, tokens in found if accuracy >= needed]
-    return min(good)[1] if good else max(found, key=lambda one: (one[1], -one[2]))[0]
+    good = [one for one in found if one[1] >= needed]
+    return min(good, key=lambda one: one[2]) if good else max(found, key=lambda one: (one[1], -one[2]))
 
 
 def fit_cascade(table: Table, tolerance: float = TOLERANCE, tokens: int = 1) -> AutoScale:
-    """A cascade: Platt's scaling of every scale's confidence on the first half, the threshold on the second."""
+    """A cascade: Platt's scaling of every scale's confidence on the first half, scales and threshold on the second.
+
+    A scale that is seldom enough costs a try for nothing: all subsets of the scales that hold the finest are compared.
+    """
+    half, last = len(table.right) // 2, len(table.scales) - 1
+    lines = [platt(table.sure[:half, step], table.right[:half, step]) for step in range(last)]
+    rest = table.part(slice(half, None))
+    needed = rest.right.mean(0).max() - tolerance
+    found = []
+    for size in range(1, last + 1):
+        for steps in combinations(range(last), size):
+            part, mine = rest.at([*steps, last]), [lines[step] for step in steps]
+            threshold, accuracy, cost = best_threshold(part, cascade_estimates(part, mine), True, needed)
+            found.append((accuracy < needed, cost if accuracy >= needed else -accuracy, threshold, part.scales, mine))
+    _, _, threshold, scales, mine = min(found, key=lambda one: one[:2])
+    return AutoScale("cascade", threshold, scales, [list(line) for line in mine], tokens)
+
+
+def platt(raw: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """(Slope, intercept) of the line that makes the logit of a confidence that of being right."""
     from sklearn.linear_model import LogisticRegression
 
-    half = len(table.right) // 2
-    lines = []
-    for s in range(len(table.scales) - 1):
-        raw, right = table.sure[:half, s].clip(1e-6, 1 - 1e-6), table.right[:half, s]
-        if right.all() or not right.any():  # nothing to tell apart: the share itself, whatever the confidence
-            share = (right.sum() + 0.5) / (half + 1)
-            lines.append((0.0, float(np.log(share / (1 - share)))))
-            continue
-        fitted = LogisticRegression(C=10.0).fit(np.log(raw / (1 - raw))[:, None], right)
-        lines.append((round(float(fitted.coef_[0, 0]), 4), round(float(fitted.intercept_[0]), 4)))
-    rest = table.part(slice(half, None))
-    threshold = best_threshold(rest, cascade_estimates(rest, lines), True, tolerance)
-    return AutoScale("cascade", threshold, table.scales, [list(line) for line in lines], tokens)
+    raw = raw.clip(1e-6, 1 - 1e-6)
+    if right.all() or not right.any():  # nothing to tell apart: the share itself, whatever the confidence
+        share = (right.sum() + 0.5) / (len(right) + 1)
+        return 0.0, float(np.log(share / (1 - share)))
+    fitted = LogisticRegression(C=10.0).fit(np.log(raw / (1 - raw))[:, None], right)
+    return round(float(fitted.coef_[0, 0]), 4), round(float(fitted.intercept_[0]), 4)
 
 
 def cascade_estimates(table: Table, lines: Sequence[Sequence[float]]) -> np.ndarray:
@@ -171,32 +211,43 @@ def cascade_estimates(table: Table, lines: Sequence[Sequence[float]]) -> np.ndar
 
 
 def fit_router(
-    table: Table, tolerance: float = TOLERANCE, *, hidden: int = 64, steps: int = 400, seed: int = 0
+    table: Table, tolerance: float = TOLERANCE, *, hidden: int = 64, steps: int = 300, seed: int = 0
 ) -> AutoScale:
-    """A router, trained on the first half (decoupled weight decay, full batches), its threshold on the second."""
-    half = len(table.right) // 2
-    x, y = table.inputs[:half], torch.from_numpy(table.right[:half, :-1]).float()
-    mean, std = x.mean(0), x.std(0) + 1e-4
-    x = (x - mean) / std
+    """A router: trained on the first half until it no longer gets better on the third quarter, threshold on the last.
+
+    Decoupled weight decay, a fifth of the inputs dropped at random, full batches.
+    """
+    half, late = len(table.right) // 2, len(table.right) * 3 // 4
+    mean, std = table.inputs[:half].mean(0), table.inputs[:half].std(0) + 1e-4
+    x, y = (table.inputs - mean) / std, torch.from_numpy(table.right[:, :-1]).float()
     draw = torch.Generator().manual_seed(seed)
-    first = (torch.randn(hidden, x.shape[1], generator=draw) / x.shape[1] ** 0.5).requires_grad_()
-    last = torch.zeros(y.shape[1], hidden, requires_grad=True)
-    biases = torch.zeros(hidden, requires_grad=True), torch.zeros(y.shape[1], requires_grad=True)
-    params = [first, last, *biases]
-    optimizer = torch.optim.AdamW(params, 3e-3, weight_decay=0.3)
+    weights = {
+        "hidden.weight": torch.randn(hidden, x.shape[1], generator=draw) / x.shape[1] ** 0.5,
+        "hidden.bias": torch.zeros(hidden),
+        "out.weight": torch.zeros(y.shape[1], hidden),
+        "out.bias": torch.zeros(y.shape[1]),
+    }
+    optimizer = torch.optim.AdamW([w.requires_grad_() for w in weights.values()], 1e-3, weight_decay=0.3)
+
+    def loss(rows: slice, drop: bool) -> torch.Tensor:
+        seen = x[rows] * ((torch.rand(x[rows].shape, generator=draw) > 0.2) / 0.8 if drop else 1.0)
+        inner = gelu(seen @ weights["hidden.weight"].T + weights["hidden.bias"])
+        return binary_cross_entropy_with_logits(inner @ weights["out.weight"].T + weights["out.bias"], y[rows])
+
+    best, kept = math.inf, weights
     for _ in range(steps):
-        noisy = x + 0.1 * torch.randn(x.shape, generator=draw)
-        loss = binary_cross_entropy_with_logits(gelu(noisy @ first.T + biases[0]) @ last.T + biases[1], y)
         optimizer.zero_grad()
-        loss.backward()
+        loss(slice(half), True).backward()
         optimizer.step()
+        with torch.no_grad():
+            now = loss(slice(half, late), False).item()
+        if now < best:
+            best, kept = now, {name: w.detach().clone() for name, w in weights.items()}
     made = AutoScale("router", 0.9, table.scales)
-    made.load_tensors(
-        {"mean": mean, "std": std, "hidden.weight": first, "hidden.bias": biases[0], "out.weight": last,
-         "out.bias": biases[1]}
-    )  # fmt: skip
-    rest = table.part(slice(half, None))
-    made.threshold = best_threshold(rest, made.estimates(rest.inputs).numpy(), False, tolerance)
+    made.load_tensors({"mean": mean, "std": std, **kept})
+    rest = table.part(slice(late, None))
+    needed = rest.right.mean(0).max() - tolerance
+    made.threshold = best_threshold(rest, made.estimates(rest.inputs).numpy(), False, needed)[0]
     return made
 
 
@@ -206,13 +257,22 @@ def main(
     scales: Annotated[str, typer.Option(help="tokens per tile, coarsest first")] = "1,9,36,144",
     tolerance: Annotated[float, typer.Option(help="accuracy that may be lost to the best fixed scale")] = TOLERANCE,
     seed: Annotated[int, typer.Option(help="which questions; also the router's")] = 0,
+    answers: Annotated[
+        Path | None, typer.Option(help="keep what was said at every scale in this .safetensors, or fit on it again")
+    ] = None,
 ) -> None:
     """Fit both choosers for the pocket model, on validation questions."""
-    model, processor = vtr.pocket.load()
-    vtr.patch(model)
-    rows = vtr.pocket.samples(questions, split="val", seed=seed)
-    data = ((row["image"], row["question"], row["answer"]) for row in rows)
-    table = ask_all(model, processor, data, [int(s) for s in scales.split(",")], max_new_tokens=2, total=questions)
+    if answers is not None and answers.is_file():
+        table = Table.load(answers)
+    else:
+        model, processor = vtr.pocket.load()
+        vtr.patch(model)
+        rows = vtr.pocket.samples(questions, split="val", seed=seed)
+        data = ((row["image"], row["question"], row["answer"]) for row in rows)
+        ladder = [int(s) for s in scales.split(",")]
+        table = ask_all(model, processor, data, ladder, max_new_tokens=2, total=questions)
+        if answers is not None:
+            table.save(answers)
     for made in (fit_cascade(table, tolerance), fit_router(table, tolerance, seed=seed)):
         made.save_pretrained(out / made.method)
         print(made.spec)
