@@ -73,7 +73,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Any:
             mine = sorted((row["keep"], 100 * row["accuracy"][kind]) for row in rows if row["label"] == name)
             style = "*" if name.startswith("none") else "o-"
             panel.plot(*zip(*mine, strict=True), style, ms=4, lw=1.2, color=f"C{number % 10}", label=name)
-        panel.set(title=kind, xlabel="mean share of vision tokens kept", ylabel="accuracy (%)")
+        panel.set(title=kind, xscale="log", xlabel="mean share of vision tokens kept", ylabel="accuracy (%)")
     for panel in panels[len(kinds) :]:
         panel.set_axis_off()
     made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
