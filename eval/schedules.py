@@ -265,7 +265,8 @@ def markdown(body: Mapping[str, Any], lines: Sequence[report.Line], groups: Sequ
 
 def save_presets(found: Mapping[str, Found], path: Path, how: str) -> None:
     """The schedules as presets of the package, with where they come from."""
-    chosen = {"pocket": "gsearch-bisect-from-2", **{f"pocket-sigmoid-{b}": f"psigmoid-{b}" for b in BUDGETS}}
+    searched = {"pocket": "gsearch-bayes-from-2", "pocket-bisect": "gsearch-bisect-from-2"}
+    chosen = {**searched, **{f"pocket-sigmoid-{b}": f"psigmoid-{b}" for b in BUDGETS}}
     data = {}
     for name, key in chosen.items():
         record = found[key].record
