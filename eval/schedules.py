@@ -23,7 +23,7 @@ from vtr.eval.plots import figure
 
 import vtr
 from vtr.base import SCORES
-from vtr.search import OBJECTIVES, Cost, Example, Found, gsearch, psigmoid
+from vtr.search import Cost, Example, Found, Prepared, gsearch, psigmoid
 from vtr.search.curve import project
 from vtr.search.data import refuse_overlap
 from vtr.search.prefix import REUSES, Scorer
@@ -68,10 +68,11 @@ def pocket(n: int, split: str, seed: int) -> list[Example]:
 def rankings(on: Setup) -> list[dict[str, Any]]:
     """The same schedules (one sigmoid shape at several budgets) under every ranking, on the calibration questions."""
     rows = []
+    ready = {name: Prepared(on.model, on.processor, on.calibration, name) for name in ("accuracy", "kl")}
     for queries in tqdm(SCORES, desc="rankings"):
         row: dict[str, Any] = {"queries": queries}
-        for name in ("accuracy", "kl"):
-            scorer = Scorer(on.model, on.processor, on.calibration, OBJECTIVES[name], queries)
+        for name, prepared in ready.items():
+            scorer = Scorer(prepared, queries)
             cost = Cost.of(on.model, scorer.sizes)
             shapes = [
                 project(0.8, 4.0, budget, lambda keeps, c=cost: c.ratio(keeps, "flops"), on.depth, 1)  # type: ignore[misc]
@@ -85,9 +86,10 @@ def rankings(on: Setup) -> list[dict[str, Any]]:
 def search_costs(on: Setup, questions: int) -> list[dict[str, Any]]:
     """One G-Search on some calibration questions, run in every way of reuse; they must find the same schedule."""
     rows: list[dict[str, Any]] = []
+    prepared = Prepared(on.model, on.processor, on.calibration[:questions], on.objective)
     for reuse in REUSES[::-1]:
         begun = time.perf_counter()
-        found = _gsearch(on, "bisect", 2, reuse=reuse, data=on.calibration[:questions])
+        found = _gsearch(on, "bisect", 2, prepared, reuse=reuse, check_ranks=False)
         rows.append(
             {"reuse": reuse, "seconds": time.perf_counter() - begun, "schedule": list(found), **found.record["spent"]}
         )
@@ -105,14 +107,15 @@ def brute_force(on: Setup, questions: int) -> dict[str, Any]:
     vtr.patch(model)
     data = on.calibration[:questions]
     begun = time.perf_counter()
-    scorer = Scorer(model, processor, data, OBJECTIVES["kl"], on.queries)
+    prepared = Prepared(model, processor, data)
+    scorer = Scorer(prepared, on.queries)
     levels = sorted((*FEWER_LEVELS, 1.0), reverse=True)
     every = [[1.0, 1.0, *rest] for rest in combinations_with_replacement(levels, FEWER_LAYERS - 2)]
     scores = scorer.means([1.0, 1.0], every)
     seconds, cost, rows = time.perf_counter() - begun, Cost.of(model, scorer.sizes), []
     for tolerance in (0.01, 0.03, 0.1, 0.3):
         found = gsearch(
-            model, processor, data, tolerance=tolerance, levels=FEWER_LEVELS, queries=on.queries, check_ranks=False,
+            model, processor, prepared, tolerance=tolerance, levels=FEWER_LEVELS, queries=on.queries, check_ranks=False,
             progress=False,
         )  # fmt: skip
         holding = [
@@ -124,9 +127,9 @@ def brute_force(on: Setup, questions: int) -> dict[str, Any]:
     return {"schedules": len(every), "seconds": seconds, "rows": rows}
 
 
-def _gsearch(on: Setup, method: Any, start: int, data: Sequence[Example] | None = None, **more: Any) -> Found:
+def _gsearch(on: Setup, method: Any, start: int, data: Any, **more: Any) -> Found:
     return gsearch(
-        on.model, on.processor, on.calibration if data is None else list(data), tolerance=on.tolerance,
+        on.model, on.processor, data, tolerance=on.tolerance,
         objective=on.objective, method=method, start=start, queries=on.queries, seed=on.seed, **more,
     )  # fmt: skip
 
@@ -134,10 +137,13 @@ def _gsearch(on: Setup, method: Any, start: int, data: Sequence[Example] | None 
 def searches(on: Setup, folder: Path) -> tuple[dict[str, Found], float]:
     """G-Search by both methods and from both layers; P-Sigmoid at every budget (the better start); and the seconds."""
     begun, found = time.perf_counter(), dict[str, Found]()
+    prepared = Prepared(on.model, on.processor, on.calibration, on.objective)
     for start in STARTS:
         for method in ("bisect", "bayes") if start == STARTS[0] else ("bisect",):
             name = f"gsearch-{method}-from-{start}"
-            found[name] = _gsearch(on, method, start, state=folder / f"{name}.json", check_ranks=start == STARTS[0])
+            found[name] = _gsearch(
+                on, method, start, prepared, state=folder / f"{name}.json", check_ranks=start == STARTS[0]
+            )
     curve = list(found["gsearch-bisect-from-1"])
     for budget in BUDGETS:
         tries = []
@@ -146,7 +152,7 @@ def searches(on: Setup, folder: Path) -> tuple[dict[str, Found], float]:
             try:
                 tries.append(
                     psigmoid(
-                        on.model, on.processor, on.calibration, budget=budget, measure="flops", objective=on.objective,
+                        on.model, on.processor, prepared, budget=budget, measure="flops", objective=on.objective,
                         curve=curve, start=start, queries=on.queries, trials=on.trials, seed=on.seed, state=state,
                         check_ranks=False,
                     )
@@ -259,7 +265,8 @@ def markdown(body: Mapping[str, Any], lines: Sequence[report.Line], groups: Sequ
 
 def save_presets(found: Mapping[str, Found], path: Path, how: str) -> None:
     """The schedules as presets of the package, with where they come from."""
-    chosen = {"pocket": "gsearch-bisect-from-2", **{f"pocket-sigmoid-{b}": f"psigmoid-{b}" for b in BUDGETS}}
+    searched = {"pocket": "gsearch-bayes-from-2", "pocket-bisect": "gsearch-bisect-from-2"}
+    chosen = {**searched, **{f"pocket-sigmoid-{b}": f"psigmoid-{b}" for b in BUDGETS}}
     data = {}
     for name, key in chosen.items():
         record = found[key].record

@@ -12,8 +12,7 @@ import pytest
 
 import vtr
 from tests.search_models import questions, short
-from vtr.search import greedy
-from vtr.search.metrics import OBJECTIVES
+from vtr.search import Prepared, greedy
 from vtr.search.prefix import Scorer
 from vtr.search.rounds import Search
 
@@ -29,8 +28,12 @@ def monotone(levels: tuple[float, ...], layers: int) -> list[list[float]]:
 def test_gsearch_against_all_monotone_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = short(4)
     data, tolerance = list(questions(4)), 0.1
-    found = vtr.search.gsearch(model, processor, data, tolerance=tolerance, **QUIET)
-    scorer = Scorer(model, processor, data, OBJECTIVES["kl"], "text")
+    prepared = Prepared(model, processor, data)
+    found = vtr.search.gsearch(model, processor, prepared, tolerance=tolerance, **QUIET)
+    assert found == vtr.search.gsearch(model, processor, data, tolerance=tolerance, **QUIET)
+    with pytest.raises(ValueError, match="another model or objective"):
+        vtr.search.gsearch(model, processor, prepared, objective="agreement", **QUIET)
+    scorer = Scorer(prepared, "text")
     every = monotone(LEVELS, 4)
     scores = scorer.means([1.0], every)
     cost = vtr.search.Cost.of(model, scorer.sizes)

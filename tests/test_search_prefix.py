@@ -9,7 +9,7 @@ import vtr
 from tests import oracle, tiny
 from tests.search_models import questions, short
 from vtr.engine.midway import enter
-from vtr.search import Example
+from vtr.search import Example, Prepared
 from vtr.search.metrics import OBJECTIVES
 from vtr.search.prefix import Scorer
 
@@ -76,7 +76,7 @@ def test_prefix_reuse_and_batching_score_as_the_naive_search_does(objective: str
     candidates = [[1.0, 0.8, 0.4, 0.4], [1.0, 0.8, 0.1, 0.1], [1.0, 0.8, 0.4, 0.02]]
     scores = {}
     for reuse in ("naive", "prefix", "batched"):
-        scorer = Scorer(model, processor, data, OBJECTIVES[objective], "text", reuse=reuse)  # type: ignore[arg-type]
+        scorer = Scorer(Prepared(model, processor, data, objective), "text", reuse)  # type: ignore[arg-type]
         scores[reuse] = scorer.means([1.0, 0.8], candidates)
         if reuse == "naive":
             assert (scorer.spent.rows, scorer.spent.tokens) == (scorer.spent.naive_rows, scorer.spent.naive_tokens)
@@ -90,16 +90,16 @@ def test_accuracy_needs_answers_that_the_unreduced_model_gives() -> None:
     model, processor = short(4)
     wrong = [Example(one.image, one.question, "zebra") for one in questions(2)]
     with pytest.raises(ValueError, match="answers none of 2 questions"):
-        Scorer(model, processor, wrong, OBJECTIVES["accuracy"], "text")
+        Prepared(model, processor, wrong, "accuracy")
     without = [Example(one.image, one.question) for one in questions(2)]
     with pytest.raises(ValueError, match=r"has none: give answers, or use \"agreement\""):
-        Scorer(model, processor, without, OBJECTIVES["likelihood"], "text")
+        Prepared(model, processor, without, "likelihood")
 
 
 def test_candidates_that_cannot_reach_the_floor_are_dropped_early_and_only_then() -> None:
     model, processor = short(4)
     data = list(questions(4))
-    scorer = Scorer(model, processor, data, OBJECTIVES["kl"], "text", batch_size=2)
+    scorer = Scorer(Prepared(model, processor, data, batch_size=2), "text")
     candidates = [[1.0, 0.8, 0.8, 0.8], [1.0, 0.02, 0.02, 0.02]]
     full = scorer.means([1.0], candidates)
     before = scorer.spent.rows
@@ -112,8 +112,8 @@ def test_candidates_that_cannot_reach_the_floor_are_dropped_early_and_only_then(
 def test_own_answers_are_scored_with_their_end_in_one_pass() -> None:
     model, processor = short(10)
     data = list(questions(3))
-    scorer = Scorer(model, processor, data, OBJECTIVES["agreement"], "text", batch_size=3, max_new_tokens=3)
-    targets = [one.tolist() for batch in scorer.batches for one in batch.targets]
-    assert scorer.base == [1.0] * 3  # the unreduced model agrees with itself
+    prepared = Prepared(model, processor, data, "agreement", batch_size=3, max_new_tokens=3)
+    targets = [one.tolist() for batch in prepared.batches for one in batch.targets]
+    assert prepared.base == [1.0] * 3  # the unreduced model agrees with itself
     end = processor.tokenizer.eos_token_id
     assert all(1 <= len(one) <= 3 and end not in one[:-1] for one in targets)

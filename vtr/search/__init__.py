@@ -9,6 +9,7 @@ from vtr.search.data import Example, Split, examples, split
 from vtr.search.found import Found
 from vtr.search.greedy import LEVELS, gsearch
 from vtr.search.metrics import OBJECTIVES
+from vtr.search.prompts import Prepared
 from vtr.search.ranking import Ranks, rank_agreement
 from vtr.search.sigmoid import psigmoid
 
@@ -18,6 +19,7 @@ __all__ = [
     "Cost",
     "Example",
     "Found",
+    "Prepared",
     "Ranks",
     "Sigmoid",
     "Split",

@@ -33,7 +33,7 @@ def gsearch(
 
     Args:
         model: patched. data: calibration questions, see :func:`vtr.search.examples` (:func:`vtr.search.split` keeps
-            others to measure on).
+            others to measure on), or a :class:`vtr.search.Prepared` that several searches share.
         tolerance: how far the mean score may fall below the unreduced model's.
         objective: "kl" (from the unreduced model, nats a token) and "agreement" need no answers; "accuracy",
             "likelihood" score the data's (see :data:`vtr.search.OBJECTIVES`).

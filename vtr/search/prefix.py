@@ -15,17 +15,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from vtr.base import Keep, Scores
-from vtr.engine.midway import Midway, enter
 from vtr.policies.gsearch import GSearch
 from vtr.schedule import Schedule
-from vtr.search.data import Example
-from vtr.search.metrics import Objective
-from vtr.search.prompts import Prompts, prompts_of
+from vtr.search.prompts import Prepared, answer_logits
 
 Reuse = Literal["batched", "prefix", "naive"]
 REUSES: tuple[Reuse, ...] = get_args(Reuse)
-QUESTIONS = 8
-"""Questions in one call at most; more rows are more candidates."""
 
 
 @dataclass
@@ -62,56 +57,29 @@ class Spent:
 
 
 class Scorer:
-    """A model, prepared calibration questions, and the states that the layers decided so far leave.
+    """Prepared calibration questions, and the states that the layers decided so far leave.
 
     Args:
-        batch_size: rows (questions × candidates) in one call at most.
+        queries: the ranking of the candidates' policies.
         reuse: "batched"; "prefix" (a candidate a call, all questions); "naive" (a candidate a call, the whole model).
         tick: called with the number of prompts scored.
 
     Raises:
-        ValueError: settings out of range; data without the answers that the objective needs; see :func:`prompts_of`.
+        ValueError: an unknown way of reuse.
     """
 
     def __init__(
-        self, model: Any, processor: Any, data: Sequence[Example], objective: Objective, queries: Scores,
-        batch_size: int = 32, max_new_tokens: int = 16, reuse: Reuse = "batched",
+        self, prepared: Prepared, queries: Scores, reuse: Reuse = "batched",
         tick: Callable[[int], Any] = lambda count: None,
     ) -> None:  # fmt: skip
         if reuse not in REUSES:
             raise ValueError(f"reuse={reuse!r}: choose one of {', '.join(map(repr, REUSES))}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a call has at least one row")
-        self.model, self.objective, self.queries, self.reuse = model, objective, queries, reuse
-        self.depth = len(model.get_decoder().layers)
-        self.tick, self.batch_size, self.spent = tick, batch_size, Spent()
-        self.per_call = max(1, batch_size // min(QUESTIONS, batch_size)) if reuse == "batched" else 1
-        self.batches: list[Prompts] = []
-        self.base: list[float] = []
-        self.sizes: list[tuple[int, int]] = []
-        self._starts: list[Midway] = []
+        self.model, self.objective, self.depth = prepared.model, prepared.objective, prepared.depth
+        self.batches, self.base, self.sizes = prepared.batches, prepared.base, prepared.sizes
+        self.queries, self.reuse, self.tick, self.spent = queries, reuse, tick, Spent()
+        self.per_call = max(1, prepared.batch_size // prepared.together) if reuse == "batched" else 1
+        self._starts = self._states = prepared.starts
         self._prefix: tuple[Keep, ...] = ()
-        size = min(QUESTIONS, batch_size)
-        whole = GSearch([1.0] * self.depth, queries=queries)
-        with torch.inference_mode():
-            for start in range(0, len(data), size):
-                batch = prompts_of(model, processor, data[start : start + size], objective, max_new_tokens)
-                state = enter(model, batch.inputs, whole, batch.length)
-                self._starts.append(state)
-                end = state.go([(row, None) for row in range(len(batch))], self.depth)
-                logits = self._logits(end, batch.counts)
-                if objective.compares:
-                    batch.full = [one.log_softmax(-1) for one in logits]
-                self.base += self._values(batch, logits, range(len(batch)))
-                self.sizes += state.sizes
-                self.batches.append(batch)
-                tick(len(batch))
-        self._states = self._starts
-        if objective.best == 1.0 and not any(self.base):
-            raise ValueError(
-                f"the unreduced model answers none of {len(self.base)} questions as the data does, so nothing can be "
-                'lost: use objective="agreement" or "kl", which need no answers'
-            )
 
     def __len__(self) -> int:
         return len(self.base)
@@ -166,13 +134,12 @@ class Scorer:
             logits = [out.logits[row, first : first + batch.counts[row]].float() for row in rows]
             tokens = sum(self._tokens(policies[0].schedule, size) for size in self._starts[number].sizes)
             self._count(len(batch) * self.depth, tokens, self.depth)
-            return [sum(self._values(batch, logits, rows))]
+            return [sum(batch.values(self.objective, logits))]
         state = self._states[number]
         end = state.go([(row, policy) for policy in policies for row in rows], self.depth)
         layers = self.depth - state.layer
         self._count(len(batch) * len(policies) * layers, end.tokens_run(), layers)
-        logits = self._logits(end, batch.counts * len(policies))
-        values = self._values(batch, logits, [*rows] * len(policies))
+        values = batch.values(self.objective, answer_logits(self.model, end, batch.counts * len(policies)))
         return [sum(values[i : i + len(batch)]) for i in range(0, len(values), len(batch))]
 
     def _advance(self, prefix: tuple[Keep, ...]) -> None:
@@ -191,18 +158,6 @@ class Scorer:
             self._count(len(state.session.rows) * layers, state.tokens_run(), layers)
             moved.append(state)
         self._states, self._prefix = moved, prefix
-
-    def _logits(self, end: Midway, counts: Sequence[int]) -> list[torch.Tensor]:
-        head = self.model.get_output_embeddings()
-        return list(head(end.last(counts)).float().split(list(counts)))
-
-    def _values(self, batch: Prompts, logits: Sequence[torch.Tensor], rows: Sequence[int]) -> list[float]:
-        """The score of each piece of logits, which belong to these rows of the batch."""
-        values = [
-            self.objective.score(one, batch.targets[row], batch.full[row] if batch.full else None)
-            for one, row in zip(logits, rows, strict=True)
-        ]
-        return torch.stack(values).tolist()
 
     def _count(self, rows: int, tokens: int, calls: int) -> None:
         self.spent.rows += rows

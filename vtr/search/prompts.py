@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vtr import chat
-from vtr.search.data import Example
-from vtr.search.metrics import Objective
+from vtr.engine.install import patch_of
+from vtr.engine.midway import Midway, enter
+from vtr.policies.gsearch import GSearch
+from vtr.search.data import Example, examples
+from vtr.search.metrics import Objective, objective_of
+
+QUESTIONS = 8
+"""Questions in one call at most; more rows are more candidates."""
 
 
 @dataclass(eq=False)
@@ -35,6 +41,80 @@ class Prompts:
     def counts(self) -> list[int]:
         """Tokens in each answer."""
         return [len(one) for one in self.targets]
+
+    def values(self, objective: Objective, logits: Sequence[torch.Tensor]) -> list[float]:
+        """The score of each piece of logits; they belong to the rows in turn, as often as there are pieces."""
+        rows = [i % len(self) for i in range(len(logits))]
+        scores = [
+            objective.score(one, self.targets[row], self.full[row] if self.full else None)
+            for one, row in zip(logits, rows, strict=True)
+        ]
+        return torch.stack(scores).tolist()
+
+
+class Prepared:
+    """Calibration questions encoded and run unreduced once: what every search on them begins with.
+
+    Several searches on the same questions can share one: give it as their ``data``.
+
+    Args:
+        model: patched. data: see :func:`vtr.search.examples`. objective: of :data:`vtr.search.OBJECTIVES`.
+        batch_size: rows (questions × candidates) in one call at most. max_new_tokens: of the model's own answers.
+        tick: called with the number of questions done.
+
+    Attributes:
+        base: the unreduced model's score on each question. sizes: (vision, text) tokens of each prompt.
+        starts: each batch's rows on entering layer 0.
+
+    Raises:
+        ValueError, TypeError: settings out of range, data that cannot be used, a model that is not patched or trains;
+            no question that the unreduced model answers as the data does, if right answers are counted.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, data: Any, objective: str = "kl", batch_size: int = 32,
+        max_new_tokens: int = 16, tick: Callable[[int], Any] = lambda count: None,
+    ) -> None:  # fmt: skip
+        patch_of(model)
+        if model.training:
+            raise ValueError("a search needs the model as it is used: call model.eval() first")
+        if batch_size < 1 or max_new_tokens < 1:
+            raise ValueError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: both must be at least 1")
+        self.model, self.processor, self.objective = model, processor, objective_of(objective)
+        self.examples: list[Example] = examples(data)
+        self.depth = len(model.get_decoder().layers)
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.together = min(QUESTIONS, batch_size)
+        self.batches: list[Prompts] = []
+        self.starts: list[Midway] = []
+        self.base: list[float] = []
+        self.sizes: list[tuple[int, int]] = []
+        for start in range(0, len(self.examples), self.together):
+            self._add(self.examples[start : start + self.together])
+            tick(len(self.batches[-1]))
+        if self.objective.best == 1.0 and not any(self.base):
+            raise ValueError(
+                f"the unreduced model answers none of {len(self.base)} questions as the data does, so nothing can be "
+                'lost: use objective="agreement" or "kl", which need no answers'
+            )
+
+    @torch.inference_mode()
+    def _add(self, part: Sequence[Example]) -> None:
+        batch = prompts_of(self.model, self.processor, part, self.objective, self.max_new_tokens)
+        state = enter(self.model, batch.inputs, GSearch([1.0] * self.depth), batch.length)
+        end = state.go([(row, None) for row in range(len(batch))], self.depth)
+        logits = answer_logits(self.model, end, batch.counts)
+        if self.objective.compares:
+            batch.full = [one.log_softmax(-1) for one in logits]
+        self.base += batch.values(self.objective, logits)
+        self.sizes += state.sizes
+        self.starts.append(state)
+        self.batches.append(batch)
+
+
+def answer_logits(model: Any, end: Midway, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Float32 logits [m, vocab] that predict each row's last m tokens-to-come, after all layers."""
+    return list(model.get_output_embeddings()(end.last(counts)).float().split(list(counts)))
 
 
 def prompts_of(

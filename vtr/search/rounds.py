@@ -13,10 +13,9 @@ from tqdm import tqdm
 from vtr.base import SCORES, Keep, Scores
 from vtr.engine.install import patch_of
 from vtr.search.cost import Cost
-from vtr.search.data import Example, examples
 from vtr.search.found import Found
-from vtr.search.metrics import objective_of
 from vtr.search.prefix import Reuse, Scorer
+from vtr.search.prompts import Prepared
 from vtr.search.ranking import Ranks, rank_agreement
 from vtr.search.state import Trials, data_digest, key_of, model_digest
 
@@ -36,29 +35,30 @@ class Search:
         batch_size: int, max_new_tokens: int, seed: int, state: str | Path | None, reuse: Reuse, progress: bool,
         settings: dict[str, Any],
     ) -> None:  # fmt: skip
-        patch_of(model)
-        if model.training:
-            raise ValueError("a search needs the model as it is used: call model.eval() first")
-        self.model, self.processor = model, processor
-        self.data: list[Example] = examples(data)
-        self.depth = len(model.get_decoder().layers)
+        self.depth = len(patch_of(model).text.layers)
         if isinstance(start, bool) or not isinstance(start, int) or not 1 <= start < self.depth:
             raise ValueError(f"start={start!r}: the first layer that may cut is one of 1…{self.depth - 1}")
         if queries not in SCORES:
             raise ValueError(f"queries={queries!r}: choose one of {', '.join(map(repr, SCORES))}")
-        chosen = objective_of(objective)
+        self.bar = tqdm(desc=method, unit=" prompts", disable=not progress)
+        if not isinstance(data, Prepared):
+            data = Prepared(model, processor, data, objective, batch_size, max_new_tokens, self.bar.update)
+        elif data.model is not model or data.objective.name != objective:
+            raise ValueError(
+                f"the prepared questions are of another model or objective ({data.objective.name!r}): prepare them "
+                f"with vtr.search.Prepared(model, processor, data, objective={objective!r})"
+            )
+        self.model, self.processor, self.data = model, processor, data.examples
         self.method, self.start, self.queries, self.seed = method, start, queries, seed
         identity = {
-            "method": method, "objective": objective, "start": start, "queries": queries, "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens, "seed": seed, "reuse": reuse, "settings": settings,
+            "method": method, "objective": objective, "start": start, "queries": queries,
+            "batch_size": data.batch_size, "max_new_tokens": data.max_new_tokens, "seed": seed,
+            "reuse": reuse, "settings": settings,
             "data": data_digest(self.data), "model": model_digest(model), "dtype": str(model.dtype),
             "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         }  # fmt: skip
         self.trials = Trials(state, identity)
-        self.bar = tqdm(desc=method, unit=" prompts", disable=not progress)
-        self.scorer = Scorer(
-            model, processor, self.data, chosen, queries, batch_size, max_new_tokens, reuse, self.bar.update
-        )
+        self.scorer = Scorer(data, queries, reuse, self.bar.update)
         self.scorer.spent = self.trials.spent
         self.cost = Cost.of(model, self.scorer.sizes)
         self.tried: list[dict[str, Any]] = []
