@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vtr
 from tests import oracle, shorter, tiny
+from tests.alone import check_beams, check_decoding, check_no_cache
 from tests.conftest import Pair
 from tests.loads import forward
 from tests.test_oracles import everything, same, snapshot
@@ -136,31 +137,17 @@ def test_a_row_is_the_same_in_any_batch(pair: Pair, policies: list[Any], padding
 
 @pytest.mark.parametrize("policies", MIXES)
 def test_a_row_decodes_the_same_in_any_batch(pair: Pair, policies: list[Any]) -> None:
-    inputs = tiny.batch(pair.stock, ROWS)
-    together = tiny.generate(pair.patched, inputs, policy=policies, **RUN)
-    for b, policy in enumerate(policies):
-        alone = tiny.generate(pair.patched, tiny.single(inputs, b, pair.stock), policy=policy, **RUN)
-        assert torch.equal(together.sequences[b, -STEPS:], alone.sequences[0, -STEPS:])
-        close(torch.stack([step[b] for step in together.logits]), torch.cat(alone.logits))
+    check_decoding(pair.patched, tiny.batch(pair.stock, ROWS), policies, RUN, close)
 
 
 @pytest.mark.parametrize(("policies", "returned"), zip(MIXES, [1, 2, 3], strict=True))
 def test_a_row_has_the_same_beams_in_any_batch(pair: Pair, policies: list[Any], returned: int) -> None:
-    inputs, search = tiny.batch(pair.stock, ROWS), {"num_beams": 3, "num_return_sequences": returned}
-    together = tiny.generate(pair.patched, inputs, policy=policies, max_new_tokens=STEPS, **search)
-    for b, policy in enumerate(policies):
-        row = tiny.single(inputs, b, pair.stock)
-        alone = tiny.generate(pair.patched, row, policy=policy, max_new_tokens=STEPS, **search)
-        assert torch.equal(together[b * returned : (b + 1) * returned, -STEPS:], alone[:, -STEPS:])
+    check_beams(pair, ROWS, policies, returned, STEPS)
 
 
 @pytest.mark.parametrize("policies", MIXES)
 def test_decoding_without_a_cache_is_the_same(pair: Pair, policies: list[Any]) -> None:
-    inputs = tiny.batch(pair.stock, ROWS)
-    cached = tiny.generate(pair.patched, inputs, policy=policies, **RUN)
-    plain = tiny.generate(pair.patched, inputs, policy=policies, use_cache=False, **RUN)
-    assert torch.equal(cached.sequences, plain.sequences)
-    close(torch.stack(cached.logits), torch.stack(plain.logits))
+    check_no_cache(pair, ROWS, policies, RUN, close)
 
 
 # ------------------------------------------------------------------------------------------------- 4. off is off

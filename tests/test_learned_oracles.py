@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vtr
 from tests import learned, oracle, tiny
+from tests.alone import check_beams, check_decoding, check_no_cache
 from tests.conftest import Pair
 from tests.test_oracles import RUN, STEPS, close, counted, forward, kept, live
 from tests.tiny import IMAGE
@@ -101,23 +102,15 @@ def test_a_row_is_the_same_in_any_batch(pair: Pair, policies: list[Any], padding
 
 @pytest.mark.parametrize("policies", MIXES, ids=NAMES)
 def test_a_row_decodes_the_same_in_any_batch(pair: Pair, policies: list[Any]) -> None:
-    inputs = tiny.batch(pair.stock, ROWS)
-    together = tiny.generate(pair.patched, inputs, policy=policies, **RUN)
-    for b, policy in enumerate(policies):
-        alone = tiny.generate(pair.patched, tiny.single(inputs, b, pair.stock), policy=policy, **RUN)
-        assert torch.equal(together.sequences[b, -STEPS:], alone.sequences[0, -STEPS:])
-        close(torch.stack([step[b] for step in together.logits]), torch.cat(alone.logits))
+    check_decoding(pair.patched, tiny.batch(pair.stock, ROWS), policies, RUN, close)
 
 
 def test_200_decoded_tokens_in_a_mixed_batch() -> None:
     """A row of each policy and None: the same as alone, cached keys as many as were remembered."""
     model = vtr.patch(tiny.llava())
     inputs, policies, long = tiny.batch(model, ROWS), MIXES[0], RUN | {"max_new_tokens": 200}
-    together = tiny.generate(model, inputs, policy=policies, **long)
-    for b, policy in enumerate(policies):
-        alone = tiny.generate(model, tiny.single(inputs, b, model), policy=policy, **long)
-        assert torch.equal(together.sequences[b, -200:], alone.sequences[0, -200:])
-        close(torch.stack([step[b] for step in together.logits]), torch.cat(alone.logits))
+    together, rows = check_decoding(model, inputs, policies, long, close)
+    for b, (policy, alone) in enumerate(zip(policies, rows, strict=True)):
         if policy is not None:
             held = [layer.lengths()[0] for layer in alone.past_key_values.layers]
             assert [layer.lengths()[b] for layer in together.past_key_values.layers] == held
@@ -125,21 +118,13 @@ def test_200_decoded_tokens_in_a_mixed_batch() -> None:
 
 @pytest.mark.parametrize("policies", [MIXES[1]], ids=["dynamic and pmod"])
 def test_a_row_has_the_same_beams_in_any_batch(pair: Pair, policies: list[Any]) -> None:
-    inputs, search = tiny.batch(pair.stock, ROWS), {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": STEPS}
-    together = tiny.generate(pair.patched, inputs, policy=policies, **search)
-    for b, policy in enumerate(policies):
-        alone = tiny.generate(pair.patched, tiny.single(inputs, b, pair.stock), policy=policy, **search)
-        assert torch.equal(together[2 * b : 2 * b + 2, -STEPS:], alone[:, -STEPS:])
+    check_beams(pair, ROWS, policies, 2, STEPS)
 
 
 # ------------------------------------------------------------------------------------------------ 5. cache = no cache
 @pytest.mark.parametrize("policies", MIXES, ids=NAMES)
 def test_decoding_without_a_cache_is_the_same(pair: Pair, policies: list[Any]) -> None:
-    inputs = tiny.batch(pair.stock, ROWS)
-    cached = tiny.generate(pair.patched, inputs, policy=policies, **RUN)
-    plain = tiny.generate(pair.patched, inputs, policy=policies, use_cache=False, **RUN)
-    assert torch.equal(cached.sequences, plain.sequences)
-    close(torch.stack(cached.logits), torch.stack(plain.logits))
+    check_no_cache(pair, ROWS, policies, RUN, close)
 
 
 def test_a_second_turn_goes_on(pair: Pair) -> None:

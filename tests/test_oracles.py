@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
 from tests import oracle, tiny
+from tests.alone import check_beams, check_decoding
 from tests.conftest import Pair
 from tests.tiny import IMAGE
 
@@ -195,22 +196,12 @@ def test_a_row_is_the_same_in_any_batch(pair: Pair, policies: list[Any], padding
 
 @pytest.mark.parametrize("policies", MIXES)
 def test_a_row_decodes_the_same_in_any_batch(pair: Pair, policies: list[Any]) -> None:
-    inputs = tiny.batch(pair.stock, ROWS)
-    together = tiny.generate(pair.patched, inputs, policy=policies, **RUN)
-    for b, policy in enumerate(policies):
-        alone = tiny.generate(pair.patched, tiny.single(inputs, b, pair.stock), policy=policy, **RUN)
-        assert torch.equal(together.sequences[b, -STEPS:], alone.sequences[0, -STEPS:])
-        close(torch.stack([step[b] for step in together.logits]), torch.cat(alone.logits))
+    check_decoding(pair.patched, tiny.batch(pair.stock, ROWS), policies, RUN, close)
 
 
 @pytest.mark.parametrize(("policies", "returned"), zip(MIXES, [1, 2, 3, 2], strict=True))
 def test_a_row_has_the_same_beams_in_any_batch(pair: Pair, policies: list[Any], returned: int) -> None:
-    inputs, search = tiny.batch(pair.stock, ROWS), {"num_beams": 3, "num_return_sequences": returned}
-    together = tiny.generate(pair.patched, inputs, policy=policies, max_new_tokens=STEPS, **search)
-    for b, policy in enumerate(policies):
-        row = tiny.single(inputs, b, pair.stock)
-        alone = tiny.generate(pair.patched, row, policy=policy, max_new_tokens=STEPS, **search)
-        assert torch.equal(together[b * returned : (b + 1) * returned, -STEPS:], alone[:, -STEPS:])
+    check_beams(pair, ROWS, policies, returned, STEPS)
 
 
 @pytest.mark.parametrize("policy", [vtr.Random(0.3), vtr.Random(0.2, layer=2), vtr.UniformGrid(0.4), vtr.Random(0)])

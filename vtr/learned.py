@@ -76,7 +76,7 @@ class Learned(Policy):
 
     def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
         """A new module of these settings, as training begins with it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define make(): the module that is its weights")
 
     # -- getting weights -------------------------------------------------------------------------------------------
     def init_weights(self, model: Any) -> Any:
