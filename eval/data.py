@@ -169,14 +169,18 @@ EXAMPLE = '{"image": "cat.png", "question": "what is this?", "answer": "a cat"}'
 
 # -- the pocket tasks --------------------------------------------------------------------------------------------------
 def _pocket(count: int, seed: int, settings: dict[str, str]) -> Callable[[], Iterator[Sample | Bad]]:
-    split = settings.pop("split", "test")
-    if settings or split not in ("train", "val", "test"):
-        raise ValueError("the pocket tasks have one setting: pocket:split=train, val or test")
+    split, task = settings.pop("split", "test"), settings.pop("task", "questions")
+    if settings or split not in ("train", "val", "test") or task not in ("questions", "listing"):
+        raise ValueError(
+            "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions or listing "
+            "(all objects of a picture; --metric listing)"
+        )
+    draw = vtr.pocket.samples if task == "questions" else vtr.pocket.listings
 
     def read() -> Iterator[Sample | Bad]:
         groups: dict[int, int] = {}
         pictures = []  # keeps ids of pictures apart
-        for index, made in enumerate(vtr.pocket.samples(count, split=split, seed=seed)):
+        for index, made in enumerate(draw(count, split=split, seed=seed)):
             image = made["image"]
             if id(image) not in groups:
                 pictures.append(image)

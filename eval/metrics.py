@@ -189,6 +189,13 @@ def _no_choice(answers: Sequence[str], choices: Choices) -> str | None:
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------
+def listing(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
+    """Order-free F1 of the objects named by the pocket model's long answers, all their properties right."""
+    from vtr.pocket.listing import f1
+
+    return max(f1(reply, answer) for answer in answers)
+
+
 def _fitting(answers: Sequence[str], choices: Choices) -> Metric:
     return METRICS["exact" if choices is None else "choice"]
 
@@ -201,6 +208,7 @@ METRICS = {
         Metric("relaxed", relaxed),
         Metric("anls", anls),
         Metric("choice", choice, _no_choice),
+        Metric("listing", listing),
         Metric("auto", lambda r, a, c: _fitting(a, c).score(r, a, c), lambda a, c: _fitting(a, c).problem(a, c)),
     )
 }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
+POCKET = "pocket"
+"""The name that stands for the folder of weights shipped for the embedded model."""
 
 if TYPE_CHECKING:
     from vtr.engine.resolve import Tries
@@ -70,12 +72,12 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones.
 
     A policy that owns weights may be given the folder they are in (``weights``, and ``allow_mismatch``): the settings
-    saved there hold unless others are named.
+    saved there hold unless others are named. ``weights=pocket`` are those shipped for the embedded model.
     """
     cls = policy_class(name)
     if issubclass(cls, Learned) and "weights" in settings:
         given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
-        found = _loaded(str(settings["weights"]), bool(settings.get("allow_mismatch", False)))
+        found = _loaded(name, str(settings["weights"]), bool(settings.get("allow_mismatch", False)))
         if type(found) is not cls:
             raise ValueError(f"{settings['weights']} holds a policy {found.name!r}, not {name!r}")
         made = build(name, {**found.config(), **given})
@@ -95,8 +97,12 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     return cls(**settings)
 
 
-def _loaded(folder: str, allow_mismatch: bool) -> Policy:
+def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
     """The policy in ``folder``, read again only if its files have changed."""
+    if folder == POCKET:
+        shipped = _loaded(name, str(Path(__file__).parent / "pocket" / "policies" / name), allow_mismatch)
+        shipped.folder = POCKET  # type: ignore[attr-defined]
+        return shipped
     stamps = tuple((Path(folder) / file).stat().st_mtime_ns for file in FILES if (Path(folder) / file).is_file())
     return _read(folder, allow_mismatch, stamps)
 

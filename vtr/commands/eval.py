@@ -22,7 +22,9 @@ def eval_command(
         Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")
     ] = None,
     columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = "",
-    metric: Annotated[str, typer.Option(help="exact, vqa, relaxed, anls, choice; auto: choice or exact")] = "auto",
+    metric: Annotated[
+        str, typer.Option(help="exact, vqa, relaxed, anls, choice, listing; auto: choice or exact")
+    ] = "auto",
     instruction: Annotated[str, typer.Option(help="how the question is put")] = "{question}",
     model: Annotated[str | None, typer.Option(help="a folder or hub name", show_default="the pocket model")] = None,
     base_lm: Annotated[

@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 SAMPLES = Path(__file__).parent / "samples"
 POLICIES = Path(__file__).parent / "policies"
 
-__all__ = ["SAMPLES", "WEIGHTS", "autoscale", "load", "sample", "samples"]
+__all__ = ["SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
 
 
 def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any, Any]:
@@ -68,3 +68,10 @@ def samples(n: int, split: str = "test", seed: int = 0, per_scene: int = 8) -> I
     from .scenes import samples as draw
 
     return draw(n, split, seed, per_scene)
+
+
+def listings(n: int, split: str = "test", seed: int = 0) -> Iterator[dict[str, Any]]:
+    """n pictures whose objects are all to be listed (about fifty words; ``vtr.pocket.listing``), as :func:`samples`."""
+    from .listing import samples as draw
+
+    return draw(n, split, seed)

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import listing as L
 from . import scenes as S
 from .model import EOS, IDS, PAD, VOCAB, answer_states, encode, pack, pixels_of, see, tower_of
 from .optim import Muon, average_gradients, descend, ramp, set_lr
 
 QUESTIONS = 24  # per picture
+LISTING = len(S.TYPES)  # the kind of a long answer's tokens
 ILLEGIBLE = {"letter", "find", "word"}  # types a thumbnail cannot answer
 
 
@@ -107,8 +109,10 @@ class Batch:
     kind: torch.Tensor
 
 
-def make_batch(rng: random.Random, split: str, pictures: int, skip: set[str] | None = None) -> Batch:
-    """Draws pictures and questions."""
+def make_batch(
+    rng: random.Random, split: str, pictures: int, skip: set[str] | None = None, listing: bool = False
+) -> Batch:
+    """Draws pictures and questions. listing: and what `listing` asks, as the last block (kind LISTING)."""
     size = S.SIZES[0] if rng.random() < 0.9 else rng.choice(S.SIZES[1:])
     tiles, rows = [], []
     for _ in range(pictures):
@@ -128,6 +132,13 @@ def make_batch(rng: random.Random, split: str, pictures: int, skip: set[str] | N
             pos += range(len(words) + len(answer))
             block += [j] * (len(words) + len(answer))
             kind += [-1] * len(words) + [S.TYPES.index(q.type), -1]
+        if listing:
+            words, answer = encode(L.QUESTION), [*encode(L.answer(scene, rng)), EOS]
+            ids += words + answer
+            labels += [-100] * len(words) + answer
+            pos += range(len(words) + len(answer))
+            block += [QUESTIONS] * (len(words) + len(answer))
+            kind += [-1] * len(words) + [LISTING] * len(answer)
         rows.append((ids, labels, pos, block, kind))
     length = max(len(r[0]) for r in rows)
     columns = [

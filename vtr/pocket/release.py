@@ -1,7 +1,7 @@
 """Turns a training checkpoint into what the package ships: `python -m vtr.pocket.release CHECKPOINT --out DIR`.
 
-Writes DIR/weights (half precision, tokenizer, processor) and DIR/samples (three held-out pictures with a question
-each that these weights answer right).
+Writes DIR/weights (half precision, tokenizer, processor), DIR/policies (the trained ones) and DIR/samples (three
+held-out pictures with a question each that these weights answer right).
 """
 
 from __future__ import annotations
@@ -23,12 +23,31 @@ def export(model: Any, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     small = model.to(torch.float16)
-    small.generation_config.max_new_tokens = 4
+    small.generation_config.max_new_tokens = 96  # the longest listings; short answers end by themselves
     small.generation_config.do_sample = False
     small.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+def export_policies(model: Any, extra: dict[str, Any], folder: Path) -> None:
+    """The trained policies' weights (``extra`` of a checkpoint of stage `join`), in half precision, one folder each.
+
+    model: as exported, since the policies note which one they fit.
+    """
+    from .join import new_policies
+
+    for key, policy in zip(("pmod", "dynamic"), new_policies(model), strict=True):
+        assert policy.module is not None
+        policy.module.load_state_dict(
+            {k.removeprefix(f"{key}."): v for k, v in extra.items() if k.startswith(f"{key}.")}
+        )
+        policy.module.half()
+        policy.fit(model)
+        policy.save_pretrained(folder / policy.name)
+        for path in (folder / policy.name).iterdir():
+            path.chmod(0o644)
 
 
 def write_samples(weights: Path, folder: Path) -> None:
@@ -49,6 +68,14 @@ def write_samples(weights: Path, folder: Path) -> None:
     (folder / "samples.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 
+def release(model: Any, checkpoint: dict[str, Any], out: Path) -> None:
+    """Write everything that is shipped. checkpoint: of stage `join`; model: one of the pocket model's shape."""
+    model.load_state_dict(checkpoint["model"])
+    export(model, out / "weights")
+    export_policies(model, checkpoint["extra"], out / "policies")
+    write_samples(out / "weights", out / "samples")
+
+
 def main() -> None:
     import torch
 
@@ -59,9 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = build()
-    model.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
-    export(model, args.out / "weights")
-    write_samples(args.out / "weights", args.out / "samples")
+    release(model, torch.load(args.checkpoint, weights_only=True), args.out)
 
 
 if __name__ == "__main__":

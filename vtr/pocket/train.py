@@ -30,6 +30,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "read": {"steps": 450, "horizon": 600, "lr": 3e-3, "pictures": 6},
     "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
     "nest": {"steps": 400, "lr": 8e-4, "pictures": 4, "tower": 0.1},
+    "join": {"steps": 700, "lr": 8e-4, "pictures": 4, "tower": 0.1},
 }
 
 
@@ -113,11 +114,17 @@ class Context:
 
 
 def _stage_functions() -> dict[str, Callable[..., None]]:
+    from .join import train_join
     from .language import train_align, train_lm
     from .nest import train_nest
     from .tower import train_tower
 
-    stages: dict[str, Callable[..., None]] = {"tower": train_tower, "align": train_align, "nest": train_nest}
+    stages: dict[str, Callable[..., None]] = {
+        "tower": train_tower,
+        "align": train_align,
+        "nest": train_nest,
+        "join": train_join,
+    }
     return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
 
 
@@ -127,7 +134,7 @@ def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = Non
     start: a trained pocket model's folder; then only the last stage is run, from there.
     """
     from .model import build
-    from .release import export, write_samples
+    from .release import release
 
     torch.set_num_threads(1)
     if workers > 1:
@@ -149,9 +156,7 @@ def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = Non
                 dist.barrier()
         before = ctx.path(stage)
     if rank == 0 and before is not None:
-        model.load_state_dict(torch.load(before, weights_only=True)["model"])
-        export(model, out / "weights")
-        write_samples(out / "weights", out / "samples")
+        release(model, torch.load(before, weights_only=True), out)
 
 
 def main() -> None:
