@@ -13,6 +13,8 @@ from vtr.eval import (
 from vtr.eval.downsample import NAME, Downsample
 
 import vtr
+from vtr.learned import Learned
+from vtr.registry import policy_class
 
 NONE = "none"
 ALL = "all"
@@ -77,12 +79,13 @@ def contender(spec: str) -> Contender:
 
 
 def contenders(
-    specs: Sequence[str], shapes: Shapes, budget: float = BUDGET
+    specs: Sequence[str], shapes: Shapes, budget: float = BUDGET, weights: str | None = None
 ) -> tuple[list[Contender], list[Contender], dict[str, str]]:
     """No reduction first, then what ``specs`` name.
 
     Args:
         specs: each one or several specs joined by ``;``; ``all`` is one per registered policy, at ``budget``.
+        weights: what trained policies of ``all`` get as theirs; without, they are left out.
 
     Returns:
         All of them; those of them that only ``all`` named; and why registered policies were left out of ``all``.
@@ -94,7 +97,7 @@ def contenders(
     only_all: list[Contender] = []
     for spec in (part.strip() for text in specs for part in text.split(";") if part.strip()):
         if spec == ALL:
-            more, left_out = at_budget(budget, shapes)
+            more, left_out = at_budget(budget, shapes, weights)
             more = [one for one in more if one not in found]
             only_all += more
         else:
@@ -109,7 +112,7 @@ def contenders(
     return found, only_all, left_out
 
 
-def at_budget(budget: float, shapes: Shapes) -> tuple[list[Contender], dict[str, str]]:
+def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tuple[list[Contender], dict[str, str]]:
     """One contender per registered policy, and why others are left out.
 
     A policy that has none of the settings :mod:`vtr.eval.spend` knows gets its defaults: the table shows what it keeps.
@@ -125,6 +128,8 @@ def at_budget(budget: float, shapes: Shapes) -> tuple[list[Contender], dict[str,
         try:
             if name == NAME:
                 one = contender(Downsample(round(budget**0.5, 4)).spec)
+            elif weights is not None and issubclass(policy_class(name), Learned):
+                one = contender(spend.trained(name, weights, budget, shapes.layers).spec)
             elif spend.setter_of(name) is None:
                 one = contender(name)
             else:

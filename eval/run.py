@@ -153,7 +153,9 @@ def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Sour
     """Model, contenders and data. Of ``all``, policies that cannot work on this model are left out, with the reason."""
     device = device_of(rank, settings.device)
     model, processor = load(settings.model, device, settings.dtype)
-    found, only_all, left_out = contenders(settings.policies, Shapes.of(model), settings.budget)
+    found, only_all, left_out = contenders(
+        settings.policies, Shapes.of(model), settings.budget, None if settings.model else POCKET
+    )
     tokens = settings.max_new_tokens or model.generation_config.max_new_tokens or TOKENS
     base = None if settings.base_lm is None else load_language_model(settings.base_lm, device, model.dtype)
     bench = Bench(model, processor, found, metric(settings.metric), settings.instruction, tokens, base)

@@ -127,3 +127,19 @@ def at_budget(name: str, budget: float, depth: int, side: int) -> vtr.Policy:
         raise ValueError(f"it has none of the settings {', '.join(SETTERS)} to set a budget by")
     cls = policy_class(name)
     return cls(**how(cls, budget, depth, side))
+
+
+def trained(name: str, weights: str, budget: float, depth: int) -> vtr.Policy:
+    """A policy with weights: its keep set so that the mean is ``budget`` where it cuts once, else as it was trained.
+
+    Raises:
+        ValueError: its layer is too deep for the budget. FileNotFoundError: there are no such weights.
+    """
+    policy = vtr.policy(f"{name}:weights={weights}")
+    layer = getattr(policy, "layer", None)
+    if layer is None or not hasattr(policy, "keep"):
+        return policy
+    keep = (budget * depth - layer) / (depth - layer)
+    if keep < LEAST:
+        raise ValueError(f"its cut in layer {layer} of {depth} keeps the mean above {budget}")
+    return vtr.policy(f"{name}:weights={weights},keep={keep:.4f}")

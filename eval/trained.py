@@ -196,30 +196,27 @@ def markdown(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequ
 
 def plot(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequence[report.Line]) -> Any:
     """Accuracy and F1 against FLOPs, decode times, and the cache over the answer's length."""
-    made, panels = figure(4, 1, width=4.2, height=3.4)
+    made, panels = figure(2, 2, width=5.0, height=3.8)
+    colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(line.name.split(" = ")[0] for line in short))}
     for panel, lines, what in zip(panels, (short, listed), ("accuracy (%)", "F1 of long answers (%)"), strict=False):
-        for number, line in enumerate(lines):
+        for line in lines:
+            name, _, like = line.name.partition(" = ")
+            shape = {"": "*", "p-MoD": "o"}.get(like, "s")
             share = 100 * line.flops / lines[0].flops
-            marker = "*" if line.name in TRAINED else "o"
-            panel.plot(
-                share,
-                100 * line.accuracy,
-                marker,
-                ms=10 if marker == "*" else 6,
-                color=f"C{number % 10}",
-                label=line.name,
-            )
+            panel.plot(share, 100 * line.accuracy, shape, ms=7 if like else 12, color=colors[name], label=line.name)
         panel.set(xlabel="decoder FLOPs (% of none)", ylabel=what)
-        panel.legend(fontsize=6)
+    panels[1].legend(fontsize=6)
     long = body["long"]
+    styles = {name: {"color": colors[name.split(" = ")[0]], "ls": "--" if "Dyn" in name.partition(" = ")[2] else "-"}
+              for name in long["decode_ms"]}  # fmt: skip
     for name, found in long["decode_ms"].items():
-        panels[2].plot(long["lengths"], [found[n]["median"] for n in long["lengths"]], "o-", ms=4, label=name)
+        times = [found[n]["median"] for n in long["lengths"]]
+        panels[2].plot(long["lengths"], times, marker="o", ms=4, label=name, **styles[name])
     panels[2].set(xscale="log", xlabel="tokens decoded before", ylabel="ms per token")
     for name, kv in long["kv_bytes"].items():
-        panels[3].plot(long["grown_at"], [n / 2**20 for n in kv], "o-", ms=4, label=name)
+        panels[3].plot(long["grown_at"], [n / 2**20 for n in kv], marker="o", ms=4, label=name, **styles[name])
     panels[3].set(xlabel="tokens of the answer", ylabel="KV cache (MiB)")
-    for panel in panels[2:4]:
-        panel.legend(fontsize=7)
+    panels[3].legend(fontsize=7)
     return made
 
 
@@ -242,7 +239,7 @@ def measure(questions: int, listings: int, timed: int, lengths: Sequence[int], s
             "decode_ms": decode_times(model, processor, image, few, lengths),
             "kv_bytes": cache_growth(model, processor, image, few, at),
             "without_cache": without_cache(
-                model, processor, [one.image for one in listed[:4]],
+                model, processor, [listed[0].image],
                 {name: few[name] for name in ("none", "Dynamic-LLaVA", "Dynamic-LLaVA (I)")}, 50,
             ),
         },

@@ -12,6 +12,7 @@ import vtr
 from tests import tiny
 from vtr.image import scales
 from vtr.training import m3
+from vtr.training.data import Collate, as_sample
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -65,7 +66,8 @@ def test_what_cannot_be_trained_is_said() -> None:
 def test_answers_alone_are_learned() -> None:
     _, processor = vtr.pocket.load()
     rows = list(vtr.pocket.samples(3, split="train"))
-    inputs, labels = m3.collate(processor, [(r["image"], r["question"], r["answer"]) for r in rows])
+    inputs = Collate(processor)([as_sample(r["image"], r["question"], r["answer"]) for r in rows])
+    labels = inputs.pop("labels")
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == labels.shape
     for b, row in enumerate(rows):
         learned = labels[b][labels[b] >= 0]

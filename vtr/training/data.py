@@ -39,8 +39,13 @@ def read_samples(path: str | Path) -> list[dict[str, str]]:
     return samples
 
 
+def as_sample(image: Any, question: str, answer: str) -> dict[str, Any]:
+    """One sample as :class:`Collate` takes it. image: a picture, or the path of one."""
+    return dict(zip(FIELDS, (image, question, answer), strict=True))
+
+
 class Collate:
-    """Samples → a right-padded batch whose labels are the answers and the token that ends them.
+    """Samples (see :func:`as_sample`) → a right-padded batch whose labels are the answers and the token that ends them.
 
     Args:
         processor: of the model; its chat template (or LLaVA-1.5's form) puts the question.
@@ -53,7 +58,8 @@ class Collate:
         """Raises ValueError for an answer that is not tokens of its own behind the question's."""
         from PIL import Image
 
-        pictures = [[Image.open(one["image"]).convert("RGB")] for one in samples]
+        found = [one["image"] for one in samples]
+        pictures = [[(p if isinstance(p, Image.Image) else Image.open(p)).convert("RGB")] for p in found]
         asked = [prompt(self.processor, one["question"]) for one in samples]
         end = self.processor.tokenizer.eos_token or ""
         whole = [

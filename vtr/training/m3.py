@@ -20,13 +20,11 @@ import torch
 from tqdm import tqdm
 
 from vtr.base import UnsupportedError
-from vtr.chat import encode
 from vtr.engine.install import patch_of
 from vtr.policies.matryoshka import Matryoshka
+from vtr.training.data import Collate, as_sample
 
 STATE, CHECKPOINT = "training.pt", "checkpoint"
-IGNORED = -100
-"""The label of tokens that are not learned."""
 
 
 def backward_nested(
@@ -156,27 +154,6 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
 
-def collate(processor: Any, samples: Sequence[tuple[Any, str, str]]) -> tuple[dict[str, Any], torch.Tensor]:
-    """(picture, question, answer) samples → inputs and labels: the answers and the end after them are learned.
-
-    Prompts are padded on the left, answers on the right, so that prompts are tokenized as for ``generate``.
-    """
-    pictures, questions, answers = zip(*samples, strict=True)
-    inputs = dict(encode(processor, questions, pictures))
-    tokenizer = processor.tokenizer
-    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in answers]
-    width = max(map(len, ends))
-    rows, length = inputs["input_ids"].shape
-    answer = torch.tensor([ids + [IGNORED] * (width - len(ids)) for ids in ends])
-    labels = torch.cat([torch.full((rows, length), IGNORED), answer], 1)
-    there, pad = answer != IGNORED, tokenizer.pad_token_id or 0
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.shape == (rows, length):
-            more = {"input_ids": answer.masked_fill(~there, pad), "attention_mask": there.to(value)}
-            inputs[name] = torch.cat([value, more.get(name, torch.zeros_like(answer)).to(value)], 1)
-    return inputs, labels
-
-
 def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over language model and projector, and the vision tower at its own rate; a frozen tower is frozen here."""
     tower = patch_of(model).vision.tower
@@ -211,18 +188,18 @@ def train(
     told = {**asdict(recipe), "scales": list(recipe.scales), "samples": len(data)}
     optimizer = optimizer_of(model, recipe)
     first = _resumed(model, optimizer, out, told, resume)
-    log, was_training = [], model.training
+    log, was_training, collate = [], model.training, Collate(processor)
     model.train()
     with tqdm(total=steps, initial=first, desc="training at all scales", unit="step") as bar:
         for step in range(first, steps):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed + step // per_epoch))
             at = step % per_epoch * recipe.batch_size
-            inputs, labels = collate(processor, [data[i] for i in order[at : at + recipe.batch_size].tolist()])
-            on = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+            batch = collate([as_sample(*data[i]) for i in order[at : at + recipe.batch_size].tolist()])
+            on = {name: value.to(model.device) for name, value in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * recipe.rate(step, steps)
             optimizer.zero_grad()
-            log.append(backward_batch(model, on, labels.to(model.device), recipe.scales))
+            log.append(backward_batch(model, on, on.pop("labels"), recipe.scales))
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm)
             optimizer.step()
             bar.set_postfix({str(scale): f"{loss:.3f}" for scale, loss in log[-1].items()})
