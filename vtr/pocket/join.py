@@ -1,8 +1,8 @@
-"""Stage `join`: one set of weights for every policy, the trained ones included, and for long answers.
+"""Stages `join` and `fit`: one set of weights for every policy, the trained ones included, and for long answers.
 
 Each step draws how the pictures are shown: whole, at all of M3's scales, randomly pruned, through p-MoD's routers, or
 masked by Dynamic-LLaVA's predictors, whose weights learn beside the model's. Every picture has short questions and the
-long answer of `listing`.
+long answer of `listing`. Then, in `fit`, the policies' weights learn alone: the model stays as it is.
 """
 
 from __future__ import annotations
@@ -162,6 +162,41 @@ def train_join(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower
         if step % 50 == 0 or step == steps:
             ctx.save("join", step, model, optimizers, extra)
     objective.remove()
+
+
+def train_fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float) -> None:
+    """Runs the stage; three of four steps are Dynamic-LLaVA's. lr: of the predictors."""
+    pmod, dynamic = new_policies(model)
+    assert pmod.module is not None and dynamic.module is not None
+    extra = torch.nn.ModuleDict({"pmod": pmod.module, "dynamic": dynamic.module}).requires_grad_(True)
+    if not ctx.path("fit").exists():
+        extra.load_state_dict(torch.load(ctx.path("join"), weights_only=True)["extra"])
+    model.requires_grad_(False)
+    objective = DynamicLLaVATraining(model, dynamic, TEXT_KEEP)
+    params = list(extra.parameters())
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(extra["pmod"].parameters(), ROUTER_LR, (0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(extra["dynamic"].parameters(), lr, (0.9, 0.98), weight_decay=0.0),
+    ]
+    first = ctx.resume("fit", model, optimizers, extra)
+    rng = random.Random("train-" + ctx.stream_seed("fit", first))
+    for step in ctx.steps("fit", first, steps):
+        set_lr(optimizers, ramp(step, steps, 10, "cosine"))
+        torch.manual_seed(step * 1009 + ctx.rank)  # the Gumbel noise
+        batch = make_batch(rng, "train", pictures, listing=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        view = "pmod" if step % 4 == 0 else "dynamic"
+        if view == "pmod":
+            figures = pmod_step(model, pmod, batch)
+        else:
+            figures = dynamic_step(objective, batch, temperature(step / steps))
+        apply_gradients([p for p in params if p.grad is not None], optimizers)
+        ctx.track(step, figures.pop("loss"), {f"{view}-{k}": v for k, v in figures.items()}, every=20)
+        if step % 40 == 0 or step == steps:
+            ctx.save("fit", step, model, optimizers, extra)
+    objective.remove()
+    model.requires_grad_(True)
 
 
 def plain_step(model: Any, batch: Batch, view: str, rng: random.Random) -> Figures:

@@ -2,9 +2,10 @@
 
 Stages (see STAGES for the schedule of the shipped weights): `tower` (vision tower, dense labels), `align` (projector
 and word table), `read` (language model, shortened pictures), `mix` (everything, full and reduced pictures), `nest`
-(everything, all of M3's scales of every picture, and randomly pruned ones). Every stage writes DIR/<stage>.pt; an
-interrupted run continues where the last checkpoint left off. At the end DIR/weights and DIR/samples hold what the
-package ships.
+(everything, all of M3's scales of every picture, and randomly pruned ones), `join` (everything, under every policy, and
+long answers), `fit` (the trained policies' weights alone). Every stage writes DIR/<stage>.pt; an interrupted run
+continues where the last checkpoint left off. At the end DIR/weights, DIR/policies and DIR/samples hold what the package
+ships.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
     "nest": {"steps": 400, "lr": 8e-4, "pictures": 4, "tower": 0.1},
     "join": {"steps": 560, "lr": 8e-4, "pictures": 4, "tower": 0.1},
+    "fit": {"steps": 240, "lr": 5e-3, "pictures": 2},
 }
 
 
@@ -114,7 +116,7 @@ class Context:
 
 
 def _stage_functions() -> dict[str, Callable[..., None]]:
-    from .join import train_join
+    from .join import train_fit, train_join
     from .language import train_align, train_lm
     from .nest import train_nest
     from .tower import train_tower
@@ -124,6 +126,7 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
         "align": train_align,
         "nest": train_nest,
         "join": train_join,
+        "fit": train_fit,
     }
     return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
 
@@ -131,7 +134,7 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
 def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = None) -> None:
     """One training process: all stages that are not finished, then (first process only) the export.
 
-    start: a trained pocket model's folder; then only the last stage is run, from there.
+    start: a trained pocket model's folder; then only the stages from `join` on are run, from there.
     """
     from .model import build
     from .release import release
@@ -145,7 +148,7 @@ def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = Non
         from . import load
 
         model.load_state_dict(load(folder=start)[0].state_dict())
-    for stage, options in list(STAGES.items())[-1 if start else 0 :]:
+    for stage, options in list(STAGES.items())[list(STAGES).index("join") if start else 0 :]:
         if not ctx.finished(stage, options["steps"]):
             if before is not None and not ctx.path(stage).exists():
                 model.load_state_dict(torch.load(before, weights_only=True)["model"])
@@ -164,7 +167,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="training processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="folder of a trained pocket model: only the last stage, from there")
+    parser.add_argument(
+        "--start", type=Path, help="folder of a trained pocket model: only `join` and `fit`, from there"
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
