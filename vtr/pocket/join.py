@@ -43,7 +43,7 @@ Figures = dict[str, float]
 
 
 def loss_of(model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Figures]:
-    """Cross-entropy of short answers, their ends (a tenth) and long answers (a half); what was right of both kinds.
+    """Cross-entropy of short answers, their ends (a tenth) and long answers; what was right of both kinds.
 
     states: final hidden states of the text, (B, T, width).
     """
@@ -52,7 +52,7 @@ def loss_of(model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tenso
     logits, labels, kind = model.lm_head(states[:, :-1][chosen]), labels[chosen], kind[chosen]
     each = F.cross_entropy(logits, labels, reduction="none")
     long, short, right = kind == LISTING, (kind >= 0) & (kind != LISTING), logits.argmax(-1) == labels
-    loss = each[short].mean() + 0.1 * each[kind < 0].mean() + 0.5 * each[long].mean()
+    loss = each[short].mean() + 0.1 * each[kind < 0].mean() + each[long].mean()
     return loss, {"short": right[short].float().mean().item(), "long": right[long].float().mean().item()}
 
 

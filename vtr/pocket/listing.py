@@ -1,4 +1,4 @@
-"""A task with long answers: list everything in the picture, region by region. About fifty words, order-free F1."""
+"""A task with long answers: list everything in the picture, region by region; about fifty words, order-free F1."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from .scenes import COLOR_NAMES, DIGITS, LETTERS, REGIONS, SHAPES, WORDS, Scene, scene_stream
 
 QUESTION = "what is in the picture"
+BEGINNING = "in the picture there are"
 NAMES = {"digit": set(DIGITS), "word": set(WORDS)}
 
 Item = tuple[str, str, str, str]
@@ -18,21 +19,17 @@ Item = tuple[str, str, str, str]
 
 
 def answer(scene: Scene, rng: random.Random) -> str:
-    """All objects: every region in reading order, then what lies in it, in random order.
+    """All objects by region in reading order, those of a region in random order.
 
-    "top-left a red star k a blue digit 7 top a green word cat …": a shape with its letter, if it has one.
+    "in the picture there are top-left red star k top-left blue digit 7 top green word cat …": region, colour, shape (and its letter, if it has
+    one) or kind and name. Each word can be looked up in the picture by the one before it.
     """
-    words: list[str] = []
+    words = BEGINNING.split()
     for region in REGIONS:
-        words.append(region)
         here = [o for o in scene.objects if scene.region(o) == region]
         for o in rng.sample(here, len(here)):
-            words += [
-                "a",
-                o.color,
-                o.name if o.kind == "shape" else f"{o.kind} {o.name}",
-                *([o.letter] if o.letter else []),
-            ]
+            named = [o.name] if o.kind == "shape" else [o.kind, o.name]
+            words += [region, o.color, *named, *([o.letter] if o.letter else [])]
     return " ".join(words)
 
 
@@ -43,21 +40,20 @@ def samples(n: int, split: str = "test", seed: int = 0) -> Iterator[dict[str, An
 
 
 def items(text: str) -> Counter[Item]:
-    """What an answer names. Words that make no object (a colour without a name, …) are passed over."""
+    """What an answer names. Words that make no object (a region or a colour without a name, …) are passed over."""
     found: Counter[Item] = Counter()
-    region, part = "", []
-    for word in [*text.split(), "a"]:
-        if word != "a" and word not in REGIONS:
-            part.append(word)
-            continue
-        color, kind, *more = [*part, "", ""]
-        if region and color in COLOR_NAMES:
-            if kind in SHAPES:
-                found[region, color, kind, more[0] if more[0] in LETTERS else ""] += 1
-            elif more[0] in NAMES.get(kind, ()):
-                found[region, color, more[0], ""] += 1
-        part = []
-        region = region if word == "a" else word
+    parts: list[list[str]] = []
+    for word in text.split():
+        if word in REGIONS:
+            parts.append([word])
+        elif parts:
+            parts[-1].append(word)
+    for part in parts:
+        region, color, kind, last, *_ = [*part, "", "", ""]
+        if color in COLOR_NAMES and kind in SHAPES:
+            found[region, color, kind, last if last in LETTERS else ""] += 1
+        elif color in COLOR_NAMES and last in NAMES.get(kind, ()):
+            found[region, color, last, ""] += 1
     return found
 
 

@@ -31,7 +31,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "read": {"steps": 450, "horizon": 600, "lr": 3e-3, "pictures": 6},
     "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
     "nest": {"steps": 400, "lr": 8e-4, "pictures": 4, "tower": 0.1},
-    "join": {"steps": 560, "lr": 8e-4, "pictures": 4, "tower": 0.1},
+    "join": {"steps": 900, "lr": 8e-4, "pictures": 4, "tower": 0.1},
     "fit": {"steps": 240, "lr": 5e-3, "pictures": 2},
 }
 
