@@ -21,8 +21,8 @@ Item = tuple[str, str, str, str]
 def answer(scene: Scene, rng: random.Random) -> str:
     """All objects by region in reading order, those of a region in random order.
 
-    "in the picture there are top-left red star k top-left blue digit 7 top green word cat …": region, colour, shape (and
-    its letter, if it has one) or kind and name. Each word can be looked up in the picture by the one before it.
+    "in the picture there are top-left red star k top-left blue digit 7 top green word cat …": region, colour, shape
+    (and its letter, if it has one) or kind and name. Each word can be looked up in the picture by the one before it.
     """
     words = BEGINNING.split()
     for region in REGIONS:
