@@ -1,8 +1,8 @@
-"""Stages `join` and `fit`: one set of weights for every policy, the trained ones included, and for long answers.
+"""Stage `join`: one set of weights for every policy, the trained ones included, and for long answers.
 
 Each step draws how the pictures are shown: whole, at all of M3's scales, randomly pruned, through p-MoD's routers, or
 masked by Dynamic-LLaVA's predictors, whose weights learn beside the model's. Every picture has short questions and the
-long answer of `listing`. Then, in `fit`, the policies' weights learn alone: the model stays as it is.
+long answer of `listing`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ def loss_of(model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tenso
     logits, labels, kind = model.lm_head(states[:, :-1][chosen]), labels[chosen], kind[chosen]
     each = F.cross_entropy(logits, labels, reduction="none")
     long, short, right = kind == LISTING, (kind >= 0) & (kind != LISTING), logits.argmax(-1) == labels
-    loss = each[short].mean() + 0.1 * each[kind < 0].mean() + each[long].mean()
-    return loss, {"short": right[short].float().mean().item(), "long": right[long].float().mean().item()}
+    loss = each[short].mean() + 0.1 * each[kind < 0].mean()
+    figures = {"short": right[short].float().mean().item()}
+    if long.any():
+        loss, figures["long"] = loss + each[long].mean(), right[long].float().mean().item()
+    return loss, figures
 
 
 def whole_states(model: Any, vision: torch.Tensor, batch: Batch, **kwargs: Any) -> torch.Tensor:
@@ -113,11 +116,11 @@ def _route(layer: Any, index: int, ratio: float, policy: PMoD, vision: slice) ->
     ]
 
 
-def masking_of(batch: Batch, n: int, tau: float) -> Masking:
-    """What Dynamic-LLaVA decides in :func:`whole_states`: every picture and every long answer."""
+def masking_of(batch: Batch, n: int, tau: float, forget: bool = True) -> Masking:
+    """What Dynamic-LLaVA decides in :func:`whole_states`: every picture and, to ``forget``, every long answer."""
     images = [(row, torch.arange(1, n + 1)) for row in range(len(batch.ids))]
     answers = []
-    for row, kind in enumerate(batch.kind):
+    for row, kind in enumerate(batch.kind if forget else ()):
         long = (kind == LISTING).nonzero().squeeze(1)
         answers.append((row, n + 1 + int(long[0]), n + 1 + int(long[-1]) + 1))
     return Masking(images, answers, tau, min_answer=1)
@@ -164,41 +167,6 @@ def train_join(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower
     objective.remove()
 
 
-def train_fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float) -> None:
-    """Runs the stage; three of four steps are Dynamic-LLaVA's. lr: of the predictors."""
-    pmod, dynamic = new_policies(model)
-    assert pmod.module is not None and dynamic.module is not None
-    extra = torch.nn.ModuleDict({"pmod": pmod.module, "dynamic": dynamic.module}).requires_grad_(True)
-    if not ctx.path("fit").exists():
-        extra.load_state_dict(torch.load(ctx.path("join"), weights_only=True)["extra"])
-    model.requires_grad_(False)
-    objective = DynamicLLaVATraining(model, dynamic, TEXT_KEEP)
-    params = list(extra.parameters())
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(extra["pmod"].parameters(), ROUTER_LR, (0.9, 0.98), weight_decay=0.0),
-        torch.optim.AdamW(extra["dynamic"].parameters(), lr, (0.9, 0.98), weight_decay=0.0),
-    ]
-    first = ctx.resume("fit", model, optimizers, extra)
-    rng = random.Random("train-" + ctx.stream_seed("fit", first))
-    for step in ctx.steps("fit", first, steps):
-        set_lr(optimizers, ramp(step, steps, 10, "cosine"))
-        torch.manual_seed(step * 1009 + ctx.rank)  # the Gumbel noise
-        batch = make_batch(rng, "train", pictures, listing=True)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        view = "pmod" if step % 4 == 0 else "dynamic"
-        if view == "pmod":
-            figures = pmod_step(model, pmod, batch)
-        else:
-            figures = dynamic_step(objective, batch, temperature(step / steps))
-        apply_gradients([p for p in params if p.grad is not None], optimizers)
-        ctx.track(step, figures.pop("loss"), {f"{view}-{k}": v for k, v in figures.items()}, every=20)
-        if step % 40 == 0 or step == steps:
-            ctx.save("fit", step, model, optimizers, extra)
-    objective.remove()
-    model.requires_grad_(True)
-
-
 def plain_step(model: Any, batch: Batch, view: str, rng: random.Random) -> Figures:
     """Gradients with whole pictures, or with a random part of them."""
     how = ("full", 1.0, 1.0) if view == "full" else choose_view("prune", rng)
@@ -235,12 +203,21 @@ def pmod_step(model: Any, policy: PMoD, batch: Batch) -> Figures:
 
 
 def dynamic_step(objective: DynamicLLaVATraining, batch: Batch, tau: float) -> Figures:
-    """Gradients of Dynamic-LLaVA's objective: cross-entropy and the squared distance of the kept shares."""
+    """Gradients of Dynamic-LLaVA's objective: cross-entropy and the squared distance of the kept shares.
+
+    Long answers forget words if the policy forgets; short ones never do.
+    """
     vision = embed_pictures(objective.model, batch, True)
-    masking = masking_of(batch, vision.shape[1], tau)
+    masking = masking_of(batch, vision.shape[1], tau, objective.policy.forget)
     loss, figures = loss_of(objective.model, whole_states(objective.model, vision, batch, vtr_masking=masking), batch)
-    images, text = torch.stack(masking.image_shares), torch.stack(masking.text_shares)
-    penalty = (objective.policy.keep - images).square().mean() + (objective.text_keep - text).square().mean()
+    wanted = {
+        "image": (masking.image_shares, objective.policy.keep),
+        "text": (masking.text_shares, objective.text_keep),
+    }
+    penalty, kept = loss.new_zeros(()), {}
+    for name, (shares, share) in wanted.items():
+        if shares:
+            penalty = penalty + (share - torch.stack(shares)).square().mean()
+            kept[name] = torch.stack(shares).mean().item()
     (loss + objective.weight * penalty).backward()
-    kept = {"image": images.mean().item(), "text": text.mean().item()}
     return figures | kept | {"loss": loss.item()}

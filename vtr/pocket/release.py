@@ -1,7 +1,7 @@
 """Turns a training checkpoint into what the package ships: `python -m vtr.pocket.release CHECKPOINT --out DIR`.
 
-Writes DIR/weights (half precision, tokenizer, processor), DIR/policies (the trained ones) and DIR/samples (three
-held-out pictures with a question each that these weights answer right).
+Writes DIR/weights (half precision, tokenizer, processor) and DIR/samples (three held-out pictures with a question
+each that these weights answer right).
 """
 
 from __future__ import annotations
@@ -31,25 +31,6 @@ def export(model: Any, folder: Path) -> None:
         path.chmod(0o644)
 
 
-def export_policies(model: Any, extra: dict[str, Any], folder: Path) -> None:
-    """The trained policies' weights (``extra`` of a checkpoint of stage `join`), in half precision, one folder each.
-
-    model: as exported, since the policies note which one they fit.
-    """
-    from .join import new_policies
-
-    for key, policy in zip(("pmod", "dynamic"), new_policies(model), strict=True):
-        assert policy.module is not None
-        policy.module.load_state_dict(
-            {k.removeprefix(f"{key}."): v for k, v in extra.items() if k.startswith(f"{key}.")}
-        )
-        policy.module.half()
-        policy.fit(model)
-        policy.save_pretrained(folder / policy.name)
-        for path in (folder / policy.name).iterdir():
-            path.chmod(0o644)
-
-
 def write_samples(weights: Path, folder: Path) -> None:
     """One picture per type of SAMPLE_TYPES: the first held-out ones that the model answers right."""
     from . import load, samples
@@ -68,14 +49,6 @@ def write_samples(weights: Path, folder: Path) -> None:
     (folder / "samples.json").write_text(json.dumps(entries, indent=2) + "\n")
 
 
-def release(model: Any, checkpoint: dict[str, Any], out: Path) -> None:
-    """Write everything that is shipped. checkpoint: of stage `join`; model: one of the pocket model's shape."""
-    model.load_state_dict(checkpoint["model"])
-    export(model, out / "weights")
-    export_policies(model, checkpoint["extra"], out / "policies")
-    write_samples(out / "weights", out / "samples")
-
-
 def main() -> None:
     import torch
 
@@ -86,7 +59,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = build()
-    release(model, torch.load(args.checkpoint, weights_only=True), args.out)
+    model.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
+    export(model, args.out / "weights")
+    write_samples(args.out / "weights", args.out / "samples")
 
 
 if __name__ == "__main__":

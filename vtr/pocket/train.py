@@ -2,10 +2,9 @@
 
 Stages (see STAGES for the schedule of the shipped weights): `tower` (vision tower, dense labels), `align` (projector
 and word table), `read` (language model, shortened pictures), `mix` (everything, full and reduced pictures), `nest`
-(everything, all of M3's scales of every picture, and randomly pruned ones), `join` (everything, under every policy, and
-long answers), `fit` (the trained policies' weights alone). Every stage writes DIR/<stage>.pt; an interrupted run
-continues where the last checkpoint left off. At the end DIR/weights, DIR/policies and DIR/samples hold what the package
-ships.
+(everything, all of M3's scales of every picture, and randomly pruned ones), `join` (everything, under every policy,
+and long answers). Every stage writes DIR/<stage>.pt; an interrupted run continues where the last checkpoint left off.
+At the end DIR/weights and DIR/samples hold what the package ships; `vtr.pocket.fit` makes its trained policies.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
     "nest": {"steps": 400, "lr": 8e-4, "pictures": 4, "tower": 0.1},
     "join": {"steps": 900, "lr": 8e-4, "pictures": 4, "tower": 0.1},
-    "fit": {"steps": 240, "lr": 5e-3, "pictures": 2},
 }
 
 
@@ -116,7 +114,7 @@ class Context:
 
 
 def _stage_functions() -> dict[str, Callable[..., None]]:
-    from .join import train_fit, train_join
+    from .join import train_join
     from .language import train_align, train_lm
     from .nest import train_nest
     from .tower import train_tower
@@ -126,7 +124,6 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
         "align": train_align,
         "nest": train_nest,
         "join": train_join,
-        "fit": train_fit,
     }
     return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
 
@@ -134,10 +131,10 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
 def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = None) -> None:
     """One training process: all stages that are not finished, then (first process only) the export.
 
-    start: a trained pocket model's folder; then only the stages from `join` on are run, from there.
+    start: a trained pocket model's folder; then only the last stage is run, from there.
     """
     from .model import build
-    from .release import release
+    from .release import export, write_samples
 
     torch.set_num_threads(1)
     if workers > 1:
@@ -148,7 +145,7 @@ def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = Non
         from . import load
 
         model.load_state_dict(load(folder=start)[0].state_dict())
-    for stage, options in list(STAGES.items())[list(STAGES).index("join") if start else 0 :]:
+    for stage, options in list(STAGES.items())[-1 if start else 0 :]:
         if not ctx.finished(stage, options["steps"]):
             if before is not None and not ctx.path(stage).exists():
                 model.load_state_dict(torch.load(before, weights_only=True)["model"])
@@ -159,7 +156,9 @@ def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = Non
                 dist.barrier()
         before = ctx.path(stage)
     if rank == 0 and before is not None:
-        release(model, torch.load(before, weights_only=True), out)
+        model.load_state_dict(torch.load(before, weights_only=True)["model"])
+        export(model, out / "weights")
+        write_samples(out / "weights", out / "samples")
 
 
 def main() -> None:
@@ -167,9 +166,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="training processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--start", type=Path, help="folder of a trained pocket model: only `join` and `fit`, from there"
-    )
+    parser.add_argument("--start", type=Path, help="folder of a trained pocket model: only the last stage, from there")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
