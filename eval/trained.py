@@ -27,7 +27,6 @@ from vtr.pocket.listing import QUESTION
 from vtr.search import Cost, Example
 
 PMOD, DYNAMIC = "pmod:weights=pocket", "dynamic-llava:weights=pocket"
-TRAINED = {"p-MoD": PMOD, "Dynamic-LLaVA": DYNAMIC, "Dynamic-LLaVA (I)": f"{DYNAMIC},forget=false"}
 LENGTHS = (50, 500, 2000)
 WINDOW = 24
 """Decoded tokens timed before each length."""
@@ -40,6 +39,14 @@ CLAIMS = {
     },
 }
 """arXiv 2412.04449 (LLaVA-1.5/NeXT-7B) and 2412.00876 (abstract): what remains."""
+
+
+def trained() -> dict[str, vtr.Policy]:
+    """The shipped ones, by name; Dynamic-LLaVA also without forgetting (the paper's "I"), if it forgets."""
+    found = {"p-MoD": vtr.policy(PMOD), "Dynamic-LLaVA": vtr.policy(DYNAMIC)}
+    if found["Dynamic-LLaVA"].asks("remember"):
+        found["Dynamic-LLaVA (I)"] = vtr.policy(f"{DYNAMIC},forget=false")
+    return found
 
 
 # -- policies of equal cost --------------------------------------------------------------------------------------------
@@ -83,8 +90,7 @@ def contestants(model: Any, processor: Any, examples: Sequence[Example]) -> dict
     """No reduction, the trained policies, and behind each of the two the others at its cost."""
     cost = Cost.of(model, prompt_sizes(model, processor, examples[:16]))
     out: dict[str, vtr.Policy | None] = {"none": None}
-    for name, spec in TRAINED.items():
-        policy = vtr.policy(spec)
+    for name, policy in trained().items():
         out[name] = policy
         if not name.endswith("(I)"):
             out |= {f"{other} = {name}": one for other, one in equals(policy, cost).items()}
@@ -164,6 +170,7 @@ def claims(short: Sequence[report.Line], long: Mapping[str, Any]) -> list[dict[s
         {"policy": name, "measure": measure, "paper": said, "here": f"{ours[measure](name):.1%}"}
         for name, papers in CLAIMS.items()
         for measure, said in papers.items()
+        if measure != "KV growth" or f"{name} (I)" in grown  # nothing shrinks where nothing is forgotten
     ]
 
 
@@ -171,6 +178,11 @@ def markdown(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequ
     """Everything as tables."""
     groups = [body["groups"]["short"], body["groups"]["long"]]
     long = body["long"]
+    listings = [
+        f"{body['listings']} held-out pictures whose objects are all listed (accuracy: order-free F1 of objects "
+        "with every property right; FLOPs and KV with the answer):", "",
+        report.table(listed, groups[1]), "",
+    ] if listed else []  # fmt: skip
     head = " | ".join(f"{n} tokens" for n in long["lengths"])
     times = [
         f"| {name} | " + " | ".join(f"{found[n]['median']:.2f}" for n in long["lengths"]) + " |"
@@ -182,9 +194,7 @@ def markdown(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequ
             f"{body['questions']} held-out questions with one-word answers; after ` = ` stands whose decoder prefill "
             "FLOPs a policy was set to:", "",
             report.table(short, groups[0]), "",
-            f"{body['listings']} held-out pictures whose objects are all listed (accuracy: order-free F1 of objects "
-            "with every property right; FLOPs and KV with the answer):", "",
-            report.table(listed, groups[1]), "",
+            *listings,
             "Milliseconds of a decoded token behind so many others (the answer is forced to go on), batch 1:", "",
             f"| policy | {head} |", "|---" + "|--:" * len(long["lengths"]) + "|", *times, "",
             "What remains, in the papers (their models) and here:", "",
@@ -198,14 +208,17 @@ def plot(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequence
     """Accuracy and F1 against FLOPs, decode times, and the cache over the answer's length."""
     made, panels = figure(2, 2, width=5.0, height=3.8)
     colors = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(line.name.split(" = ")[0] for line in short))}
-    for panel, lines, what in zip(panels, (short, listed), ("accuracy (%)", "F1 of long answers (%)"), strict=False):
+    shown = [(panels[0], short, "accuracy (%)"), (panels[1], listed, "F1 of long answers (%)")]
+    for panel, lines, what in shown:
         for line in lines:
             name, _, like = line.name.partition(" = ")
             shape = {"": "*", "p-MoD": "o"}.get(like, "s")
             share = 100 * line.flops / lines[0].flops
             panel.plot(share, 100 * line.accuracy, shape, ms=7 if like else 12, color=colors[name], label=line.name)
         panel.set(xlabel="decoder FLOPs (% of none)", ylabel=what)
-    panels[1].legend(fontsize=6)
+    panels[0].legend(fontsize=6)
+    if not listed:
+        panels[1].set_axis_off()
     long = body["long"]
     styles = {name: {"color": colors[name.split(" = ")[0]], "ls": "--" if "Dyn" in name.partition(" = ")[2] else "-"}
               for name in long["decode_ms"]}  # fmt: skip
@@ -228,9 +241,9 @@ def measure(questions: int, listings: int, timed: int, lengths: Sequence[int], s
     listed = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.listings(listings, "test", seed)]
     policies = contestants(model, processor, asked)
     short = report.measure(model, processor, policies, asked, timed, 4)
-    long = report.measure(model, processor, policies, listed, 0, 96, "listing")
-    few = {name: p for name, p in policies.items() if name in ("none", *TRAINED) or name.startswith("FastV")}
-    image, at = listed[0].image, [1, *[n for n in (50, 100, 200, 500, 1000, 2000) if n <= max(lengths)]]
+    long = report.measure(model, processor, policies, listed, 0, 96, "listing") if listed else []
+    few = {name: p for name, p in policies.items() if name in ("none", *trained()) or name.startswith("FastV")}
+    image, at = asked[0].image, [1, *[n for n in (50, 100, 200, 500, 1000, 2000) if n <= max(lengths)]]
     body = {
         "questions": questions, "listings": listings, "short": report.to_json(short), "listed": report.to_json(long),
         "groups": {"short": report.groups_of(asked), "long": report.groups_of(listed)},
@@ -239,8 +252,8 @@ def measure(questions: int, listings: int, timed: int, lengths: Sequence[int], s
             "decode_ms": decode_times(model, processor, image, few, lengths),
             "kv_bytes": cache_growth(model, processor, image, few, at),
             "without_cache": without_cache(
-                model, processor, [listed[0].image],
-                {name: few[name] for name in ("none", "Dynamic-LLaVA", "Dynamic-LLaVA (I)")}, 50,
+                model, processor, [image],
+                {name: one for name, one in few.items() if name.startswith(("none", "Dynamic-LLaVA"))}, 50,
             ),
         },
     }  # fmt: skip
@@ -251,7 +264,7 @@ def measure(questions: int, listings: int, timed: int, lengths: Sequence[int], s
 def main(
     out: Annotated[Path, typer.Option(help="folder for trained.md, trained.json and trained.png")],
     questions: Annotated[int, typer.Option(help="with one-word answers", min=16)] = 480,
-    listings: Annotated[int, typer.Option(help="pictures to list", min=4)] = 100,
+    listings: Annotated[int, typer.Option(help="pictures to list, 0 for none", min=0)] = 100,
     timed: Annotated[int, typer.Option(help="questions whose prefill is timed", min=1)] = 24,
     longest_answer: Annotated[int, typer.Option(help="tokens of the longest timed answer", min=50)] = 2000,
     seed: Annotated[int, typer.Option()] = 0,
