@@ -28,7 +28,7 @@ from vtr.search import Cost, Example
 
 PMOD, DYNAMIC = "pmod:weights=pocket", "dynamic-llava:weights=pocket"
 LENGTHS = (50, 500, 2000)
-WINDOW = 24
+WINDOW = 48
 """Decoded tokens timed before each length."""
 CLAIMS = {
     "p-MoD": {"prefill FLOPs": "55.6 % of TFLOPs", "KV": "53.8 %"},
@@ -216,9 +216,11 @@ def plot(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequence
             share = 100 * line.flops / lines[0].flops
             panel.plot(share, 100 * line.accuracy, shape, ms=7 if like else 12, color=colors[name], label=line.name)
         panel.set(xlabel="decoder FLOPs (% of none)", ylabel=what)
-    panels[0].legend(fontsize=6)
-    if not listed:
+    if listed:
+        panels[1].legend(fontsize=6)
+    else:
         panels[1].set_axis_off()
+        panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center left", fontsize=9)
     long = body["long"]
     styles = {name: {"color": colors[name.split(" = ")[0]], "ls": "--" if "Dyn" in name.partition(" = ")[2] else "-"}
               for name in long["decode_ms"]}  # fmt: skip
