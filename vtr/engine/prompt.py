@@ -59,6 +59,8 @@ def read_prompt(
     Raises:
         ValueError: the images do not fit the placeholders.
     """
+    if (merged := adapter.prompt(model, ids, mask, inputs)) is not None:
+        return merged
     ids = ids.cpu()
     layouts = adapter.layouts(model, {**inputs, "input_ids": ids})
     is_vision = torch.isin(ids, torch.tensor(adapter.placeholders(model)))
