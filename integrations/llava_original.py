@@ -103,10 +103,8 @@ def image_layout(kind: Kind, size: tuple[int, int] | None, tiles: int, stacked: 
     Raises:
         UnsupportedError: crops are laid out in no way that vtr knows.
     """
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    tile = torch.arange(tiles).view(-1, 1, 1).expand(-1, side, side)
-    columns = [torch.ones_like(tile), tile, y.expand_as(tile), x.expand_as(tile)]
-    features = torch.stack(columns, -1).flatten(1, 2).float()
+    where = torch.cartesian_prod(torch.arange(tiles), torch.arange(side), torch.arange(side)).float()
+    features = torch.nn.functional.pad(where, (1, 0), value=1.0).unflatten(0, (tiles, -1))
     newline = torch.tensor([NEWLINE, 0, 0, 0])
     images = [torch.empty(tiles, 1, 1, 1)] if stacked else torch.empty(1, 1, 1, 1)
     out = dry_run(kind, side, features, newline, torch.tensor([[0, IMAGE]]), None, images, [size])[0, 1:]
@@ -115,10 +113,11 @@ def image_layout(kind: Kind, size: tuple[int, int] | None, tiles: int, stacked: 
     before = torch.where(ends, -1, torch.arange(len(out))).cummax(0).values
     place = out[before, 1:].long()
     place[:, 2] += ends
+    tile, y, x = place.T.contiguous()
     crops = _crops(kind, size, tiles)
     window = _window(place[~ends], int(ends.sum()), crops, side) if crops[0] and kind.merge != "flat" else None
     return Layout(
-        *place.T.contiguous(), ends.long(), (side, side), crops, window,
+        tile, y, x, ends.long(), (side, side), crops, window,
         shrunk=lambda k: image_layout(kind, size, tiles, stacked, side // k),
     )  # fmt: skip
 
@@ -189,7 +188,7 @@ class LlavaOriginal(Adapter):
                 "place in the grid: use 'patch'"
             )
         stacked, kind, side = _stacked(images), Kind.of(owner), owner.get_vision_tower().num_patches_per_side
-        sizes = inputs.get("image_sizes")
+        sizes = inputs.get("image_sizes") if stacked else None  # one tile an image: they are not read
         sizes = [None] * len(images) if sizes is None else sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
         if len(sizes) != len(images):
             raise ValueError(f"{len(sizes)} image_sizes for {len(images)} images")

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint in the layout of LLaVA's own package, and batches for it and for its twin in transformers."""
+"""A tiny random checkpoint in the layout of LLaVA's own package; batches for it and for its twin in transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests import tiny
@@ -60,7 +65,7 @@ def checkpoint(folder: Path, kind: str, lm: str = "llama", **settings: Any) -> P
     for layer in model.model.layers:  # random weights attend almost evenly; selection would not matter
         layer.self_attn.q_proj.weight.data *= 8
         layer.self_attn.k_proj.weight.data *= 8
-    if kind == "anyres":
+    if hasattr(model.model, "image_newline"):
         model.model.image_newline.data.normal_()
     model.save_pretrained(folder)
     return folder

@@ -179,6 +179,7 @@ class Patch:
                 "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
             )
         if given:
+            assert embeds is not None
             ids = ids_of(self.adapter, self.model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
         return read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
@@ -215,6 +216,8 @@ class Patch:
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.pop("policy", MISSING)
         asked = kwargs.pop("vtr_queries_end", None)
+        if self.hands_on:  # an interrupted forward may have left its request
+            handed.set(None)
         # a forward by hand, made by a callback of a running generate, names its own policy
         generation = self.generation() if given is MISSING else None
         if args:
