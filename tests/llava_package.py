@@ -38,8 +38,8 @@ MERGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def checkpoint(folder: Path, kind: str, lm: str = "llama", **settings: Any) -> Path:
-    """Write one, its CLIP tower beside it. kind: a key of MERGES."""
+def checkpoint(folder: Path, kind: str, lm: str = "llama", words: int = WORDS, **settings: Any) -> Path:
+    """Write one, its CLIP tower beside it. kind: a key of MERGES. words: size of the vocabulary."""
     from llava.model.language_model import llava_llama, llava_mistral
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def checkpoint(folder: Path, kind: str, lm: str = "llama", **settings: Any) -> P
         "mistral": (llava_mistral.LlavaMistralConfig, llava_mistral.LlavaMistralForCausalLM),
     }[lm]
     config = made(
-        vocab_size=WORDS, hidden_size=48, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
+        vocab_size=words, hidden_size=48, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
         mm_vision_tower=str(folder / "tower"), mm_hidden_size=32, mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2, mm_vision_select_feature="patch", tokenizer_padding_side="left",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    AutoTokenizer,
     GitConfig,
     GitForCausalLM,
     LlamaForCausalLM,
@@ -24,6 +26,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     PreTrainedModel,
+    pipeline,
 )
 
 import vtr
@@ -90,6 +93,16 @@ def test_every_way_to_load(auto: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not info["missing_keys"] and all(map(is_patched, made))
     made_by_config = 2  # of the two models that only lend their config
     assert seen == [("LlavaForConditionalGeneration", False)] * (len(made) + made_by_config)
+
+
+def test_a_pipeline_loads_a_patched_model(auto: Any) -> None:
+    auto.enable("fastv:keep=0.1,layer=2")
+    pipe = pipeline("image-text-to-text", model=str(vtr.pocket.WEIGHTS))
+    image, question, answer = vtr.pocket.sample(0)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
+    assert said[0]["generated_text"].strip() == answer
+    assert vtr.report(pipe.model).rows[0].policy == "fastv:keep=0.1"
 
 
 def test_subclasses_are_patched_when_their_own_init_is_done(auto: Any) -> None:
@@ -335,30 +348,51 @@ def test_the_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 ORIGINAL = """
-import sys, torch
-from llava.model import LlavaLlamaForCausalLM  # after vtr.auto: a class of a family that is defined later
-torch.set_num_threads(1)
-model = LlavaLlamaForCausalLM.from_pretrained(sys.argv[1], low_cpu_mem_usage=True, torch_dtype=torch.float32)
-model.get_vision_tower().load_model()
-ids, images, sizes = torch.load(sys.argv[2])
-with torch.inference_mode():
-    print(model.generate(ids, images=images, image_sizes=sizes, do_sample=False, max_new_tokens=6).tolist())
+import sys
+
+import torch
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from PIL import Image
+
+
+def ask(path, picture):
+    torch.set_num_threads(1)
+    name = get_model_name_from_path(path)
+    tokenizer, model, image_processor, context_len = load_pretrained_model(path, None, name, device="cpu")
+    image = Image.open(picture).convert("RGB")
+    images = [x.to(model.device, torch.float16) for x in process_images([image], image_processor, model.config)]
+    ids = tokenizer_image_token("what color is <image> the star", tokenizer, return_tensors="pt").unsqueeze(0)
+    with torch.inference_mode():
+        return model, model.generate(
+            ids, images=images, image_sizes=[image.size], do_sample=False, max_new_tokens=8, use_cache=True
+        ).tolist()
+
+
+if __name__ == "__main__":
+    print(ask(*sys.argv[1:])[1])
 """
 
 
 @pytest.mark.skipif(not llava_package.INSTALLED, reason=llava_package.WHY)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_script_on_llavas_own_package(tmp_path: Path) -> None:
-    folder = llava_package.checkpoint(tmp_path / "own", "anyres")
-    inputs = llava_package.single(llava_package.batch(ROWS, "anyres"), 1)
-    torch.save((inputs["input_ids"], inputs["images"], inputs["image_sizes"]), tmp_path / "inputs.pt")
-    (tmp_path / "theirs.py").write_text(ORIGINAL)
-    model = vtr.patch(llava_package.load(folder))
-    given = {"images": inputs["images"], "image_sizes": inputs["image_sizes"], "do_sample": False, "max_new_tokens": 6}
-    want = model.generate(inputs["input_ids"], policy="globalcom2:retention=0.25", **given).tolist()
-    done = run(
-        "-m", "vtr.auto", tmp_path / "theirs.py", folder, tmp_path / "inputs.pt", policy="globalcom2:retention=0.25"
+def test_a_script_on_llavas_own_package(auto: Any, tmp_path: Path) -> None:
+    """Its loader makes a class that is defined after vtr.auto came in, and brings the tower when the model is there."""
+    tokenizer = AutoTokenizer.from_pretrained(vtr.pocket.WEIGHTS)
+    folder = llava_package.checkpoint(
+        tmp_path / "llava-tiny", "anyres", words=len(tokenizer), mm_use_im_patch_token=False, mm_use_im_start_end=False
     )
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "theirs.py").write_text(ORIGINAL)
+    picture, policy = vtr.pocket.SAMPLES / "sample-1.png", "globalcom2:retention=0.25"
+    theirs = runpy.run_path(str(tmp_path / "theirs.py"))["ask"]
+    (model, plain), _ = theirs(str(folder), str(picture)), auto.enable(policy)
+    assert is_patched(model) and vtr.report(model).rows[0].policy is None
+    model, want = theirs(str(folder), str(picture))
+    counts = vtr.report(model).rows[0].vision_tokens
+    assert counts == [counts[0]] * 5 and 40 < counts[0] < 60 and want != plain
+    auto.disable()
+    done = run("-m", "vtr.auto", tmp_path / "theirs.py", folder, picture, policy=policy)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(want)
-    assert "LlavaLlamaForCausalLM is patched, default policy: globalcom2:retention=0.25" in done.stderr
+    assert done.stdout.splitlines()[-1] == str(want)
+    assert f"LlavaLlamaForCausalLM is patched, default policy: {policy}" in done.stderr
