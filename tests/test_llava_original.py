@@ -203,6 +203,16 @@ def test_patched_before_its_tower_is_there(folder: Path, model: Any, inputs: dic
     assert not tower._forward_hooks and not tower._forward_pre_hooks
 
 
+def test_weights_fitted_on_transformers_own_llava_are_known(model: Any, twin: Any, inputs: dict[str, Any]) -> None:
+    """Its vocabulary has one word more; the decoder is the same."""
+    assert len(twin.get_input_embeddings().weight) == len(model.get_input_embeddings().weight) + 1
+    generate(model, inputs, policy=learned.pmod().fit(twin))
+    other = copy.deepcopy(twin)
+    other.get_decoder().layers[0].self_attn.q_proj.weight.data.add_(1)
+    with pytest.raises(ValueError, match="matrices differ"):
+        generate(model, inputs, policy=learned.pmod().fit(other))
+
+
 def test_mistral(tmp_path: Path) -> None:
     model = vtr.patch(package.load(package.checkpoint(tmp_path, "anyres", lm="mistral"), lm="mistral"))
     inputs = package.batch(ROWS, "anyres")
