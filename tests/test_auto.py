@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -150,6 +152,23 @@ def test_other_families_are_left_alone_and_named_once(auto: Any, caplog: pytest.
     assert "no model family vtr knows" in caplog.text
 
 
+def test_empty_models_that_are_filled_later(auto: Any, tmp_path: Path) -> None:
+    """accelerate's way to load what does not fit: patched while empty, weights and devices come afterwards."""
+    accelerate = pytest.importorskip("accelerate")
+    auto.enable("globalcom2:retention=0.25")
+    full = tiny.llava(layers=3)
+    inputs = tiny.batch(full, ROWS)
+    save_file({name: tensor.clone() for name, tensor in full.state_dict().items()}, tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        model = LlavaForConditionalGeneration(full.config)
+    assert is_patched(model) and next(model.parameters()).is_meta
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), dict.fromkeys(parts, "cpu"))
+    model.eval().generation_config.eos_token_id = None
+    assert torch.equal(tiny.generate(model, inputs, max_new_tokens=4), tiny.generate(full, inputs, max_new_tokens=4))
+    assert vtr.report(model).rows[0].policy == "globalcom2:retention=0.25"
+
+
 def test_threads(auto: Any) -> None:
     start = threading.Barrier(4)
 
@@ -170,7 +189,7 @@ def test_a_failed_construction_leaves_no_trace(auto: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the default policy
-def test_a_policy_that_does_not_suit_the_model_is_refused_when_it_is_built(auto: Any) -> None:
+def test_the_default_policy_and_models_it_does_not_suit(auto: Any, tmp_path: Path) -> None:
     auto.enable("fastv:keep=0.25,layer=7")
     with pytest.raises(
         ValueError, match=r"vtr\.auto: the default policy 'fastv:keep=0.25,layer=7' does not suit this Ll"
@@ -178,6 +197,11 @@ def test_a_policy_that_does_not_suit_the_model_is_refused_when_it_is_built(auto:
         tiny.llava(layers=5)
     with pytest.raises(ValueError, match="unknown policy"):
         auto.enable("fstv")
+    vtr.FastV(0.25, 1).save_pretrained(tmp_path)
+    auto.enable(str(tmp_path))
+    model = tiny.llava(layers=2)
+    tiny.generate(model, tiny.batch(model, ROWS), max_new_tokens=1)
+    assert vtr.report(model).rows[0].policy == "fastv:keep=0.25,layer=1"
     auto.enable("none")
     assert is_patched(tiny.llava(layers=3))
 
@@ -265,6 +289,15 @@ def main():
 if __name__ == "__main__":
     sys.exit(main())
 '''
+
+
+def test_what_the_docs_show_works(auto: Any) -> None:
+    text = (ROOT / "docs" / "ways-in.md").read_text()
+    code = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "load_pretrained_model" not in block]
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block, names)
+    assert len(code) == 3 and names["answer"] == "orange" and not auto.patched()
 
 
 def run(

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -52,15 +53,18 @@ def enable(policy: Policy | str | None = None) -> None:
     """Patch models as they are built; importing this module does it, with the policy of the environment.
 
     Args:
-        policy: the default of models built from now on; None (or "none"): they take policies, but nothing is reduced
-            until a call, or ``vtr.use``, names one.
+        policy: the default of models built from now on; a string is a spec, or a folder that
+            ``policy.save_pretrained`` wrote. None (or "none"): they take policies, but nothing is reduced until a call,
+            or ``vtr.use``, names one.
 
     Raises:
         ValueError, TypeError: not a policy. Whether it suits a model (its depth, its weights) is seen when that is
             built, which then raises.
     """
     global _enabled, _default
-    made = None if policy is None or policy == "none" else as_policy(policy)
+    if isinstance(policy, str):
+        policy = Policy.from_pretrained(policy) if Path(policy).is_dir() else None if policy == "none" else policy
+    made = None if policy is None else as_policy(policy)
     with _lock:
         _default = made
         if _enabled:
