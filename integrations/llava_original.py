@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vtr.integrations.llava_next import canvas_of
 
@@ -149,7 +149,7 @@ class LlavaOriginal(Adapter):
     classes = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
     says_answer_only = True
 
-    def text_model(self, model: nn.Module) -> Any:
+    def text_model(self, model: Any) -> Any:
         """
         Raises:
             UnsupportedError: the package's version, or a fork of it, merges images otherwise.
@@ -163,31 +163,33 @@ class LlavaOriginal(Adapter):
             )
         return model.model
 
-    def placeholders(self, model: nn.Module) -> tuple[int, ...]:
+    def placeholders(self, model: Any) -> tuple[int, ...]:
         return (IMAGE,)
 
-    def tower(self, model: nn.Module) -> Any:
-        wrapper: Any = model.get_vision_tower()  # type: ignore[operator]
+    def tower(self, model: Any) -> Any:
+        wrapper = model.get_vision_tower()
         return wrapper.vision_tower if getattr(wrapper, "is_loaded", False) else None
 
-    def projector(self, model: nn.Module) -> Any:
-        return model.model.mm_projector  # type: ignore[union-attr]
+    def projector(self, model: Any) -> Any:
+        return model.model.mm_projector
 
-    def own_hooks(self, model: nn.Module) -> list[Any]:
-        """The package calls the cache ``past_key_values``; transformers' ``generate`` may call it ``cache``."""
+    def own_hooks(self, model: Any) -> list[Any]:
+        """transformers' ``generate`` calls the cache ``cache`` since 5.24, the package ``past_key_values``."""
+        if "cache" in inspect.signature(type(model).forward).parameters:
+            return []
         return [model.register_forward_pre_hook(rename_cache, with_kwargs=True)]
 
-    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
+    def layouts(self, model: Any, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """One per image, also for those that stand in for a row without."""
-        images, owner = inputs.get("images"), _typed(model)
+        images = inputs.get("images")
         if images is None:
             return {}
-        if getattr(owner.get_vision_tower(), "select_feature", "patch") != "patch":
+        if getattr(model.get_vision_tower(), "select_feature", "patch") != "patch":
             raise UnsupportedError(
                 "mm_vision_select_feature='cls_patch' sends CLIP's CLS token along with the patches, which has no "
                 "place in the grid: use 'patch'"
             )
-        stacked, kind, side = _stacked(images), Kind.of(owner), owner.get_vision_tower().num_patches_per_side
+        stacked, kind, side = _stacked(images), Kind.of(model), model.get_vision_tower().num_patches_per_side
         sizes = inputs.get("image_sizes") if stacked else None  # one tile an image: they are not read
         sizes = [None] * len(images) if sizes is None else sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
         if len(sizes) != len(images):
@@ -196,37 +198,33 @@ class LlavaOriginal(Adapter):
         made = [image_layout(kind, s, n, stacked, side) for s, n in zip(sizes, _tiles(images), strict=True)]
         return {IMAGE: made}
 
-    def prompt(self, model: nn.Module, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> Prompt:
+    def prompt(self, model: Any, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> Prompt:
         """
         Raises:
             ValueError: images do not fit the prompt, or are cut off by ``config.tokenizer_model_max_length``.
         """
         ids = ids.cpu()
         valid = None if mask is None or mask.dim() != 2 else mask[:, -ids.shape[1] :].bool().cpu()
-        images, owner = inputs.get("images"), _typed(model)
+        images = inputs.get("images")
         if images is None or ids.shape[1] == 1:
             if bool((ids == IMAGE).any()):
                 raise ValueError(f"the prompt has an image ({IMAGE}), but no images were given: pass images=")
             return Prompt(torch.zeros(ids.shape).bool(), [[] for _ in ids], [[] for _ in ids], valid)
         layouts, counts = self.layouts(model, inputs)[IMAGE], _tiles(images)
-        side = owner.get_vision_tower().num_patches_per_side
+        side = model.get_vision_tower().num_patches_per_side
         number = torch.arange(1.0, len(counts) + 1).repeat_interleave(torch.tensor(counts))
         features = number.view(-1, 1, 1).expand(-1, side * side, 1)
         names = ("tokenizer_model_max_length", "tokenizer_padding_side")
-        config = {name: getattr(owner.config, name) for name in names if hasattr(owner.config, name)}
+        config = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
         small = [torch.empty(*image.shape[:-3], 1, 1, 1) for image in images]
         merged = dry_run(
-            Kind.of(owner), side, features, torch.tensor([NEWLINE]), ids, valid,
+            Kind.of(model), side, features, torch.tensor([NEWLINE]), ids, valid,
             small if isinstance(images, list) else torch.stack(small), inputs.get("image_sizes"), **config,
         )[..., 0]  # fmt: skip
         first = [sum(counts[:i]) for i in range(len(counts))]
         rows = [_images_of(row, layouts, b) for b, row in enumerate(merged)]
         places = [[Place(0, first[i], counts[i]) for i in row] for row in rows]
         return Prompt(merged > 0, [[layouts[i] for i in row] for row in rows], places, merged != PADDING)
-
-
-def _typed(model: Any) -> Any:
-    return model
 
 
 def _stacked(images: Any) -> bool:
@@ -256,7 +254,6 @@ def _images_of(row: Tensor, layouts: Sequence[Layout], b: int) -> list[int]:
 
 def rename_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand the cache on under the name that the package's forward has for it."""
-    if "cache" not in kwargs or "cache" in inspect.signature(type(module).forward).parameters:
-        return None
-    kwargs["past_key_values"] = kwargs.pop("cache")
+    if "cache" in kwargs:
+        kwargs["past_key_values"] = kwargs.pop("cache")
     return args, kwargs

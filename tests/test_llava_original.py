@@ -233,6 +233,8 @@ def test_what_cannot_be_done_is_refused(model: Any, inputs: dict[str, Any]) -> N
         generate(model, one, policy="autoscale")
     with pytest.raises(vtr.UnsupportedError, match="leave out use_cache=False"):
         generate(model, one, policy=MIXED[0], use_cache=False)
+    with pytest.raises(vtr.UnsupportedError, match="hold no image placeholder"):
+        model(inputs_embeds=torch.zeros(1, 4, 48), policy=MIXED[0])
     model.config.tokenizer_model_max_length = 20
     try:
         with pytest.raises(ValueError, match="an image of it is cut off"):

@@ -2,7 +2,7 @@
 
 For code that is not yours to edit. ``VTR_POLICY`` in the environment is the policy of calls that name none::
 
-    VTR_POLICY="fastv:keep=0.25,layer=2" python -m vtr.auto their_script.py --their-option 1
+    VTR_POLICY="gsearch:llava-1.5-7b" python -m vtr.auto their_script.py --their-option 1
 
 A model is patched when it is complete: at the end of ``from_pretrained`` or ``from_config`` (weights in place), or of
 the outermost ``__init__``. Models of other families are left alone, and the logger ``vtr.auto`` says so once per class.
@@ -109,7 +109,8 @@ def disable(unpatch_models: bool = True) -> None:
 
 def patched() -> list[Any]:
     """The models that were patched automatically and are still alive."""
-    return list(_patched)
+    with _lock:
+        return list(_patched)
 
 
 # -- what stands in for transformers' own -----------------------------------------------------------------------------
@@ -198,8 +199,9 @@ def _built(model: Any) -> None:
     except (ValueError, TypeError) as error:
         chosen = None if default is None else default.spec
         raise ValueError(f"vtr.auto: the default policy {chosen!r} does not suit this {name}: {error}") from error
-    _patched.add(model)
-    history.append((name, model.__dict__[NAME].key))
+    with _lock:
+        _patched.add(model)
+        history.append((name, model.__dict__[NAME].key))
     log.info("%s is patched, default policy: %s", name, "none" if default is None else default.spec)
 
 
