@@ -226,6 +226,17 @@ class LlavaOriginal(Adapter):
         places = [[Place(0, first[i], counts[i]) for i in row] for row in rows]
         return Prompt(merged > 0, [[layouts[i] for i in row] for row in rows], places, merged != PADDING)
 
+    def check_generation(self, model: Any, prompt: Prompt) -> None:
+        """
+        Raises:
+            UnsupportedError: the package padded shorter rows on the right (its default), where the answer is to go on.
+        """
+        if prompt.valid is not None and not bool(prompt.valid[:, -1].all()):
+            raise UnsupportedError(
+                "the shorter rows of this batch end in padding, and their answers would go on from that: set "
+                "model.config.tokenizer_padding_side = 'left'"
+            )
+
 
 def _stacked(images: Any) -> bool:
     return isinstance(images, list) or images.ndim == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ def test_beams_and_positional_arguments(model: Any, inputs: dict[str, Any]) -> N
     assert counts(model)[0][0] > counts(model)[0][-1] > 0
 
 
+def test_threads_with_policies_of_their_own(model: Any, inputs: dict[str, Any]) -> None:
+    ones = [package.single(inputs, b) for b in range(4)]
+    want = [generate(model, one, policy=p) for one, p in zip(ones, MIXED, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(generate, model, ones[i % 4], policy=MIXED[i % 4]) for i in range(16)]
+    assert all(torch.equal(job.result(), want[i % 4]) for i, job in enumerate(jobs))
+
+
 def test_a_copy_is_its_own(model: Any, inputs: dict[str, Any]) -> None:
     want = generate(model, inputs, policy=MIXED)
     other = copy.deepcopy(model)
@@ -235,6 +244,18 @@ def test_what_cannot_be_done_is_refused(model: Any, inputs: dict[str, Any]) -> N
         generate(model, one, policy=MIXED[0], use_cache=False)
     with pytest.raises(vtr.UnsupportedError, match="hold no image placeholder"):
         model(inputs_embeds=torch.zeros(1, 4, 48), policy=MIXED[0])
+    model.config.tokenizer_padding_side = "right"
+    try:
+        with pytest.raises(vtr.UnsupportedError, match="tokenizer_padding_side = 'left'"):
+            generate(model, inputs, policy=MIXED)
+        with torch.no_grad():
+            right = model(**inputs, policy=MIXED).logits
+    finally:
+        model.config.tokenizer_padding_side = "left"
+    with torch.no_grad():
+        left = model(**inputs, policy=MIXED).logits
+    n = int(inputs["attention_mask"][2].sum())  # a row of words alone
+    torch.testing.assert_close(right[2, :n], left[2, -n:], atol=2e-6, rtol=0)
     model.config.tokenizer_model_max_length = 20
     try:
         with pytest.raises(ValueError, match="an image of it is cut off"):

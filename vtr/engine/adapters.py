@@ -67,6 +67,14 @@ class Adapter(ABC):
         """
         return None
 
+    def check_generation(self, model: nn.Module, prompt: Prompt) -> None:
+        """Refuse a reduced ``generate`` that this family cannot answer rightly.
+
+        Raises:
+            UnsupportedError: naming the way out.
+        """
+        return None
+
     @abstractmethod
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """Per placeholder id one layout per image (a video counts as one), in the order of the images.

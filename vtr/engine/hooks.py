@@ -182,7 +182,9 @@ class Patch:
             assert embeds is not None
             ids = ids_of(self.adapter, self.model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
-        return read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        prompt = read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        self.adapter.check_generation(self.model, prompt)
+        return prompt
 
     def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace | None:
         """None for a call that this model may understand and vtr does not: there is nothing to report of it."""
