@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from vtr.base import Layout, UnsupportedError
+
+if TYPE_CHECKING:
+    from vtr.engine.prompt import Prompt
 
 
 class Adapter(ABC):
@@ -16,11 +20,13 @@ class Adapter(ABC):
 
     Attributes:
         family: the name people know it by.
-        classes: names of the transformers classes it serves.
+        classes: names of the model classes it serves.
+        says_answer_only: ``generate`` gives the new tokens without the prompt in front of them.
     """
 
     family: str
     classes: tuple[str, ...]
+    says_answer_only = False
 
     def text_model(self, model: nn.Module) -> Any:
         """The module whose forward runs the decoder layers; it has ``.layers``, ``.rotary_emb`` and ``.config``."""
@@ -31,7 +37,10 @@ class Adapter(ABC):
         return (int(model.config.image_token_id),)  # type: ignore[union-attr,arg-type]
 
     def tower(self, model: nn.Module) -> Any:
-        """The vision tower: called once for all images (tiles one behind the other), then once for all videos."""
+        """The vision tower: called once for all images (tiles one behind the other), then once for all videos.
+
+        None while it is not loaded yet; it is asked for again when a call needs it.
+        """
         return model.model.vision_tower  # type: ignore[union-attr]
 
     def projector(self, model: nn.Module) -> Any:
@@ -41,6 +50,30 @@ class Adapter(ABC):
     def newline(self, model: nn.Module) -> Any:
         """The embedding of a newline token, [hidden_size]; None if the family has none."""
         return getattr(model.model, "image_newline", None)
+
+    def own_hooks(self, model: nn.Module) -> list[Any]:
+        """Register what the family needs besides the engine's hooks; returns the handles."""
+        return []
+
+    def prompt(
+        self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, inputs: Mapping[str, Any]
+    ) -> Prompt | None:
+        """A call's rows as the text model will see them, where the model itself puts images between the words.
+
+        None (the default): ``input_ids`` have a placeholder for every vision token.
+
+        Args:
+            ids: int64 [rows, L]. mask: the call's attention_mask or None. inputs: the call's keyword arguments.
+        """
+        return None
+
+    def check_generation(self, model: nn.Module, prompt: Prompt) -> None:
+        """Refuse a reduced ``generate`` that this family cannot answer rightly.
+
+        Raises:
+            UnsupportedError: naming the way out.
+        """
+        return None
 
     @abstractmethod
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:

@@ -7,6 +7,7 @@ a context variable points to its :class:`Captures`, weakly, so that an interrupt
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
     from vtr.engine.prompt import Prompt
 
+_attaching = threading.Lock()
 CLS = ("class_embedding", "cls_token")
 """What towers with a CLS token call its embedding."""
 
@@ -80,7 +82,7 @@ class Captures:
 
     def _of(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
         """One image's part of a run's output, the thumbnail in front."""
-        if [len(run) for run in runs] != self.tiles:
+        if len(runs) != len(self.tiles) or any(len(run) < n for run, n in zip(runs, self.tiles, strict=True)):
             raise UnsupportedError(
                 f"the {what} of {type(self.patch.model).__name__} did not run for all images of this call, but a "
                 "policy needs what it gives: pass pixel_values, and memoise images (if at all) in the vision tower's "
@@ -188,22 +190,32 @@ class VisionHooks:
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
-        self.tower, self.projector = patch.adapter.tower(patch.model), patch.adapter.projector(patch.model)
-        self.cls = has_cls(self.tower)
+        self.projector = patch.adapter.projector(patch.model)
+        self.tower: Any = None
+        self.cls = False
 
     def install(self) -> list[Any]:
         """Register them; returns the handles."""
-        return [
-            self.tower.register_forward_pre_hook(self.before_tower, with_kwargs=True),
-            self.tower.register_forward_hook(self.after_tower),
-            self.projector.register_forward_hook(self.after_projector),
-        ]
+        return [self.projector.register_forward_hook(self.after_projector), *self.attach()]
+
+    def attach(self) -> list[Any]:
+        """Register those of the tower as soon as it is there; returns the handles."""
+        with _attaching:
+            tower = self.patch.adapter.tower(self.patch.model) if self.tower is None else None
+            if tower is None:
+                return []
+            self.tower, self.cls = tower, has_cls(tower)
+            return [
+                tower.register_forward_pre_hook(self.before_tower, with_kwargs=True),
+                tower.register_forward_hook(self.after_tower),
+            ]
 
     def wanted(self, policies: Sequence[Policy | None], prompt: Prompt) -> Captures | None:
         """What the rows' policies want of the images of this call; None if nothing."""
         asking = [(p.wants, row) for p, row in zip(policies, prompt.layouts, strict=True) if p is not None and row]
         if not any(wants for wants, _ in asking):
             return None
+        self.patch.handles += self.attach()
         states = self.cls and any("cls" in wants for wants, _ in asking)
         tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
         last = {place.run: place.first + place.count for row in prompt.places for place in row}

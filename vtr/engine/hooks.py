@@ -22,6 +22,7 @@ from vtr.engine.call import (
     check_call,
     check_generation,
     check_pixels,
+    handed,
     in_use,
     is_ragged,
     last_traces,
@@ -60,7 +61,9 @@ class Patch:
         self.key = Key()
         self.geometry = Geometry.of(self.text)
         self.last: Trace | DenseTrace | None = None
-        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+        parameters = inspect.signature(type(model).forward).parameters
+        self.names = list(parameters)[1:]
+        self.hands_on = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
         self.windows = windows(self.text)
         self.text_hooks, self.vision = TextHooks(self), VisionHooks(self)
         attention_name(self.text.config._attn_implementation)  # raises if it cannot run packed rows
@@ -72,7 +75,10 @@ class Patch:
             text.register_forward_pre_hook(self.text_hooks.before, with_kwargs=True),
             text.register_forward_hook(self.text_hooks.after, with_kwargs=True),
             *self.vision.install(),
+            *self.adapter.own_hooks(model),
         ]
+        if self.hands_on:
+            self.handles.append(model.register_forward_hook(forget, always_call=True))
         for index, layer in enumerate(text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
@@ -105,6 +111,14 @@ class Patch:
         generation = running.get()
         return generation if generation is not None and generation.key is self.key else None
 
+    def taken(self) -> Request | None:
+        """What the model's pre-hook left for the text model's, where the model passes no keyword arguments on."""
+        left = handed.get() if self.hands_on else None
+        if left is None or left[0] is not self.key:
+            return None
+        handed.set(None)
+        return left[1]
+
     def publish(self, trace: Trace | DenseTrace | None) -> None:
         """Make ``trace`` what ``vtr.report`` shows: in this context, and to threads that have seen no other call."""
         last_traces.set({**last_traces.get(), self.key: trace})
@@ -121,6 +135,11 @@ class Patch:
         tried = None
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
             check_resolvable(kwargs, self.model.generation_config, ids)
+            if self.adapter.says_answer_only:
+                raise UnsupportedError(
+                    f"policies that try answers before they choose do not run on {self.adapter.family}: give a fixed "
+                    "policy (e.g. m3:tokens=36), or convert the checkpoint to transformers' own LLaVA (`vtr convert`)"
+                )
             assert ids is not None
             with busy(self.key, "it is generating; wait until generate has returned"):
                 policies, tried = resolve_rows(self, original, ids, kwargs, policies, prompt)
@@ -142,7 +161,8 @@ class Patch:
             self.publish(generation.trace)
         elif ids is not None:
             dense = self._dense_generation(ids, kwargs, out)
-            dense.tried = tried
+            if dense is not None:
+                dense.tried = tried
             self.publish(dense)
         return out
 
@@ -153,17 +173,28 @@ class Patch:
         check_call(kwargs, [self.model.config, self.text.config])
         check_generation(kwargs, self.model.generation_config, policies)
         embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and (ids is None or ids.shape != embeds.shape[:2]):
-            if kwargs.get("use_cache") is False:
-                raise UnsupportedError(
-                    "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
-                )
+        given = embeds is not None and (ids is None or ids.shape != embeds.shape[:2])
+        if kwargs.get("use_cache") is False and (given or self.adapter.says_answer_only):
+            raise UnsupportedError(
+                "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
+            )
+        if given:
+            assert embeds is not None
             ids = ids_of(self.adapter, self.model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
-        return read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        prompt = read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        self.adapter.check_generation(self.model, prompt)
+        return prompt
 
-    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace:
+    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace | None:
+        """None for a call that this model may understand and vtr does not: there is nothing to report of it."""
         cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
+        try:
+            merged = self.adapter.prompt(self.model, ids, kwargs.get("attention_mask"), kwargs)
+        except (ValueError, UnsupportedError):
+            return None
+        if merged is not None:
+            ids = torch.where(merged.is_vision, self.adapter.placeholders(self.model)[0], 0)
         return DenseTrace(
             geometry=self.geometry,
             input_ids=ids,
@@ -175,17 +206,20 @@ class Patch:
             beams=beams,
         )
 
-    def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace:
+    def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace | None:
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
         config = kwargs.get("generation_config") or self.model.generation_config
         several = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-        steps = max(sequences.shape[1] - ids.shape[1] - 1, 0)  # the first token comes out of the prompt's forward
+        prompt = 0 if self.adapter.says_answer_only else ids.shape[1]
+        steps = max(sequences.shape[1] - prompt - 1, 0)  # the first token comes out of the prompt's forward
         return self._dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.pop("policy", MISSING)
         asked = kwargs.pop("vtr_queries_end", None)
+        if self.hands_on:  # an interrupted forward may have left its request
+            handed.set(None)
         # a forward by hand, made by a callback of a running generate, names its own policy
         generation = self.generation() if given is MISSING else None
         if args:
@@ -212,7 +246,11 @@ class Patch:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
-        kwargs["vtr_request"] = self._request(generation, policies, ids, embeds, kwargs, asked)
+        request = self._request(generation, policies, ids, embeds, kwargs, asked)
+        if self.hands_on:
+            handed.set((self.key, request))
+        else:
+            kwargs["vtr_request"] = request
         return args, kwargs
 
     def _request(
@@ -234,7 +272,7 @@ class Patch:
             captures = self.vision.wanted(policies, prompt)
             if captures is not None:
                 begin(captures)
-            return Request(policies, prompt, ids.shape[1] if asked is None else asked, None, captures)
+            return Request(policies, prompt, prompt.is_vision.shape[1] if asked is None else asked, None, captures)
         assert generation.prompt is not None
         rows, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         beams = rows // len(policies)  # beam search and num_return_sequences repeat each prompt
@@ -267,6 +305,11 @@ class LayerHook:
         return args, kwargs
 
 
+def forget(module: Any, args: tuple[Any, ...], out: Any) -> None:
+    """A forward is over, whatever became of it: leave no request behind."""
+    handed.set(None)
+
+
 def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """Put the tokens that went around the layer back beside those that passed it."""
     plan: Plan | None = kwargs.get("vtr_plan")
@@ -293,4 +336,9 @@ class Generate:
         self.__name__, self.__doc__ = "generate", getattr(original, "__doc__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1:
+            parameters = inspect.signature(self.__wrapped__).parameters
+            names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if len(args) <= len(names):
+                args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         return self.patch.generate(self.__wrapped__, args, kwargs)

@@ -27,7 +27,7 @@ class TextHooks:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Reduced calls only: replace embeddings, positions and mask by packed ones, or by those of a decode step."""
-        request: Request | None = kwargs.pop("vtr_request", None)
+        request: Request | None = kwargs.pop("vtr_request", None) or self.patch.taken()
         cache: Any = cache_in(kwargs)
         ragged = is_ragged(cache)
         if mlp_scale.get() is not None:  # an interrupted forward left it
