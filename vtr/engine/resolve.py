@@ -70,7 +70,7 @@ class Tries:
         return self._seen
 
     def _encode(self) -> list[list[Image]]:
-        names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+        names = self.patch.adapter.image_inputs
         given = {name: self.kwargs[name] for name in names if self.kwargs.get(name) is not None}
         found = self.patch.model.get_image_features(**given)
         found = getattr(found, "pooler_output", found)
@@ -172,6 +172,7 @@ def resolve_rows(
                 if one is not None and one.asks("resolve"):
                     raise ValueError(f"{type(policy).__name__}.resolve chose {one.spec!r}, which would choose again")
                 out[row] = one
+        patch.adapter.refuse(out)
         for one in {id(p): p for p in out if p is not None}.values():
             one.check(patch.geometry.num_hidden_layers)
             one.check_model(patch.model)
