@@ -40,6 +40,7 @@ def _after(module: Any, args: tuple[Any, ...], out: Any) -> None:
 
 
 def handed_to(patch: Patch) -> Request | None:
-    """What the model's own forward, now running in this context, asks of its language model."""
+    """What the model's own forward, now running in this context, asks of its language model; taken once."""
     found = _handed.get()
+    _handed.set(None)
     return found[1] if found is not None and found[0] is patch.key else None
