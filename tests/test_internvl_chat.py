@@ -20,6 +20,7 @@ from tests import internvl_chat, tiny
 from tests.test_oracles import close
 from tests.tiny import IMAGE, IMAGE_ID, SIDE
 from vtr.engine.adapters import find_adapter
+from vtr.learned import differing, fingerprint
 
 ROWS = [["ab", IMAGE, "what"], ["abcdef"], [IMAGE, "cde"]]
 POLICIES = [vtr.FastV(0.3), None, vtr.GlobalCom2(0.5)]
@@ -163,6 +164,13 @@ def test_it_is_known_by_its_parts(native: Any) -> None:
     made = types.SimpleNamespace()
     with pytest.raises(TypeError, match="needs a model"):
         vtr.patch(made)
+
+
+def test_weights_know_the_model_in_either_shape(native: Any, chat: Any) -> None:
+    """Learned on transformers' class, used on the remote code; and not with another model's weights."""
+    ours, theirs = fingerprint(native), fingerprint(chat)
+    assert ours == theirs
+    assert differing(fingerprint(tiny.internvl(seed=1)), theirs)
 
 
 class Layer(nn.Module):

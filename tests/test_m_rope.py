@@ -13,6 +13,7 @@ from tests.families import CLOSE, FAMILIES, OPEN, Inputs, QwenVL
 from tests.support import ROWS, Models
 from tests.test_oracles import close
 from tests.tiny import PATCH, VIDEO_ID
+from vtr.engine.midway import enter
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 FRAMES, HEIGHT, WIDTH = 3, 4, 6
@@ -134,6 +135,18 @@ def test_stepping_by_hand(models: Models) -> None:
             mask = torch.cat([mask, torch.ones(1, 1).long()], 1)
             after = {"input_ids": want.sequences[:, width + step, None], "attention_mask": mask}
             out = models.patched(**after, past_key_values=out.past_key_values, use_cache=True)
+
+
+def test_a_prompt_run_in_pieces_is_the_prompt_run_whole(models: Models) -> None:
+    """As a search for schedules runs it: stop before a layer, go on as other rows."""
+    first, second = vtr.GSearch([1.0, 1.0, 0.5, 0.3, 0.1]), vtr.GSearch([1.0, 1.0, 0.8, 0.5, 0.4])
+    inputs = models.family.single(models.stock, models.inputs(), 3)
+    with torch.inference_mode():
+        start = enter(models.patched, inputs, vtr.GSearch([1.0] * 5), inputs["input_ids"].shape[1])
+        end = start.go([(0, first)], 2).go([(0, first), (0, second)], 5)
+        got = models.patched.lm_head(end.last([2, 2]))
+        want = [models.patched(**inputs, policy=p).logits[0, -2:] for p in (first, second)]
+    close(got, torch.cat(want))
 
 
 def test_pixels_need_their_grid(models: Models) -> None:
