@@ -24,17 +24,8 @@ from tests.families import FAMILIES
 from tests.test_oracles import close
 from tests.tiny import SIDE
 
-WORDS = [
-    "[PAD]",
-    "<s>",
-    "what",
-    "is",
-    "this",
-    "<image>",
-    "<fake_token_around_image>",
-    "<global-img>",
-    "<end_of_utterance>",
-]
+MARKS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+WORDS = ["[PAD]", "<s>", "what", "is", "this", *MARKS]
 TILES = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 
 
