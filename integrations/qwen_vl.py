@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL as transformers has them: a picture of any size is one grid of merged patches, M-RoPE."""
+"""Qwen2-VL, 2.5-VL and Qwen3-VL as transformers has them: a picture of any size is one grid of merged patches, M-RoPE."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ def frames_layout(frames: int, height: int, width: int) -> Layout:
 
 
 class Qwen25VL(Adapter):
-    """``Qwen2_5_VLForConditionalGeneration``. A picture is one tile; a video is one image whose tiles are its frames.
+    """``Qwen2_5_VLForConditionalGeneration`` and ``Qwen2VLForConditionalGeneration``.
+
+    A picture is one tile; a video is one image whose tiles are its frames.
 
     Positions have three axes (time, row, column). A token that stays keeps its own; one that is made of others has the
     mean of theirs. So nothing behind an image moves, and decoding needs nothing.
     """
 
-    family = "Qwen2.5-VL"
-    classes = ("Qwen2_5_VLForConditionalGeneration",)
+    family = "Qwen2-VL, Qwen2.5-VL"
+    classes = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
     image_inputs = ("pixel_values", "image_grid_thw")
     unsupported = MappingProxyType(
         {

@@ -118,16 +118,15 @@ class QwenVL(Family):
             eos_token_id=None,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 2, 2]},
         )  # fmt: skip
-        vision = dict(
-            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=PATCH, spatial_merge_size=2,
-            temporal_patch_size=2, out_hidden_size=48,
-        )  # fmt: skip
-        if self.kind == "qwen2_5_vl":
-            vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-            config, cls = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
-        else:
-            vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-            config, cls = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+        vision = dict(depth=3, num_heads=2, patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2)
+        wide = dict(hidden_size=32, intermediate_size=64, out_hidden_size=48)
+        name, more = {
+            "qwen2_vl": ("Qwen2VL", dict(embed_dim=32, hidden_size=48, mlp_ratio=2)),
+            "qwen2_5_vl": ("Qwen2_5_VL", dict(wide, window_size=16, fullatt_block_indexes=[1])),
+            "qwen3_vl": ("Qwen3VL", dict(wide, deepstack_visual_indexes=[0, 1], num_position_embeddings=64)),
+        }[self.kind]
+        config, cls = (getattr(transformers, name + what) for what in ("Config", "ForConditionalGeneration"))
+        vision |= more
         made = config(text_config=text, vision_config=vision, image_token_id=IMAGE_ID, video_token_id=VIDEO_ID)
         return tiny._ready(cls(made), attn)
 
@@ -248,6 +247,7 @@ FAMILIES = [
     Family(LlavaOnevision(), "llava_onevision"),
     Family(InternVL(), "internvl"),
     Chat(InternVLChat(), "internvl_chat"),
+    QwenVL(Qwen25VL(), "qwen2_vl"),
     QwenVL(Qwen25VL(), "qwen2_5_vl"),
     QwenVL(Qwen3VL(), "qwen3_vl"),
     Idefics(Idefics3(), "idefics3"),

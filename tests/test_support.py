@@ -26,7 +26,7 @@ from vtr.engine.adapters import find_adapter
 EAGER = {"llava_next", "internvl", "qwen2_5_vl", "smolvlm"}
 
 
-ELSEWHERE = {"llava", "llava_next", "llava_onevision", "internvl", "smolvlm"}
+ELSEWHERE = {"llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "qwen2_vl"}
 """What other test files put through every oracle in every run, or is built as another family here."""
 
 
