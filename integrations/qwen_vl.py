@@ -1,4 +1,4 @@
-"""Qwen2-VL, 2.5-VL and Qwen3-VL as transformers has them: a picture of any size is one grid of merged patches, M-RoPE."""
+"""Qwen2-VL, 2.5-VL and Qwen3-VL as transformers has them: a picture of any size is one grid of tokens, with M-RoPE."""
 
 from __future__ import annotations
 
