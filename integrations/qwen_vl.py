@@ -39,7 +39,7 @@ class Qwen25VL(Adapter):
     """
 
     family = "Qwen2-VL, Qwen2.5-VL"
-    classes = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+    classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
     image_inputs = ("pixel_values", "image_grid_thw")
     unsupported = MappingProxyType(
         {
