@@ -7,7 +7,6 @@ merges the images and calls the language model's with embeddings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -26,12 +25,7 @@ class InternVLChat(InternVL):
 
     family = "InternVL (remote code)"
     classes = ("InternVLChatModel",)
-    unsupported = MappingProxyType(
-        {
-            "autoscale": "it tries answers by transformers' own generate, which this model does not have; give a fixed "
-            "scale (m3:tokens=64), or use the -hf checkpoint"
-        }
-    )
+    image_inputs = ("pixel_values",)
 
     def serves(self, model: nn.Module) -> bool:
         return super().serves(model) or (
@@ -74,6 +68,9 @@ class InternVLChat(InternVL):
 
     def newline(self, model: nn.Module) -> None:
         return None
+
+    def encode(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        return model.extract_feature(**inputs)  # type: ignore[operator]
 
     def downsample_ratio(self, model: nn.Module) -> Any:
         return model.downsample_ratio

@@ -8,6 +8,7 @@ what it generates alone, and without a cache what it does with one.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -167,6 +168,27 @@ def check_chosen(models: Models, inputs: Inputs, policies: list[Any]) -> None:
     plain, said, _ = family.generate(models.patched, inputs, policy=chosen, **run)
     assert torch.equal(ids, plain)
     close(logits, said)
+
+
+@dataclass
+class Looks(vtr.Policy):
+    """Chooses nothing; notes what it may look at before it chooses."""
+
+    name = "looks"
+
+    def resolve(self, tries: Any) -> list[Any]:
+        self.images, self.questions = tries.images(), tries.questions()
+        return [None] * len(tries.rows)
+
+
+def test_what_a_policy_that_chooses_may_look_at(models: Models) -> None:
+    """Every row's images as they would enter the text model, and its text."""
+    inputs, looks = models.inputs(), Looks()
+    models.family.generate(models.patched, inputs, policy=looks, max_new_tokens=1)
+    for b, (images, question) in enumerate(zip(looks.images, looks.questions, strict=True)):
+        row = models.row(inputs, b)
+        close(torch.cat([row.embeds[:0], *(image.features for image in images)]), row.embeds[row.vision])
+        close(question, row.embeds[~row.vision])
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

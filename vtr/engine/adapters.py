@@ -20,7 +20,7 @@ class Adapter(ABC):
         family: the name people know it by.
         classes: names of the transformers classes it serves.
         unsupported: policies (by name) that cannot work on this family, and why; asking for one raises.
-        image_inputs: what ``get_image_features`` takes of a call's keyword arguments.
+        image_inputs: what :meth:`encode` takes of a call's keyword arguments.
     """
 
     family: str
@@ -61,6 +61,10 @@ class Adapter(ABC):
     def newline(self, model: nn.Module) -> Any:
         """The embedding of a newline token, [hidden_size]; None if the family has none."""
         return getattr(model.model, "image_newline", None)
+
+    def encode(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """What the model makes of images, as they would enter the text model (``image_inputs`` of a call)."""
+        return model.get_image_features(**inputs)  # type: ignore[operator]
 
     def layer_features(self, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """What the text model adds to the vision tokens behind its first layers, taken out of its ``kwargs``.
