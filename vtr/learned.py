@@ -30,7 +30,9 @@ def fingerprint(model: Any) -> dict[str, list[float]]:
     Quantized and offloaded matrices are left out. Reads the device once.
     """
     names, picked = [], []
-    for name, weight in model.get_decoder().named_parameters():
+    decoder = model.get_decoder()
+    decoder = getattr(decoder, "model", decoder)  # some wrap a whole language model, head and all
+    for name, weight in decoder.named_parameters():
         if weight.dim() == 2 and weight.is_floating_point() and weight.device.type != "meta" and weight.numel():
             at = torch.tensor([int(part * weight.numel()) for part in SAMPLED], device=weight.device)
             names.append(name.replace(".base_layer", ""))

@@ -152,6 +152,29 @@ def _plain(projection: Any, x: torch.Tensor) -> bool:
     return type(projection) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
 
 
+class Unfused:
+    """Query and key projections of an attention module that has one for queries, keys and values together.
+
+    ``q_norm`` and ``k_norm``, where it has them, are over all heads at once (InternViT).
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.num_heads = attention.num_heads
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.q_proj, self.k_proj = (_third(attention.qkv, which) for which in (0, 1))
+
+
+def _third(qkv: Any, which: int) -> Any:
+    """One of three projections in one; where it is only its weights, as a module of its own on their memory."""
+    if not _plain(qkv, qkv.weight):
+        return lambda x: qkv(x).chunk(3, -1)[which]
+    made = nn.Linear(qkv.in_features, qkv.out_features // 3, qkv.bias is not None, device="meta")
+    made.weight = nn.Parameter(qkv.weight.detach().chunk(3)[which], requires_grad=False)
+    if qkv.bias is not None:
+        made.bias = nn.Parameter(qkv.bias.detach().chunk(3)[which], requires_grad=False)
+    return made
+
+
 def last_layer(tower: Any) -> tuple[Any, Any]:
     """(norm before attention, attention) of the vision tower's last layer.
 
@@ -161,8 +184,10 @@ def last_layer(tower: Any) -> tuple[Any, Any]:
     encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
     layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
     last = layers[-1] if layers else None
-    norm = getattr(last, "layer_norm1", None) or getattr(last, "layernorm_before", None)
-    attention = getattr(last, "self_attn", None) or getattr(last, "attention", None)
+    norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1") if (m := getattr(last, n, None))), None)
+    attention = next((m for n in ("self_attn", "attention", "attn") if (m := getattr(last, n, None))), None)
+    if isinstance(getattr(attention, "qkv", None), nn.Linear) and hasattr(attention, "num_heads"):
+        return norm, Unfused(attention)
     if norm is None or not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "num_heads")):
         raise UnsupportedError(
             f"{type(tower).__name__} has a CLS token, but its last layer is not built of a norm and q_proj, k_proj, so "

@@ -34,9 +34,10 @@ from vtr.engine.call import (
 from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
+from vtr.engine.outer import handed_to, install_outer
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
 from vtr.engine.resolve import check_resolvable, resolve_rows
-from vtr.engine.session import Request, Session
+from vtr.engine.session import Request, Session, many_axes
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace
 
@@ -61,17 +62,24 @@ class Patch:
         self.key = Key()
         self.geometry = Geometry.of(self.text)
         self.last: Trace | DenseTrace | None = None
-        parameters = inspect.signature(type(model).forward).parameters
+        self.inner = adapter.inner(model)
+        parameters = inspect.signature(type(self.inner).forward).parameters
         self.names = list(parameters)[1:]
         self.hands_on = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
         self.windows = windows(self.text)
+        if any(self.windows) and many_axes(self.text.rotary_emb):
+            raise UnsupportedError(
+                "sliding windows over positions of several axes (M-RoPE) are not supported: load the checkpoint with "
+                "use_sliding_window=False in its text config, if it was trained so"
+            )
         self.text_hooks, self.vision = TextHooks(self), VisionHooks(self)
         attention_name(self.text.config._attn_implementation)  # raises if it cannot run packed rows
 
     def install(self) -> None:
         model, text = self.model, self.text
         self.handles = [
-            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            *(install_outer(self) if self.inner is not model else []),
+            self.inner.register_forward_pre_hook(self.before_model, with_kwargs=True),
             text.register_forward_pre_hook(self.text_hooks.before, with_kwargs=True),
             text.register_forward_hook(self.text_hooks.after, with_kwargs=True),
             *self.vision.install(),
@@ -104,7 +112,9 @@ class Patch:
         """Argument of the call > ``vtr.use`` > the model's default."""
         if given is MISSING:
             given = in_use.get().get(self.key, self.default)
-        return resolve(given, rows, self.geometry.num_hidden_layers, self.model)
+        found = resolve(given, rows, self.geometry.num_hidden_layers, self.model)
+        self.adapter.refuse(found or [])
+        return found
 
     def generation(self) -> Generation | None:
         """The ``generate`` of this model that is running in this context."""
@@ -127,6 +137,8 @@ class Patch:
     # -- generate --------------------------------------------------------------------------------------------------
     def generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.pop("policy", MISSING)
+        if self.inner is not self.model:  # its own generate may have anything in front
+            args, kwargs = (), {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         embeds = kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
@@ -134,7 +146,7 @@ class Patch:
         prompt = None if policies is None else self._check_generate(ids, kwargs, policies)
         tried = None
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
-            check_resolvable(kwargs, self.model.generation_config, ids)
+            check_resolvable(kwargs, self.inner.generation_config, ids)
             if self.adapter.says_answer_only:
                 raise UnsupportedError(
                     f"policies that try answers before they choose do not run on {self.adapter.family}: give a fixed "
@@ -171,7 +183,7 @@ class Patch:
     ) -> Prompt:
         """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
         check_call(kwargs, [self.model.config, self.text.config])
-        check_generation(kwargs, self.model.generation_config, policies)
+        check_generation(kwargs, self.inner.generation_config, policies)
         embeds = kwargs.get("inputs_embeds")
         given = embeds is not None and (ids is None or ids.shape != embeds.shape[:2])
         if kwargs.get("use_cache") is False and (given or self.adapter.says_answer_only):
@@ -208,14 +220,35 @@ class Patch:
 
     def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace | None:
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        config = kwargs.get("generation_config") or self.model.generation_config
+        config = kwargs.get("generation_config") or self.inner.generation_config
         several = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-        prompt = 0 if self.adapter.says_answer_only else ids.shape[1]
-        steps = max(sequences.shape[1] - prompt - 1, 0)  # the first token comes out of the prompt's forward
+        whole = self.inner is self.model and not self.adapter.says_answer_only  # the prompt stands in front
+        new = sequences.shape[1] - (ids.shape[1] if whole else 0)
+        steps = max(new - 1, 0)  # the first token comes out of the prompt's forward
         return self._dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.inner is not self.model and self.generation() is None:
+            request = handed_to(self)  # by the model's own forward; by itself, the inner model is not reduced
+            return args, kwargs if request is None else {**kwargs, "vtr_request": request}
+        args, kwargs, request = self.asked(self.names, args, kwargs)
+        if request is None:
+            return args, kwargs
+        if self.hands_on:
+            handed.set((self.key, request))
+        else:
+            kwargs["vtr_request"] = request
+        return args, kwargs
+
+    def asked(
+        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Request | None]:
+        """A forward's arguments without what is ours, and what it asks of the text model.
+
+        Args:
+            names: of the forward's parameters, in order.
+        """
         given = kwargs.pop("policy", MISSING)
         asked = kwargs.pop("vtr_queries_end", None)
         if self.hands_on:  # an interrupted forward may have left its request
@@ -223,10 +256,10 @@ class Patch:
         # a forward by hand, made by a callback of a running generate, names its own policy
         generation = self.generation() if given is MISSING else None
         if args:
-            kwargs, args = {**dict(zip(self.names, args, strict=False)), **kwargs}, ()
+            kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
         cache = cache_in(kwargs)
         if generation is not None and (generation.policies is None or (generation.started and is_ragged(cache))):
-            return args, kwargs
+            return args, kwargs, None
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
         rows = None if source is None else source.shape[0]
@@ -234,7 +267,7 @@ class Patch:
         if policies is None:
             if not is_ragged(cache):
                 self.publish(None if ids is None else self._dense(ids, kwargs))
-            return args, kwargs
+            return args, kwargs, None
         if torch.compiler.is_compiling():
             raise UnsupportedError(
                 "a reduced call cannot be compiled (how many tokens stay depends on the call): call the model itself "
@@ -246,12 +279,7 @@ class Patch:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
-        request = self._request(generation, policies, ids, embeds, kwargs, asked)
-        if self.hands_on:
-            handed.set((self.key, request))
-        else:
-            kwargs["vtr_request"] = request
-        return args, kwargs
+        return args, kwargs, self._request(generation, policies, ids, embeds, kwargs, asked)
 
     def _request(
         self, generation: Generation | None, policies: list[Policy | None], ids: torch.Tensor | None,
