@@ -44,7 +44,7 @@ def mixed(policies: Sequence[Spec], sizes: Sequence[tuple[int, int]], questions:
     """``n`` requests: every eighth text only, every fifth two or three pictures with a policy each, else one."""
     made = []
     for i in range(n):
-        question = questions[i % len(questions)]
+        question = questions[(i + i // 8) % len(questions)]
         if i % 8 == 7:
             made.append(Asked(question, (), None))
         elif i % 5 == 4:
