@@ -22,7 +22,14 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
     """``vllm.LLM`` of the checkpoint in ``folder``, float32, eager."""
     from vllm import LLM
 
-    given = {"dtype": "float32", "enforce_eager": True, "max_model_len": 3000, "max_num_seqs": 8, **settings}
+    given = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 3000,
+        "max_num_seqs": 8,
+        "enable_mm_embeds": True,
+        **settings,
+    }
     llm = LLM(str(folder), limit_mm_per_prompt={"image": 3}, disable_log_stats=True, **given)
     try:
         yield llm

@@ -17,6 +17,7 @@ import vtr
 from tests.serving.asked import STEPS, Asked, Said, mixed, reference, references, text_of
 from tests.serving.engine import engine
 from vtr.base import Layout
+from vtr.encode import encode
 
 NEVER = [4]
 POLICIES = [
@@ -141,3 +142,20 @@ def test_what_cannot_be_served_never_reaches_the_engine(llm: Any, policy: Any, m
     with pytest.raises(ValueError, match=message):
         said(llm, [Asked("what is there", ((9, 96, 96),), policy)])
     assert said(llm, REQUESTS[:1])[0].outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("policy", ["globalcom2:retention=0.3", "m3:tokens=9", "none"])
+def test_embeddings_made_elsewhere(llm: Any, policy: str) -> None:
+    """Any policy that compresses, also one whose count depends on the picture."""
+    from vllm import SamplingParams
+
+    model, processor = vtr.pocket.load()
+    vtr.patch(model)
+    asked = Asked("how many shapes are pink", ((3, 190, 120), (5, 100, 190)), policy)
+    images = [encode(model, processor, image, policy) for image in asked.images()]
+    given = {"prompt": text_of(PROCESSOR, asked), "multi_modal_data": {"image": images}}
+    (out,) = llm.generate([given], SamplingParams(**GREEDY), use_tqdm=False)
+    wanted = reference(model, processor, asked, NEVER)
+    assert len(out.prompt_token_ids) == wanted.length and wanted.same(out.outputs[0])
+    with pytest.raises(ValueError, match="reduce them before they are sent"):
+        llm.generate([{**given, "mm_processor_kwargs": {"vtr": "m3:tokens=9"}}], SamplingParams(**GREEDY))

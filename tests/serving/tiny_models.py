@@ -79,8 +79,8 @@ def tokenizer(image: str) -> Any:
 def _text(kind: type, layers: int = 4) -> Any:
     return kind(
         vocab_size=len(IDS), hidden_size=128, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
 
 
