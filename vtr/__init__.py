@@ -10,6 +10,7 @@ from vtr.engine.install import patch, unpatch, use
 from vtr.engine.memo import shared_features
 from vtr.policies import (
     AutoScale,
+    ClsTop,
     DynamicLLaVA,
     FastV,
     GlobalCom2,
@@ -27,6 +28,7 @@ from vtr.schedule import Schedule
 __all__ = [
     "AutoScale",
     "Chain",
+    "ClsTop",
     "DynamicLLaVA",
     "FastV",
     "GSearch",

@@ -11,9 +11,11 @@ from rich.table import Table
 
 from vtr.commands.bench import bench
 from vtr.commands.convert import convert_command
+from vtr.commands.encode import encode_command
 from vtr.commands.eval import eval_command
 from vtr.commands.page import page_command
 from vtr.commands.search import search
+from vtr.commands.serve import PASSED_ON, serve_command
 from vtr.commands.train import train_command
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ app.command("page")(page_command)
 app.command("eval")(eval_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
+app.command("encode")(encode_command)
+app.command("serve", context_settings=PASSED_ON)(serve_command)
 console = Console()
 
 

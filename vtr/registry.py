@@ -127,11 +127,20 @@ def policy(spec: str | Policy) -> Policy:
         return spec
     if not isinstance(spec, str):
         raise TypeError(f"a policy is a vtr.Policy, a spec string like 'fastv:keep=0.25,layer=2' or None, got {spec!r}")
-    parts = [_one(part.strip()) for part in _split(spec, "+")]
+    parts = [build(name, settings) for name, settings in parse(spec)]
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def _one(spec: str) -> Policy:
+def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, settings) of each policy that a spec string joins; nothing is made, looked up or read.
+
+    Raises:
+        ValueError: not written as a spec string.
+    """
+    return [_one(part.strip()) for part in _split(spec, "+")]
+
+
+def _one(spec: str) -> tuple[str, dict[str, Any]]:
     name, colon, rest = spec.partition(":")
     settings: dict[str, Any] = {}
     for i, item in enumerate(_split(rest, ",") if colon else []):
@@ -144,7 +153,7 @@ def _one(spec: str) -> Policy:
             settings[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             settings[key.strip()] = value.strip()
-    return build(name.strip(), settings)
+    return name.strip(), settings
 
 
 def _first(name: str) -> str | None:

@@ -99,7 +99,7 @@ class Row:
             together = int(local[-1]) - first + 1 == n  # as a rule an image's slots follow each other
             mine = embeds[first : first + n] if together else embeds.index_select(0, local.to(embeds.device))
             image = self._image(mine, i, captures)
-            keep, pooled = _compressed(self.policy, image)
+            keep, pooled = compressed(self.policy, image)
             at, slots = local[keep], self.slots[local]
             gone[local] = True
             gone[at] = False
@@ -275,8 +275,12 @@ def _standing(layout: Layout, keep: torch.Tensor, pooled: Pooled | None) -> tupl
     return layout, torch.tensor(first, dtype=torch.int64)
 
 
-def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:
-    """Which of the image's slots one image's new tokens take, and what they are (None: the tokens of these slots)."""
+def compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:
+    """Which of the image's slots one image's new tokens take, and what they are (None: the tokens of these slots).
+
+    Raises:
+        TypeError, ValueError: the policy's answer is none that ``compress`` may give.
+    """
     n, answer = len(image), policy.compress(image)
     if answer is None:
         return torch.arange(n), None
