@@ -46,6 +46,7 @@ __all__ = [
     "Tokens",
     "UniformGrid",
     "UnsupportedError",
+    "chat",
     "list_policies",
     "patch",
     "pocket",
@@ -63,8 +64,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``vtr.search``, ``vtr.testing`` and ``vtr.visualize`` are loaded when they are first asked for."""
-    if name in ("search", "testing", "visualize"):
+    """Modules that are loaded when they are first asked for."""
+    if name in ("chat", "search", "testing", "visualize"):
         import importlib
 
         return importlib.import_module(f"vtr.{name}")
