@@ -1,13 +1,39 @@
 """Model families and clients. Importing this package makes the families known to :func:`vtr.patch`."""
 
+from vtr.integrations.idefics3 import Idefics3
 from vtr.integrations.internvl import InternVL
+from vtr.integrations.internvl_chat import InternVLChat
 from vtr.integrations.llava import Llava
 from vtr.integrations.llava_next import LlavaNext
 from vtr.integrations.llava_onevision import LlavaOnevision
+from vtr.integrations.llava_original import LlavaOriginal
+from vtr.integrations.qwen_vl import Qwen3VL, Qwen25VL
 
-from vtr.engine.adapters import register_adapter
+from vtr.engine.adapters import refuse_family, register_adapter
 
-for adapter in (Llava(), LlavaNext(), LlavaOnevision(), InternVL()):
-    register_adapter(adapter)
+FAMILIES = (Llava, LlavaNext, LlavaOnevision, LlavaOriginal, InternVL, InternVLChat, Qwen25VL, Qwen3VL, Idefics3)
+for family in FAMILIES:
+    register_adapter(family())
 
-__all__ = ["InternVL", "Llava", "LlavaNext", "LlavaOnevision"]
+refuse_family(
+    ("Gemma3ForConditionalGeneration",),
+    "Gemma3 lets the tokens of an image look at each other in both directions, and vtr's packed attention is causal: "
+    "run it unreduced, or use a family with causal attention (LLaVA, InternVL, Qwen-VL, SmolVLM)",
+)
+refuse_family(
+    ("PaliGemmaForConditionalGeneration",),
+    "PaliGemma lets the whole prompt look at itself in both directions, and vtr's packed attention is causal: "
+    "run it unreduced, or use a family with causal attention (LLaVA, InternVL, Qwen-VL, SmolVLM)",
+)
+
+__all__ = [
+    "Idefics3",
+    "InternVL",
+    "InternVLChat",
+    "Llava",
+    "LlavaNext",
+    "LlavaOnevision",
+    "LlavaOriginal",
+    "Qwen3VL",
+    "Qwen25VL",
+]

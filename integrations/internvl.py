@@ -59,6 +59,18 @@ class InternVL(Adapter):
     family = "InternVL"
     classes = ("InternVLForConditionalGeneration",)
 
+    def grid(self, model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
+        """(height, width) of a tile in tokens, after the pixel shuffle."""
+        config: Any = model.config
+        patch = config.vision_config.patch_size
+        patch = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        ratio = self.downsample_ratio(model)
+        height, width = (int(n // p * ratio) for n, p in zip(pixels.shape[-2:], patch, strict=True))
+        return height, width
+
+    def downsample_ratio(self, model: nn.Module) -> float:
+        return model.config.downsample_ratio  # type: ignore[union-attr,return-value]
+
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """One image per run of placeholders: the processor puts text (``<img>``, ``</img>``) between images.
 
@@ -68,13 +80,9 @@ class InternVL(Adapter):
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return {}
-        config: Any = model.config
-        patch = config.vision_config.patch_size
-        patch = patch if isinstance(patch, (list, tuple)) else (patch, patch)
-        height, width = (int(n // p * config.downsample_ratio) for n, p in zip(pixels.shape[-2:], patch, strict=True))
-        grid = (height, width)
-        layouts, first = [], 0
-        for run in _runs(inputs["input_ids"] == config.image_token_id):
+        grid = self.grid(model, pixels)
+        layouts, first, (placeholder,) = [], 0, self.placeholders(model)
+        for run in _runs(inputs["input_ids"] == placeholder):
             count, left = divmod(run, grid[0] * grid[1])
             if left or count == 2:
                 raise ValueError(
@@ -90,7 +98,7 @@ class InternVL(Adapter):
                 f"{len(pixels)} image tiles in pixel_values for the {first} that input_ids have placeholders for: "
                 "tokenize text and images in one processor call, and do not truncate"
             )
-        return {config.image_token_id: layouts}
+        return {placeholder: layouts}
 
 
 def _runs(marks: torch.Tensor) -> list[int]:

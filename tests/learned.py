@@ -57,6 +57,7 @@ def reference(model: Any, row: oracle.Row, policy: Any, images: list[int], asked
     config, text = model.config.text_config, model.get_decoder()
     x, n, vision = row.embeds, len(row.vision), row.slots
     positions, alive, kept, held = torch.arange(n), torch.ones(n).bool(), [], []
+    positions = positions if row.positions is None else row.positions
     for depth, layer in enumerate(text.layers):
         here, weights = vision, None
         if isinstance(policy, vtr.PMoD):  # who went around the layer before is back
@@ -79,6 +80,8 @@ def reference(model: Any, row: oracle.Row, policy: Any, images: list[int], asked
         after, _ = oracle.block(layer, x, mask, positions, config, weights)
         around = x if weights is None else x * weights[:, None]
         x = torch.where((forgotten & row.vision)[:, None], around, after)
+        if depth < len(row.behind):
+            x = x.index_add(0, row.vision.nonzero().squeeze(1), row.behind[depth])
         held.append(int(alive.sum()))
     standing = alive if isinstance(policy, vtr.DynamicLLaVA) else torch.ones(n).bool()
     standing = standing | ~row.vision  # a forgotten word still says its own next one

@@ -22,10 +22,16 @@ TIE = 1e-6
 
 @dataclass
 class Row:
-    """One prompt as the text model gets it: embeddings [n, d], and which of its slots are vision tokens."""
+    """One prompt as the text model gets it: embeddings [n, d], and which of its slots are vision tokens.
+
+    positions: int64 [3, n] (time, row, column) for models with M-RoPE; None: 0, 1, 2, ….
+    behind: for each of the first layers, [vision tokens, d] that are added to the vision tokens behind it.
+    """
 
     embeds: Tensor
     vision: Tensor
+    positions: Tensor | None = None
+    behind: tuple[Tensor, ...] = ()
 
     @property
     def slots(self) -> list[int]:
@@ -133,10 +139,22 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
 
 
-def rotated(x: Tensor, theta: float, positions: Tensor) -> Tensor:
-    """Rotary embedding of [heads, n, dim] at ``positions`` [n]."""
-    dim = x.shape[2]
-    angles = torch.outer(positions.float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+def axes(config: Any, count: int) -> Tensor:
+    """Which of M-RoPE's axes each of ``count`` frequencies turns with: blocks, or (Qwen3-VL) in turns."""
+    sections = config.rope_parameters["mrope_section"]
+    if config.model_type == "qwen3_vl_text":
+        return torch.tensor([i % 3 if i < 3 * sections[i % 3] else 0 for i in range(count)])
+    return torch.arange(3).repeat_interleave(torch.tensor(sections))
+
+
+def rotated(x: Tensor, config: Any, positions: Tensor) -> Tensor:
+    """Rotary embedding of [heads, n, dim] at ``positions`` [n], or [3, n] for M-RoPE."""
+    dim, theta = x.shape[2], config.rope_parameters["rope_theta"]
+    if positions.dim() == 2:
+        positions = positions[axes(config, dim // 2)].T
+    else:
+        positions = positions[:, None]
+    angles = positions.float() * theta ** (-torch.arange(0, dim, 2).float() / dim)
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
@@ -144,12 +162,12 @@ def rotated(x: Tensor, theta: float, positions: Tensor) -> Tensor:
 
 def queries_keys(module: Any, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys [heads, n, dim] of grouped-query attention, keys repeated for their group."""
-    n, dim, theta = len(x), module.head_dim, config.rope_parameters["rope_theta"]
+    n, dim = len(x), module.head_dim
     q, k = (p(x).view(n, -1, dim) for p in (module.q_proj, module.k_proj))
     if hasattr(module, "q_norm"):
         q, k = norm(module.q_norm, q), norm(module.k_norm, k)
     groups = config.num_attention_heads // config.num_key_value_heads
-    q, k = (rotated(t.transpose(0, 1), theta, positions) for t in (q, k))
+    q, k = (rotated(t.transpose(0, 1), config, positions) for t in (q, k))
     return q, k.repeat_interleave(groups, 0)
 
 
@@ -204,7 +222,8 @@ def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None 
 def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> Dense:
     config, text = model.config.text_config, model.get_decoder()
     x, kept, here = prompt.embeds, [], prompt.slots
-    probs, positions = torch.zeros(0), torch.arange(len(x))  # nothing ranks in layer 0
+    probs = torch.zeros(0)  # nothing ranks in layer 0
+    positions = torch.arange(len(x)) if prompt.positions is None else prompt.positions
     alive = torch.ones(len(x)).bool()
     mask = torch.zeros(0)
     for depth, layer in enumerate(text.layers):
@@ -223,6 +242,8 @@ def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> De
             positions = alive.cumsum(0) - 1
         mask = hidden_keys(alive, positions, window(config, depth))
         x, probs = block(layer, x, mask, positions, config)
+        if depth < len(prompt.behind):
+            x = x.index_add(0, prompt.vision.nonzero().squeeze(1), prompt.behind[depth])
     return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)], kept)
 
 
@@ -245,7 +266,11 @@ def greedy(
     for _ in range(steps):
         new = table[torch.tensor(tokens, dtype=torch.long)]
         vision = torch.cat([prompt.vision, torch.zeros(len(tokens)).bool()])
-        last = run(model, Row(torch.cat([prompt.embeds, new]), vision), Given(kept, renumber)).logits[-1]
+        at = prompt.positions
+        if at is not None:  # the last slot of a prompt is text, where all axes agree
+            at = torch.cat([at, at[:, -1:] + 1 + torch.arange(len(tokens))], 1)
+        longer = Row(torch.cat([prompt.embeds, new]), vision, at, prompt.behind)
+        last = run(model, longer, Given(kept, renumber)).logits[-1]
         logits.append(last)
         tokens.append(int(last.index_fill(0, torch.tensor(never), -torch.inf).argmax()))
     return tokens, torch.stack(logits)

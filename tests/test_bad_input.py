@@ -105,7 +105,7 @@ F = "fastv:keep=0.5,layer=2"
 MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
     "unknown policy": (ValueError, "unknown policy 'fastvv'; known: .*fastv", lambda w: w.run("fastvv")),
     "unknown setting": (ValueError, "has no setting 'ratio'; it has: keep, layer", lambda w: w.run("fastv:ratio=0.5")),
-    "unreadable spec": (ValueError, "write name:key=value", lambda w: w.run("fastv:0.5")),
+    "unreadable spec": (ValueError, "write name:key=value", lambda w: w.run("fastv:layer=2,0.5")),
     "ratio above one": (ValueError, "for a count of tokens pass an int", lambda w: w.run("fastv:keep=1.5")),
     "negative count": (ValueError, "cannot be negative", lambda w: w.run("random:keep=-4")),
     "keep is text": (TypeError, "keep must be an int", lambda w: w.run("random:keep=half")),

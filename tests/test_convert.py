@@ -130,6 +130,22 @@ def test_m3(how: str, tmp_path: Path) -> None:
         close(official.run(model, inputs, f"m3:tokens={scale}")[1], want, 1e-6)
 
 
+def test_a_tower_saved_by_itself(tmp_path: Path) -> None:
+    """Checkpoints of LLaVA-1.5 leave it out; transformers saves a tower alone without the name of a whole CLIP's."""
+    state = official.tensors("m3", "tiny_state")
+    clip = "model.vision_tower.vision_tower.vision_model."
+    tower = test_golden_m3.anyres_model()[0].config.vision_config
+    folder = write(tmp_path / "in", {n: t for n, t in state.items() if clip not in n},
+                   test_golden_m3.CONFIG | LLAVA | {"mm_patch_merge_type": "spatial_unpad", "mm_vision_tower": "tower"},
+                   tower, "safetensors")  # fmt: skip
+    saved = CLIPVisionModel(tower)
+    saved.save_pretrained(folder / "tower")
+    made = convert_checkpoint("m3", folder, tmp_path / "out")
+    got = LlavaNextForConditionalGeneration.from_pretrained(made.model).model.vision_tower.state_dict()
+    want = {name.removeprefix("vision_model."): t for name, t in saved.state_dict().items()}
+    assert all(torch.equal(t, want[name.removeprefix("vision_model.")]) for name, t in got.items()) and got
+
+
 # ---------------------------------------------------------------------------------------------------- what goes wrong
 def rename(old: str, new: str) -> Any:
     def change(state: dict[str, Tensor]) -> None:

@@ -52,11 +52,30 @@ def test_an_impossible_keep_is_refused(keep: float) -> None:
         ("gsearch:schedule=[1.0,0.5,36]", vtr.GSearch([1.0, 0.5, 36])),
         ('gsearch:schedule=[1.0,0.5],queries="last"', vtr.GSearch([1.0, 0.5], queries="last")),
         ("gsearch:schedule=[1.0,0.5],queries=last", vtr.GSearch([1.0, 0.5], queries="last")),
+        ("gsearch:llava-1.5-7b", vtr.GSearch("llava-1.5-7b")),
+        ("fastv:0.25,layer=3", vtr.FastV(0.25, 3)),
+        ("m3:36+gsearch:[1.0,0.5]", vtr.Matryoshka(36) + vtr.GSearch([1.0, 0.5])),
     ],
 )
 def test_spec_strings(spec: str, made: vtr.Policy) -> None:
     assert vtr.policy(spec) == made
     assert vtr.policy(made.spec) == made
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("fastv:0.25,3", "cannot read '3'"),
+        ("fastv:layer=3,0.25", "cannot read '0.25'"),
+        ("fastv:", "cannot read ''"),
+        ("fstv:0.25", "unknown policy 'fstv'"),
+        ("pmod:nowhere", "nowhere"),
+        ("chain:m3", "cannot read 'm3'"),
+    ],
+)
+def test_specs_that_cannot_be_read(spec: str, why: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=why):
+        vtr.policy(spec)
 
 
 def test_one_token_is_not_all_tokens_in_specs_and_json(tmp_path) -> None:

@@ -10,6 +10,7 @@ from vtr.engine.install import patch, unpatch, use
 from vtr.engine.memo import shared_features
 from vtr.policies import (
     AutoScale,
+    ClsTop,
     DynamicLLaVA,
     FastV,
     GlobalCom2,
@@ -27,6 +28,7 @@ from vtr.schedule import Schedule
 __all__ = [
     "AutoScale",
     "Chain",
+    "ClsTop",
     "DynamicLLaVA",
     "FastV",
     "GSearch",
@@ -46,6 +48,7 @@ __all__ = [
     "Tokens",
     "UniformGrid",
     "UnsupportedError",
+    "chat",
     "list_policies",
     "patch",
     "pocket",
@@ -54,16 +57,18 @@ __all__ = [
     "report",
     "search",
     "shared_features",
+    "testing",
     "unpatch",
     "use",
+    "visualize",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``vtr.search`` is loaded when it is first asked for: it needs scikit-learn."""
-    if name == "search":
+    """Modules that are loaded when they are first asked for."""
+    if name in ("chat", "search", "testing", "visualize"):
         import importlib
 
-        return importlib.import_module("vtr.search")
+        return importlib.import_module(f"vtr.{name}")
     raise AttributeError(f"module 'vtr' has no attribute {name!r}")

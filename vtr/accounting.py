@@ -106,6 +106,11 @@ def report(model: Any) -> Report:
             "nothing to report yet: call model.generate(**inputs) or model(**inputs) first (with input_ids, which say "
             "where vision tokens are)"
         )
+    return report_of(trace)
+
+
+def report_of(trace: Trace | DenseTrace) -> Report:
+    """The report made of what was noted of a call."""
     return _with_tries(_report(trace), trace.tried)
 
 

@@ -242,6 +242,39 @@ class Policy:
     def check_model(self, model: Any) -> None:
         """Raise ValueError if what this policy has learned cannot be used with ``model``."""
 
+    # -- how many stay, before anything has run -----------------------------------------------------------------------
+    def kept_of(self, layout: Layout) -> int:
+        """How many tokens ``compress`` makes of an image of this layout, newlines included: from its size alone.
+
+        Raises:
+            ValueError: this policy does not compress, or how many stay depends on what the picture shows.
+        """
+        if self.asks("compress"):
+            raise ValueError(f"how many tokens {self.spec} leaves of an image is not known before it is encoded")
+        raise ValueError(f"{self.spec} leaves images as they are before the decoder")
+
+    def entering(self, num_hidden_layers: int, total: int) -> list[int]:
+        """How many of a row's ``total`` vision tokens enter each decoder layer: ``prune`` is asked, with equal scores.
+
+        Raises:
+            ValueError: it depends on more than their number.
+        """
+        import torch
+
+        here, counts = total, []
+        even = torch.zeros(total)
+        for layer in range(num_hidden_layers):
+            n = here
+            tokens = Tokens(
+                layer, num_hidden_layers, total, n, lambda name, n=n: even[:n].long(), even[:n],  # type: ignore[misc]
+                lambda n=n: even[:n], (n,), n,  # type: ignore[misc]
+            )  # fmt: skip
+            if self.asks("prune"):
+                kept = self.prune(layer, tokens)
+                here = n if kept is None else len(kept)
+            counts.append(here)
+        return counts
+
     def remember_all(self, layer: int, tokens: Sequence[Token]) -> Any:
         """:meth:`remember`, asked of the new tokens of all rows that share this policy; for where that is cheaper.
 

@@ -11,9 +11,11 @@ from rich.table import Table
 
 from vtr.commands.bench import bench
 from vtr.commands.convert import convert_command
+from vtr.commands.encode import encode_command
 from vtr.commands.eval import eval_command
 from vtr.commands.page import page_command
 from vtr.commands.search import search
+from vtr.commands.serve import PASSED_ON, serve_command
 from vtr.commands.train import train_command
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ app.command("page")(page_command)
 app.command("eval")(eval_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
+app.command("encode")(encode_command)
+app.command("serve", context_settings=PASSED_ON)(serve_command)
 console = Console()
 
 
@@ -75,7 +79,10 @@ def run(
     question: Annotated[str | None, typer.Argument(help="what to ask about it")] = None,
     policy: Annotated[str, typer.Option(help="how to reduce, e.g. `fastv:keep=0.25,layer=2` or `none`")] = "none",
     compare: Annotated[bool, typer.Option("--compare", help="also run: no reduction, random, uniform grid")] = False,
-    show: Annotated[Path | None, typer.Option(help="write the picture with the kept tokens here (PNG, PDF, …)")] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(help="write the picture with the kept tokens here (PNG, PDF, …; .gif: layer by layer)"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="a folder or hub name; default: the pocket model")] = None,
     sample: Annotated[int | None, typer.Option(help="use shipped sample picture 0, 1 or 2")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer")] = 16,
@@ -107,7 +114,7 @@ def run(
         console.print(f"choosing them took {chosen.report.selector_ms:.1f} ms of the prefill", highlight=False)
     if show is not None:
         try:
-            demo.draw(asked, chosen).savefig(show, dpi=150)
+            demo.save_picture(asked, chosen, show)
         except (ValueError, OSError) as error:
             raise fail(error) from error
         console.print(f"kept tokens drawn to [bold]{show}[/]")

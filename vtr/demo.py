@@ -160,3 +160,15 @@ def draw(asked: Asked, outcome: Outcome) -> Figure:
     _, first_slot, layout = image_spans(asked.model, asked.inputs)[0]
     title = f"{outcome.spec}\n“{asked.question}” → {outcome.answer}"
     return show_kept(asked.picture, layout, first_slot, outcome.report.rows[0], title=title)
+
+
+def save_picture(asked: Asked, outcome: Outcome, path: Path) -> None:
+    """Write what :func:`draw` draws; a ``.gif`` shows it layer by layer."""
+    if path.suffix.lower() != ".gif":
+        draw(asked, outcome).savefig(path, dpi=150)
+        return
+    from vtr import visualize
+    from vtr.picture import image_spans
+
+    _, first_slot, layout = image_spans(asked.model, asked.inputs)[0]
+    visualize.animate(visualize.Shot(asked.picture, layout, first_slot, outcome.report.rows[0]), path)

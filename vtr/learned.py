@@ -30,7 +30,9 @@ def fingerprint(model: Any) -> dict[str, list[float]]:
     Quantized and offloaded matrices are left out. Reads the device once.
     """
     names, picked = [], []
-    for name, weight in model.get_decoder().named_parameters():
+    decoder = model.get_decoder()
+    decoder = getattr(decoder, "model", decoder)  # some wrap a whole language model, head and all
+    for name, weight in decoder.named_parameters():
         if weight.dim() == 2 and weight.is_floating_point() and weight.device.type != "meta" and weight.numel():
             at = torch.tensor([int(part * weight.numel()) for part in SAMPLED], device=weight.device)
             names.append(name.replace(".base_layer", ""))
@@ -42,12 +44,16 @@ def fingerprint(model: Any) -> dict[str, list[float]]:
 
 
 def differing(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[str]:
-    """The names whose samples are not the same, of those that both fingerprints have."""
+    """The names whose samples are not the same, of those that both fingerprints have.
+
+    The embedding is left out: with a word more or less in it, its samples are others.
+    """
 
     def same(a: float, b: float) -> bool:
         return abs(a - b) <= ROUNDING * max(abs(a), abs(b)) + TINIEST
 
-    return [n for n in ours if n in theirs and not all(map(same, ours[n], theirs[n]))]
+    shared = [n for n in ours if n in theirs and "embed_tokens" not in n]
+    return [n for n in shared if not all(map(same, ours[n], theirs[n]))]
 
 
 @dataclass(eq=False)

@@ -17,6 +17,8 @@ DIM = 0.8
 """How far dropped patches fade (light pictures to black, dark ones to white)."""
 LINE = 0.5
 """How far the lines between pooled cells fade."""
+HEAT = 0.72
+"""How much of a heat map covers the picture."""
 
 
 def _cells(layout: Layout, made_of: list[list[int]], tiles: str) -> np.ndarray:
@@ -63,8 +65,8 @@ def _painted(picture: Image.Image, cells: np.ndarray, pooled: np.ndarray) -> np.
     return np.where((edge & many)[..., None], out * (1 - LINE) + LINE * round(1 - pixels.mean()), out)
 
 
-def _crop_lines(axis: Any, layout: Layout, picture: Image.Image) -> None:
-    """Lines where one crop ends and the next begins."""
+def crop_lines(axis: Any, layout: Layout, picture: Image.Image) -> None:
+    """Draw lines on a matplotlib axis where one crop ends and the next begins."""
     (rows, columns), (h, w) = layout.crops, layout.grid
     top, left, height, width = layout.window or (0, 0, rows * h, columns * w)
     for row in range(1, rows):
@@ -88,6 +90,23 @@ def kept_pixels(
     made_of = [[s - first_slot for s in some if 0 <= s - first_slot < n] for some in row.sources(layer)]
     pooled = np.array([len(some) > 1 for some in made_of] or [False])
     return _painted(picture, _cells(layout, made_of, tiles), pooled)
+
+
+def ranked_pixels(picture: Image.Image, layout: Layout, ranks: np.ndarray, tiles: str = "crops") -> np.ndarray:
+    """The picture in gray under a heat map: [height, width, 3] in [0, 1].
+
+    Args:
+        ranks: [len(layout)], 1 for the hottest token, 0 for the coldest. tiles: "thumbnail" or "crops".
+    """
+    from matplotlib import colormaps
+
+    cells = _cells(layout, [[i] for i in range(len(layout))], tiles)
+    gray = np.asarray(picture.convert("L"), float) / 255
+    rows = np.arange(gray.shape[0]) * cells.shape[0] // gray.shape[0]
+    columns = np.arange(gray.shape[1]) * cells.shape[1] // gray.shape[1]
+    cell = cells[rows[:, None], columns[None, :]]
+    heat = colormaps["inferno"](ranks[cell])[..., :3]
+    return np.where((cell < 0)[..., None], gray[..., None], HEAT * heat + (1 - HEAT) * gray[..., None])
 
 
 def seen(picture: Image.Image, layout: Layout) -> Image.Image:
@@ -136,7 +155,7 @@ def show_kept(
         for column, layer in enumerate(layers, 1):
             axes[line][column].imshow(kept_pixels(picture, layout, first_slot, row, layer, kind))
             if kind == "crops":
-                _crop_lines(axes[line][column], layout, picture)
+                crop_lines(axes[line][column], layout, picture)
             if line == 0:
                 axes[line][column].set_title(f"into layer {layer}: {counts[layer]} of {row.total}", fontsize=9)
     for axis in axes.flat:

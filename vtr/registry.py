@@ -116,7 +116,8 @@ def policy(spec: str | Policy) -> Policy:
     """Make a policy from a spec string; a policy passes through.
 
     ``name`` or ``name:key=value,key=value``, joined by ``+`` to let several act. Values are JSON (``0.5`` is a ratio,
-    ``64`` a count, ``[1.0,0.5]`` a list) or plain text.
+    ``64`` a count, ``[1.0,0.5]`` a list) or plain text. The first may stand without a key: it is the policy's first
+    setting (``m3:36``, ``gsearch:llava-1.5-7b``), or the folder of its weights (``pmod:FOLDER``).
 
     Raises:
         TypeError: neither a string nor a policy.
@@ -126,22 +127,41 @@ def policy(spec: str | Policy) -> Policy:
         return spec
     if not isinstance(spec, str):
         raise TypeError(f"a policy is a vtr.Policy, a spec string like 'fastv:keep=0.25,layer=2' or None, got {spec!r}")
-    parts = [_one(part.strip()) for part in _split(spec, "+")]
+    parts = [build(name, settings) for name, settings in parse(spec)]
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def _one(spec: str) -> Policy:
+def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, settings) of each policy that a spec string joins; nothing is made, looked up or read.
+
+    Raises:
+        ValueError: not written as a spec string.
+    """
+    return [_one(part.strip()) for part in _split(spec, "+")]
+
+
+def _one(spec: str) -> tuple[str, dict[str, Any]]:
     name, colon, rest = spec.partition(":")
     settings: dict[str, Any] = {}
-    for item in _split(rest, ",") if colon else []:
+    for i, item in enumerate(_split(rest, ",") if colon else []):
         key, equals, value = item.partition("=")
+        if i == 0 and not equals and (first := _first(name.strip())) and item.strip():
+            key, equals, value = first, "=", item
         if not equals or not key.strip():
             raise ValueError(f"cannot read {item!r} in policy spec {spec!r}: write name:key=value,key=value")
         try:
             settings[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             settings[key.strip()] = value.strip()
-    return build(name.strip(), settings)
+    return name.strip(), settings
+
+
+def _first(name: str) -> str | None:
+    """What a value without a key is to policy ``name``."""
+    cls = policy_class(name)
+    if issubclass(cls, Learned):
+        return "weights"
+    return None if cls is Chain else next((f.name for f in dataclasses.fields(cls) if f.init), None)
 
 
 def _split(text: str, separator: str) -> list[str]:

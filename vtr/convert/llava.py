@@ -137,7 +137,9 @@ def _tower_weights(config: dict[str, Any], folder: Path | None) -> dict[str, tor
             "(vtr convert … --vision-tower FOLDER)"
         )
     found = read_tensors(folder)
-    vision = {name.partition("vision_model.")[2]: t for name, t in found.items() if "vision_model." in name}
+    # a whole CLIP has its tower under this name; a tower saved by itself may have none
+    inner = "vision_model." if any("vision_model." in name for name in found) else ""
+    vision = {name.partition(inner)[2] if inner else name: t for name, t in found.items() if inner in name}
     return {f"model.{CLIP}{name}": t for name, t in vision.items() if not name.endswith(BUFFERS)}
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from vtr.base import Layout, UnsupportedError
+from vtr.base import Layout, Policy, UnsupportedError
+
+if TYPE_CHECKING:
+    from vtr.engine.prompt import Prompt
 
 
 class Adapter(ABC):
@@ -16,11 +21,31 @@ class Adapter(ABC):
 
     Attributes:
         family: the name people know it by.
-        classes: names of the transformers classes it serves.
+        classes: names of the model classes it serves.
+        says_answer_only: ``generate`` gives the new tokens without the prompt in front of them.
+        unsupported: policies (by name) that cannot work on this family, and why; asking for one raises.
+        image_inputs: what :meth:`encode` takes of a call's keyword arguments.
     """
 
     family: str
     classes: tuple[str, ...]
+    says_answer_only = False
+    unsupported: Mapping[str, str] = MappingProxyType({})
+    image_inputs: tuple[str, ...] = (
+        "pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy",
+    )  # fmt: skip
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family: by its class names, or those of the classes it is derived from."""
+        return bool({cls.__name__ for cls in type(model).__mro__} & set(self.classes))
+
+    def inner(self, model: nn.Module) -> Any:
+        """The module whose forward hands keyword arguments on to the text model.
+
+        As a rule the model itself. Else the model merges its images and calls this one with embeddings only, from its
+        own ``forward`` and its own ``generate``.
+        """
+        return model
 
     def text_model(self, model: nn.Module) -> Any:
         """The module whose forward runs the decoder layers; it has ``.layers``, ``.rotary_emb`` and ``.config``."""
@@ -31,7 +56,10 @@ class Adapter(ABC):
         return (int(model.config.image_token_id),)  # type: ignore[union-attr,arg-type]
 
     def tower(self, model: nn.Module) -> Any:
-        """The vision tower: called once for all images (tiles one behind the other), then once for all videos."""
+        """The vision tower: called once for all images (tiles one behind the other), then once for all videos.
+
+        None while it is not loaded yet; it is asked for again when a call needs it.
+        """
         return model.model.vision_tower  # type: ignore[union-attr]
 
     def projector(self, model: nn.Module) -> Any:
@@ -41,6 +69,48 @@ class Adapter(ABC):
     def newline(self, model: nn.Module) -> Any:
         """The embedding of a newline token, [hidden_size]; None if the family has none."""
         return getattr(model.model, "image_newline", None)
+
+    def own_hooks(self, model: nn.Module) -> list[Any]:
+        """Register what the family needs besides the engine's hooks; returns the handles."""
+        return []
+
+    def prompt(
+        self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, inputs: Mapping[str, Any]
+    ) -> Prompt | None:
+        """A call's rows as the text model will see them, where the model itself puts images between the words.
+
+        None (the default): ``input_ids`` have a placeholder for every vision token.
+
+        Args:
+            ids: int64 [rows, L]. mask: the call's attention_mask or None. inputs: the call's keyword arguments.
+        """
+        return None
+
+    def check_generation(self, model: nn.Module, prompt: Prompt) -> None:
+        """Refuse a reduced ``generate`` that this family cannot answer rightly.
+
+        Raises:
+            UnsupportedError: naming the way out.
+        """
+        return None
+
+    def encode(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """What the model makes of images, as they would enter the text model (``image_inputs`` of a call)."""
+        return model.get_image_features(**inputs)  # type: ignore[operator]
+
+    def layer_features(self, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """What the text model adds to the vision tokens behind its first layers, taken out of its ``kwargs``.
+
+        [vision tokens of the batch, hidden_size] for each of these layers, row by row; none for most families.
+        """
+        return []
+
+    def refuse(self, policies: Iterable[Policy | None]) -> None:
+        """Raise UnsupportedError if one of ``policies`` (or a member of a chain) is ``unsupported`` here."""
+        for policy in policies:
+            for part in getattr(policy, "policies", [policy]):
+                if part is not None and (why := self.unsupported.get(part.name)):
+                    raise UnsupportedError(f"{part.spec!r} does not work on {self.family}: {why}")
 
     @abstractmethod
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
@@ -54,11 +124,17 @@ class Adapter(ABC):
 
 
 _ADAPTERS: list[Adapter] = []
+_REFUSED: dict[str, str] = {}
 
 
 def register_adapter(adapter: Adapter) -> None:
     """Make a family known to :func:`vtr.patch`; a later adapter of the same class name wins."""
     _ADAPTERS.insert(0, adapter)
+
+
+def refuse_family(classes: Iterable[str], why: str) -> None:
+    """Make it known that models of these classes cannot be patched, and why."""
+    _REFUSED.update(dict.fromkeys(classes, why))
 
 
 def families() -> dict[str, tuple[str, ...]]:
@@ -71,14 +147,17 @@ def find_adapter(model: object) -> Adapter:
 
     Raises:
         TypeError: ``model`` is no torch module.
-        UnsupportedError: no adapter knows its class; the message lists the families and says how to add one.
+        UnsupportedError: no adapter knows its class (the message lists the families and says how to add one), or the
+            family is known to be impossible.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vtr.patch needs a model (a torch.nn.Module), got {type(model).__name__}")
-    names = {cls.__name__ for cls in type(model).__mro__}
     for adapter in _ADAPTERS:
-        if names & set(adapter.classes):
+        if adapter.serves(model):
             return adapter
+    for cls in type(model).__mro__:
+        if why := _REFUSED.get(cls.__name__):
+            raise UnsupportedError(f"{type(model).__name__} cannot be patched: {why}")
     known = "; ".join(f"{family} ({', '.join(classes)})" for family, classes in families().items())
     raise UnsupportedError(
         f"{type(model).__name__} is no model family vtr knows. Known: {known}. "

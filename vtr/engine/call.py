@@ -65,6 +65,9 @@ class Generation:
 
 running: ContextVar[Generation | None] = ContextVar("vtr_running", default=None)
 
+handed: ContextVar[tuple[object, Any] | None] = ContextVar("vtr_handed", default=None)
+"""(whose model, its request), between the pre-hooks of model and text model, where forward hands nothing on."""
+
 _lock = threading.Lock()
 _busy: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 

@@ -7,6 +7,7 @@ a context variable points to its :class:`Captures`, weakly, so that an interrupt
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
     from vtr.engine.prompt import Prompt
 
+_attaching = threading.Lock()
 CLS = ("class_embedding", "cls_token")
 """What towers with a CLS token call its embedding."""
 
@@ -80,7 +82,7 @@ class Captures:
 
     def _of(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
         """One image's part of a run's output, the thumbnail in front."""
-        if [len(run) for run in runs] != self.tiles:
+        if len(runs) != len(self.tiles) or any(len(run) < n for run, n in zip(runs, self.tiles, strict=True)):
             raise UnsupportedError(
                 f"the {what} of {type(self.patch.model).__name__} did not run for all images of this call, but a "
                 "policy needs what it gives: pass pixel_values, and memoise images (if at all) in the vision tower's "
@@ -150,6 +152,29 @@ def _plain(projection: Any, x: torch.Tensor) -> bool:
     return type(projection) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
 
 
+class Unfused:
+    """Query and key projections of an attention module that has one for queries, keys and values together.
+
+    ``q_norm`` and ``k_norm``, where it has them, are over all heads at once (InternViT).
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.num_heads = attention.num_heads
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.q_proj, self.k_proj = (_third(attention.qkv, which) for which in (0, 1))
+
+
+def _third(qkv: Any, which: int) -> Any:
+    """One of three projections in one; where it is only its weights, as a module of its own on their memory."""
+    if not _plain(qkv, qkv.weight):
+        return lambda x: qkv(x).chunk(3, -1)[which]
+    made = nn.Linear(qkv.in_features, qkv.out_features // 3, qkv.bias is not None, device="meta")
+    made.weight = nn.Parameter(qkv.weight.detach().chunk(3)[which], requires_grad=False)
+    if qkv.bias is not None:
+        made.bias = nn.Parameter(qkv.bias.detach().chunk(3)[which], requires_grad=False)
+    return made
+
+
 def last_layer(tower: Any) -> tuple[Any, Any]:
     """(norm before attention, attention) of the vision tower's last layer.
 
@@ -159,8 +184,10 @@ def last_layer(tower: Any) -> tuple[Any, Any]:
     encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
     layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
     last = layers[-1] if layers else None
-    norm = getattr(last, "layer_norm1", None) or getattr(last, "layernorm_before", None)
-    attention = getattr(last, "self_attn", None) or getattr(last, "attention", None)
+    norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1") if (m := getattr(last, n, None))), None)
+    attention = next((m for n in ("self_attn", "attention", "attn") if (m := getattr(last, n, None))), None)
+    if isinstance(getattr(attention, "qkv", None), nn.Linear) and hasattr(attention, "num_heads"):
+        return norm, Unfused(attention)
     if norm is None or not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "num_heads")):
         raise UnsupportedError(
             f"{type(tower).__name__} has a CLS token, but its last layer is not built of a norm and q_proj, k_proj, so "
@@ -188,22 +215,32 @@ class VisionHooks:
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
-        self.tower, self.projector = patch.adapter.tower(patch.model), patch.adapter.projector(patch.model)
-        self.cls = has_cls(self.tower)
+        self.projector = patch.adapter.projector(patch.model)
+        self.tower: Any = None
+        self.cls = False
 
     def install(self) -> list[Any]:
         """Register them; returns the handles."""
-        return [
-            self.tower.register_forward_pre_hook(self.before_tower, with_kwargs=True),
-            self.tower.register_forward_hook(self.after_tower),
-            self.projector.register_forward_hook(self.after_projector),
-        ]
+        return [self.projector.register_forward_hook(self.after_projector), *self.attach()]
+
+    def attach(self) -> list[Any]:
+        """Register those of the tower as soon as it is there; returns the handles."""
+        with _attaching:
+            tower = self.patch.adapter.tower(self.patch.model) if self.tower is None else None
+            if tower is None:
+                return []
+            self.tower, self.cls = tower, has_cls(tower)
+            return [
+                tower.register_forward_pre_hook(self.before_tower, with_kwargs=True),
+                tower.register_forward_hook(self.after_tower),
+            ]
 
     def wanted(self, policies: Sequence[Policy | None], prompt: Prompt) -> Captures | None:
         """What the rows' policies want of the images of this call; None if nothing."""
         asking = [(p.wants, row) for p, row in zip(policies, prompt.layouts, strict=True) if p is not None and row]
         if not any(wants for wants, _ in asking):
             return None
+        self.patch.handles += self.attach()
         states = self.cls and any("cls" in wants for wants, _ in asking)
         tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
         last = {place.run: place.first + place.count for row in prompt.places for place in row}

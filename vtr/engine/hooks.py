@@ -22,6 +22,7 @@ from vtr.engine.call import (
     check_call,
     check_generation,
     check_pixels,
+    handed,
     in_use,
     is_ragged,
     last_traces,
@@ -33,9 +34,10 @@ from vtr.engine.call import (
 from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
+from vtr.engine.outer import handed_to, install_outer
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
 from vtr.engine.resolve import check_resolvable, resolve_rows
-from vtr.engine.session import Request, Session
+from vtr.engine.session import Request, Session, many_axes
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace
 
@@ -60,19 +62,31 @@ class Patch:
         self.key = Key()
         self.geometry = Geometry.of(self.text)
         self.last: Trace | DenseTrace | None = None
-        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.inner = adapter.inner(model)
+        parameters = inspect.signature(type(self.inner).forward).parameters
+        self.names = list(parameters)[1:]
+        self.hands_on = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
         self.windows = windows(self.text)
+        if any(self.windows) and many_axes(self.text.rotary_emb):
+            raise UnsupportedError(
+                "sliding windows over positions of several axes (M-RoPE) are not supported: load the checkpoint with "
+                "use_sliding_window=False in its text config, if it was trained so"
+            )
         self.text_hooks, self.vision = TextHooks(self), VisionHooks(self)
         attention_name(self.text.config._attn_implementation)  # raises if it cannot run packed rows
 
     def install(self) -> None:
         model, text = self.model, self.text
         self.handles = [
-            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            *(install_outer(self) if self.inner is not model else []),
+            self.inner.register_forward_pre_hook(self.before_model, with_kwargs=True),
             text.register_forward_pre_hook(self.text_hooks.before, with_kwargs=True),
             text.register_forward_hook(self.text_hooks.after, with_kwargs=True),
             *self.vision.install(),
+            *self.adapter.own_hooks(model),
         ]
+        if self.hands_on:
+            self.handles.append(model.register_forward_hook(forget, always_call=True))
         for index, layer in enumerate(text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
@@ -98,12 +112,22 @@ class Patch:
         """Argument of the call > ``vtr.use`` > the model's default."""
         if given is MISSING:
             given = in_use.get().get(self.key, self.default)
-        return resolve(given, rows, self.geometry.num_hidden_layers, self.model)
+        found = resolve(given, rows, self.geometry.num_hidden_layers, self.model)
+        self.adapter.refuse(found or [])
+        return found
 
     def generation(self) -> Generation | None:
         """The ``generate`` of this model that is running in this context."""
         generation = running.get()
         return generation if generation is not None and generation.key is self.key else None
+
+    def taken(self) -> Request | None:
+        """What the model's pre-hook left for the text model's, where the model passes no keyword arguments on."""
+        left = handed.get() if self.hands_on else None
+        if left is None or left[0] is not self.key:
+            return None
+        handed.set(None)
+        return left[1]
 
     def publish(self, trace: Trace | DenseTrace | None) -> None:
         """Make ``trace`` what ``vtr.report`` shows: in this context, and to threads that have seen no other call."""
@@ -113,6 +137,8 @@ class Patch:
     # -- generate --------------------------------------------------------------------------------------------------
     def generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.pop("policy", MISSING)
+        if self.inner is not self.model:  # its own generate may have anything in front
+            args, kwargs = (), {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         embeds = kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
@@ -120,7 +146,12 @@ class Patch:
         prompt = None if policies is None else self._check_generate(ids, kwargs, policies)
         tried = None
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
-            check_resolvable(kwargs, self.model.generation_config, ids)
+            check_resolvable(kwargs, self.inner.generation_config, ids)
+            if self.adapter.says_answer_only:
+                raise UnsupportedError(
+                    f"policies that try answers before they choose do not run on {self.adapter.family}: give a fixed "
+                    "policy (e.g. m3:tokens=36), or convert the checkpoint to transformers' own LLaVA (`vtr convert`)"
+                )
             assert ids is not None
             with busy(self.key, "it is generating; wait until generate has returned"):
                 policies, tried = resolve_rows(self, original, ids, kwargs, policies, prompt)
@@ -142,7 +173,8 @@ class Patch:
             self.publish(generation.trace)
         elif ids is not None:
             dense = self._dense_generation(ids, kwargs, out)
-            dense.tried = tried
+            if dense is not None:
+                dense.tried = tried
             self.publish(dense)
         return out
 
@@ -151,19 +183,30 @@ class Patch:
     ) -> Prompt:
         """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
         check_call(kwargs, [self.model.config, self.text.config])
-        check_generation(kwargs, self.model.generation_config, policies)
+        check_generation(kwargs, self.inner.generation_config, policies)
         embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and (ids is None or ids.shape != embeds.shape[:2]):
-            if kwargs.get("use_cache") is False:
-                raise UnsupportedError(
-                    "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
-                )
+        given = embeds is not None and (ids is None or ids.shape != embeds.shape[:2])
+        if kwargs.get("use_cache") is False and (given or self.adapter.says_answer_only):
+            raise UnsupportedError(
+                "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
+            )
+        if given:
+            assert embeds is not None
             ids = ids_of(self.adapter, self.model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
-        return read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        prompt = read_prompt(self.adapter, self.model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        self.adapter.check_generation(self.model, prompt)
+        return prompt
 
-    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace:
+    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace | None:
+        """None for a call that this model may understand and vtr does not: there is nothing to report of it."""
         cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
+        try:
+            merged = self.adapter.prompt(self.model, ids, kwargs.get("attention_mask"), kwargs)
+        except (ValueError, UnsupportedError):
+            return None
+        if merged is not None:
+            ids = torch.where(merged.is_vision, self.adapter.placeholders(self.model)[0], 0)
         return DenseTrace(
             geometry=self.geometry,
             input_ids=ids,
@@ -175,24 +218,48 @@ class Patch:
             beams=beams,
         )
 
-    def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace:
+    def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace | None:
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        config = kwargs.get("generation_config") or self.model.generation_config
+        config = kwargs.get("generation_config") or self.inner.generation_config
         several = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-        steps = max(sequences.shape[1] - ids.shape[1] - 1, 0)  # the first token comes out of the prompt's forward
+        whole = self.inner is self.model and not self.adapter.says_answer_only  # the prompt stands in front
+        new = sequences.shape[1] - (ids.shape[1] if whole else 0)
+        steps = max(new - 1, 0)  # the first token comes out of the prompt's forward
         return self._dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.inner is not self.model and self.generation() is None:
+            request = handed_to(self)  # by the model's own forward; by itself, the inner model is not reduced
+            return args, kwargs if request is None else {**kwargs, "vtr_request": request}
+        args, kwargs, request = self.asked(self.names, args, kwargs)
+        if request is None:
+            return args, kwargs
+        if self.hands_on:
+            handed.set((self.key, request))
+        else:
+            kwargs["vtr_request"] = request
+        return args, kwargs
+
+    def asked(
+        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Request | None]:
+        """A forward's arguments without what is ours, and what it asks of the text model.
+
+        Args:
+            names: of the forward's parameters, in order.
+        """
         given = kwargs.pop("policy", MISSING)
         asked = kwargs.pop("vtr_queries_end", None)
+        if self.hands_on:  # an interrupted forward may have left its request
+            handed.set(None)
         # a forward by hand, made by a callback of a running generate, names its own policy
         generation = self.generation() if given is MISSING else None
         if args:
-            kwargs, args = {**dict(zip(self.names, args, strict=False)), **kwargs}, ()
+            kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
         cache = cache_in(kwargs)
         if generation is not None and (generation.policies is None or (generation.started and is_ragged(cache))):
-            return args, kwargs
+            return args, kwargs, None
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
         rows = None if source is None else source.shape[0]
@@ -200,7 +267,7 @@ class Patch:
         if policies is None:
             if not is_ragged(cache):
                 self.publish(None if ids is None else self._dense(ids, kwargs))
-            return args, kwargs
+            return args, kwargs, None
         if torch.compiler.is_compiling():
             raise UnsupportedError(
                 "a reduced call cannot be compiled (how many tokens stay depends on the call): call the model itself "
@@ -212,8 +279,7 @@ class Patch:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
-        kwargs["vtr_request"] = self._request(generation, policies, ids, embeds, kwargs, asked)
-        return args, kwargs
+        return args, kwargs, self._request(generation, policies, ids, embeds, kwargs, asked)
 
     def _request(
         self, generation: Generation | None, policies: list[Policy | None], ids: torch.Tensor | None,
@@ -234,7 +300,7 @@ class Patch:
             captures = self.vision.wanted(policies, prompt)
             if captures is not None:
                 begin(captures)
-            return Request(policies, prompt, ids.shape[1] if asked is None else asked, None, captures)
+            return Request(policies, prompt, prompt.is_vision.shape[1] if asked is None else asked, None, captures)
         assert generation.prompt is not None
         rows, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         beams = rows // len(policies)  # beam search and num_return_sequences repeat each prompt
@@ -267,6 +333,11 @@ class LayerHook:
         return args, kwargs
 
 
+def forget(module: Any, args: tuple[Any, ...], out: Any) -> None:
+    """A forward is over, whatever became of it: leave no request behind."""
+    handed.set(None)
+
+
 def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """Put the tokens that went around the layer back beside those that passed it."""
     plan: Plan | None = kwargs.get("vtr_plan")
@@ -293,4 +364,9 @@ class Generate:
         self.__name__, self.__doc__ = "generate", getattr(original, "__doc__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1:
+            parameters = inspect.signature(self.__wrapped__).parameters
+            names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if len(args) <= len(names):
+                args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         return self.patch.generate(self.__wrapped__, args, kwargs)

@@ -36,6 +36,7 @@ def patch(model: Any, policy: Policy | str | None = None) -> Any:
         refuse_if_busy(known.key, "patch")
     made = known or Patch(model, adapter, None)
     resolved = resolve(policy, 1, made.geometry.num_hidden_layers, model)
+    adapter.refuse(resolved or [])
     made.default = resolved[0] if resolved else None
     if known is None:
         made.install()
@@ -78,7 +79,7 @@ def use(model: Any, policy: Given) -> Iterator[Any]:
     """
     found = patch_of(model)
     several = policy if isinstance(policy, (list, tuple)) else [policy]
-    resolve(policy, len(several), found.geometry.num_hidden_layers, model)
+    found.adapter.refuse(resolve(policy, len(several), found.geometry.num_hidden_layers, model) or [])
     token = in_use.set({**in_use.get(), found.key: policy})
     try:
         with busy(found.key, "a vtr.use block is open; leave it first"):

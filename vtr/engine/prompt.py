@@ -59,6 +59,8 @@ def read_prompt(
     Raises:
         ValueError: the images do not fit the placeholders.
     """
+    if (merged := adapter.prompt(model, ids, mask, inputs)) is not None:
+        return merged
     ids = ids.cpu()
     layouts = adapter.layouts(model, {**inputs, "input_ids": ids})
     is_vision = torch.isin(ids, torch.tensor(adapter.placeholders(model)))
@@ -75,7 +77,7 @@ def ids_of(adapter: Adapter, model: Any, embeds: torch.Tensor) -> torch.Tensor:
     """
     table = model.get_input_embeddings()
     ids = torch.full(embeds.shape[:2], -1, dtype=torch.int64, device=embeds.device)
-    for placeholder in adapter.placeholders(model):
+    for placeholder in (p for p in adapter.placeholders(model) if p >= 0):  # a negative one is no word's
         mark = table(torch.tensor(placeholder, device=embeds.device)).to(embeds)
         ids.masked_fill_((embeds == mark).all(-1), placeholder)
     if not bool((ids >= 0).any()):

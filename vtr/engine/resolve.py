@@ -70,9 +70,9 @@ class Tries:
         return self._seen
 
     def _encode(self) -> list[list[Image]]:
-        names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-        given = {name: self.kwargs[name] for name in names if self.kwargs.get(name) is not None}
-        found = self.patch.model.get_image_features(**given)
+        adapter = self.patch.adapter
+        given = {name: self.kwargs[name] for name in adapter.image_inputs if self.kwargs.get(name) is not None}
+        found = adapter.encode(self.patch.model, given)
         found = getattr(found, "pooler_output", found)
         features = torch.cat([part.flatten(0, -2) for part in found])
         sizes = [len(layout) for row in self.prompt.layouts for layout in row]
@@ -88,7 +88,7 @@ class Tries:
 
     def questions(self) -> list[torch.Tensor]:
         """Each row's text tokens as the text model embeds them: float [n, hidden_size]."""
-        table, out = self.patch.model.get_input_embeddings(), []
+        table, out = self.patch.inner.get_input_embeddings(), []
         for row in self.rows:
             text = ~self.prompt.is_vision[row]
             if self.prompt.valid is not None:
@@ -101,7 +101,9 @@ class Tries:
         entries: list[Policy | None] = [Absent() for _ in self.prompt.layouts]
         for i, policy in policies.items():
             entries[self.rows[i]] = policy
-        given = {name: self.kwargs[name] for name in self.patch.names if name in self.kwargs}
+        whole = self.patch.inner is self.patch.model  # else its generate gives back what is new, without the prompt
+        names = self.patch.names if whole else ("attention_mask", *self.patch.adapter.image_inputs)
+        given = {name: self.kwargs[name] for name in names if name in self.kwargs}
         given |= {"input_ids": self.ids, "policy": entries, "max_new_tokens": tokens, "do_sample": False}
         out = self.patch.generate(
             self.original, (), {**given, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
@@ -109,7 +111,8 @@ class Tries:
         trace = last_traces.get()[self.patch.key]
         assert trace is not None  # the try was a call of this context
         self.tried.traces.append((trace, {self.rows[i] for i in policies}))
-        said = answers_in(out, self.ids.shape[1], self.patch.model.generation_config.eos_token_id)
+        ends = self.patch.inner.generation_config.eos_token_id
+        said = answers_in(out, self.ids.shape[1] if whole else 0, ends)
         return {i: said[self.rows[i]] for i in policies}
 
 
@@ -172,6 +175,7 @@ def resolve_rows(
                 if one is not None and one.asks("resolve"):
                     raise ValueError(f"{type(policy).__name__}.resolve chose {one.spec!r}, which would choose again")
                 out[row] = one
+        patch.adapter.refuse(out)
         for one in {id(p): p for p in out if p is not None}.values():
             one.check(patch.geometry.num_hidden_layers)
             one.check_model(patch.model)

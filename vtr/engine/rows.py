@@ -68,6 +68,11 @@ class Row:
         self.sources: list[Sources] | None = None
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         """For a compressed row: (row-local indices, [k, D] features) of the new tokens of each image."""
+        self.merged: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """For each pooled image: row-local indices of its new tokens; of what they were made from, the row-local
+        indices before, and which new token each went into."""
+        self.layer_features: list[torch.Tensor] = []
+        """[vision tokens on entering the text model, D] each: what is added to them behind the first layers."""
         self.per_image = tuple(map(len, layouts))
         """Vision tokens of each image on entering the text model."""
         self._fields = {}
@@ -88,13 +93,13 @@ class Row:
         per_image = self.vision.split([len(lay) for lay in self.layouts])
         gone = torch.zeros(self.length, dtype=torch.bool)
         fields: dict[str, list[torch.Tensor]] = {name: [] for name in (*_FIELDS, "image")}
-        origin, sources, pieces = [], [], []
+        origin, sources, pieces, made_of = [], [], [], []
         for i, (layout, local) in enumerate(zip(self.layouts, per_image, strict=True)):
             first, n = int(local[0]), len(local)
             together = int(local[-1]) - first + 1 == n  # as a rule an image's slots follow each other
             mine = embeds[first : first + n] if together else embeds.index_select(0, local.to(embeds.device))
             image = self._image(mine, i, captures)
-            keep, pooled = _compressed(self.policy, image)
+            keep, pooled = compressed(self.policy, image)
             at, slots = local[keep], self.slots[local]
             gone[local] = True
             gone[at] = False
@@ -109,8 +114,12 @@ class Row:
                 origin.append(torch.full((len(keep),), -1))
                 sources.append(Sources(slots, pooled.sources))
                 pieces.append((at, pooled.features.to(image.features)))
+                flat = torch.tensor([s for some in pooled.sources for s in some], dtype=torch.int64)
+                counts = torch.tensor([len(some) for some in pooled.sources])
+                made_of.append((local[flat], torch.arange(len(keep)).repeat_interleave(counts)))
         stay = (~gone).nonzero().squeeze(1)
         self.pieces = [(torch.searchsorted(stay, at), f) for at, f in pieces]
+        self.merged = [(at, *made) for (at, _), made in zip(self.pieces, made_of, strict=True)]
         self.stay = stay
         self.dropped = self.length - len(stay)
         self.slots, self.is_vision, self.length = self.slots[stay], self.is_vision[stay], len(stay)
@@ -122,6 +131,20 @@ class Row:
         self.origin = torch.cat(origin)
         self.sources = sources
         self._fields = {name: torch.cat(parts) for name, parts in fields.items()}
+
+    def carried(self, values: torch.Tensor) -> torch.Tensor:
+        """[n, k] of the row's tokens before :meth:`compress` → of those after: a pooled token has its sources' mean.
+
+        Integers are rounded down; a pooled token made of nothing has what belongs to the slot it took.
+        """
+        out = values.index_select(0, self.stay.to(values.device, non_blocking=True))
+        for at, flat, into in self.merged:
+            at, flat, into = (t.to(values.device, non_blocking=True) for t in (at, flat, into))
+            sums = values.new_zeros(len(at), values.shape[1]).index_add(0, into, values.index_select(0, flat))
+            sizes = torch.zeros_like(at).index_add(0, into, torch.ones_like(into))[:, None]
+            mean = sums / sizes if values.is_floating_point() else sums // sizes.clamp(min=1)
+            out = out.index_copy(0, at, torch.where(sizes > 0, mean, out.index_select(0, at)))
+        return out
 
     def _image(self, features: torch.Tensor, i: int, captures: Captures | None) -> Image:
         layout, count = self.layouts[i], len(self.layouts)
@@ -252,8 +275,12 @@ def _standing(layout: Layout, keep: torch.Tensor, pooled: Pooled | None) -> tupl
     return layout, torch.tensor(first, dtype=torch.int64)
 
 
-def _compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:
-    """Which of the image's slots one image's new tokens take, and what they are (None: the tokens of these slots)."""
+def compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:
+    """Which of the image's slots one image's new tokens take, and what they are (None: the tokens of these slots).
+
+    Raises:
+        TypeError, ValueError: the policy's answer is none that ``compress`` may give.
+    """
     n, answer = len(image), policy.compress(image)
     if answer is None:
         return torch.arange(n), None

@@ -21,6 +21,7 @@ from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.decode import answers, as_tensor
+from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.prompt import Prompt
 from vtr.engine.rows import Row, checked_keep, joined
 from vtr.engine.scores import Reach, ahead
@@ -82,6 +83,7 @@ class Session:
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
+        self.is_vision = request.prompt.is_vision if request else None
         self._memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in self.rows]
 
     def _check(self) -> None:
@@ -93,6 +95,11 @@ class Session:
                 raise UnsupportedError(
                     f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
                 )
+            if p is not None and p.renumbers and row.count and many_axes(self.rotary):
+                raise UnsupportedError(
+                    f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
+                    "let tokens keep theirs, e.g. pyramid:positions=keep"
+                )
             ranks = p is not None and row.count and (p.question_guided or any(map(p.needs, range(self.depth))))
             if ranks and not row.rankable:
                 raise ValueError(
@@ -102,26 +109,43 @@ class Session:
 
     # -- into the decoder ------------------------------------------------------------------------------------------
     def pack(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, captures: Captures | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, L, D], [B or 1, L] → packed [1, T, D] and [1, T], compressed where a policy says so."""
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, captures: Captures | None,
+        layer_features: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """[B, L, D], [B or 1, L] → packed [1, T, D] and [1, T], compressed where a policy says so.
+
+        Positions of several axes, [axes, B or 1, L] → [axes, 1, T], are kept by a compressed row: what stays has its
+        own, a pooled token the mean of its sources'. Others close up.
+
+        Args:
+            layer_features: [vision tokens of the batch, D] each, to be added to them behind the first layers.
+        """
         device, parts, positions = embeds.device, [], []
-        position_ids = position_ids.expand(self.batch, -1)
+        axes = position_ids.dim() == 3
+        position_ids = position_ids.expand(*([-1] if axes else []), self.batch, -1)
+        if layer_features:
+            take_features(self.rows, layer_features, self.is_vision, self.depth)
         for row in self.rows:
             slots = row.slots.to(device, non_blocking=True)
-            here, at = embeds[row.index].index_select(0, slots), position_ids[row.index].index_select(0, slots)
+            here = embeds[row.index].index_select(0, slots)
+            at = position_ids[..., row.index, :].index_select(-1, slots)
             if row.layouts and row.policy is not None and row.policy.asks("compress"):
+                vision = row.vision
                 with self.clock:
                     row.compress(here, captures)
+                compress_features(row, vision)
                 here = here.index_select(0, row.stay.to(device, non_blocking=True))
                 for local, features in row.pieces or []:
                     here = here.index_copy(0, local.to(device, non_blocking=True), features)
-                at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt: positions close up
+                if axes:
+                    at, row.dropped = row.carried(at.T).T, 0
+                else:
+                    at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt
             if self.state is not None:
                 at = at - self.state.dropped[row.index]
             parts.append(here)
             positions.append(at)
-            row.first = at[:1]
+            row.first = at[..., :1]
             row.to(device)
         if self.state is not None:
             self.state.dropped = [
@@ -131,7 +155,9 @@ class Session:
             self.trace.selector_flops += captures.flops
             captures.flops = 0
         self.noted = [row.trace(self._offset) for row in self.rows]
-        return torch.cat(parts)[None], torch.cat(positions)[None]
+        where = torch.cat(positions, -1)
+        self._positions = where if axes else where[None]
+        return torch.cat(parts)[None], where[:, None] if axes else where[None]
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -139,6 +165,7 @@ class Session:
         self.stand(kwargs)
         if hidden.device != self.device:
             self._move(hidden.device)
+        hidden = add_features(self.rows, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self._shift:
             self._step_down(self.state.shift[index], hidden)
         with self.clock:
@@ -166,6 +193,7 @@ class Session:
             hidden = hidden.index_select(1, through)
             rope = tuple(t.index_select(1, through) for t in rope)
             positions = positions.index_select(1, through)
+        positions = positions[:1]  # of several axes, which rope has seen already, the first
         self._note(index, lengths, counts, alive)
         plan = self._plan(index, lengths, positions, scale, routing)
         if self.layers is not None:
@@ -174,9 +202,9 @@ class Session:
         return hidden
 
     def stand(self, kwargs: dict[str, Any]) -> None:
-        """Take rope and positions of the packed tokens from what the text model hands its first layer."""
+        """Take rope of the packed tokens from what the text model hands its first layer."""
         if not self._rope:
-            self._rope, self._positions = kwargs["position_embeddings"], kwargs["position_ids"]
+            self._rope = kwargs["position_embeddings"]
 
     def _select(self, hidden: torch.Tensor, stay: torch.Tensor | None) -> torch.Tensor:
         """The packed tokens that stay, and their rope and positions; None: all."""
@@ -414,6 +442,11 @@ def _check_checkpointing(layer: Any) -> None:
             "a policy that weighs routed tokens cannot learn under reentrant gradient checkpointing: call "
             'model.gradient_checkpointing_enable({"use_reentrant": False})'
         )
+
+
+def many_axes(rotary: Any) -> bool:
+    """Whether positions have several axes (M-RoPE)."""
+    return getattr(rotary, "mrope_section", None) is not None
 
 
 def _no_look_ahead() -> torch.Tensor:

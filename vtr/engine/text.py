@@ -12,7 +12,7 @@ from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation, check_cache, is_ragged
 from vtr.engine.compat import cache_in, put_cache
 from vtr.engine.decode import Step, note_cache
-from vtr.engine.session import Request, Session
+from vtr.engine.session import Request, Session, many_axes
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class TextHooks:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Reduced calls only: replace embeddings, positions and mask by packed ones, or by those of a decode step."""
-        request: Request | None = kwargs.pop("vtr_request", None)
+        request: Request | None = kwargs.pop("vtr_request", None) or self.patch.taken()
         cache: Any = cache_in(kwargs)
         ragged = is_ragged(cache)
         if mlp_scale.get() is not None:  # an interrupted forward left it
@@ -40,7 +40,7 @@ class TextHooks:
             ids = kwargs.pop("input_ids", None)
             embeds = module.get_input_embeddings()(args[0] if ids is None else ids)
             args = ()
-        mask, positions, past = _checked(cache, embeds, kwargs)
+        mask, positions, past = _checked(cache, embeds, kwargs, many_axes(module.rotary_emb))
         kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
         one_each = past > 0 and embeds.shape[1] == 1 and (request is None or not any(request.prompt.layouts))
         generation = self.patch.generation() if request is None else request.generation
@@ -69,7 +69,8 @@ class TextHooks:
             valid = mask.bool().cpu()
         session = Session(request, embeds, valid, layers, state, self._trace(generation), module.rotary_emb, windows)
         captures = None if request is None else request.captures
-        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions, captures)
+        extra = self.patch.adapter.layer_features(kwargs)
+        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions, captures, extra)
         if captures is not None:  # without a cache, every step of a generate compresses again
             captures.close(keep=generation is not None and layers is None)
         if state is not None and request is not None:  # nothing can be refused any more
@@ -95,6 +96,7 @@ class TextHooks:
             gone = torch.tensor(state.dropped).to(positions.device, non_blocking=True)
             positions = positions.expand(rows, -1) - gone[:, None]
         kwargs["position_ids"], kwargs["inputs_embeds"] = positions, embeds
+        positions = positions[0] if positions.dim() == 3 else positions
         at = positions.expand(rows, -1)[:, 0] if any(self.patch.windows) else None
         plan = Plan(decode=True, layers=layers, trace=trace, positions=at, reach=state.logical + 1)
         for layer in layers:
@@ -128,8 +130,13 @@ class TextHooks:
         return out
 
 
-def _checked(cache: Any, embeds: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor, int]:
+def _checked(
+    cache: Any, embeds: torch.Tensor, kwargs: dict[str, Any], axes: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, int]:
     """(this forward's part of the 2-D mask or None, position ids, tokens already cached).
+
+    Args:
+        axes: whether position ids have several axes: they come, and are given back, as [axes, rows, tokens].
 
     Raises:
         UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
@@ -149,7 +156,9 @@ def _checked(cache: Any, embeds: torch.Tensor, kwargs: dict[str, Any]) -> tuple[
     length, positions = embeds.shape[1], kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(past, past + length, device=embeds.device)[None]
-    if positions.dim() != 2:
+    if axes:  # by hand, transformers gives those of all tokens there have been
+        positions = (positions if positions.dim() == 3 else positions[None])[..., -length:]
+    elif positions.dim() != 2:
         raise UnsupportedError("position_ids with more than one axis per token are not supported by this adapter")
     return None if mask is None else mask[:, -length:], positions, past
 

@@ -1,6 +1,7 @@
 """The policies: one file a method, one class a method."""
 
 from vtr.policies.autoscale import AutoScale
+from vtr.policies.cls_top import ClsTop
 from vtr.policies.dynamic_llava import DynamicLLaVA
 from vtr.policies.fastv import FastV
 from vtr.policies.globalcom2 import GlobalCom2
@@ -14,6 +15,7 @@ from vtr.policies.uniform_grid import UniformGrid
 
 __all__ = [
     "AutoScale",
+    "ClsTop",
     "DynamicLLaVA",
     "FastV",
     "GSearch",

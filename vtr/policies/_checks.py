@@ -25,3 +25,11 @@ def check_on_continue(value: str) -> None:
     """Raise unless ``value`` says what to do when a later turn meets tokens kept for an earlier question."""
     if value not in ON_CONTINUE:
         raise ValueError(f"on_continue={value!r}: choose one of {', '.join(ON_CONTINUE)}")
+
+
+def check_before(before_decoder: bool, layer: int) -> None:
+    """Raise unless ``before_decoder`` is a bool, and ``layer`` is 0 where it is true."""
+    if not isinstance(before_decoder, bool):
+        raise TypeError(f"before_decoder must be true or false, got {before_decoder!r}")
+    if before_decoder and layer:
+        raise ValueError(f"before_decoder=true reduces images before layer 0, so it cannot act at layer={layer}")

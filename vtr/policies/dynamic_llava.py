@@ -155,6 +155,10 @@ class DynamicLLaVA(Learned):
         """How many of an image's tokens stay."""
         return int(tokens * self.keep) if isinstance(self.keep, float) else keep_count(self.keep, tokens)
 
+    def entering(self, num_hidden_layers: int, total: int) -> list[int]:
+        """How many tokens of one image enter each layer."""
+        return [total if layer < self.layer else self.count(total) for layer in range(num_hidden_layers)]
+
     def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         if layer != self.layer:
             return None

@@ -44,6 +44,23 @@ def _keys(layout: Layout, h: int, w: int, y: torch.Tensor, x: torch.Tensor) -> l
     return torch.where(layout.newline.bool(), -1 - h - line, (layout.tile * h + y) * w + x).tolist()
 
 
+def _cell(tokens: int, layout: Layout) -> int:
+    """The side of the cells that leave ``tokens`` of a tile."""
+    known = scales(layout.grid)
+    if tokens not in known:
+        height, width = layout.grid
+        raise ValueError(
+            f"tokens={tokens} is no scale of tiles of {height} × {width} tokens: choose {', '.join(map(str, known))}"
+        )
+    return known[tokens]
+
+
+def _shrunk(layout: Layout, k: int) -> Layout:
+    if layout.shrunk is None:
+        raise UnsupportedError("this model family's adapter does not say how tiles of fewer tokens are laid out")
+    return layout if k == 1 else layout.shrunk(k)
+
+
 @register_policy("m3")
 @dataclass
 class Matryoshka(Policy):
@@ -79,28 +96,34 @@ class Matryoshka(Policy):
 
     def cell_side(self, image: Image) -> int:
         """How many tokens a pooled cell of ``image`` is high and wide."""
-        count = self.tokens
-        if not isinstance(count, int):
-            if len(count) != image.count:
-                raise ValueError(
-                    f"tokens={list(count)} names {len(count)} scales, but the row has {image.count} images"
-                )
-            count = count[image.index]
-        known = scales(image.layout.grid)
-        if count not in known:
-            height, width = image.layout.grid
+        return _cell(self.of_image(image.index, image.count).tokens, image.layout)  # type: ignore[arg-type]
+
+    def of_image(self, index: int, count: int) -> Matryoshka:
+        """This policy for image ``index`` of a row of ``count``: one scale where ``tokens`` is a list."""
+        if isinstance(self.tokens, int):
+            return self
+        if len(self.tokens) != count:
             raise ValueError(
-                f"tokens={count} is no scale of tiles of {height} × {width} tokens: choose {', '.join(map(str, known))}"
+                f"tokens={list(self.tokens)} names {len(self.tokens)} scales, but the row has {count} images"
             )
-        return known[count]
+        return Matryoshka(self.tokens[index])
+
+    def kept_of(self, layout: Layout) -> int:
+        """How many tokens an image of this layout keeps, newlines included: from its size alone, before any encoding.
+
+        Raises:
+            ValueError: not a scale of its grid; a list of scales (see :meth:`of_image`).
+        """
+        if not isinstance(self.tokens, int):
+            raise ValueError(f"tokens={list(self.tokens)} says a scale for each image: ask of_image(index, count)")
+        return len(_shrunk(layout, _cell(self.tokens, layout)))
 
     def compress(self, image: Image) -> Pooled | None:
         k, layout = self.cell_side(image), image.layout
         if k == 1:
             return None
-        if layout.shrunk is None or image.tiles is None:
-            raise UnsupportedError("this model family's adapter does not say how tiles of fewer tokens are laid out")
-        small = layout.shrunk(k)
+        small = _shrunk(layout, k)
+        assert image.tiles is not None
         return Pooled(
             arrange(small, pool(image.tiles, layout.grid, k), image.newline), made_of(layout, small, k), small
         )

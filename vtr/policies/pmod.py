@@ -112,6 +112,10 @@ class PMoD(Learned):
         if self.ratios is not None and len(self.ratios) != num_hidden_layers:
             raise ValueError(f"ratios has {len(self.ratios)} entries, the model {num_hidden_layers} decoder layers")
 
+    def entering(self, num_hidden_layers: int, total: int) -> list[int]:
+        """How many vision tokens pass each layer (the others go around it, and are there again)."""
+        return [total if r is None else int(total * r) for r in self.layers(num_hidden_layers)]
+
     def weights(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """w of vision tokens [n, hidden_size] that enter ``layer``: [n], in their dtype."""
         return self._scale * ACTIVATIONS[self._act](self.at(hidden)(layer, hidden)) + self._bias

@@ -81,14 +81,25 @@ class Pool(Policy):
         if not isinstance(self.grid, int):
             self.grid = self._sides
 
-    def compress(self, image: Image) -> Pooled | None:
-        (height, width), (rows, columns) = self._sides, image.layout.grid
+    def kept_of(self, layout: Layout) -> int:
+        """How many tokens an image of this layout becomes, newlines included: from its size alone.
+
+        Raises:
+            ValueError: a tile with fewer patches than cells.
+        """
+        return len(self._cells(layout, "an image").sizes)
+
+    def _cells(self, layout: Layout, whose: str) -> Cells:
+        (height, width), (rows, columns) = self._sides, layout.grid
         if height > rows or width > columns:
             raise ValueError(
-                f"grid={self.grid!r} is finer than a tile of image {image.index}, which has {rows} × {columns} tokens: "
+                f"grid={self.grid!r} is finer than a tile of {whose}, which has {rows} × {columns} tokens: "
                 f"choose at most ({rows}, {columns})"
             )
-        cells = cells_of(image.layout, height, width)
+        return cells_of(layout, height, width)
+
+    def compress(self, image: Image) -> Pooled | None:
+        cells = self._cells(image.layout, f"image {image.index}")
         if len(cells.sizes) == len(image):
             return None
         features = image.features

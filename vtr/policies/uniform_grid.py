@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vtr.base import Keep, Policy, Tokens, check_keep, keep_count, top
-from vtr.policies._checks import check_depth, check_layer
+from vtr.base import Image, Keep, Layout, Policy, Tokens, check_keep, keep_count, top
+from vtr.policies._checks import check_before, check_depth, check_layer
 from vtr.registry import register_policy
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class UniformGrid(Policy):
     Args:
         keep: tokens that stay: a ratio (float) or a count (int).
         layer: 0 reduces before the whole decoder.
+        before_decoder: each image is reduced by itself, and the positions of what follows close up: the prompt is
+            really shorter, and engines that know nothing of vtr's decoder hooks can serve it (vLLM). ``keep`` is then
+            of each image's tokens, newlines included.
 
     Raises:
         TypeError, ValueError: settings out of range.
@@ -42,10 +45,12 @@ class UniformGrid(Policy):
 
     keep: Keep = 0.5
     layer: int = 0
+    before_decoder: bool = False
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_layer(self.layer)
+        check_before(self.before_decoder, self.layer)
 
     def check(self, num_hidden_layers: int) -> None:
         check_depth(self.layer, num_hidden_layers)
@@ -53,5 +58,17 @@ class UniformGrid(Policy):
     def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         if layer != self.layer:
             return None
-        rank = -dither_rank(tokens.y, tokens.x)
-        return top(rank, keep_count(self.keep, tokens.total))
+        return self._spread(tokens.y, tokens.x, tokens.total)
+
+    def _spread(self, y: torch.Tensor, x: torch.Tensor, total: int) -> torch.Tensor:
+        return top(-dither_rank(y, x), keep_count(self.keep, total))
+
+    def asks(self, question: str) -> bool:
+        return question == ("compress" if self.before_decoder else "prune")
+
+    def kept_of(self, layout: Layout) -> int:
+        """How many tokens an image of this layout keeps with ``before_decoder``."""
+        return keep_count(self.keep, len(layout)) if self.before_decoder else super().kept_of(layout)
+
+    def compress(self, image: Image) -> torch.Tensor:
+        return self._spread(image.layout.y, image.layout.x, len(image))

@@ -1,0 +1,211 @@
+"""What policies change for a server: ``vtr bench serve``. Bounded load on an OpenAI server, policies in turns.
+
+At each concurrency the same load (pictures, questions, answer lengths) is sent under each contender, round by round, so
+that ratios are of neighbours. Pictures are fresh in every round: no cache of the server helps anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vtr.eval.interleave import median_ratio
+
+CONTENDERS: dict[str, Sequence[str]] = {
+    "none": ["none"],
+    "fixed": ["m3:tokens=36"],
+    "mixed": ["none", "m3:tokens=36", 'globalcom2:retention=0.25,budget="exact"', "m3:tokens=9"],
+}
+"""What the requests of a load ask for, one after the other. "mixed": what a server gets whose clients choose."""
+USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{[^}]*\} ([\d.eE+-]+)$", re.M)
+BLOCKS = re.compile(r'^vllm:cache_config_info\{[^}]*num_gpu_blocks="(\d+)"', re.M)
+
+
+@dataclass(frozen=True)
+class Load:
+    """concurrency: requests under way at a time. requests: in a round. tokens: of each answer, exactly."""
+
+    concurrency: int
+    requests: int
+    tokens: int
+
+
+@dataclass
+class Round:
+    """One round of one contender. ttft, tpot: of each request, seconds. blocks: most in use at a time, if known."""
+
+    seconds: float
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    blocks: int | None = None
+
+
+def loads(small: bool) -> list[Load]:
+    """The loads, growing."""
+    return [Load(1, 4, 8), Load(8, 16, 8)] if small else [Load(1, 8, 16), Load(8, 32, 16), Load(32, 64, 16)]
+
+
+def picture(draw: np.random.Generator, side: int) -> str:
+    """A random picture, as a data URL."""
+    from PIL import Image
+
+    coarse = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    raw = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST).save(raw, "PNG")
+    return "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
+
+
+def body(model: str, spec: str, url: str, tokens: int) -> dict[str, Any]:
+    """A request for exactly so many tokens, streamed."""
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is in the picture"}]
+    return {
+        "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens, "min_tokens": tokens,
+        "ignore_eos": True, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, "vtr": spec,
+    }  # fmt: skip
+
+
+async def ask(client: Any, request: dict[str, Any], made: Round) -> None:
+    """Send one request and note when its first and its last token came.
+
+    Raises:
+        RuntimeError: the server refused it.
+    """
+    began, first, last = time.perf_counter(), 0.0, 0.0
+    async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+        if answer.status_code != 200:
+            raise RuntimeError(f"the server said {answer.status_code}: {(await answer.aread()).decode()[:300]}")
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line[6:])
+            if event["choices"] and event["choices"][0]["delta"].get("content") is not None:
+                last = time.perf_counter()
+                first = first or last
+            if event.get("usage"):
+                made.prompt_tokens.append(event["usage"]["prompt_tokens"])
+    made.ttft.append((first or time.perf_counter()) - began)
+    made.tpot.append((last - first) / max(request["max_tokens"] - 1, 1))
+
+
+async def one_round(client: Any, requests: Sequence[dict[str, Any]], concurrency: int) -> Round:
+    """All requests, at most ``concurrency`` at a time."""
+    made, gate, running = Round(0.0), asyncio.Semaphore(concurrency), True
+
+    async def bounded(request: dict[str, Any]) -> None:
+        async with gate:
+            await ask(client, request, made)
+
+    async def watch() -> None:
+        total = BLOCKS.search((await client.get("/metrics")).text)
+        while running and total:
+            if used := USAGE.search((await client.get("/metrics")).text):
+                made.blocks = max(made.blocks or 0, round(float(used[1]) * int(total[1])))
+            await asyncio.sleep(0.2)
+
+    watcher = asyncio.create_task(watch())
+    began = time.perf_counter()
+    await asyncio.gather(*map(bounded, requests))
+    made.seconds = time.perf_counter() - began
+    running = False
+    await watcher
+    return made
+
+
+def first_model(url: str) -> str:
+    """The name of the first model a server has.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
+    except httpx.HTTPError as error:
+        raise OSError(f"{url} does not answer: {error}; start a server with `vtr serve`") from error
+
+
+def measure(
+    url: str, model: str, steps: Sequence[Load], rounds: int, side: int, seed: int, done: Callable[[], Any]
+) -> dict[str, Any]:
+    """All loads under all contenders, in turns.
+
+    Args:
+        url: the server, without ``/v1``. side: of the pictures, in pixels. done: called after each round.
+
+    Raises:
+        RuntimeError: the server refused a request. OSError: it cannot be reached.
+    """
+    import httpx
+
+    async def everything() -> list[dict[str, Any]]:
+        rows = []
+        limits = httpx.Limits(max_connections=None)
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+                for load in steps:
+                    rows += await _load(client, model, load, rounds, side, seed, done)
+        except httpx.TransportError as error:
+            raise OSError(f"{url} does not answer: {error}; start it with `vtr serve`") from error
+        return rows
+
+    about = {"model": model, "side": side, "rounds": rounds, "contenders": {k: list(v) for k, v in CONTENDERS.items()}}
+    return {**about, "rows": asyncio.run(everything())}
+
+
+async def _load(
+    client: Any, model: str, load: Load, rounds: int, side: int, seed: int, done: Callable[[], Any]
+) -> list[dict[str, Any]]:
+    draw = np.random.default_rng([seed, load.concurrency])
+    found: dict[str, list[Round]] = {name: [] for name in CONTENDERS}
+    for turn in range(rounds + 1):  # the first one warms up
+        names = list(CONTENDERS)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            specs = CONTENDERS[name]
+            requests = [
+                body(model, specs[i % len(specs)], picture(draw, side), load.tokens) for i in range(load.requests)
+            ]
+            made = await one_round(client, requests, load.concurrency)
+            if turn:
+                found[name].append(made)
+            done()
+    base = [one.seconds for one in found["none"]]
+    return [_row(name, load, found[name], base) for name in CONTENDERS]
+
+
+def _row(name: str, load: Load, found: Sequence[Round], base: Sequence[float]) -> dict[str, Any]:
+    ttft, tpot = ([1000 * t for one in found for t in getattr(one, what)] for what in ("ttft", "tpot"))
+    gain = median_ratio(base, [one.seconds for one in found])
+    blocks = [one.blocks for one in found if one.blocks is not None]
+    return {
+        "contender": name, "concurrency": load.concurrency, "requests": load.requests, "tokens": load.tokens,
+        "per_second": statistics.median(load.requests / one.seconds for one in found),
+        "gain": {"median": gain.value, "low": gain.low, "high": gain.high},
+        "ttft_ms": {"median": statistics.median(ttft), "p90": float(np.percentile(ttft, 90))},
+        "tpot_ms": {"median": statistics.median(tpot), "p90": float(np.percentile(tpot, 90))},
+        "prompt_tokens": statistics.mean(n for one in found for n in one.prompt_tokens),
+        "kv_blocks": max(blocks, default=None),
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """A line for each load and contender."""
+    return [
+        [
+            str(row["concurrency"]), row["contender"], f"{row['per_second']:.2f}",
+            f"{row['gain']['median']:.2f} ({row['gain']['low']:.2f}–{row['gain']['high']:.2f})",
+            f"{row['ttft_ms']['median']:.0f}", f"{row['ttft_ms']['p90']:.0f}", f"{row['tpot_ms']['median']:.1f}",
+            f"{row['prompt_tokens']:.0f}", "—" if row["kv_blocks"] is None else str(row["kv_blocks"]),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip

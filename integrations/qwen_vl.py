@@ -1,0 +1,102 @@
+"""Qwen2-VL, 2.5-VL and Qwen3-VL as transformers has them: a picture of any size is one grid of tokens, with M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from vtr.integrations.llava import tile_layout
+
+from vtr.base import Layout
+from vtr.engine.adapters import Adapter
+
+
+@lru_cache(maxsize=256)
+def frames_layout(frames: int, height: int, width: int) -> Layout:
+    """A video's frames (each already two of the film's) one behind the other, tiles counted from 0."""
+    frame = tile_layout(height, width)
+    return Layout(
+        torch.arange(frames).repeat_interleave(len(frame)),
+        frame.y.repeat(frames),
+        frame.x.repeat(frames),
+        frame.newline.repeat(frames),
+        (height, width),
+        shrunk=lambda k: frames_layout(frames, height // k, width // k),
+    )
+
+
+class Qwen25VL(Adapter):
+    """``Qwen2_5_VLForConditionalGeneration`` and ``Qwen2VLForConditionalGeneration``.
+
+    A picture is one tile; a video is one image whose tiles are its frames.
+
+    Positions have three axes (time, row, column). A token that stays keeps its own; one that is made of others has the
+    mean of theirs. So nothing behind an image moves, and decoding needs nothing.
+    """
+
+    family = "Qwen2-VL, Qwen2.5-VL"
+    classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+    image_inputs = ("pixel_values", "image_grid_thw")
+    unsupported = MappingProxyType(
+        {
+            "autoscale": "pictures have grids of their own size, which share no scales to choose from; give each image "
+            "of a request its own, e.g. m3:tokens=[64,16]"
+        }
+    )
+
+    def placeholders(self, model: nn.Module) -> tuple[int, ...]:
+        config: Any = model.config
+        return (int(config.image_token_id), int(config.video_token_id))
+
+    def tower(self, model: nn.Module) -> Any:
+        return model.model.visual  # type: ignore[union-attr]
+
+    def projector(self, model: nn.Module) -> Any:
+        return model.model.visual.merger  # type: ignore[union-attr]
+
+    def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
+        """One grid per image or video, from ``image_grid_thw`` and ``video_grid_thw``.
+
+        Raises:
+            ValueError: pixels without their grid.
+        """
+        config: Any = model.config
+        found: dict[int, list[Layout]] = {}
+        for pixels, grids, placeholder in (
+            ("pixel_values", "image_grid_thw", config.image_token_id),
+            ("pixel_values_videos", "video_grid_thw", config.video_token_id),
+        ):
+            if inputs.get(pixels) is None:
+                continue
+            if inputs.get(grids) is None:
+                raise ValueError(f"{self.family} needs {grids} beside {pixels}: pass everything the processor returned")
+            side = config.vision_config.spatial_merge_size
+            shapes = [(int(t), int(h) // side, int(w) // side) for t, h, w in torch.as_tensor(inputs[grids]).tolist()]
+            found[int(placeholder)] = [layout for shape in shapes for layout in self.grids(*shape)]
+        return found
+
+    def grids(self, frames: int, height: int, width: int) -> list[Layout]:
+        """What one image or video of so many tokens is, in the order of its placeholders."""
+        return [tile_layout(height, width) if frames == 1 else frames_layout(frames, height, width)]
+
+
+class Qwen3VL(Qwen25VL):
+    """``Qwen3VLForConditionalGeneration``. A video is an image per frame, since a timestamp stands between frames.
+
+    DeepStack adds features of earlier layers of the tower to the vision tokens behind the first decoder layers: to
+    those that are still there, and their means to tokens made of several.
+    """
+
+    family = "Qwen3-VL"
+    classes = ("Qwen3VLForConditionalGeneration",)
+
+    def grids(self, frames: int, height: int, width: int) -> list[Layout]:
+        return [tile_layout(height, width)] * frames
+
+    def layer_features(self, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        kwargs.pop("visual_pos_masks", None)
+        return kwargs.pop("deepstack_visual_embeds", None) or []

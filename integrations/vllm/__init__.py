@@ -1,0 +1,24 @@
+"""vtr as a plugin of vLLM: each request, each image its own policy before the decoder. See docs/serving.md.
+
+Nothing of vLLM is imported until :func:`register` runs, which vLLM does in each of its processes (the entry point
+``vllm.general_plugins``), possibly more than once.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURES = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+)
+
+
+def register() -> None:
+    """Put our classes in the place of vLLM's for the same architecture names; configs stay as they are."""
+    from vllm import ModelRegistry
+    from vtr.integrations.vllm import guard
+
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, f"vtr.integrations.vllm.families:{name}")
+    guard.install()

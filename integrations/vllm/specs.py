@@ -1,0 +1,202 @@
+"""What a request may ask for: spec strings of policies that act before the decoder, one for each image.
+
+Pure: no vLLM here. A spec is checked before anything is made of it, so that no request can name a file on the server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from vtr.base import Layout, Policy
+from vtr.policies import GlobalCom2, GSearch, Matryoshka, Random, UniformGrid
+from vtr.registry import Chain, parse, policy, policy_class
+from vtr.schedule import presets
+
+NONE = "none"
+LONGEST = 500
+"""Characters a spec may have."""
+VERSION = "vtr-vllm-1"
+"""Changes whenever the same spec would give other embeddings: it is part of the cache identity of an image."""
+
+
+class RequestError(ValueError):
+    """Something in a request's ``vtr`` that cannot be served; the message says what to write instead."""
+
+
+def read(value: Any, images: int, depth: int) -> list[str]:
+    """The spec of each image of a request, in its shortest form.
+
+    Args:
+        value: what the request says: a spec string, a list with one for each image, or None.
+        images: how many images the request has. depth: decoder layers of the model.
+
+    Raises:
+        RequestError: not a spec that can be served, or a list of another length.
+    """
+    if value is None:
+        return [NONE] * images
+    if isinstance(value, str):
+        one = spec_of(value, depth)
+        return [_of_image(one, i, images) for i in range(images)]
+    if not isinstance(value, Sequence):
+        raise RequestError(
+            f'vtr must be a spec string like "m3:tokens=36" or a list, one for each image, got {type(value).__name__}'
+        )
+    if len(value) != images:
+        raise RequestError(f"vtr names {len(value)} policies, but the request has {images} images: one for each image")
+    return [_of_image(spec_of(one, depth), 0, 1) for one in value]
+
+
+def _of_image(spec: str, index: int, count: int) -> str:
+    if not spec.startswith("m3:tokens=["):
+        return spec
+    made = policy(spec)
+    assert isinstance(made, Matryoshka)
+    try:
+        return made.of_image(index, count).spec
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def spec_of(text: Any, depth: int) -> str:
+    """A spec in its shortest form, or ``none``.
+
+    Raises:
+        RequestError: no policy, one that acts in the decoder, one whose number of tokens is not known beforehand, or
+            settings that name a file.
+    """
+    if text is None:
+        return NONE
+    if not isinstance(text, str):
+        raise RequestError(f'a policy is a spec string like "m3:tokens=36", got {json.dumps(text, default=str)[:80]}')
+    if len(text) > LONGEST:
+        raise RequestError(f"a spec has at most {LONGEST} characters, this one {len(text)}")
+    if text.strip().lower() in ("", NONE):
+        return NONE
+    return _checked(text.strip(), depth)
+
+
+@lru_cache(maxsize=4096)
+def _checked(text: str, depth: int) -> str:
+    try:
+        parts = parse(text)
+        for name, settings in parts:
+            _check_no_file(name, settings)
+        made = policy(text)
+    except RequestError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise RequestError(str(error)) from error
+    _check_place(made, depth)
+    return made.spec
+
+
+def _check_no_file(name: str, settings: Mapping[str, Any]) -> None:
+    """A spec string may name folders of weights and files of schedules; a request may not."""
+    cls = policy_class(name)
+    if "weights" in settings or cls is Chain:
+        raise RequestError(f"a request cannot name files of the server: {name!r} takes no weights or parts here")
+    schedule = settings.get("schedule")
+    if issubclass(cls, GSearch) and isinstance(schedule, str) and schedule.lower() not in presets():
+        raise RequestError(
+            f"a request cannot name files of the server: schedule is a list or one of {', '.join(presets())}"
+        )
+
+
+def _check_place(made: Policy, depth: int) -> None:
+    """Raise unless ``made`` acts before the decoder alone, and it is known beforehand how many tokens it leaves."""
+    inside = [question for question in ("prune", "route", "remember", "resolve") if made.asks(question)]
+    if inside:
+        raise RequestError(refusal(made, depth))
+    if not made.asks("compress"):
+        raise RequestError(f"{made.spec} reduces nothing")
+    if isinstance(made, GlobalCom2) and made.budget == "paper":
+        raise RequestError(
+            f"how many tokens {made.spec} leaves depends on the picture, and vLLM must know it before the picture is "
+            f"encoded: use {dataclasses.replace(made, budget='exact').spec}"
+        )
+
+
+def refusal(made: Policy, depth: int) -> str:
+    """Why a policy that acts in the decoder is not served, and which one before it has the same mean budget."""
+    says = f"{made.spec} acts inside the decoder, where vLLM keeps one set of cached tokens for all layers"
+    if isinstance(made, (UniformGrid, Random)) and made.layer == 0:
+        return f"{says}: use {dataclasses.replace(made, before_decoder=True).spec}"
+    if made.asks("resolve"):
+        return f"{made.spec} tries answers before it chooses, which vLLM cannot: name a scale, e.g. m3:tokens=36"
+    if isinstance(made, Chain) and (before := [p.spec for p in made.policies if p.asks("compress")]):  # type: ignore[union-attr]
+        return f"{says}: ask for {before[0]} alone, which acts before it"
+    share = mean_keep(made, depth)
+    if share is None:
+        return f"{says}: use a policy before it, e.g. m3:tokens=36 or {same_budget(0.25)}"
+    return (
+        f"{says}. Of the same mean budget ({share:.3g} of the tokens over {depth} layers) and before it is "
+        f"{same_budget(share)}; or run {made.name} with vtr on transformers"
+    )
+
+
+def mean_keep(made: Policy, depth: int, tokens: int = 2880) -> float | None:
+    """The mean over layers of the share of an image's tokens that enters, by its own account; None: unknown."""
+    try:
+        return sum(made.entering(depth, tokens)) / (depth * tokens)
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+        return None
+
+
+def same_budget(share: float) -> str:
+    """The spec before the decoder that keeps this share of an image."""
+    return GlobalCom2(max(round(share, 4), 0.0001), budget="exact").spec
+
+
+def made_of(spec: str) -> Policy | None:
+    """The policy of a checked spec."""
+    return None if spec == NONE else _made(spec)
+
+
+@lru_cache(maxsize=4096)
+def _made(spec: str) -> Policy:
+    return policy(spec)
+
+
+def identity(image: str, spec: str) -> str:
+    """An image's name in all caches: what it is, what is done to it, and by which version of this plugin.
+
+    Args:
+        image: the name of the image (and of the other options it is processed with) without its policy.
+    """
+    return hashlib.sha256(f"{VERSION}\0{spec}\0{image}".encode()).hexdigest()
+
+
+# -- what goes with an image to the worker -----------------------------------------------------------------------------
+def packed(spec: str, count: int) -> bytes:
+    """A spec and the number of embeddings promised of it."""
+    return f"{count} {spec}".encode()
+
+
+def unpacked(row: bytes) -> tuple[str, int]:
+    """What :func:`packed` gave: (spec, count)."""
+    count, _, spec = row.decode().partition(" ")
+    return spec, int(count)
+
+
+def promised(spec: str, layout: Layout) -> int:
+    """How many embeddings an image of this layout has under a checked spec.
+
+    Raises:
+        RequestError: the policy cannot be used on such an image.
+    """
+    made = made_of(spec)
+    if made is None:
+        return len(layout)
+    try:
+        count = made.kept_of(layout)
+    except (ValueError, RuntimeError) as error:
+        raise RequestError(str(error)) from error
+    if count < 1:
+        raise RequestError(f"{spec} leaves nothing of an image of {len(layout)} tokens: at least one must stay")
+    return count

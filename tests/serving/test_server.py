@@ -1,0 +1,155 @@
+"""``vtr serve pocket``: 32 OpenAI requests at once, half of them malformed; each answered as it should be."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm makes an environment with it")
+
+import httpx
+import openai
+
+import vtr
+import vtr.pocket
+from tests.serving import engine as settings
+from tests.serving.asked import STEPS, Asked, mixed, references
+from tests.serving.test_pocket import NEVER, POLICIES, PROCESSOR, QUESTIONS, SIZES
+
+GOOD = mixed(POLICIES, SIZES, QUESTIONS, 16)
+MODEL = str(vtr.pocket.WEIGHTS)
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    assert settings.os is os  # its environment: small, quiet, no hub
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), "--", "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "3000", "--max-num-seqs", "8", "--max-num-batched-tokens", "128"]
+    command += ["--limit-mm-per-prompt", '{"image": 3}']
+    log = (tmp_path_factory.mktemp("server") / "log").open("wb")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    made = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, "the server ended: " + Path(log.name).read_text()[-3000:]
+            try:
+                if made.get("/health").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(1)
+        else:
+            pytest.fail("the server did not come up: " + Path(log.name).read_text()[-3000:])
+        yield made
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def part(picture: Any) -> dict[str, Any]:
+    raw = io.BytesIO()
+    picture.save(raw, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def body(asked: Asked, **more: Any) -> dict[str, Any]:
+    content = [*map(part, asked.images()), {"type": "text", "text": asked.question}]
+    made = {
+        "model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": STEPS, "temperature": 0,
+        "logit_bias": {"4": -100},
+        # the pocket model's template leaves BOS to the tokenizer
+        "extra_body": {"ignore_eos": True, "min_tokens": STEPS, "add_special_tokens": True},
+    }  # fmt: skip
+    if asked.policy is not None:
+        made["extra_body"]["vtr"] = asked.policy
+    return {**made, **more}
+
+
+def bad(**extra: Any) -> dict[str, Any]:
+    made = body(Asked("what is there", ((1, 96, 96),), None))
+    return {**made, "extra_body": {**made["extra_body"], **extra}}
+
+
+MALFORMED: list[tuple[dict[str, Any], str]] = [
+    (bad(vtr="nonsense:keep=3"), "unknown policy 'nonsense'"),
+    (bad(vtr="m3:tokens=-1"), "at least 1 token"),
+    (bad(vtr="m3:tokens=7"), "choose 144, 36, 9, 1"),
+    (bad(vtr=36), "must be a spec string"),
+    (bad(vtr=["m3:tokens=9", "m3:tokens=36"]), "2 policies, but the request has 1 images"),
+    (bad(vtr="fastv:keep=0.25,layer=2"), "globalcom2:retention=0.4"),
+    (bad(vtr="pmod:weights=/etc"), "cannot name files"),
+    (bad(vtr="globalcom2:retention=0.25"), 'budget="exact"'),
+    (bad(mm_processor_kwargs={"do_resize": False}), "only 'vtr' is open"),
+    (bad(media_io_kwargs={"image": {"mode": "L"}}), "not open to clients"),
+]
+
+
+def test_thirty_two_at_once_half_of_them_malformed(server: Server) -> None:
+    asked = [item for pair in zip(map(body, GOOD), (MALFORMED * 2)[:16], strict=True) for item in pair]
+    assert len(asked) == 32
+
+    async def one(client: openai.AsyncOpenAI, request: Any) -> Any:
+        try:
+            return await client.chat.completions.create(**(request[0] if isinstance(request, tuple) else request))
+        except openai.APIStatusError as error:
+            return error
+
+    async def all_of_them() -> list[Any]:
+        url = server.url + "/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
+            return await asyncio.gather(*(one(client, request) for request in asked))
+
+    expected = references(vtr.pocket.WEIGHTS, GOOD, NEVER)
+    answers = asyncio.run(all_of_them())
+    for got, wanted, request in zip(answers[::2], expected, GOOD, strict=True):
+        assert not isinstance(got, Exception), (request, got)
+        assert got.usage.prompt_tokens == wanted.length, request
+        said = PROCESSOR.decode(wanted.tokens, skip_special_tokens=True)
+        assert got.choices[0].message.content.split() == said.split(), request
+    for got, (_, message) in zip(answers[1::2], asked[1::2], strict=True):
+        assert isinstance(got, openai.APIStatusError) and 400 <= got.status_code < 500, (message, got)
+        assert message in got.message, (message, got.message)
+    again = asyncio.run(all_of_them())  # the engine is alive, and says the same
+    assert [a.choices[0].message.content for a in again[::2]] == [a.choices[0].message.content for a in answers[::2]]
+
+
+def test_health_and_metrics(server: Server) -> None:
+    assert server.get("/health").status_code == 200
+    text = server.get("/metrics").text
+    saved = re.search(r'^vtr_vision_tokens_saved_total\{policy="m3"\} ([\d.e+]+)$', text, re.M)
+    assert saved and float(saved[1]) > 0
+    assert re.search(r'^vtr_vision_tokens_bucket\{le="36.0",policy="m3"\} ', text, re.M)
+    assert re.search(r'^vtr_requests_refused_total\{reason="policy"\} ', text, re.M)
+    assert "vllm:num_requests_running" in text
+
+
+def test_other_paths_are_closed(server: Server) -> None:
+    for path in ("/v1/responses", "/v1/embeddings", "/pooling"):
+        got = httpx.post(server.url + path, json={}, timeout=30)
+        assert got.status_code == 404 and "is not open here" in got.json()["error"]["message"]

@@ -1,0 +1,268 @@
+"""Which policy works on which family: the cells of ``tests/test_support.py`` and of the README's table.
+
+``python -m tests.support`` runs the tests and prints the table made of their outcomes; ``--write`` puts it into the
+README. A cell is green only if its test passed; the others say why not, in the adapter's words.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+
+import vtr
+from tests import learned, oracle, shorter
+from tests.families import FAMILIES, Chat, Family, Inputs
+from tests.tiny import IMAGE, IMAGE_ID, NEVER
+from vtr.base import Layout, Policy
+from vtr.engine.adapters import find_adapter
+from vtr.engine.prompt import read_prompt
+from vtr.image import scales
+
+__all__ = ["IMAGE_ID", "NEVER", "POLICIES", "REFUSED", "ROWS", "STEPS", "Models"]
+STEPS = 4
+ROWS = [["ab", IMAGE, "what"], ["abcdef"], [IMAGE, "cde"], ["a", IMAGE, "bc", IMAGE, "whichone"], [IMAGE, "xy"]]
+README = Path(__file__).parent.parent / "README.md"
+OPEN, CLOSE = "<!-- vtr:families -->\n", "<!-- /vtr:families -->"
+
+
+@dataclass
+class Models:
+    """A family's tiny model untouched, patched, and the one whose weights the slow reference reads."""
+
+    family: Family
+    stock: Any
+    patched: Any
+    native: Any = None
+    """For InternVL's remote code: transformers' class with the same weights, patched."""
+
+    @classmethod
+    def of(cls, family: Family, attn: str = "sdpa") -> Models:
+        stock = family.make(attn)
+        native = vtr.patch(copy.deepcopy(family.twin(stock))) if isinstance(family, Chat) else None
+        return cls(family, stock, vtr.patch(copy.deepcopy(stock)), native)
+
+    @property
+    def twin(self) -> Any:
+        return self.family.twin(self.stock)
+
+    def inputs(self, padding: str = "left") -> Inputs:
+        return self.family.batch(self.stock, ROWS, padding)
+
+    def row(self, inputs: Inputs, b: int) -> oracle.Row:
+        return self.family.row(self.twin, self.family.single(self.stock, inputs, b))
+
+    def layouts(self, inputs: Inputs) -> list[list[Layout]]:
+        return read_prompt(find_adapter(self.stock), self.stock, inputs["input_ids"], None, inputs).layouts
+
+    def mixed(self, name: str, inputs: Inputs) -> list[Policy | None]:
+        """One policy per row: of a name, but for one row without and one under another."""
+        made = POLICIES[name]
+        return [made(self, inputs, 0), made(self, inputs, 1), None, made(self, inputs, 3), vtr.FastV(0.5, layer=1)]
+
+
+def _scales(models: Models, inputs: Inputs, b: int) -> list[int]:
+    """Of each image of row b the finest scale but one."""
+    return [sorted(scales(layout.grid))[-2] for layout in models.layouts(inputs)[b]]
+
+
+def _pyramid(models: Models) -> Policy:
+    rotary = find_adapter(models.stock).text_model(models.stock).rotary_emb
+    return vtr.Pyramid(positions="keep" if hasattr(rotary, "mrope_section") else "reindex")
+
+
+PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
+POLICIES: dict[str, Callable[[Models, Inputs, int], Policy]] = {
+    "autoscale": lambda m, i, b: vtr.AutoScale(threshold=1.0 if b else 0.01),
+    "dynamic-llava": lambda m, i, b: DYNAMIC,
+    "fastv": lambda m, i, b: vtr.FastV(0.4),
+    "globalcom2": lambda m, i, b: vtr.GlobalCom2(0.5),
+    "gsearch": lambda m, i, b: vtr.GSearch([1.0, 0.8, 0.5, 0.5, 0.2], queries="last" if b else "text"),
+    "m3": lambda m, i, b: vtr.Matryoshka(_scales(m, i, b) or [1]),
+    "pmod": lambda m, i, b: PMOD,
+    "pool": lambda m, i, b: vtr.Pool(2),
+    "pyramid": lambda m, i, b: _pyramid(m),
+    "random": lambda m, i, b: vtr.Random(0.4, seed=b),
+    "uniform": lambda m, i, b: vtr.UniformGrid(0.4, layer=2 if b else 0),
+}
+"""What stands for each policy in the tests, for row b of a batch."""
+
+
+def image_lengths(models: Models, inputs: Inputs, b: int) -> list[int]:
+    """Vision tokens of each image of row b."""
+    return [len(layout) for layout in models.layouts(inputs)[b]]
+
+
+# ------------------------------------------------------------------------------------- images that really get shorter
+def compressed(
+    models: Models, inputs: Inputs, b: int, policy: Policy, row: oracle.Row, made_of: list[list[int]]
+) -> oracle.Row:
+    """Row b after ``policy``, its new tokens derived here where images are whole grids.
+
+    made_of: the reported sources (slots of the row) of the new tokens, checked against what is derived.
+    """
+    single = models.family.single(models.stock, inputs, b)
+    grids = models.family.grids(single)
+    if grids is None:
+        if isinstance(policy, vtr.Matryoshka):
+            with torch.no_grad():
+                return shorter.row(models.twin, single, shorter.matryoshka(models.twin, single, list(policy.tokens)))  # type: ignore[arg-type]
+        return merged(row, made_of)  # tests/test_pool.py and tests/test_compress.py derive these
+    want, slots = [], row.slots
+    for i, (height, width) in enumerate(grids):
+        mine, slots = slots[: height * width], slots[height * width :]
+        for some in derived(policy, i, height, width, row.embeds[mine]):
+            want.append([mine[at] for at in some])
+    assert made_of == want
+    return merged(row, want)
+
+
+def derived(policy: Any, i: int, height: int, width: int, features: Tensor) -> list[list[int]]:
+    """Which tokens of the i-th image, a grid of these rows and columns, each new token is made of."""
+    if isinstance(policy, vtr.GlobalCom2):  # one tile, a tower without CLS: those least like the mean token
+        mean = features.mean(0)
+        score = -(features @ mean) / features.norm(dim=1) / mean.norm()
+        return [
+            [at] for at in sorted(score.argsort(descending=True)[: int(height * width * policy.retention)].tolist())
+        ]
+    if isinstance(policy, vtr.Pool):
+        down, across = 2, 2
+    else:
+        k = round((height * width / policy.tokens[i]) ** 0.5)
+        down, across = height // k, width // k
+    cells: list[list[int]] = [[] for _ in range(down * across)]
+    for at in range(height * width):
+        cells[at // width * down // height * across + at % width * across // width].append(at)
+    return cells
+
+
+def merged(row: oracle.Row, made_of: list[list[int]]) -> oracle.Row:
+    """``row`` with its vision tokens replaced by the means of these slots' (M-RoPE: also of their positions)."""
+    runs, end = {}, -2  # the first slot of every image → the new tokens that stand there
+    for slot in row.slots:
+        if slot != end + 1:
+            first = slot
+            runs[first] = []
+        end = slot
+        runs[first] += [some for some in made_of if some and min(some) == slot]
+    order: list[tuple[list[int], bool]] = []
+    for slot in range(len(row.vision)):
+        if slot in runs:
+            order += [(some, True) for some in runs[slot]]
+        if not row.vision[slot]:
+            order.append(([slot], False))
+    number = {slot: at for at, slot in enumerate(row.slots)}
+    new = [some for some, vision in order if vision]
+    behind = tuple(torch.stack([one[[number[s] for s in some]].mean(0) for some in new]) for one in row.behind)
+    positions = row.positions
+    if positions is not None:
+        positions = torch.stack([positions[:, some].sum(1) // len(some) for some, _ in order], 1)
+    embeds = torch.stack([row.embeds[some].mean(0) for some, _ in order])
+    return oracle.Row(embeds, torch.tensor([vision for _, vision in order]), positions, behind)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+TESTS = {"test_a_policy_on_a_family": "works", "test_what_does_not_work_says_so": "refused"}
+"""What it means for a cell that its test passed."""
+REFUSED = {
+    "Gemma3": "Gemma3ForConditionalGeneration",
+    "PaliGemma": "PaliGemmaForConditionalGeneration",
+}
+"""Families that cannot be patched, and the classes by which that is known."""
+
+
+class Outcomes:
+    """A pytest plugin: what became of each cell, by (kind of family, policy)."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[str, str], str] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        name, _, parameters = report.nodeid.partition("::")[2].partition("[")
+        if name in TESTS and (report.when == "call" or not report.passed):
+            kind, _, policy = parameters.rstrip("]").partition("-")
+            self.of[kind, policy] = TESTS[name] if report.passed else report.outcome
+
+
+def declared() -> dict[tuple[str, str], str]:
+    """The outcomes that the adapters promise."""
+    return {
+        (family.kind, policy): "refused" if policy in family.adapter.unsupported else "works"
+        for family in FAMILIES
+        for policy in POLICIES
+    }
+
+
+def table(outcomes: dict[tuple[str, str], str]) -> str:
+    """Markdown: a row per family, a column per policy, below it why cells are empty."""
+    notes: list[str] = []
+
+    def note(text: str) -> str:
+        if text not in notes:
+            notes.append(text)
+        return f"<sup>{notes.index(text) + 1}</sup>"
+
+    lines = [f"| family | {' | '.join(f'`{policy}`' for policy in POLICIES)} |", "|---" * (len(POLICIES) + 1) + "|"]
+    for name, several in {f.name: [g for g in FAMILIES if g.name == f.name] for f in FAMILIES}.items():
+        cells = []
+        for policy in POLICIES:
+            found = {outcomes.get((family.kind, policy), "not run") for family in several}
+            why, limit = several[0].adapter.unsupported.get(policy), several[0].limits.get(policy)
+            if found == {"works"}:
+                cells.append("✓" + (note(limit) if limit else ""))
+            elif found == {"refused"}:
+                cells.append("–" + note(str(why)))
+            else:
+                cells.append(", ".join(sorted(found)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, cls in REFUSED.items():
+        lines.append(f"| {name} | {' | '.join(['–' + note(_refused(cls))] * len(POLICIES))} |")
+    numbered = [f"<sup>{i}</sup> {text}" for i, text in enumerate(notes, 1)]
+    return "\n".join([*lines, "", "  \n".join(numbered), ""])
+
+
+def _refused(cls: str) -> str:
+    with pytest.raises(vtr.UnsupportedError) as refused:
+        find_adapter(type(cls, (torch.nn.Module,), {})())
+    return str(refused.value).partition(": ")[2]
+
+
+def in_readme() -> str:
+    """What stands between the marks in the README."""
+    return README.read_text(encoding="utf-8").partition(OPEN)[2].partition(CLOSE)[0].strip("\n") + "\n"
+
+
+def main(
+    write: Annotated[
+        bool, typer.Option("--write", help="put the table into README.md; refused if a cell failed")
+    ] = False,
+) -> None:
+    """Run the oracles of every policy on every family (minutes), and make the README's table of their outcomes."""
+    outcomes = Outcomes()
+    file = str(Path(__file__).parent / "test_support.py")
+    pytest.main(
+        [file, "-q", "-k", " or ".join(TESTS), "-m", "slow or not slow", "-p", "no:cacheprovider"], plugins=[outcomes]
+    )
+    made = table(outcomes.of)
+    print(made)
+    if wrong := sorted(cell for cell, said in declared().items() if outcomes.of.get(cell) != said):
+        print("not as the adapters say:", ", ".join(f"{policy} on {kind}" for kind, policy in wrong))
+        raise typer.Exit(1)
+    if write:
+        before, _, rest = README.read_text(encoding="utf-8").partition(OPEN)
+        _, mark, after = rest.partition(CLOSE)
+        if not mark:
+            raise typer.BadParameter(f"README.md has no {OPEN.strip()} … {CLOSE} to write the table between")
+        README.write_text(f"{before}{OPEN}\n{made}\n{mark}{after}", encoding="utf-8")
+        print(f"written to {README}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,431 @@
+"""``import vtr.auto``, ``python -m vtr.auto``: models are patched when built, in scripts that know nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GitConfig,
+    GitForCausalLM,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+    pipeline,
+)
+
+import vtr
+from tests import llava_package, tiny
+from vtr.chat import prompt
+from vtr.commands.auto import main
+
+ROOT = Path(__file__).parents[1]
+ROWS = [["ab", tiny.IMAGE, "cde"], ["a", tiny.IMAGE, "b", tiny.IMAGE, "cd"]]
+F = "fastv:keep=0.25,layer=2"
+
+
+@pytest.fixture
+def auto() -> Iterator[Any]:
+    import vtr.auto
+
+    vtr.auto.disable()
+    vtr.auto.enable()
+    yield vtr.auto
+    vtr.auto.disable()
+
+
+def is_patched(model: Any) -> bool:
+    return "_vtr" in vars(model)
+
+
+def config() -> LlavaConfig:
+    return tiny.llava(layers=3).config
+
+
+# -------------------------------------------------------------------------------------------- what is patched, and when
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_built_models_take_policies(auto: Any, family: str) -> None:
+    auto.disable()
+    want = vtr.patch(getattr(tiny, family)())
+    auto.enable(F)
+    model = getattr(tiny, family)()
+    assert [name for name, part in model.named_modules() if is_patched(part)] == [""]
+    inputs = tiny.batch(model, ROWS)
+    assert torch.equal(
+        tiny.generate(model, inputs, max_new_tokens=4), tiny.generate(want, inputs, policy=F, max_new_tokens=4)
+    )
+    assert vtr.report(model).rows[0].policy == "fastv:keep=0.25"
+    assert auto.patched() == [model]
+
+
+def test_every_way_to_load(auto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is patched once, when its weights are in place."""
+    tiny.llava(layers=3).save_pretrained(tmp_path)
+    seen, patch = [], auto.patch
+
+    def spy(model: Any, policy: Any) -> Any:
+        seen.append((type(model).__name__, any(p.is_meta for p in model.parameters())))
+        return patch(model, policy)
+
+    monkeypatch.setattr(auto, "patch", spy)
+    own, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    made = [
+        own,
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoModelForImageTextToText.from_config(config()),
+        LlavaForConditionalGeneration(config()),
+    ]
+    assert not info["missing_keys"] and all(map(is_patched, made))
+    made_by_config = 2  # of the two models that only lend their config
+    assert seen == [("LlavaForConditionalGeneration", False)] * (len(made) + made_by_config)
+
+
+def test_a_pipeline_loads_a_patched_model(auto: Any) -> None:
+    auto.enable("fastv:keep=0.1,layer=2")
+    pipe = pipeline("image-text-to-text", model=str(vtr.pocket.WEIGHTS))
+    image, question, answer = vtr.pocket.sample(0)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
+    assert said[0]["generated_text"].strip() == answer
+    assert vtr.report(pipe.model).rows[0].policy == "fastv:keep=0.1"
+
+
+def test_subclasses_are_patched_when_their_own_init_is_done(auto: Any) -> None:
+    class Theirs(LlavaForConditionalGeneration):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.was_patched = is_patched(self)
+            self.model.language_model.layers = self.model.language_model.layers[:2]
+
+    model = Theirs(config())
+    assert not model.was_patched and is_patched(model)
+    with torch.no_grad():
+        model(**tiny.batch(model, ROWS), policy="random:keep=0.5,layer=1")
+    assert len(vtr.report(model).rows[0].vision_tokens) == 2
+
+
+def test_models_inside_of_others(auto: Any) -> None:
+    """A plain module may hold one; what is built while another is being made is a part of that one."""
+
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = LlavaForConditionalGeneration(config())
+
+    class Pair(LlavaForConditionalGeneration):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.draft = LlavaForConditionalGeneration(config)
+
+    assert is_patched(Holder().inner)
+    pair = Pair(config())
+    assert is_patched(pair) and not is_patched(pair.draft)
+
+
+def test_other_families_are_left_alone_and_named_once(auto: Any, caplog: pytest.LogCaptureFixture) -> None:
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    seeing = GitConfig(vision_config={**small, "image_size": 4, "patch_size": 2}, vocab_size=16, **small)
+    with caplog.at_level(logging.INFO, "vtr.auto"):
+        for _ in range(2):
+            model = GitForCausalLM(seeing)
+            words = LlamaForCausalLM(config().text_config)
+    assert not is_patched(model) and not is_patched(words)
+    said = [(r.levelname, r.message.split(" ")[0]) for r in caplog.records if "left alone" in r.message]
+    assert said == [("WARNING", "GitForCausalLM"), ("INFO", "LlamaForCausalLM")]
+    assert "no model family vtr knows" in caplog.text
+
+
+def test_empty_models_that_are_filled_later(auto: Any, tmp_path: Path) -> None:
+    """accelerate's way to load what does not fit: patched while empty, weights and devices come afterwards."""
+    accelerate = pytest.importorskip("accelerate")
+    auto.enable("globalcom2:retention=0.25")
+    full = tiny.llava(layers=3)
+    inputs = tiny.batch(full, ROWS)
+    save_file({name: tensor.clone() for name, tensor in full.state_dict().items()}, tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        model = LlavaForConditionalGeneration(full.config)
+    assert is_patched(model) and next(model.parameters()).is_meta
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), dict.fromkeys(parts, "cpu"))
+    model.eval().generation_config.eos_token_id = None
+    assert torch.equal(tiny.generate(model, inputs, max_new_tokens=4), tiny.generate(full, inputs, max_new_tokens=4))
+    assert vtr.report(model).rows[0].policy == "globalcom2:retention=0.25"
+
+
+def test_threads(auto: Any) -> None:
+    start = threading.Barrier(4)
+
+    def build(i: int) -> Any:
+        start.wait()
+        return LlavaForConditionalGeneration(given)
+
+    given = config()
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(build, range(4)))
+    assert all(map(is_patched, models)) and set(map(id, models)) <= set(map(id, auto.patched()))
+
+
+def test_a_failed_construction_leaves_no_trace(auto: Any) -> None:
+    with pytest.raises(TypeError, match="should be an instance"):
+        LlavaForConditionalGeneration(None)
+    assert is_patched(LlavaForConditionalGeneration(config()))
+
+
+# --------------------------------------------------------------------------------------------------- the default policy
+def test_the_default_policy_and_models_it_does_not_suit(auto: Any, tmp_path: Path) -> None:
+    auto.enable("fastv:keep=0.25,layer=7")
+    with pytest.raises(
+        ValueError, match=r"vtr\.auto: the default policy 'fastv:keep=0.25,layer=7' does not suit this Ll"
+    ):
+        tiny.llava(layers=5)
+    with pytest.raises(ValueError, match="unknown policy"):
+        auto.enable("fstv")
+    vtr.FastV(0.25, 1).save_pretrained(tmp_path)
+    auto.enable(str(tmp_path))
+    model = tiny.llava(layers=2)
+    tiny.generate(model, tiny.batch(model, ROWS), max_new_tokens=1)
+    assert vtr.report(model).rows[0].policy == "fastv:keep=0.25,layer=1"
+    auto.enable("none")
+    assert is_patched(tiny.llava(layers=3))
+
+
+# ----------------------------------------------------------------------------------------------------------------- undo
+def test_disable_puts_everything_back(auto: Any) -> None:
+    auto.disable()
+    classes = [PreTrainedModel, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlamaForCausalLM]
+    before = [dict(vars(cls)) for cls in classes]
+    auto.enable(F)
+    auto.enable(F)
+    assert vars(LlavaForConditionalGeneration)["__init__"] is not before[1]["__init__"]
+    model, by_hand = tiny.llava(layers=3), None
+    twin = copy.deepcopy(model)
+    with vtr.use(model, F), pytest.raises(RuntimeError, match=r"vtr\.use block is open"):
+        auto.disable()
+    assert is_patched(model) and is_patched(tiny.llava(layers=3))
+    auto.disable()
+    auto.disable()
+    by_hand = vtr.patch(tiny.llava(layers=3))
+    assert [dict(vars(cls)) for cls in classes] == before
+    assert not is_patched(model) and is_patched(twin) and is_patched(by_hand)
+    assert not is_patched(tiny.llava(layers=3))
+    auto.enable(F)
+    kept = tiny.llava(layers=3)
+    auto.disable(unpatch_models=False)
+    tiny.generate(kept, tiny.batch(kept, ROWS), max_new_tokens=1)
+    assert vtr.report(kept).rows[0].policy == "fastv:keep=0.25"
+
+
+def test_somebody_else_wrapped_it_since(auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = LlavaForConditionalGeneration.__init__
+
+    def theirs(self: Any, *args: Any) -> None:
+        ours(self, *args)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "__init__", theirs)
+    auto.disable()
+    assert LlavaForConditionalGeneration.__init__ is theirs
+    assert not is_patched(LlavaForConditionalGeneration(config()))
+    auto.enable()
+    assert is_patched(LlavaForConditionalGeneration(config()))
+    auto.disable()
+    assert LlavaForConditionalGeneration.__init__ is theirs
+    monkeypatch.undo()
+    LlavaForConditionalGeneration.__init__ = ours.__wrapped__  # type: ignore[attr-defined,method-assign]
+
+
+# ----------------------------------------------------------------------------------------------------- their scripts
+EVALUATE = '''
+"""An evaluation as people publish it."""
+import argparse
+import pickle
+import sys
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+class Row:
+    def __init__(self, text):
+        self.text = text
+
+
+def main():
+    parser = argparse.ArgumentParser(description="their help")
+    parser.add_argument("--model")
+    parser.add_argument("--policy", help="of theirs, not ours")
+    parser.add_argument("images", nargs="*")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, torch_dtype=torch.float32).eval()
+    content = [{"type": "image"}, {"type": "text", "text": "how many shapes are pink"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    for path in args.images:
+        inputs = processor(text=text, images=Image.open(path).convert("RGB"), return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=3, output_logits=True, return_dict_in_generate=True)
+        print(out.logits[0].double().sum().item(), out.sequences[0].tolist()[-3:])
+    print(pickle.loads(pickle.dumps(Row("pickled"))).text, sys.argv[1:3], __file__ == sys.argv[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+
+def test_what_the_docs_show_works(auto: Any) -> None:
+    text = (ROOT / "docs" / "ways-in.md").read_text()
+    code = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "load_pretrained_model" not in block]
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block, names)
+    assert len(code) == 3 and names["answer"] == "orange" and not auto.patched()
+
+
+def run(
+    *args: str | Path, policy: str | None = None, cwd: Path = ROOT, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    env.pop("VTR_POLICY", None)
+    env |= {} if policy is None else {"VTR_POLICY": policy}
+    env |= {} if path is None else {"PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "their eval" / "evaluate_vqa.py"
+    path.parent.mkdir()
+    path.write_text(EVALUATE)
+    return path
+
+
+def test_a_script_runs_reduced_without_an_edit(script: Path) -> None:
+    from PIL import Image
+
+    model, processor = vtr.pocket.load()
+    paths = sorted(vtr.pocket.SAMPLES.glob("*.png"))[:2]
+    text = prompt(processor, "how many shapes are pink")
+    want = []
+    for path in paths:
+        inputs = processor(text=text, images=Image.open(path).convert("RGB"), return_tensors="pt")
+        out = vtr.patch(model).generate(
+            **inputs,
+            policy="fastv:keep=0.1,layer=2",
+            max_new_tokens=3,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        want.append((out.logits[0].double().sum().item(), out.sequences[0].tolist()[-3:]))
+    own = ["--model", str(vtr.pocket.WEIGHTS), "--policy", "theirs", *map(str, paths)]
+    done = run("-m", "vtr.auto", script, *own, policy="fastv:keep=0.1,layer=2", cwd=script.parent)
+    assert done.returncode == 0, done.stderr
+    *rows, last = done.stdout.splitlines()
+    assert [eval(row.replace(" ", ",", 1)) for row in rows] == [(pytest.approx(total), ids) for total, ids in want]
+    assert last == f"pickled ['--model', {str(vtr.pocket.WEIGHTS)!r}] True"
+    assert "LlavaNextForConditionalGeneration is patched, default policy: fastv:keep=0.1" in done.stderr
+    assert "kept 28.0 % of its vision tokens (fastv:keep=0.1)" in done.stderr
+
+
+def test_a_module_and_its_own_help(
+    auto: Any, script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("VTR_POLICY", "none")
+    monkeypatch.syspath_prepend(script.parent)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--quiet", "-m", "evaluate_vqa", "--help"])
+    out = capsys.readouterr()
+    assert stopped.value.code == 0 and "their help" in out.out and "--policy POLICY" in out.out and not out.err
+    main(["-m", "tests.alone"])
+    assert capsys.readouterr().err.startswith("vtr.auto: no model of a known family was built: nothing was reduced")
+
+
+def test_wrong_usage_is_told_at_once(script: Path) -> None:
+    """Before anything of theirs runs."""
+    wrong = run("-m", "vtr.auto", script, policy="fstv:keep=0.1")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("vtr.auto: VTR_POLICY='fstv:keep=0.1': unknown policy 'fstv'; known: autoscale, ")
+
+
+def test_the_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code, said in (
+        (["--help"], 0, "torchrun"),
+        (["--polcy", "x", "eval.py"], 2, "No such option"),
+        (["evel.py"], 2, "there is no script 'evel.py'; to run a module put -m in front of it"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        out = capsys.readouterr()
+        assert stopped.value.code == code
+        assert said in out.out + out.err
+
+
+ORIGINAL = """
+import sys
+
+import torch
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from PIL import Image
+
+
+def ask(path, picture):
+    torch.set_num_threads(1)
+    name = get_model_name_from_path(path)
+    tokenizer, model, image_processor, context_len = load_pretrained_model(path, None, name, device="cpu")
+    image = Image.open(picture).convert("RGB")
+    images = [x.to(model.device, torch.float16) for x in process_images([image], image_processor, model.config)]
+    ids = tokenizer_image_token("what color is <image> the star", tokenizer, return_tensors="pt").unsqueeze(0)
+    with torch.inference_mode():
+        return model, model.generate(
+            ids, images=images, image_sizes=[image.size], do_sample=False, max_new_tokens=8, use_cache=True
+        ).tolist()
+
+
+if __name__ == "__main__":
+    print(ask(*sys.argv[1:])[1])
+"""
+
+
+@pytest.mark.skipif(not llava_package.INSTALLED, reason=llava_package.WHY)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_script_on_llavas_own_package(auto: Any, tmp_path: Path) -> None:
+    """Its loader makes a class that is defined after vtr.auto came in, and brings the tower when the model is there."""
+    tokenizer = AutoTokenizer.from_pretrained(vtr.pocket.WEIGHTS)
+    folder = llava_package.checkpoint(
+        tmp_path / "llava-tiny", "anyres", words=len(tokenizer), mm_use_im_patch_token=False, mm_use_im_start_end=False
+    )
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "theirs.py").write_text(ORIGINAL)
+    picture, policy = vtr.pocket.SAMPLES / "sample-1.png", "globalcom2:retention=0.25"
+    theirs = runpy.run_path(str(tmp_path / "theirs.py"))["ask"]
+    (model, plain), _ = theirs(str(folder), str(picture)), auto.enable(policy)
+    assert is_patched(model) and vtr.report(model).rows[0].policy is None
+    model, want = theirs(str(folder), str(picture))
+    counts = vtr.report(model).rows[0].vision_tokens
+    assert counts == [counts[0]] * 5 and 40 < counts[0] < 60 and want != plain
+    auto.disable()
+    done = run("-m", "vtr.auto", tmp_path / "theirs.py", folder, picture, policy=policy)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(want)
+    assert f"LlavaLlamaForCausalLM is patched, default policy: {policy}" in done.stderr

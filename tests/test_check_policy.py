@@ -1,0 +1,323 @@
+"""``vtr.testing.check_policy``: shipped policies pass, and every way of being wrong is told in plain words."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import vtr
+from vtr import registry
+from vtr.testing import PolicyError, check_policy, dense, oracles, tiny
+
+SLOW = [vtr.GSearch([1.0, 0.8, 0.5, 0.5, 0.2]), vtr.Random(0.3), vtr.UniformGrid(0.25, layer=1), vtr.Pool(3)]
+GOOD = [
+    vtr.FastV(0.5),
+    vtr.Pyramid(),
+    vtr.GlobalCom2(0.25),
+    vtr.Matryoshka(9) + vtr.FastV(0.5),
+    vtr.AutoScale(),
+    *(pytest.param(p, marks=pytest.mark.slow, id=p.spec) for p in [*SLOW, vtr.Matryoshka(9)]),
+]
+
+
+@pytest.mark.parametrize("policy", GOOD)
+def test_shipped_policies_pass(policy: vtr.Policy) -> None:
+    found = check_policy(policy, families=("llava_next",))
+    asked = {question for question in ("compress", "prune", "resolve") if policy.asks(question)}
+    assert {"settings", "determinism", "row invariance", "cache", "off is off"} <= set(found.passed)
+    assert ("dense mask" in found.passed) == (asked == {"prune"})
+    assert ("shorter prompt" in found.passed) == (policy.name == "globalcom2")
+    assert ("accounting" in found.passed) == ("resolve" not in asked)
+    assert len(found.passed) + len(found.skipped) == 10 and f"✓ {found.passed[0]}" in str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [vtr.FastV(0.5), vtr.Random(0.3), vtr.UniformGrid(0.25), vtr.GlobalCom2(0.25)])
+def test_shipped_policies_pass_on_every_family(policy: vtr.Policy) -> None:
+    check_policy(policy, families=tiny.FAMILIES)
+
+
+def half(tokens: Any) -> torch.Tensor:
+    return torch.arange(0, len(tokens), 2)
+
+
+@dataclass
+class Prunes(vtr.Policy):
+    """Cuts before layer 1; what is wrong is in the subclass."""
+
+    layer: int = 1
+
+    def prune(self, layer: int, tokens: Any) -> Any:
+        return self.choose(tokens) if layer == self.layer else None
+
+    def choose(self, tokens: Any) -> Any:
+        raise NotImplementedError
+
+
+class PlaceInBatch(Prunes):
+    """Every other row that it is asked about keeps the other half."""
+
+    def choose(self, tokens: Any) -> Any:
+        self.asked = not getattr(self, "asked", False)
+        return half(tokens) + (len(tokens) // 2 * 2 == len(tokens)) * int(self.asked)
+
+
+class RowsTogether(Prunes):
+    """Looks at how many rows the call has: each call is the same when repeated, but no row is what it is alone."""
+
+    def choose(self, tokens: Any) -> Any:
+        frame = sys._getframe()
+        while frame is not None and "session" not in str(type(frame.f_locals.get("self"))).lower():
+            frame = frame.f_back  # type: ignore[assignment]
+        rows = len(frame.f_locals["self"].rows)
+        return torch.arange(len(tokens))[:: 2 if rows == 1 else 3]
+
+
+class GlobalRandom(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return torch.randperm(len(tokens))[: len(tokens) // 2]
+
+
+class Reseeds(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        torch.manual_seed(0)
+        return torch.randperm(len(tokens))[: len(tokens) // 2]
+
+
+class OutOfRange(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return torch.tensor([0, len(tokens)])
+
+
+class Slots(Prunes):
+    """Places in the prompt instead of indices."""
+
+    def choose(self, tokens: Any) -> Any:
+        return tokens.place[-4:]
+
+
+class Twice(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return torch.zeros(2, dtype=torch.long)
+
+
+class Mask(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return tokens.y % 2 == 0
+
+
+class TooMany(Prunes):
+    """Takes a number from ``total`` where fewer are left."""
+
+    def prune(self, layer: int, tokens: Any) -> Any:
+        return tokens.hidden.norm(dim=1).topk(tokens.total // 2).indices[layer:]
+
+    def compress(self, image: Any) -> Any:
+        return torch.arange(len(image) // 3)
+
+
+class Unasked(Prunes):
+    """Reads scores without saying that it needs them."""
+
+    def choose(self, tokens: Any) -> Any:
+        return tokens.scores.topk(3).indices
+
+
+class UnaskedTower(vtr.Policy):
+    def compress(self, image: Any) -> Any:
+        return image.cls_attention()[0].topk(3).indices
+
+
+class QuestionUnsaid(Prunes):
+    """Ranks by attention, and does not say that it listens to the question."""
+
+    def needs(self, layer: int) -> Any:
+        return "last" if layer == self.layer else None
+
+    def choose(self, tokens: Any) -> Any:
+        return tokens.scores.topk(3).indices
+
+
+class TextUnsaid(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return (tokens.hidden @ tokens.text[-1]).topk(3).indices
+
+
+class InPlace(Prunes):
+    """Scales the very hidden states that go on."""
+
+    def compress(self, image: Any) -> Any:
+        image.features.mul_(1.1)
+        return torch.arange(len(image) // 2)
+
+    def choose(self, tokens: Any) -> Any:
+        return None
+
+
+class Uncounted(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return (tokens.hidden @ tokens.hidden.T).mean(1).topk(3).indices
+
+
+class Overcounted(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        tokens.flops += 7
+        return half(tokens)
+
+
+class Nothing(vtr.Policy):
+    def prunes(self, layer: int, tokens: Any) -> Any:
+        return half(tokens)
+
+
+class Everything(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return torch.arange(len(tokens))
+
+
+class Weights(Prunes):
+    """Changes the model through what it was shown."""
+
+    def choose(self, tokens: Any) -> Any:
+        for frame in _frames():
+            text = frame.f_locals.get("module")
+            if text is not None and hasattr(text, "mlp"):
+                text.mlp.down_proj.weight.data[0, 0] += 1e-3
+                break
+        return half(tokens)
+
+
+def _frames() -> Any:
+    frame = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+class DecodedToo(vtr.Policy):
+    """Forgets every other decoded token as a cache asks, and none without a cache."""
+
+    def remember(self, layer: int, token: Any) -> bool:
+        return False
+
+    def recall(self, layer: int, tokens: Any) -> Any:
+        return [True] * len(tokens)
+
+
+@dataclass
+class Unwritable(Prunes):
+    table: Any = field(default_factory=lambda: torch.ones(3))
+
+    def choose(self, tokens: Any) -> Any:
+        return half(tokens)
+
+
+@dataclass
+class Derived(Prunes):
+    """A setting that its constructor changes each time."""
+
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.keep = self.keep / 2
+
+    def choose(self, tokens: Any) -> Any:
+        return half(tokens)
+
+
+BROKEN = [
+    (PlaceInBatch, "determinism", "the same call made twice keeps other tokens", "keep nothing on self"),
+    (RowsTogether, "row invariance", "of a batch of 4 keeps other tokens than alone", "together with whom"),
+    (GlobalRandom, "determinism", "with another seed of the global random generator", "torch.Generator().manual_seed"),
+    (Reseeds, "determinism", "draws from the global random generator, or seeds it", "torch.Generator() of your own"),
+    (OutOfRange, "answers", "OutOfRange.prune must return distinct indices in [0, 36)", "0 … len(tokens) - 1"),
+    (Slots, "answers", "must return distinct indices", "not slots of the prompt"),
+    (Twice, "answers", "must return distinct indices", "at most once"),
+    (Mask, "answers", "must return a 1-D int64 tensor", "mask.nonzero().squeeze(1) for a mask"),
+    (TooMany, "answers", "TooMany.prune raises RuntimeError", "min(k, len(tokens))"),
+    (Unasked, "answers", "Unasked.prune raises AttributeError", "tokens.scores without needs(layer)"),
+    (UnaskedTower, "answers", "UnaskedTower.compress raises ValueError", "in the class body"),
+    (QuestionUnsaid, "question", "needs(1) asks for attention", "question_guided: ClassVar[bool] = True"),
+    (TextUnsaid, "question", "what it keeps depends on the question (into layer 1 go", "question_guided"),
+    (InPlace, "shorter prompt", "is not the prompt without the dropped tokens", "in place"),
+    (Uncounted, "accounting", "FLOPs of matrix products that the report does not know of", "tokens.flops +="),
+    (Overcounted, "accounting", "it reports 21 FLOPs more than it computes", "2 · rows"),
+    (Nothing, "answers", "answers none of the five questions", "spelt like this"),
+    (Everything, "answers", "keeps every vision token in every layer", "must_reduce=False"),
+    (Weights, "off is off", "it has changed the model's weight", "nor the model"),
+    (DecodedToo, "cache", "without a cache it says something else", "whenever it is asked"),
+    (Unwritable, "settings", "cannot be written and read again", "plain data"),
+    (Derived, "settings", "is not equal to the policy it was made from", "no fields"),
+]
+
+
+@pytest.mark.parametrize(("cls", "oracle", "what", "mend"), BROKEN, ids=lambda v: getattr(v, "__name__", ""))
+def test_broken_policies_are_told_what_is_wrong(
+    cls: type[vtr.Policy], oracle: str, what: str, mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("settings", "answers", oracle)})
+    made = dataclass(cls) if "__dataclass_fields__" not in cls.__dict__ else cls
+    policy = vtr.register_policy("broken")(made)()
+    with pytest.raises(PolicyError) as error:
+        check_policy(policy, families=("llava",))
+    told = next(line for line in str(error.value).split("\n  ") if line.startswith(f"✗ {oracle} (on llava)"))
+    block = str(error.value).partition(told)[2].split("\n  ✗")[0]
+    assert what in told and mend in block
+
+
+def test_unregistered_and_no_policies() -> None:
+    @dataclass
+    class Plain(Prunes):
+        def choose(self, tokens: Any) -> Any:
+            return half(tokens)
+
+    with pytest.raises(PolicyError, match=r"Plain is not registered.*\n.*@vtr.register_policy"):
+        check_policy(Plain(), families=("llava",))
+    with pytest.raises(TypeError, match=r"takes a vtr.Policy \(an instance, or its class\), got 'fastv'"):
+        check_policy("fastv")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"_NeedsAnArgument\(\) cannot be made .*keep.*give check_policy an instance"):
+        check_policy(_NeedsAnArgument)
+    with pytest.raises(ValueError, match="unknown families bert: choose among llava, "):
+        check_policy(vtr.FastV(), families=("bert",))
+
+
+@dataclass
+class _NeedsAnArgument(Prunes):
+    keep: float = field(kw_only=True)
+
+
+def test_settings_that_keep_all_can_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracles, "ALL", {"answers": oracles.answers, "dense mask": oracles.dense_mask})
+    assert "answers" in check_policy(vtr.FastV(1.0), families=("llava",), must_reduce=False).passed
+
+
+def test_a_class_will_do_and_the_question_flag_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Said(QuestionUnsaid):
+        question_guided: ClassVar[bool] = True
+
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(oracles, "ALL", {"question": oracles.question})
+    assert check_policy(vtr.register_policy("said")(dataclass(Said)), families=("llava",)).passed == ["question"]
+
+
+def test_the_references_tell_a_wrong_choice_apart() -> None:
+    """The masked model and the shorter prompt give other logits if one token is exchanged."""
+    stock = tiny.llava()
+    inputs = tiny.batch(stock, [["ab", tiny.IMAGE, "what"]])
+    vision = (inputs["input_ids"][0] == tiny.IMAGE_ID).nonzero().squeeze(1).tolist()
+    everything, depth = list(range(inputs["input_ids"].shape[1])), len(stock.get_decoder().layers)
+    with torch.no_grad():
+        want = stock(**inputs).logits[0]
+    torch.testing.assert_close(dense.masked(stock, inputs, [vision] * depth, vision, False), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(dense.shorter(stock, inputs, everything), want, atol=1e-5, rtol=0)
+    one = dense.masked(stock, inputs, [vision[:9]] * depth, vision, False)[-1]
+    other = dense.masked(stock, inputs, [[*vision[:8], vision[9]]] * depth, vision, False)[-1]
+    assert (one - other).abs().max() > 1e-3
+    closed = dense.masked(stock, inputs, [vision[:9]] * depth, vision, True)[-1]
+    slots = [slot for slot in everything if slot not in vision[9:]]
+    torch.testing.assert_close(closed, dense.shorter(stock, inputs, slots)[-1], atol=1e-5, rtol=0)

@@ -1,0 +1,81 @@
+"""``vtr serve``: vLLM's OpenAI server with vtr's plugin, behind a gate; or the gate alone in front of a server."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+GATE = "vtr.integrations.vllm.gateway.Gateway"
+
+
+def server_command(model: str, host: str, port: int, default: str | None, rest: list[str]) -> list[str]:
+    """The command line of vLLM's server with the gate inside."""
+    import json
+
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--host", host, "--port", str(port), "--middleware", GATE, "--trust-request-mm-kwargs"]
+    command += ["--enable-prompt-tokens-details"]  # usage says how many image tokens a request had
+    if default is not None:
+        command += ["--hf-overrides", json.dumps({"vtr_default": default})]
+    return [*command, *rest]
+
+
+def serve_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="a folder or hub name; `pocket` is the embedded model")] = "pocket",
+    policy: Annotated[str | None, typer.Option(help="what requests get that name none, e.g. `m3:tokens=144`")] = None,
+    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+    upstream: Annotated[str | None, typer.Option(help="no engine here: pass requests on to this vLLM server")] = None,
+) -> None:
+    """Serve a model with a reduction policy per request: an OpenAI server on vLLM.
+
+    A request names its policy in a field `vtr`: a spec string for all of its images, or a list with one for each. Other
+    options of the processor are closed to clients. Policies that act in the decoder are refused, with one before the
+    decoder of equal mean budget in the message. `/health`, `/metrics` (Prometheus: `vtr_vision_tokens_saved_total`,
+    `vtr_vision_tokens`) stand beside vLLM's own paths. What follows `--` goes to vLLM.
+
+    * `vtr serve llava-hf/llava-v1.6-vicuna-7b-hf --policy m3:tokens=144 -- --tensor-parallel-size 2`
+
+    * `curl localhost:8000/v1/chat/completions -d '{"model": …, "messages": […], "vtr": "m3:tokens=36"}'`
+
+    * `vtr serve llava-hf/llava-1.5-7b-hf --upstream http://gpu-box:8000 --port 9000`
+    """
+    from transformers import AutoConfig
+
+    from vtr.cli import console, fail
+    from vtr.integrations.vllm.gateway import LAYERS_ENV
+    from vtr.integrations.vllm.specs import spec_of
+    from vtr.pocket import WEIGHTS
+
+    folder = str(WEIGHTS) if model == "pocket" else model
+    try:
+        depth = int(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers)
+        default = None if policy is None else spec_of(policy, depth)
+        if upstream is not None:
+            _gate_alone(upstream, depth, host, port)
+            return
+        if importlib.util.find_spec("vllm") is None:
+            raise OSError("vLLM is not installed here: see docs/serving.md, or name a server with --upstream")
+    except (ValueError, OSError, ImportError) as error:
+        raise fail(error) from error
+    command = server_command(folder, host, port, default, context.args)
+    console.print(" ".join(command), highlight=False, style="dim", soft_wrap=True)
+    os.execve(sys.executable, command, {**os.environ, LAYERS_ENV: str(depth)})
+
+
+def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:
+    try:
+        import uvicorn
+
+        from vtr.integrations.vllm.proxy import proxy
+
+        app = proxy(upstream, depth)
+    except ImportError as error:
+        raise ImportError(f"the gate needs {error.name}: pip install 'vision-token-reduction[serve]'") from error
+    uvicorn.run(app, host=host, port=port)  # type: ignore[arg-type]

@@ -1,0 +1,53 @@
+"""Before the decoder: of every tile, the tokens that the vision tower's CLS token looks at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtr.base import Image, Keep, Layout, Policy, Wanted, check_keep, keep_count, top
+from vtr.image import cell
+from vtr.registry import register_policy
+
+
+@register_policy("cls")
+@dataclass
+class ClsTop(Policy):
+    """Of every tile, the tokens the vision tower's CLS token looks at most, before the decoder.
+
+    FasterVLM's rule (Zhang et al., arXiv 2412.01818): rank a tile's tokens by the attention [CLS] pays them in the
+    tower's last layer, keep the best at their places. Scores are :meth:`Image.cls_attention`'s, as GlobalCom²'s (towers
+    without a CLS token: its stand-in), and every tile gets the same share: no crop is worth more than another. Newline
+    tokens all stay. The question plays no part, and how many stay is known from the picture's size (:meth:`kept_of`).
+
+    Args:
+        keep: tokens of each tile that stay: a ratio (float) of those that are there, or a count (int).
+
+    Raises:
+        TypeError, ValueError: settings out of range.
+    """
+
+    keep: Keep = 0.25
+
+    wants: ClassVar[tuple[Wanted, ...]] = ("cls",)
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def kept_of(self, layout: Layout) -> int:
+        """How many tokens an image of this layout keeps, newlines included."""
+        patches = layout.newline == 0
+        sizes = layout.tile[patches].bincount(minlength=layout.tiles).tolist()
+        return sum(keep_count(self.keep, n) for n in sizes) + int(layout.newline.sum())
+
+    def compress(self, image: Image) -> torch.Tensor:
+        layout = image.layout
+        scores = image.cls_attention().cpu().flatten()
+        kept = [layout.newline.nonzero().squeeze(1)]
+        for tile in range(layout.tiles):
+            mine = ((layout.tile == tile) & (layout.newline == 0)).nonzero().squeeze(1)
+            best = top(scores[cell(layout)[mine]], keep_count(self.keep, len(mine)))
+            kept.append(mine[best])
+        return torch.cat(kept)
