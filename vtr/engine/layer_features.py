@@ -50,7 +50,7 @@ def add_features(rows: Sequence[Row], layer: int, hidden: torch.Tensor) -> torch
     """[1, T, D] behind ``layer``, with what is added there to the vision tokens that are still there."""
     at, parts, start = [], [], 0
     for row in rows:
-        if row.count and 0 <= layer < len(row.layer_features):
+        if row.count:
             features = row.layer_features[layer].to(hidden)
             at.append(row.vision + start)
             parts.append(features if row.alive is None else features.index_select(0, row.alive))

@@ -68,9 +68,9 @@ class Row:
         self.sources: list[Sources] | None = None
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         """For a compressed row: (row-local indices, [k, D] features) of the new tokens of each image."""
-        self.merged: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        """For each pooled image: row-local indices of its new tokens; of what they were made from, the row-local
-        indices before, and which new token each went into."""
+        self.merged: list[tuple[torch.Tensor, torch.Tensor, Sequence[Sequence[int]]]] = []
+        """For each pooled image: row-local indices of its new tokens, of its old ones before, and which of the old ones
+        each new one was made from."""
         self.layer_features: list[torch.Tensor] = []
         """[vision tokens on entering the text model, D] each: what is added to them behind the first layers."""
         self.per_image = tuple(map(len, layouts))
@@ -114,9 +114,7 @@ class Row:
                 origin.append(torch.full((len(keep),), -1))
                 sources.append(Sources(slots, pooled.sources))
                 pieces.append((at, pooled.features.to(image.features)))
-                flat = torch.tensor([s for some in pooled.sources for s in some], dtype=torch.int64)
-                counts = torch.tensor([len(some) for some in pooled.sources])
-                made_of.append((local[flat], torch.arange(len(keep)).repeat_interleave(counts)))
+                made_of.append((local, pooled.sources))
         stay = (~gone).nonzero().squeeze(1)
         self.pieces = [(torch.searchsorted(stay, at), f) for at, f in pieces]
         self.merged = [(at, *made) for (at, _), made in zip(self.pieces, made_of, strict=True)]
@@ -138,8 +136,10 @@ class Row:
         Integers are rounded down; a pooled token made of nothing has what belongs to the slot it took.
         """
         out = values.index_select(0, self.stay.to(values.device, non_blocking=True))
-        for at, flat, into in self.merged:
-            at, flat, into = (t.to(values.device, non_blocking=True) for t in (at, flat, into))
+        for new, old, made_of in self.merged:
+            flat = old[torch.tensor([s for some in made_of for s in some], dtype=torch.int64)]
+            into = torch.arange(len(new)).repeat_interleave(torch.tensor([len(some) for some in made_of]))
+            at, flat, into = (t.to(values.device, non_blocking=True) for t in (new, flat, into))
             sums = values.new_zeros(len(at), values.shape[1]).index_add(0, into, values.index_select(0, flat))
             sizes = torch.zeros_like(at).index_add(0, into, torch.ones_like(into))[:, None]
             mean = sums / sizes if values.is_floating_point() else sums // sizes.clamp(min=1)

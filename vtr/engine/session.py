@@ -84,6 +84,8 @@ class Session:
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
         self.is_vision = request.prompt.is_vision if request else None
+        self._adding = 0
+        """Behind how many of the first layers something is added to vision tokens."""
         self._memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in self.rows]
 
     def _check(self) -> None:
@@ -125,6 +127,7 @@ class Session:
         position_ids = position_ids.expand(*([-1] if axes else []), self.batch, -1)
         if layer_features:
             take_features(self.rows, layer_features, self.is_vision, self.depth)
+            self._adding = len(layer_features)
         for row in self.rows:
             slots = row.slots.to(device, non_blocking=True)
             here = embeds[row.index].index_select(0, slots)
@@ -165,7 +168,8 @@ class Session:
         self.stand(kwargs)
         if hidden.device != self.device:
             self._move(hidden.device)
-        hidden = add_features(self.rows, index - 1, hidden)
+        if 0 < index <= self._adding:
+            hidden = add_features(self.rows, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self._shift:
             self._step_down(self.state.shift[index], hidden)
         with self.clock:
