@@ -112,6 +112,16 @@ def test_other_paths_and_methods() -> None:
     assert ask(chat(mm_processor_kwargs={"x": 1}), "/tokenize")[0] == 400
 
 
+def test_websockets_are_closed() -> None:
+    server, sent = Server(), []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Gateway(server, 10)({"type": "websocket", "path": "/v1/realtime"}, None, send))  # type: ignore[arg-type]
+    assert server.seen == [] and sent[0]["type"] == "websocket.close"
+
+
 def test_a_request_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "LARGEST", 100)
     assert ask(chat())[0] == 413 and ask(chat(), parts=5)[0] == 413

@@ -99,6 +99,8 @@ class Gateway:
         self.depth = depth if depth is not None else int(os.environ.get(LAYERS_ENV, "32"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008, "reason": "vtr: not open here"})
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         try:

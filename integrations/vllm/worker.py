@@ -58,6 +58,8 @@ class Reducing:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """As vLLM's own, then each image reduced to exactly as many embeddings as its placeholders."""
         rows = kwargs.pop("vtr", None)
+        if (embeds := kwargs.get("image_embeds")) is not None:  # vLLM's own check wants all of one batch equally long
+            return list(embeds)
         if rows is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         asked = [unpacked(bytes(row.tolist())) for row in rows]
