@@ -1,6 +1,6 @@
 """Run notebooks on the pocket model and save their outputs: python notebooks/execute.py [NAME.ipynb …] (default: all).
 
-One thread, so that times can be compared; pictures are stored with 64 colors, to keep every notebook under 1 MB.
+One thread, so that times can be compared; pictures are stored with 256 colors, to keep every notebook under 1 MB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def smaller(data: dict[str, Any]) -> None:
     with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as picture:
         buffer, wide = io.BytesIO(), max(1.0, picture.width / WIDTH)
         small = picture.convert("RGB").resize((round(picture.width / wide), round(picture.height / wide)))
-        small.quantize(64).save(buffer, "PNG", optimize=True)
+        small.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -23,9 +23,10 @@ from vtr.integrations import (
     Qwen25VL,
 )
 
-from tests import internvl_chat, oracle, tiny
+from tests import internvl_chat, oracle
 from tests.tiny import IMAGE, IMAGE_ID, PAD, PATCH, SIDE, VIDEO_ID
 from vtr.engine.adapters import Adapter
+from vtr.testing import tiny
 
 Inputs = dict[str, Tensor]
 SQUARES = "scales are those of each picture's own grid, which a list names: `tokens=[64, 16]`"

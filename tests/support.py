@@ -81,6 +81,7 @@ def _pyramid(models: Models) -> Policy:
 PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
 POLICIES: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "autoscale": lambda m, i, b: vtr.AutoScale(threshold=1.0 if b else 0.01),
+    "cls": lambda m, i, b: vtr.ClsTop(0.5),
     "dynamic-llava": lambda m, i, b: DYNAMIC,
     "fastv": lambda m, i, b: vtr.FastV(0.4),
     "globalcom2": lambda m, i, b: vtr.GlobalCom2(0.5),

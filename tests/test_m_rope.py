@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import vtr
-from tests import oracle, support, tiny
+from tests import oracle, support
 from tests.families import CLOSE, FAMILIES, OPEN, Inputs, QwenVL
 from tests.support import ROWS, Models
 from tests.test_oracles import close
 from tests.tiny import PATCH, VIDEO_ID
 from vtr.engine.midway import enter
+from vtr.testing import tiny
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 FRAMES, HEIGHT, WIDTH = 3, 4, 6

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import vtr
-from tests import tiny
 from tests.families import FAMILIES
 from tests.test_oracles import close
 from tests.tiny import SIDE
+from vtr.testing import tiny
 
 MARKS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 WORDS = ["[PAD]", "<s>", "what", "is", "this", *MARKS]

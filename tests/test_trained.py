@@ -31,7 +31,8 @@ def asked() -> list[Example]:
 def test_shipped_weights_answer_questions(pocket, asked, spec: str) -> None:
     model, processor = pocket
     policy = vtr.policy(spec)
-    assert policy.spec == spec and policy.base is not None
+    assert policy.spec.startswith(spec) and policy.base is not None
+    assert vtr.policy(policy.spec) == policy
     inputs = encode(processor, [one.question for one in asked], [one.image for one in asked])
     with torch.inference_mode():
         out = model.generate(**inputs, policy=policy, max_new_tokens=2)
@@ -90,7 +91,7 @@ def test_trained_policies_take_part_in_all(pocket) -> None:
     shapes = Shapes.of(pocket[0])
     found, _, _ = contenders.contenders(["all"], shapes, weights="pocket")
     specs = {one.name: one.spec for one in found}
-    assert specs["pmod"] == SPECS[0] and specs["dynamic-llava"] == "dynamic-llava:weights=pocket,keep=0.0625"
+    assert specs["pmod"].startswith(SPECS[0]) and "weights=pocket,keep=0.0625" in specs["dynamic-llava"]
     assert "no weights" in contenders.contenders(["all"], shapes)[2]["pmod"]
     with pytest.raises(ValueError, match="layer 2 of 10"):
         spend.trained("dynamic-llava", "pocket", 0.2, 10)

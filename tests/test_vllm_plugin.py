@@ -24,8 +24,8 @@ from vtr.integrations.vllm.specs import (
 )
 
 import vtr
-from tests import tiny
 from vtr.engine.adapters import find_adapter
+from vtr.testing import tiny
 
 EXACT = 'globalcom2:retention=0.3,budget="exact"'
 
@@ -60,7 +60,8 @@ def test_every_image_has_a_spec(value: Any, images: int, specs: list[str]) -> No
     ("value", "message"),
     [
         ("nonsense", "unknown policy 'nonsense'; known: "),
-        ("m3:tokens", "write name:key=value"),
+        ("m3:tokens", "tokens must be a count per tile"),
+        ("m3:36,tokens", "write name:key=value"),
         ("m3:tokens=0", "at least 1 token"),
         ("m3:grid=4", "has no setting 'grid'"),
         (7, "must be a spec string"),
@@ -83,6 +84,8 @@ def test_every_image_has_a_spec(value: Any, images: int, specs: list[str]) -> No
         ("pmod:weights=/etc", "cannot name files"),
         ("dynamic-llava:weights=/etc", "cannot name files"),
         ("gsearch:schedule=/etc/passwd", "cannot name files"),
+        ("pmod:/etc", "cannot name files"),
+        ("gsearch:/etc/passwd", "cannot name files"),
         ("chain:policies=[]", "cannot name files"),
     ],
 )

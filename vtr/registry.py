@@ -132,10 +132,10 @@ def policy(spec: str | Policy) -> Policy:
 
 
 def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each policy that a spec string joins; nothing is made, looked up or read.
+    """(name, settings) of each policy that a spec string joins; nothing is made or read.
 
     Raises:
-        ValueError: not written as a spec string.
+        ValueError: not written as a spec string; a value without a key of an unknown policy.
     """
     return [_one(part.strip()) for part in _split(spec, "+")]
 

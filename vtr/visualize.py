@@ -335,8 +335,10 @@ class Animation:
 
     def gif(self) -> bytes:
         """The bytes of the GIF."""
+        from PIL.Image import Dither, Quantize
+
         buffer, each = io.BytesIO(), round(self.seconds * 1000)
-        colors = [frame.quantize(128, method=0) for frame in self.frames]
+        colors = [frame.quantize(128, Quantize.MAXCOVERAGE, dither=Dither.NONE) for frame in self.frames]
         times = [each] * (len(colors) - 1) + [3 * each]
         colors[0].save(buffer, "GIF", save_all=True, append_images=colors[1:], duration=times, loop=0)
         return buffer.getvalue()
