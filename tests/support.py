@@ -127,7 +127,9 @@ def compressed(
 
 def derived(policy: Any, i: int, height: int, width: int, features: Tensor) -> list[list[int]]:
     """Which tokens of the i-th image, a grid of these rows and columns, each new token is made of."""
-    if isinstance(policy, (vtr.GlobalCom2, vtr.ClsTop)):  # one tile, a tower without CLS: those least like the mean token
+    if isinstance(
+        policy, (vtr.GlobalCom2, vtr.ClsTop)
+    ):  # one tile, a tower without CLS: those least like the mean token
         mean = features.mean(0)
         score = -(features @ mean) / features.norm(dim=1) / mean.norm()
         share = policy.retention if isinstance(policy, vtr.GlobalCom2) else policy.keep
