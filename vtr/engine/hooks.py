@@ -34,7 +34,7 @@ from vtr.engine.call import (
 from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
-from vtr.engine.outer import handed_to, install_outer
+from vtr.engine.outer import install_outer
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
 from vtr.engine.resolve import check_resolvable, resolve_rows
 from vtr.engine.session import Request, Session, many_axes
@@ -65,7 +65,8 @@ class Patch:
         self.inner = adapter.inner(model)
         parameters = inspect.signature(type(self.inner).forward).parameters
         self.names = list(parameters)[1:]
-        self.hands_on = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+        closed = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+        self.hands_on = closed or self.inner is not model
         self.windows = windows(self.text)
         if any(self.windows) and many_axes(self.text.rotary_emb):
             raise UnsupportedError(
@@ -86,7 +87,8 @@ class Patch:
             *self.adapter.own_hooks(model),
         ]
         if self.hands_on:
-            self.handles.append(model.register_forward_hook(forget, always_call=True))
+            ends = [model] if self.inner is model else [model, self.inner]
+            self.handles += [module.register_forward_hook(forget, always_call=True) for module in ends]
         for index, layer in enumerate(text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
@@ -230,8 +232,7 @@ class Patch:
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is not self.model and self.generation() is None:
-            request = handed_to(self)  # by the model's own forward; by itself, the inner model is not reduced
-            return args, kwargs if request is None else {**kwargs, "vtr_request": request}
+            return args, kwargs  # its request was left by the model's own forward; by itself, it is not reduced
         args, kwargs, request = self.asked(self.names, args, kwargs)
         if request is None:
             return args, kwargs
