@@ -81,6 +81,32 @@ def test_accuracy_at_a_quarter(name: str) -> None:
     assert 0.24 < row(POCKET, name)["mean_keep"] < 0.26
 
 
+def test_the_table_that_chooses() -> None:
+    page = (DOCS / "choosing.md").read_text()
+    for name in ("m3", "pyramid", "fastv", "globalcom2"):
+        assert points(row(POCKET, name)["versus_none"]) in page, name
+    by_type = "docs/results/globalcom2.json"
+    assert accuracy(by_type, "uniform:keep=0.25") == accuracy(by_type, "random:keep=0.25") == accuracy(by_type, "none")
+    assert f"{accuracy(by_type, 'none')[:-2]} against {accuracy(by_type, 'none')}" in page
+    assert f"{accuracy(by_type, 'uniform:keep=0.1')} at a tenth" in page
+    ranked = [row(POCKET, name)["accuracy"] for name in ("fastv", "pyramid", "gsearch")]
+    assert f"have {100 * min(ranked):.1f} to {100 * max(ranked):.1f} %" in page
+    rows = {r["spec"]: r for r in result("docs/results/budgets.json")}
+    early, late = rows["fastv:keep=0.25,layer=1"], rows["fastv:keep=0.1,layer=2"]
+    assert abs(early["gflops"] - late["gflops"]) < 0.01 * early["gflops"]
+    assert f"has {early['correct'] / 3.2:.1f} % with" in page and f"and {late['correct'] / 3.2:.1f} % with" in page
+
+
+def test_what_long_answers_leave_of_the_gain() -> None:
+    page = (DOCS / "choosing.md").read_text()
+    lines = {s["policy"]: dict(zip(s["x"], s["ms"], strict=True)) for s in result("eval/results/scale.json")["series"]
+             if s["axis"] == "answer"}  # fmt: skip
+    for tokens, written in ((16, "saves {} % of a request"), (256, "tokens {} %")):
+        none = lines["none"][tokens]["median"]
+        saved = [round(100 * (1 - ms[tokens]["median"] / none)) for name, ms in lines.items() if name != "none"]
+        assert written.format(f"{min(saved)}–{max(saved)}") in " ".join(page.split())
+
+
 def test_costs_of_choosing() -> None:
     for page, name in (("fastv", "fastv"), ("pyramid", "pyramid"), ("gsearch", "gsearch")):
         assert f"{row(POCKET, name)['selector_ms']:.2f} ms" in (DOCS / "methods" / f"{page}.md").read_text()

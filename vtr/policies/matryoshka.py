@@ -66,7 +66,7 @@ def _shrunk(layout: Layout, k: int) -> Layout:
 class Matryoshka(Policy):
     """Every image at a coarser scale: the projected tokens of each tile are averaged over square cells.
 
-    The official code's order (the paper draws the pooling before the projector): project, pool every tile (thumbnail and
+    The official code's order (the paper draws pooling before the projector): project, pool every tile (thumbnail and
     crops alike), put the crops together, cut the canvas back to the picture's aspect ratio, a newline token behind
     every row that is left. Works on any weights (the paper's training-free baseline); made for weights trained with it.
 
