@@ -61,7 +61,9 @@ def numbers_in(file: Path) -> int:
     """How many numbers a file of weights holds; a policy's settings are counted where it has no other file."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
-            return sum(torch.Size(opened.get_slice(name).get_shape()).numel() for name in opened.keys())
+            names = list(opened.keys())
+            shapes = [opened.get_slice(name).get_shape() for name in names]
+        return sum(torch.Size(shape).numel() for shape in shapes)
     return sum(map(len, json.loads(file.read_text())["settings"]["calibration"]))
 
 
