@@ -60,7 +60,7 @@ def row(path: str, name: str) -> dict[str, Any]:
 
 
 def accuracy(path: str, name: str) -> str:
-    return f"{100 * row(path, name)['accuracy'] + 1e-9:.1f} %"
+    return f"{100 * row(path, name)['accuracy']:.1f} %"
 
 
 def points(part: dict[str, Any]) -> str:
