@@ -70,20 +70,24 @@ def points(part: dict[str, Any]) -> str:
 
 
 POCKET, SCALES = "eval/results/pocket.json", "eval/results/scales.json"
-WHERE = {"fastv": "fastv", "pyramid": "pyramid", "random": "baselines", "uniform": "baselines", "pool": "baselines"}
+WHERE = {
+    "fastv": "fastv", "pyramid": "pyramid", "random": "baselines", "uniform": "baselines", "pool": "baselines",
+    "cls": "baselines", "autoscale": "baselines", "pmod": "pmod", "dynamic-llava": "dynamic-llava",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHERE)
-def test_accuracy_at_a_quarter(name: str) -> None:
+def test_accuracy_on_two_thousand_questions(name: str) -> None:
     page = (DOCS / "methods" / f"{WHERE[name]}.md").read_text()
     assert accuracy(POCKET, name) in page
     assert points(row(POCKET, name)["versus_none"]) in page
-    assert 0.24 < row(POCKET, name)["mean_keep"] < 0.26
+    if name not in ("cls", "autoscale", "pmod"):  # those said to be at a mean of a quarter
+        assert 0.24 < row(POCKET, name)["mean_keep"] < 0.26
 
 
 def test_the_table_that_chooses() -> None:
     page = (DOCS / "choosing.md").read_text()
-    for name in ("m3", "pyramid", "fastv", "globalcom2"):
+    for name in ("m3", "pyramid", "fastv", "globalcom2", "cls"):
         assert points(row(POCKET, name)["versus_none"]) in page, name
     by_type = "docs/results/globalcom2.json"
     assert accuracy(by_type, "uniform:keep=0.25") == accuracy(by_type, "random:keep=0.25") == accuracy(by_type, "none")
@@ -108,10 +112,9 @@ def test_what_long_answers_leave_of_the_gain() -> None:
 
 
 def test_costs_of_choosing() -> None:
-    for page, name in (("fastv", "fastv"), ("pyramid", "pyramid"), ("gsearch", "gsearch")):
-        assert f"{row(POCKET, name)['selector_ms']:.2f} ms" in (DOCS / "methods" / f"{page}.md").read_text()
-    slowest = max(result(POCKET)["policies"], key=lambda r: r["selector_ms"])
-    assert slowest["name"] == "pyramid"
+    for name, times, written in (("gsearch", 4, "over four times"), ("pyramid", 5, "over five times")):
+        assert row(POCKET, name)["selector_ms"] > times * row(POCKET, "fastv")["selector_ms"]
+        assert f"{written} what FastV's does" in " ".join((DOCS / "methods" / f"{name}.md").read_text().split())
 
 
 def test_small_budgets_and_scales() -> None:
