@@ -77,7 +77,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setitem(sys.modules, "page", module)
     inputs = processor(text=prompts, images=[[s[0]] for s in samples], padding=True, return_tensors="pt")
     given = {"model": model, "processor": processor, "prompts": prompts, "images": [s[0] for s in samples]}
-    given |= {"data": samples * 30, "inputs": inputs}
+    drawn = [(s["image"], s["question"], s["answer"]) for s in vtr.pocket.samples(72)]  # of nine pictures
+    given |= {"data": drawn, "inputs": inputs}
     module.__dict__.update(given)
     return module.__dict__
 
