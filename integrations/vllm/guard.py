@@ -2,8 +2,8 @@
 
 vLLM 0.32 dies when a model gives one embedding too few, and takes everybody's requests with it. Here a policy that
 breaks its promise in the worker gets its image filled up to the promised length, so that the step can finish, and the
-scheduler ends every request with that image in an error (HTTP 500), also later ones: what prefix caches hold of it is
-nonsense.
+scheduler ends every request with that image in an error, also later ones: what prefix caches hold of it is nonsense. What
+was wrong travels as the stop reason: a server answers HTTP 500 with it, ``vllm.LLM`` gives an output with it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from vtr.engine.rows import compressed
 
 logger = logging.getLogger(__name__)
 
-BROKEN: set[str] = set()
-"""Cache identities of images whose policy broke its promise. Runner and scheduler of one engine share this process."""
-_marked: set[int] = set()
-"""ids of embeddings that were filled up in the encoder run that is under way."""
+SAYS = "vtr: "
+"""Stop reasons that begin so are ours."""
+BROKEN: dict[str, str] = {}
+"""Cache identities of images whose policy broke its promise → what clients are told. Runner and scheduler of one engine
+share this process."""
+_marked: dict[int, str] = {}
+"""ids of embeddings that were filled up in the encoder run that is under way → the same."""
 _here = False
 """Whether a scheduler that looks at BROKEN lives in this process."""
 
@@ -38,37 +41,53 @@ def exactly(count: int, spec: str, policy: Policy, image: Image) -> torch.Tensor
         made = whole.index_select(0, keep.to(whole.device)) if pooled is None else pooled.features.to(whole)
         if len(made) == count:
             return made
-        what = f"{spec} promised {count} embeddings of an image and gave {len(made)}"
+        said = what = f"{spec} promised {count} embeddings of an image and gave {len(made)}"
     except Exception as error:  # whatever a policy raises must not end the engine
+        said = f"{spec} failed on an image ({type(error).__name__}): the server's log says more"
         what = f"{spec} failed on an image: {type(error).__name__}: {error}"
     if not _here:
         raise RuntimeError(f"{what}; the engine cannot go on")
     logger.error("%s: requests with this image end in an error", what)
     filled = whole[torch.arange(count, device=whole.device) % len(whole)].clone()
-    _marked.add(id(filled))
+    _marked[id(filled)] = SAYS + said
     return filled
 
 
 def install() -> None:
-    """Let vLLM's runner name the images that were filled up, and its scheduler end the requests that have them.
+    """Let vLLM's runner name the images that were filled up, its scheduler end the requests that have them, and its
+    frontend say why.
 
     Raises:
         UnsupportedError: this vLLM is built otherwise than 0.32.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if getattr(Scheduler.update_from_output, "vtr", False):
         return
+    _watch_runner()
+    _watch_scheduler(Scheduler)
+    _watch_outputs()
+
+
+def _watch_runner() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
     if not hasattr(GPUModelRunner, "_cache_encoder_output"):
         raise UnsupportedError("vtr's plugin knows vLLM 0.32: this one has no GPUModelRunner._cache_encoder_output")
-    store, init, update = GPUModelRunner._cache_encoder_output, Scheduler.__init__, Scheduler.update_from_output
+    store = GPUModelRunner._cache_encoder_output
 
     def cache_encoder_output(self: Any, mm_hash: str, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if id(output) in _marked:
-            _marked.discard(id(output))
-            BROKEN.add(mm_hash)
+            BROKEN[mm_hash] = _marked.pop(id(output))
         return store(self, mm_hash, output, *args, **kwargs)
+
+    GPUModelRunner._cache_encoder_output = cache_encoder_output
+
+
+def _watch_scheduler(scheduler: Any) -> None:
+    from vllm.v1.engine import FinishReason
+
+    init, update = scheduler.__init__, scheduler.update_from_output
 
     def scheduler_init(self: Any, *args: Any, **kwargs: Any) -> None:
         global _here
@@ -78,14 +97,44 @@ def install() -> None:
         _here = self.vllm_config.parallel_config.world_size == 1
 
     def update_from_output(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if BROKEN:
-            for name in scheduler_output.num_scheduled_tokens:
-                request = self.requests.get(name)
-                if request is not None and any(f.identifier in BROKEN for f in request.mm_features):
-                    self.encoder_cache_mismatch_reqs.add(name)
-        return update(self, scheduler_output, *args, **kwargs)
+        told = {}
+        for name in scheduler_output.num_scheduled_tokens if BROKEN else ():
+            request = self.requests.get(name)
+            said = [BROKEN[f.identifier] for f in request.mm_features if f.identifier in BROKEN] if request else []
+            if said:
+                told[name] = said[0]
+        self.encoder_cache_mismatch_reqs.update(told)
+        made = update(self, scheduler_output, *args, **kwargs)
+        for output in (output for one in made.values() for output in one.outputs) if told else ():
+            if output.request_id in told and output.finish_reason is not None:
+                output.finish_reason, output.stop_reason = FinishReason.ERROR, told[output.request_id]
+        return made
 
     update_from_output.vtr = True  # type: ignore[attr-defined]
-    GPUModelRunner._cache_encoder_output = cache_encoder_output
-    Scheduler.__init__ = scheduler_init
-    Scheduler.update_from_output = update_from_output
+    scheduler.__init__ = scheduler_init
+    scheduler.update_from_output = update_from_output
+
+
+def _watch_outputs() -> None:
+    """A server answers "Internal server error" to whatever failed in the engine: here it gets to know what did."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    process = OutputProcessor.process_outputs
+
+    def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        failed = [
+            (state.queue, output.stop_reason)
+            for output in outputs
+            if isinstance(output.stop_reason, str) and output.stop_reason.startswith(SAYS)
+            if (state := self.request_states.get(output.request_id)) is not None and state.queue is not None
+        ]
+        made = process(self, outputs, *args, **kwargs)
+        if failed:
+            from vllm.exceptions import GenerationError
+            from vllm.v1.engine.async_llm import InputStreamError
+
+            for queue, said in failed:  # what is put last is what the request's own task raises: of this, the cause
+                queue.put(InputStreamError(GenerationError(said)))
+        return made
+
+    OutputProcessor.process_outputs = process_outputs

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,69 +16,17 @@ import openai
 
 import vtr
 import vtr.pocket
-from tests.serving import engine as settings
-from tests.serving.asked import STEPS, Asked, mixed, references
+from tests.serving.asked import Asked, mixed, references
+from tests.serving.server import Server, body, serving
 from tests.serving.test_pocket import NEVER, POLICIES, PROCESSOR, QUESTIONS, SIZES
 
 GOOD = mixed(POLICIES, SIZES, QUESTIONS, 16)
-MODEL = str(vtr.pocket.WEIGHTS)
-
-
-@dataclass
-class Server:
-    url: str
-    process: subprocess.Popen[bytes]
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    assert settings.os is os  # its environment: small, quiet, no hub
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), "--", "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "3000", "--max-num-seqs", "8", "--max-num-batched-tokens", "128"]
-    command += ["--limit-mm-per-prompt", '{"image": 3}']
-    log = (tmp_path_factory.mktemp("server") / "log").open("wb")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    made = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, "the server ended: " + Path(log.name).read_text()[-3000:]
-            try:
-                if made.get("/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(1)
-        else:
-            pytest.fail("the server did not come up: " + Path(log.name).read_text()[-3000:])
+    with serving(tmp_path_factory.mktemp("server")) as made:
         yield made
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def part(picture: Any) -> dict[str, Any]:
-    raw = io.BytesIO()
-    picture.save(raw, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def body(asked: Asked, **more: Any) -> dict[str, Any]:
-    content = [*map(part, asked.images()), {"type": "text", "text": asked.question}]
-    made = {
-        "model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": STEPS, "temperature": 0,
-        "logit_bias": {"4": -100},
-        # the pocket model's template leaves BOS to the tokenizer
-        "extra_body": {"ignore_eos": True, "min_tokens": STEPS, "add_special_tokens": True},
-    }  # fmt: skip
-    if asked.policy is not None:
-        made["extra_body"]["vtr"] = asked.policy
-    return {**made, **more}
 
 
 def bad(**extra: Any) -> dict[str, Any]:
