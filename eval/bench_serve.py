@@ -1,7 +1,7 @@
 """What policies change for a server: ``vtr bench serve``. Bounded load on an OpenAI server, policies in turns.
 
-Each load (requests at a time, length of the answers) is sent under each contender, round by round, so that ratios are of
-neighbours. Pictures are fresh in every round: no cache of the server helps anybody. Server and client share the machine.
+Each load (requests at a time, length of answers) is sent under each contender, round by round, so that ratios are of
+neighbours. Pictures are fresh in every round: no cache of the server helps anybody. Server and client share the cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots of result files of the kinds policies, batch, scale and serve; each takes the file's data and returns a figure."""
+"""Plots of result files: policies, batch, scale and serve; each takes the file's data and returns a figure."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def scale(result: Mapping[str, Any]) -> Figure:
 
 
 def serve(result: Mapping[str, Any]) -> Figure:
-    """A server under each load: its rate over that without reduction, waiting times, cache blocks; bars by contender."""
+    """A server under each load: its rate over that without reduction, waiting times and cache blocks, by contender."""
     made, panels = figure(2, 2, width=5.0)
     rows = result["rows"]
     loads = list(dict.fromkeys((row["concurrency"], row["tokens"]) for row in rows))
@@ -102,7 +102,12 @@ def serve(result: Mapping[str, Any]) -> Figure:
     by = {(row["concurrency"], row["tokens"], row["contender"]): row for row in rows}
     at, wide = np.arange(len(loads)), 0.8 / len(names)
     what = ("gain", "ttft_ms", "tpot_ms", "kv_blocks")
-    titles = ("requests per second ÷ without reduction", "first token", "each further token", "cache blocks in use, most")
+    titles = (
+        "requests per second ÷ without reduction",
+        "first token",
+        "each further token",
+        "cache blocks in use, most",
+    )
     for panel, key, title, unit in zip(panels, what, titles, ("ratio, more is better", "ms", "ms", ""), strict=True):
         for number, name in enumerate(names):
             mine = [by[*load, name] for load in loads]

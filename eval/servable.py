@@ -1,8 +1,8 @@
 """A LLaVA-1.5 of middle size with random weights as a checkpoint that a server loads: ``python -m vtr.eval.servable``.
 
-For ``vtr bench serve``: the pocket model's decoder is so small that a server is busy with everything else. Here the tower
-is to the decoder as CLIP-L is to a 7B model in multiplications (about a thirtieth), an image has as many tokens (576),
-and words are tokens. What it answers means nothing.
+For ``vtr bench serve``: the pocket model's decoder is so small that a server is busy with everything else. Here the
+tower is to the decoder as CLIP-L is to a 7B model in multiplications (about a twentieth), an image has as many tokens
+(576), and words are tokens. What it answers means nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", IMAGE]
 WORDS = 1020
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} {% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% else %}<image> {% endif %}"
-    "{% endfor %}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% else %}<image> "
+    "{% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
 
 
@@ -38,14 +38,14 @@ def tokenizer() -> Any:
 
 
 def build(layers: int, hidden_size: int, seed: int) -> tuple[Any, Any]:
-    """(model, processor); 64 numbers a head, a tower of 4 layers a quarter as wide."""
+    """(model, processor); 64 numbers a head, a tower of 6 layers a quarter as wide."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     wide = hidden_size // 4
     vision = CLIPVisionConfig(
-        hidden_size=wide, intermediate_size=4 * wide, num_hidden_layers=4, num_attention_heads=wide // 64,
+        hidden_size=wide, intermediate_size=4 * wide, num_hidden_layers=6, num_attention_heads=wide // 64,
         image_size=SIDE, patch_size=PATCH, projection_dim=wide,
     )  # fmt: skip
     text = LlamaConfig(

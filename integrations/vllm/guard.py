@@ -2,8 +2,8 @@
 
 vLLM 0.32 dies when a model gives one embedding too few, and takes everybody's requests with it. Here a policy that
 breaks its promise in the worker gets its image filled up to the promised length, so that the step can finish, and the
-scheduler ends every request with that image in an error, also later ones: what prefix caches hold of it is nonsense. What
-was wrong travels as the stop reason: a server answers HTTP 500 with it, ``vllm.LLM`` gives an output with it.
+scheduler ends every request with that image in an error, also later ones: what prefix caches hold of it is nonsense.
+What was wrong travels as the stop reason: a server answers HTTP 500 with it, ``vllm.LLM`` gives an output with it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ import pytest
 from tests.serving import engine as settings
 from tests.serving.asked import STEPS, Asked
 
-SMALL = "--dtype float32 --enforce-eager --max-model-len 3000 --max-num-seqs 8 --max-num-batched-tokens 128".split()
+SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "3000", "--max-num-seqs", "8"]
+SMALL += ["--max-num-batched-tokens", "128", "--limit-mm-per-prompt", '{"image": 3}']
 
 
 @dataclass
@@ -47,11 +48,14 @@ def serving(folder: Path, *options: str, environment: Mapping[str, str] | None =
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), *options, "--", *SMALL]
-    command += ["--limit-mm-per-prompt", '{"image": 3}']
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(environment or {})}
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
     made = Server(f"http://127.0.0.1:{port}")
     try:

@@ -1,4 +1,4 @@
-"""A running server whose plugins include policies that break their promise; it has a default for those who name none."""
+"""A running server with policies that break their promise, and with a default for requests that name none."""
 
 from __future__ import annotations
 
