@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,17 +37,19 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    folder: Path, *options: str, engine: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Start a server, wait until it is up, and end it.
 
     Args:
-        folder: for its log. options: of ``vtr serve``. environment: beside this process's own.
+        folder: for its log. options: of ``vtr serve``. engine: more of vLLM's. environment: beside this process's own.
     """
     assert settings.os is os  # its environment: small, quiet, no hub
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), *options, "--", *SMALL]
+    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), *options, "--", *SMALL, *engine]
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
