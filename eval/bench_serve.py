@@ -214,7 +214,7 @@ def _row(name: str, load: Load, found: Sequence[Round], base: Sequence[float]) -
         "ttft_ms": {"median": statistics.median(ttft), "p90": float(np.percentile(ttft, 90))},
         "tpot_ms": {"median": statistics.median(tpot), "p90": float(np.percentile(tpot, 90))},
         "prompt_tokens": statistics.mean(n for one in found for n in one.prompt_tokens),
-        "kv_blocks": max(blocks, default=None),
+        "kv_blocks": max(blocks, default=0) or None,  # 0: over before it was looked at
     }  # fmt: skip
 
 
