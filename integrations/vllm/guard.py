@@ -21,19 +21,20 @@ logger = logging.getLogger(__name__)
 SAYS = "vtr: "
 """Stop reasons that begin so are ours."""
 BROKEN: dict[str, str] = {}
-"""Cache identities of images whose policy broke its promise → what clients are told. Runner and scheduler of one engine
-share this process."""
+"""The scheduler's: cache identities of images whose policy broke its promise → what clients are told."""
+_new: dict[str, str] = {}
+"""The worker's: those that the scheduler, often in another process, has not been told yet."""
 _marked: dict[int, str] = {}
-"""ids of embeddings that were filled up in the encoder run that is under way → the same."""
-_here = False
-"""Whether a scheduler that looks at BROKEN lives in this process."""
+"""The worker's: ids of embeddings that were filled up in the encoder run that is under way → what clients are told."""
+_watched = False
+"""Whether this process has a runner that reports them."""
 
 
 def exactly(count: int, spec: str, policy: Policy, image: Image) -> torch.Tensor:
     """What a policy makes of an image, if that is ``count`` embeddings; else ``count`` of its own, marked as broken.
 
     Raises:
-        RuntimeError: the promise is broken, and this process has no scheduler that could end the request alone.
+        RuntimeError: the promise is broken, and nobody would tell the scheduler.
     """
     whole = image.features
     try:
@@ -45,7 +46,7 @@ def exactly(count: int, spec: str, policy: Policy, image: Image) -> torch.Tensor
     except Exception as error:  # whatever a policy raises must not end the engine
         said = f"{spec} failed on an image ({type(error).__name__}): the server's log says more"
         what = f"{spec} failed on an image: {type(error).__name__}: {error}"
-    if not _here:
+    if not _watched:
         raise RuntimeError(f"{what}; the engine cannot go on")
     logger.error("%s: requests with this image end in an error", what)
     filled = whole[torch.arange(count, device=whole.device) % len(whole)].clone()
@@ -70,33 +71,51 @@ def install() -> None:
 
 
 def _watch_runner() -> None:
+    """What the runner hands to the scheduler after each step says which images were filled up in it."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if not hasattr(GPUModelRunner, "_cache_encoder_output"):
         raise UnsupportedError("vtr's plugin knows vLLM 0.32: this one has no GPUModelRunner._cache_encoder_output")
-    store = GPUModelRunner._cache_encoder_output
+    init, store, sample = GPUModelRunner.__init__, GPUModelRunner._cache_encoder_output, GPUModelRunner.sample_tokens
+
+    def runner_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        global _watched
+        init(self, *args, **kwargs)
+        # the encoder runs on the first of several stages, and the last one talks to the scheduler
+        _watched = self.vllm_config.parallel_config.pipeline_parallel_size == 1
 
     def cache_encoder_output(self: Any, mm_hash: str, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if id(output) in _marked:
-            BROKEN[mm_hash] = _marked.pop(id(output))
+            _new[mm_hash] = _marked.pop(id(output))
         return store(self, mm_hash, output, *args, **kwargs)
 
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = sample(self, *args, **kwargs)
+        output = getattr(made, "_model_runner_output", made)  # scheduled ahead: it is wrapped
+        if _new and isinstance(output, ModelRunnerOutput) and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+            output.vtr_broken = dict(_new)
+            _new.clear()
+        return made
+
+    GPUModelRunner.__init__ = runner_init
     GPUModelRunner._cache_encoder_output = cache_encoder_output
+    GPUModelRunner.sample_tokens = sample_tokens
 
 
 def _watch_scheduler(scheduler: Any) -> None:
+    """Requests with images that were filled up end in an error."""
     from vllm.v1.engine import FinishReason
 
     init, update = scheduler.__init__, scheduler.update_from_output
 
     def scheduler_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        global _here
         init(self, *args, **kwargs)
         if not hasattr(self, "encoder_cache_mismatch_reqs"):
             raise UnsupportedError("vtr's plugin knows vLLM 0.32: this one's scheduler has no list of failed requests")
-        _here = self.vllm_config.parallel_config.world_size == 1
 
-    def update_from_output(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self: Any, scheduler_output: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        BROKEN.update(getattr(output, "vtr_broken", {}))
         told = {}
         for name in scheduler_output.num_scheduled_tokens if BROKEN else ():
             request = self.requests.get(name)
@@ -104,10 +123,10 @@ def _watch_scheduler(scheduler: Any) -> None:
             if said:
                 told[name] = said[0]
         self.encoder_cache_mismatch_reqs.update(told)
-        made = update(self, scheduler_output, *args, **kwargs)
-        for output in (output for one in made.values() for output in one.outputs) if told else ():
-            if output.request_id in told and output.finish_reason is not None:
-                output.finish_reason, output.stop_reason = FinishReason.ERROR, told[output.request_id]
+        made = update(self, scheduler_output, output, *args, **kwargs)
+        for one in (one for several in made.values() for one in several.outputs) if told else ():
+            if one.request_id in told and one.finish_reason is not None:
+                one.finish_reason, one.stop_reason = FinishReason.ERROR, told[one.request_id]
         return made
 
     update_from_output.vtr = True  # type: ignore[attr-defined]
