@@ -71,6 +71,10 @@ def plain(value: float | None, scale: float = 1.0) -> Cell:
     return Cell("–") if value is None else Cell(number(value / scale), value / scale)
 
 
+def count(value: int | None) -> Cell:
+    return Cell("–") if value is None else Cell(f"{value:,}", value)
+
+
 def share(value: float | None) -> Cell:
     """A ratio as a percentage."""
     return Cell("–") if value is None else Cell(f"{100 * value:.1f}%", value)
@@ -275,14 +279,14 @@ def serve(result: Result) -> Table:
             Cell(number(row[k]["median"]), row[k]["median"], number(row[k]["p90"])) for k in ("ttft_ms", "tpot_ms")
         ]
         cells = [
-            plain(row["concurrency"]),
-            plain(row["tokens"]),
+            count(row["concurrency"]),
+            count(row["tokens"]),
             policy(row["contender"]),
             plain(row["per_second"]),
             Cell(f"{gain['median']:.2f}", gain["median"], f"{gain['low']:.2f}–{gain['high']:.2f}", art),
             *waits,
             plain(row["prompt_tokens"]),
-            plain(row["kv_blocks"]),
+            count(row["kv_blocks"]),
         ]
         out.append(Row(cells, "", row["contender"] == "none"))
     named = "; ".join(f"{name}: {', '.join(specs)}" for name, specs in result.data["contenders"].items())
