@@ -218,6 +218,30 @@ def _row(name: str, load: Load, found: Sequence[Round], base: Sequence[float]) -
     }  # fmt: skip
 
 
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Requests/s without reduction and what each policy makes of it, a line for each load, results side by side."""
+    several = [list(result["contenders"])[1:] for result in results]
+    heads = [
+        f"{result['model']}: req/s | {' | '.join(f'{name} ÷ none' for name in names)}"
+        for result, names in zip(results, several, strict=True)
+    ]
+    lines = [
+        f"| at a time × tokens | {' | '.join(heads)} |",
+        "|---|" + "--:|" * sum(len(names) + 1 for names in several),
+    ]
+    loads = dict.fromkeys((row["concurrency"], row["tokens"]) for row in results[0]["rows"])
+    for load in loads:
+        cells = []
+        for result in results:
+            for row in result["rows"]:
+                if (row["concurrency"], row["tokens"]) == load:
+                    gain = row["gain"]
+                    spread = f"{gain['median']:.2f} ({gain['low']:.2f}–{gain['high']:.2f})"
+                    cells.append(f"{row['per_second']:.1f}" if row["contender"] == "none" else spread)
+        lines.append(f"| {load[0]} × {load[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(result: dict[str, Any]) -> list[list[str]]:
     """A line for each load and contender."""
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from vtr.eval import plots
 from vtr.eval.bench_serve import CONTENDERS, Load
 
 from tests import result_files
+
+ROOT = Path(__file__).parents[1]
 
 
 class Stream:
@@ -106,6 +109,11 @@ def test_the_plot_has_a_bar_for_each_load_and_contender() -> None:
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(result["contenders"])
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert sorted(heights) == sorted(row["gain"]["median"] for row in result["rows"])
+
+
+def test_the_docs_have_the_measured_figures() -> None:
+    measured = [json.loads((ROOT / f"eval/results/{name}.json").read_text()) for name in ("serve", "serve-mid")]
+    assert bench.markdown(measured) in (ROOT / "docs/serving.md").read_text()
 
 
 def test_a_refusal_is_not_a_fast_answer() -> None:
