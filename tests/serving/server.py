@@ -40,16 +40,24 @@ class Server:
 def serving(
     folder: Path, *options: str, engine: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """Start a server, wait until it is up, and end it.
+    """A small server, or with ``--upstream`` the gate alone.
 
     Args:
         folder: for its log. options: of ``vtr serve``. engine: more of vLLM's. environment: beside this process's own.
     """
+    rest = [] if "--upstream" in options else ["--", *SMALL, *engine]
+    with running(folder, *options, *rest, environment=environment) as made:
+        yield made
+
+
+@contextmanager
+def running(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """``vtr serve pocket`` with these arguments, from when it is up to the end of the block."""
     assert settings.os is os  # its environment: small, quiet, no hub
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), *options, "--", *SMALL, *engine]
+    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), *arguments]
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,23 @@ def test_thirty_two_at_once_half_of_them_malformed(server: Server) -> None:
         assert message in got.message, (message, got.message)
     again = asyncio.run(all_of_them())  # the engine is alive, and says the same
     assert [a.choices[0].message.content for a in again[::2]] == [a.choices[0].message.content for a in answers[::2]]
+
+
+def test_the_gate_alone_in_front_of_it(server: Server, tmp_path: Path) -> None:
+    asked = Asked(QUESTIONS[0], ((2, 96, 96),), "m3:tokens=9")
+    with serving(tmp_path, "--upstream", server.url) as gate:
+        behind, through = (openai.OpenAI(base_url=s.url + "/v1", api_key="none", max_retries=0) for s in (server, gate))
+        said = through.chat.completions.create(**body(asked))
+        assert (
+            said.choices[0].message.content == behind.chat.completions.create(**body(asked)).choices[0].message.content
+        )
+        parts = list(through.chat.completions.create(**body(asked), stream=True))
+        assert len(parts) > 2
+        assert "".join(p.choices[0].delta.content or "" for p in parts) == said.choices[0].message.content
+        with pytest.raises(openai.BadRequestError, match="unknown policy 'nonsense'"):
+            through.chat.completions.create(**bad(vtr="nonsense"))
+        text = gate.get("/metrics").text
+        assert 'vtr_requests_refused_total{reason="policy"} 1.0' in text and "vllm:num_requests_running" in text
 
 
 def test_health_and_metrics(server: Server) -> None:
