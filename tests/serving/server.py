@@ -65,7 +65,8 @@ def running(folder: Path, *arguments: str, environment: Mapping[str, str] | None
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **(environment or {})},
+            # frontend, scheduler and worker in processes of their own, as users have them
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})},
         )
     made = Server(f"http://127.0.0.1:{port}")
     try:
