@@ -1,7 +1,7 @@
 """What policies change for a server: ``vtr bench serve``. Bounded load on an OpenAI server, policies in turns.
 
-At each concurrency the same load (pictures, questions, answer lengths) is sent under each contender, round by round, so
-that ratios are of neighbours. Pictures are fresh in every round: no cache of the server helps anybody.
+Each load (requests at a time, length of answers) is sent under each contender, round by round, so that ratios are of
+neighbours. Pictures are fresh in every round: no cache of the server helps anybody. Server and client share the cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ CONTENDERS: dict[str, Sequence[str]] = {
 }
 """What the requests of a load ask for, one after the other. "mixed": what a server gets whose clients choose."""
 USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{[^}]*\} ([\d.eE+-]+)$", re.M)
-BLOCKS = re.compile(r'^vllm:cache_config_info\{[^}]*num_gpu_blocks="(\d+)"', re.M)
+CACHE = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.M)
+SIZES = {"blocks": "num_gpu_blocks", "block_size": "block_size"}
+LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class Round:
 
 
 def loads(small: bool) -> list[Load]:
-    """The loads, growing."""
-    return [Load(1, 4, 8), Load(8, 16, 8)] if small else [Load(1, 8, 16), Load(8, 32, 16), Load(32, 64, 16)]
+    """The loads: more and more at a time, then long answers."""
+    if small:
+        return [Load(1, 4, 8), Load(8, 16, 8)]
+    return [Load(1, 8, 16), Load(8, 32, 16), Load(32, 64, 16), Load(8, 16, 128)]
 
 
 def picture(draw: np.random.Generator, side: int) -> str:
@@ -106,10 +110,10 @@ async def one_round(client: Any, requests: Sequence[dict[str, Any]], concurrency
             await ask(client, request, made)
 
     async def watch() -> None:
-        total = BLOCKS.search((await client.get("/metrics")).text)
-        while running and total:
+        total = cache_of((await client.get("/metrics")).text)["blocks"]
+        while running and total is not None:
             if used := USAGE.search((await client.get("/metrics")).text):
-                made.blocks = max(made.blocks or 0, round(float(used[1]) * int(total[1])))
+                made.blocks = max(made.blocks or 0, round(float(used[1]) * total))
             await asyncio.sleep(0.2)
 
     watcher = asyncio.create_task(watch())
@@ -119,6 +123,21 @@ async def one_round(client: Any, requests: Sequence[dict[str, Any]], concurrency
     running = False
     await watcher
     return made
+
+
+def cache_of(metrics: str) -> dict[str, Any]:
+    """What a server's ``/metrics`` say of its cache: blocks, tokens of a block, whether prefixes are cached."""
+    found = CACHE.search(metrics)
+    labels = dict(LABEL.findall(found[1])) if found else {}
+    numbers = {key: int(labels[name]) if labels.get(name, "").isdigit() else None for key, name in SIZES.items()}
+    return {**numbers, "prefix_caching": labels.get("enable_prefix_caching")}
+
+
+async def about(client: Any) -> dict[str, Any]:
+    """The server's version and cache, as far as it tells."""
+    told = await client.get("/version")
+    version = told.json().get("version") if told.status_code == 200 else None
+    return {"vllm": version, **cache_of((await client.get("/metrics")).text)}
 
 
 def first_model(url: str) -> str:
@@ -148,25 +167,26 @@ def measure(
     """
     import httpx
 
-    async def everything() -> list[dict[str, Any]]:
-        rows = []
+    async def everything() -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
         limits = httpx.Limits(max_connections=None)
         try:
             async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+                server = await about(client)
                 for load in steps:
                     rows += await _load(client, model, load, rounds, side, seed, done)
         except httpx.TransportError as error:
             raise OSError(f"{url} does not answer: {error}; start it with `vtr serve`") from error
-        return rows
+        return {"server": server, "rows": rows}
 
-    about = {"model": model, "side": side, "rounds": rounds, "contenders": {k: list(v) for k, v in CONTENDERS.items()}}
-    return {**about, "rows": asyncio.run(everything())}
+    asked = {"model": model, "side": side, "rounds": rounds, "contenders": {k: list(v) for k, v in CONTENDERS.items()}}
+    return {**asked, **asyncio.run(everything())}
 
 
 async def _load(
     client: Any, model: str, load: Load, rounds: int, side: int, seed: int, done: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    draw = np.random.default_rng([seed, load.concurrency])
+    draw = np.random.default_rng([seed, load.concurrency, load.tokens])
     found: dict[str, list[Round]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds + 1):  # the first one warms up
         names = list(CONTENDERS)
@@ -194,15 +214,39 @@ def _row(name: str, load: Load, found: Sequence[Round], base: Sequence[float]) -
         "ttft_ms": {"median": statistics.median(ttft), "p90": float(np.percentile(ttft, 90))},
         "tpot_ms": {"median": statistics.median(tpot), "p90": float(np.percentile(tpot, 90))},
         "prompt_tokens": statistics.mean(n for one in found for n in one.prompt_tokens),
-        "kv_blocks": max(blocks, default=None),
+        "kv_blocks": max(blocks, default=0) or None,  # 0: over before it was looked at
     }  # fmt: skip
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Requests/s without reduction and what each policy makes of it, a line for each load, results side by side."""
+    several = [list(result["contenders"])[1:] for result in results]
+    heads = [
+        f"{result['model']}: req/s | {' | '.join(f'{name} ÷ none' for name in names)}"
+        for result, names in zip(results, several, strict=True)
+    ]
+    lines = [
+        f"| at a time × tokens | {' | '.join(heads)} |",
+        "|---|" + "--:|" * sum(len(names) + 1 for names in several),
+    ]
+    loads = dict.fromkeys((row["concurrency"], row["tokens"]) for row in results[0]["rows"])
+    for load in loads:
+        cells = []
+        for result in results:
+            for row in result["rows"]:
+                if (row["concurrency"], row["tokens"]) == load:
+                    gain = row["gain"]
+                    spread = f"{gain['median']:.2f} ({gain['low']:.2f}–{gain['high']:.2f})"
+                    cells.append(f"{row['per_second']:.1f}" if row["contender"] == "none" else spread)
+        lines.append(f"| {load[0]} × {load[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
     """A line for each load and contender."""
     return [
         [
-            str(row["concurrency"]), row["contender"], f"{row['per_second']:.2f}",
+            f"{row['concurrency']} × {row['tokens']}", row["contender"], f"{row['per_second']:.2f}",
             f"{row['gain']['median']:.2f} ({row['gain']['low']:.2f}–{row['gain']['high']:.2f})",
             f"{row['ttft_ms']['median']:.0f}", f"{row['ttft_ms']['p90']:.0f}", f"{row['tpot_ms']['median']:.1f}",
             f"{row['prompt_tokens']:.0f}", "—" if row["kv_blocks"] is None else str(row["kv_blocks"]),

@@ -2,8 +2,9 @@
 # Measures the committed figures again and writes them where they are kept.
 #   eval/measure.sh accuracy   on the pocket model: what policies keep (about two hours of two cores)
 #   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
-# Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
-# that are no longer shipped) and serve.json (vtr bench serve, beside a running vtr serve).
+#   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
+# Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own) and m3-before.json (weights
+# that are no longer shipped).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
@@ -45,8 +46,27 @@ cost() {
   vtr bench batch --json eval/results/batch.json
   vtr bench scale --out eval/results
 }
+serve() {
+  export PATH=${VTR_VLLM_VENV:-$PWD/.venv-vllm}/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+  export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+  python -m vtr.eval.servable "$runs/mid" --layers 6
+  behind serve pocket
+  behind serve-mid "$runs/mid" --served-model-name "random LLaVA-1.5 of 6 layers × 512" --num-gpu-blocks-override 64
+}
+behind() { # RESULT MODEL OPTIONS OF VLLM…: a server, the bench, the server's end
+  vtr serve "$2" -- --dtype float32 --enforce-eager --max-model-len 2048 --max-num-seqs 32 \
+    --no-enable-prefix-caching "${@:3}" > "$runs/$1.log" 2>&1 &
+  trap "kill $! 2> /dev/null || true" EXIT
+  until curl -sf http://127.0.0.1:8000/health > /dev/null; do
+    kill -0 $! || { tail "$runs/$1.log" >&2 && exit 1; }
+    sleep 1
+  done
+  vtr bench serve --json "eval/results/$1.json"
+  kill $! && wait $! || true
+}
 case ${1:-} in
   accuracy | cost) "$1" ;;
+  serve) serve && exit ;;
   *) grep '^# ' "$0" | cut -c3- && exit 2 ;;
 esac
 python -m vtr.eval.readme

@@ -1,4 +1,4 @@
-"""Plots of result files of the kinds policies, batch and scale; each takes the file's data and returns a figure."""
+"""Plots of result files: policies, batch, scale and serve; each takes the file's data and returns a figure."""
 
 from __future__ import annotations
 
@@ -90,4 +90,39 @@ def scale(result: Mapping[str, Any]) -> Figure:
             panel.plot(x, np.exp(middle + line["slope"] * (np.log(x) - np.log(x).mean())), color=f"C{number}", lw=1)
         panel.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="ms")
         panel.legend(fontsize=7)
+    return made
+
+
+def serve(result: Mapping[str, Any]) -> Figure:
+    """A server under each load: its rate over that without reduction, waiting times and cache blocks, by contender."""
+    made, panels = figure(2, 2, width=5.0)
+    rows = result["rows"]
+    loads = list(dict.fromkeys((row["concurrency"], row["tokens"]) for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    by = {(row["concurrency"], row["tokens"], row["contender"]): row for row in rows}
+    at, wide = np.arange(len(loads)), 0.8 / len(names)
+    what = ("gain", "ttft_ms", "tpot_ms", "kv_blocks")
+    titles = (
+        "requests per second ÷ without reduction",
+        "first token",
+        "each further token",
+        "cache blocks in use, most",
+    )
+    for panel, key, title, unit in zip(panels, what, titles, ("ratio, more is better", "ms", "ms", ""), strict=True):
+        for number, name in enumerate(names):
+            mine = [by[*load, name] for load in loads]
+            where = at + (number - (len(names) - 1) / 2) * wide
+            how = {"color": f"C{number}", "label": name}
+            if key == "kv_blocks":
+                panel.bar(where, [row[key] or 0 for row in mine], wide, **how)
+                continue
+            value = np.array([row[key]["median"] for row in mine])
+            panel.bar(where, value, wide, **how)
+            high = np.array([row[key]["high" if key == "gain" else "p90"] for row in mine])
+            low = np.array([row[key]["low"] for row in mine]) if key == "gain" else value
+            panel.errorbar(where, value, [value - low, high - value], fmt="none", color="k", capsize=2, lw=0.8)
+        panel.set_xticks(at, [f"{n} at a time\n{tokens} tokens" for n, tokens in loads], fontsize=8)
+        panel.set(title=title, ylabel=unit)
+    panels[0].axhline(1.0, color="k", lw=0.8)
+    panels[0].legend(fontsize=8)
     return made

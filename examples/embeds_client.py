@@ -29,7 +29,9 @@ def main(
     """Ask about one picture's embeddings."""
     picture = load_file(embeds)["image_embeds"]
     client = OpenAI(base_url=url, api_key="none")
-    said = client.chat.completions.create(model=model, messages=messages([picture], question), max_tokens=max_tokens)
+    said = client.chat.completions.create(
+        model=model, messages=messages([picture], question), max_tokens=max_tokens, temperature=0
+    )
     typer.echo(said.choices[0].message.content)
 
 

@@ -32,6 +32,7 @@ def main(
         model=model,
         messages=[{"role": "user", "content": content}],
         max_tokens=max_tokens,
+        temperature=0,
         extra_body={"vtr": policy},
     )
     typer.echo(said.choices[0].message.content)

@@ -147,6 +147,27 @@ def scale(seed: int = 0) -> dict[str, Any]:
     return {"note": NOTE, "model": SHAPE, "series": series}
 
 
+def serve(seed: int = 0) -> dict[str, Any]:
+    """Kind serve."""
+    rng = np.random.default_rng(seed)
+    contenders = {"none": ["none"], "fixed": ["m3:tokens=36"], "mixed": ["none", "m3:tokens=9"]}
+    rows = []
+    for at, answer in ((1, 16), (8, 16), (8, 128)):
+        for i, name in enumerate(contenders):
+            gain = 1.0 + 0.2 * i * float(rng.random())
+            rows.append(
+                {
+                    "contender": name, "concurrency": at, "requests": 8 * at, "tokens": answer,
+                    "per_second": 6 * gain, "gain": {"median": gain, "low": 0.97 * gain, "high": 1.04 * gain},
+                    "ttft_ms": {"median": 80 / gain, "p90": 140 / gain}, "tpot_ms": {"median": 6.5, "p90": 9.0},
+                    "prompt_tokens": [740.0, 190.0, 420.0][i], "kv_blocks": None if at == 1 else 12 * at // (i + 1),
+                }
+            )  # fmt: skip
+    server = {"vllm": "0.32.0", "blocks": 640, "block_size": 128, "prefix_caching": "False"}
+    about = {"note": NOTE, "model": "pocket (fixture)", "side": 192, "rounds": 3, "contenders": contenders}
+    return {**about, "server": server, "rows": rows}
+
+
 def engine_ratios(seed: int = 0) -> dict[str, Any]:
     """Kind engine: flat, as ``vtr bench engine --json`` writes it."""
     import torch
@@ -180,7 +201,8 @@ def peers(seed: int = 0) -> dict[str, Any]:
 
 
 MADE = {
-    "eval": evaluation, "policies": policies, "batch": batch, "scale": scale, "engine": engine_ratios, "peers": peers,
+    "eval": evaluation, "policies": policies, "batch": batch, "scale": scale, "serve": serve,
+    "engine": engine_ratios, "peers": peers,
 }  # fmt: skip
 
 
@@ -189,6 +211,7 @@ COMMANDS = {
     "policies": "vtr bench policies --json policies.json",
     "batch": "vtr bench batch --json batch.json",
     "scale": "vtr bench scale --json scale.json",
+    "serve": "vtr bench serve --json serve.json",
     "engine": "vtr bench engine --small --json engine.json",
     "peers": "vtr bench peers --json peers.json",
 }

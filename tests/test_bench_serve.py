@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from vtr.eval import bench_serve as bench
+from vtr.eval import plots
 from vtr.eval.bench_serve import CONTENDERS, Load
+
+from tests import result_files
+
+ROOT = Path(__file__).parents[1]
 
 
 class Stream:
@@ -55,7 +61,7 @@ class Server:
 
     async def get(self, path: str) -> Any:
         assert path == "/metrics"
-        blocks = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="200"} 1.0'
+        blocks = 'vllm:cache_config_info{block_size="16",enable_prefix_caching="False",num_gpu_blocks="200"} 1.0'
         text = blocks + '\nvllm:kv_cache_usage_perc{engine="0"} 0.25\n'
         return SimpleNamespace(text=text)
 
@@ -72,7 +78,42 @@ def test_a_load() -> None:
     assert none["gain"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert all(row["kv_blocks"] == 50 and row["ttft_ms"]["median"] > 0 and row["tpot_ms"]["median"] > 0 for row in rows)
     lines = bench.table({"rows": rows})
-    assert len(lines) == 3 and lines[0][:2] == ["2", "none"] and lines[0][-1] == "50"
+    assert len(lines) == 3 and lines[0][:2] == ["2 × 5", "none"] and lines[0][-1] == "50"
+
+
+def test_loads_do_not_share_pictures() -> None:
+    server = Server()
+    for load in (Load(2, 2, 1), Load(2, 2, 3), Load(1, 2, 1)):
+        asyncio.run(bench._load(server, "m", load, 1, 16, 0, lambda: None))
+    pictures = [request["messages"][0]["content"][0]["image_url"]["url"] for request in server.seen]
+    assert len(set(pictures)) == len(pictures) == 3 * 2 * 2 * len(CONTENDERS)
+
+
+def test_what_a_server_says_of_itself() -> None:
+    class Told(Server):
+        async def get(self, path: str) -> Any:
+            if path == "/version":
+                return SimpleNamespace(status_code=200, json=lambda: {"version": "0.32.0"})
+            return await super().get(path)
+
+    assert asyncio.run(bench.about(Told())) == {
+        "vllm": "0.32.0", "blocks": 200, "block_size": 16, "prefix_caching": "False",
+    }  # fmt: skip
+    assert bench.cache_of("nothing") == {"blocks": None, "block_size": None, "prefix_caching": None}
+
+
+def test_the_plot_has_a_bar_for_each_load_and_contender() -> None:
+    result = result_files.serve()
+    figure = plots.serve(result)
+    assert [len(axes.patches) for axes in figure.axes] == [len(result["rows"])] * 4
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(result["contenders"])
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert sorted(heights) == sorted(row["gain"]["median"] for row in result["rows"])
+
+
+def test_the_docs_have_the_measured_figures() -> None:
+    measured = [json.loads((ROOT / f"eval/results/{name}.json").read_text()) for name in ("serve", "serve-mid")]
+    assert bench.markdown(measured) in (ROOT / "docs/serving.md").read_text()
 
 
 def test_a_refusal_is_not_a_fast_answer() -> None:

@@ -152,11 +152,17 @@ def test_the_proxy_passes_on_and_says_when_nobody_is_there() -> None:
 
     seen: list[Any] = []
 
+    async def streamed() -> Any:
+        yield b'{"said": '
+        yield b'"so"}'
+
     def upstream(request: Any) -> Any:
         if request.url.path == "/health" and len(seen) > 1:
             raise httpx.ConnectError("nobody")
         seen.append((request.url.path, request.url.query, request.content))
-        return httpx.Response(200, json={"said": "so"}, headers={"x-kept": "1"})
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text="vllm:theirs 1\n")
+        return httpx.Response(200, content=streamed(), headers={"x-kept": "1"})
 
     async def both() -> list[Any]:
         app = proxy("http://upstream", 10, transport=httpx.MockTransport(upstream))
@@ -174,3 +180,4 @@ def test_the_proxy_passes_on_and_says_when_nobody_is_there() -> None:
     assert seen[0][:2] == ("/v1/chat/completions", b"a=1")
     assert json.loads(seen[0][2])["mm_processor_kwargs"] == {"vtr": "m3:tokens=9"}
     assert bad.status_code == 400 and gone.status_code == 503 and "vtr_requests_refused" in metrics.text
+    assert metrics.text.startswith("vllm:theirs 1")

@@ -81,10 +81,10 @@ def test_everything_is_on_the_page_and_nothing_is_fetched(site: Path) -> None:
     headings = [text for _, text in tree.all("h2")]
     assert headings == [
         "Leaderboard", "Accuracy against cost", "Accuracy by kind of question", "Cost of every policy",
-        "Mixed requests in one batch", "How cost grows", "The engine against its limit",
+        "Mixed requests in one batch", "How cost grows", "Behind a server", "The engine against its limit",
         "Against other implementations", "Measure again", "Limits of these numbers",
     ]  # fmt: skip
-    assert len(tree.all("h1")) == 1 and len(tree.all("table")) == 7
+    assert len(tree.all("h1")) == 1 and len(tree.all("table")) == 8
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "url(" not in text and "@import" not in text
     for link, _ in tree.all("a"):
         assert f'id="{(link["href"] or "")[1:]}"' in text
@@ -184,6 +184,20 @@ def test_what_writers_add_is_shown(tmp_path: Path) -> None:
     made = tables.of(read(tmp_path / "c.json"))[0]
     assert "of which these are the 1,771 that need the image, 3 more could not be read" in made.caption
     assert "(1,771 or more)" in " ".join(words.limits([read(tmp_path / "c.json")]))
+
+
+def test_a_servers_rates_are_shown(folder: Path) -> None:
+    data = json.loads((folder / "serve.json").read_text())
+    text = page.html([read(folder / "serve.json")])
+    shown = rows_of(text)
+    assert [row[:3] for row in shown] == [
+        [str(row["concurrency"]), str(row["tokens"]), row["contender"]] for row in data["rows"]
+    ]
+    gain = data["rows"][4]["gain"]
+    assert shown[4][4] == f"{gain['median']:.2f} {gain['low']:.2f}–{gain['high']:.2f}" and shown[4][8] == "48"
+    assert shown[0][4].startswith("1.00") and shown[0][8] == "–"
+    assert "vLLM 0.32.0, 640 blocks of 128 tokens" in text and "mixed: none, m3:tokens=9" in text
+    assert "same cores" in text
 
 
 def test_two_evals_keep_apart_and_policies_keep_their_colours(folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def test_what_is_started() -> None:
     assert "--trust-request-mm-kwargs" in command
     assert json.loads(command[command.index("--hf-overrides") + 1]) == {"vtr_default": "m3:tokens=36"}
     assert "--hf-overrides" not in server_command("m", "127.0.0.1", 8000, None, [])
+    pocket = server_command("pocket", "127.0.0.1", 8000, None, [])
+    assert pocket[pocket.index("--served-model-name") + 1] == "pocket" and "--served-model-name" not in command
     module, _, name = GATE.rpartition(".")
     assert hasattr(importlib.import_module(module), name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import vtr.eval.blind  # "diverse"
 from vtr.integrations.vllm import layouts
 from vtr.integrations.vllm.specs import (
     LONGEST,
@@ -74,6 +76,9 @@ def test_every_image_has_a_spec(value: Any, images: int, specs: list[str]) -> No
         ("globalcom2:retention=2", "must be a float"),
         ("fastv:keep=0.25,layer=2", '0.4 of the tokens over 10 layers.*globalcom2:retention=0.4,budget="exact"'),
         ("gsearch:schedule=[1.0,1.0,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5]", "retention=0.6,"),
+        ("gsearch", "use a policy before it, e.g. m3:tokens=36"),
+        ("pyramid", '0.438 of the tokens over 10 layers.*globalcom2:retention=0.4375,budget="exact"'),
+        ("diverse:keep=0.2,layer=2", "0.36 of the tokens over 10 layers.*retention=0.36,"),
         ("pmod", "retention=0.5"),
         ("dynamic-llava:keep=0.2,layer=2", "retention=0.36,"),
         ("uniform:keep=0.25", "use uniform:keep=0.25,before_decoder=true"),
@@ -92,6 +97,28 @@ def test_every_image_has_a_spec(value: Any, images: int, specs: list[str]) -> No
 def test_what_cannot_be_served_says_what_can(value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read(value, 2, 10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "share"),
+    [
+        ("fastv:keep=0.25,layer=2", 0.2969),
+        ("gsearch:schedule=llava-1.5-7b", None),
+        ("pyramid", 0.4688),
+        ("pmod", None),
+        ("dynamic-llava:keep=0.2,layer=16", 0.6),
+        ("diverse:keep=0.0625,layer=2", 0.1211),
+    ],
+)
+def test_the_suggestion_has_the_same_mean_budget(spec: str, share: float | None) -> None:
+    """On 32 layers, by what a row of 2880 tokens is counted as; docs/serving.md has these numbers."""
+    with pytest.raises(RequestError) as error:
+        spec_of(spec, 32)
+    found = re.search(r'globalcom2:retention=([\d.]+),budget="exact"; or run (\S+) with vtr', str(error.value))
+    assert found and found[2] == spec.split(":")[0]
+    entering = vtr.policy(spec).entering(32, 2880)
+    assert float(found[1]) == pytest.approx(sum(entering) / (32 * 2880), abs=1e-4)
+    assert share is None or float(found[1]) == pytest.approx(share, abs=1e-4)
 
 
 def test_no_file_is_looked_at(tmp_path: Path) -> None:

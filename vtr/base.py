@@ -254,7 +254,8 @@ class Policy:
         raise ValueError(f"{self.spec} leaves images as they are before the decoder")
 
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
-        """How many of a row's ``total`` vision tokens enter each decoder layer: ``prune`` is asked, with equal scores.
+        """How many of a row's ``total`` vision tokens enter each decoder layer: ``prune`` is asked, with equal scores
+        and hidden states.
 
         Raises:
             ValueError: it depends on more than their number.
@@ -265,10 +266,11 @@ class Policy:
         even = torch.zeros(total)
         for layer in range(num_hidden_layers):
             n = here
-            tokens = Tokens(
-                layer, num_hidden_layers, total, n, lambda name, n=n: even[:n].long(), even[:n],  # type: ignore[misc]
-                lambda n=n: even[:n], (n,), n,  # type: ignore[misc]
-            )  # fmt: skip
+
+            def field(name: str, n: int = n) -> torch.Tensor:
+                return even[:n, None] if name in ("hidden", "text") else even[:n].long()
+
+            tokens = Tokens(layer, num_hidden_layers, total, n, field, even[:n], lambda n=n: even[:n], (n,), n)  # type: ignore[misc]
             if self.asks("prune"):
                 kept = self.prune(layer, tokens)
                 here = n if kept is None else len(kept)

@@ -25,6 +25,7 @@ TITLES = {
     "policies": "Cost of every policy",
     "batch": "Mixed requests in one batch",
     "scale": "How cost grows",
+    "serve": "Behind a server",
     "engine": "The engine against its limit",
     "peers": "Against other implementations",
 }

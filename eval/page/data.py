@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 from vtr.eval import results
 
 T = TypeVar("T")
-LISTS = {"eval": "policies", "policies": "rows", "batch": "rows", "scale": "series", "engine": "", "peers": "rows"}
+LISTS = {
+    "eval": "policies", "policies": "rows", "batch": "rows", "scale": "series", "serve": "rows", "engine": "",
+    "peers": "rows",
+}  # fmt: skip
 """Kinds the page shows → the list that holds their rows (an engine's result is flat)."""
 BASELINES = ("none", "random", "uniform", "pool", "downsample")
 """Policies that anything better than chance has to beat."""

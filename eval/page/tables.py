@@ -71,6 +71,10 @@ def plain(value: float | None, scale: float = 1.0) -> Cell:
     return Cell("–") if value is None else Cell(number(value / scale), value / scale)
 
 
+def count(value: int | None) -> Cell:
+    return Cell("–") if value is None else Cell(f"{value:,}", value)
+
+
 def share(value: float | None) -> Cell:
     """A ratio as a percentage."""
     return Cell("–") if value is None else Cell(f"{100 * value:.1f}%", value)
@@ -252,6 +256,45 @@ def scale(result: Result) -> Table:
     return Table("scale", "How cost grows", columns, out, f"{result.model}; {result.machine}.")
 
 
+def serve(result: Result) -> Table:
+    """A server under load, policies in turns."""
+    columns = [
+        Column("at a time"),
+        Column("answer", note="tokens of each answer"),
+        Column("policy", numeric=False),
+        Column("requests/s", down=True),
+        Column("÷ none", down=True, note="requests/s over those without reduction in the same round; smallest–largest"),
+        Column("first token ms", note="median; 90th percentile"),
+        Column("ms/token", note="each further token: median; 90th percentile"),
+        Column("prompt tokens", note="mean"),
+        Column("cache blocks", note="most in use at a time"),
+    ]
+    gains = [row["gain"][k] for row in result.rows for k in ("low", "high")]
+    least, most = min([0.9, *gains]), max([1.1, *gains])
+    out = []
+    for row in result.rows:
+        gain = row["gain"]
+        art = plots.whisker(gain["median"], gain["low"], gain["high"], least, most, zero=1.0)
+        waits = [
+            Cell(number(row[k]["median"]), row[k]["median"], number(row[k]["p90"])) for k in ("ttft_ms", "tpot_ms")
+        ]
+        cells = [
+            count(row["concurrency"]),
+            count(row["tokens"]),
+            policy(row["contender"]),
+            plain(row["per_second"]),
+            Cell(f"{gain['median']:.2f}", gain["median"], f"{gain['low']:.2f}–{gain['high']:.2f}", art),
+            *waits,
+            plain(row["prompt_tokens"]),
+            count(row["kv_blocks"]),
+        ]
+        out.append(Row(cells, "", row["contender"] == "none"))
+    named = "; ".join(f"{name}: {', '.join(specs)}" for name, specs in result.data["contenders"].items())
+    server = result.data["server"]
+    about = f"vLLM {server['vllm']}, {server['blocks']} blocks of {server['block_size']} tokens"
+    return Table("serve", "Behind a server", columns, out, f"{named}. {result.model}; {about}; {result.machine}.")
+
+
 def engine(result: Result) -> Table:
     """How near the engine comes to its limit."""
     from vtr.eval import bench_engine
@@ -311,6 +354,7 @@ MAKERS = {
     "policies": (bench_policies,),
     "batch": (batch,),
     "scale": (scale,),
+    "serve": (serve,),
     "engine": (engine,),
     "peers": (peers,),
 }

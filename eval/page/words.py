@@ -139,6 +139,8 @@ def time_limits(found: Sequence[Result], kinds: set[str]) -> list[str]:
     )
     if kinds & {"policies", "batch", "scale", "engine"}:
         out.append("The benches run models with random weights where they say so: they show cost, never quality.")
+    if "serve" in kinds:
+        out.append("A server's rate includes its own work and the client's, which run on the same cores.")
     if "peers" in kinds:
         out.append("A peer's error is what its package said on this machine; it may run elsewhere.")
     return out

@@ -7,6 +7,7 @@ from typing import Any
 
 from vtr.integrations.vllm.specs import made_of
 
+REFUSED = "vtr_requests_refused_total"
 BUCKETS = (1, 4, 9, 16, 36, 64, 144, 256, 576, 1024, 2048, 4096)
 
 
@@ -20,7 +21,7 @@ def _collectors() -> tuple[Any, Any, Any] | None:
     return (
         Counter("vtr_vision_tokens_saved", "Vision tokens that policies took out before the decoder", ["policy"]),
         Histogram("vtr_vision_tokens", "Vision tokens per image that enter the decoder", ["policy"], buckets=BUCKETS),
-        Counter("vtr_requests_refused", "Requests the gateway refused", ["reason"]),
+        Counter(REFUSED, "Requests the gateway refused", ["reason"]),
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from vtr.integrations.vllm.gateway import Gateway
+from vtr.integrations.vllm.metrics import REFUSED
 
 DROPPED = {"host", "connection", "transfer-encoding", "content-length", "keep-alive", "te", "upgrade"}
 """Headers of one connection, not of the request."""
@@ -40,13 +41,14 @@ def proxy(upstream: str, depth: int, timeout: float = 600.0, transport: Any = No
         return StreamingResponse(_raw(got), got.status_code, kept)
 
     async def metrics(request: Request) -> Response:
-        from prometheus_client import generate_latest
+        from prometheus_client import REGISTRY, generate_latest
 
         try:
             theirs = (await client.get("/metrics")).text
         except httpx.HTTPError:
             theirs = ""
-        return PlainTextResponse(theirs + generate_latest().decode())
+        ours = REGISTRY.restricted_registry([REFUSED])  # not what every process counts: theirs has that already
+        return PlainTextResponse(theirs + generate_latest(ours).decode())
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:

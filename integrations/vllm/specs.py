@@ -142,6 +142,8 @@ def refusal(made: Policy, depth: int) -> str:
 
 def mean_keep(made: Policy, depth: int, tokens: int = 2880) -> float | None:
     """The mean over layers of the share of an image's tokens that enters, by its own account; None: unknown."""
+    if isinstance(made, GSearch) and len(made.schedule) != depth:
+        return None
     try:
         return sum(made.entering(depth, tokens)) / (depth * tokens)
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):

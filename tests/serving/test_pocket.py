@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm makes an environment with it")
 
 from transformers import AutoProcessor
 
 import vtr
+from tests.serving import broken
 from tests.serving.asked import STEPS, Asked, Said, mixed, reference, references, text_of
 from tests.serving.engine import engine
-from vtr.base import Layout
 from vtr.encode import encode
 
 NEVER = [4]
@@ -42,33 +40,7 @@ GREEDY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass
-class Short(vtr.Policy):
-    """Breaks its promise: one token too few, of pictures only (a rehearsal on nothing does not show it)."""
-
-    keep: int = 8
-
-    def kept_of(self, layout: Layout) -> int:
-        return self.keep
-
-    def compress(self, image: vtr.Image) -> torch.Tensor:
-        return torch.arange(self.keep - int(bool(image.features.any())))
-
-
-class Raising(Short):
-    def compress(self, image: vtr.Image) -> torch.Tensor:
-        assert not image.features.any(), "no such luck"
-        return torch.arange(self.keep)
-
-
-class Liar(Short):
-    def compress(self, image: vtr.Image) -> torch.Tensor:
-        return torch.arange(self.keep + 1)
-
-
-vtr.register_policy("test-short")(Short)
-vtr.register_policy("test-raising")(dataclass(Raising))
-vtr.register_policy("test-liar")(dataclass(Liar))
+broken.register()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +81,6 @@ def test_forty_eight_requests_in_one_run(llm: Any, expected: list[Said]) -> None
 
 
 def test_the_same_picture_under_two_policies_is_two_pictures(llm: Any) -> None:
-    """Negative control of cache identity: with one name for both, the second would get the first's tokens."""
     one, policies = (7, 140, 110), ["m3:tokens=9", "m3:tokens=36"]
     several = [Asked("what is there", (one, one), order) for order in (policies, policies[::-1], policies)]
     model, processor = vtr.pocket.load()
@@ -119,12 +90,27 @@ def test_the_same_picture_under_two_policies_is_two_pictures(llm: Any) -> None:
         assert len(out.prompt_token_ids) == wanted.length and wanted.same(out.outputs[0])
 
 
-@pytest.mark.parametrize("policy", ["test-short", "test-raising"])
+def test_names_without_policies_would_mix_them(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of cache identity: one name for a picture under two policies, and the answer is a wrong one."""
+    asked = Asked("what is there", ((8, 140, 110),) * 2, ["m3:tokens=9", "m3:tokens=36"])
+    model, processor = vtr.pocket.load()
+    vtr.patch(model)
+    wanted = reference(model, processor, asked, NEVER)
+    monkeypatch.setattr("vtr.integrations.vllm.processor.identity", lambda image, spec: f"one name {image}")
+    (out,) = said(llm, [asked])
+    assert len(out.prompt_token_ids) != wanted.length or not wanted.same(out.outputs[0])
+    monkeypatch.undo()
+    (out,) = said(llm, [asked])
+    assert len(out.prompt_token_ids) == wanted.length and wanted.same(out.outputs[0])
+
+
+@pytest.mark.parametrize("policy", list(broken.SAYS))
 def test_a_broken_promise_ends_that_request_alone(llm: Any, expected: Any, policy: str) -> None:
     bad = Asked("what is there", ((9, 96, 96),), policy)
     for _ in range(2):  # the second time caches would hand out what the first one left
         outs = said(llm, [REQUESTS[0], bad, REQUESTS[2]])
         assert [out.outputs[0].finish_reason for out in outs] == ["length", "error", "length"]
+        assert outs[1].outputs[0].stop_reason == broken.SAYS[policy]
         assert expected[0].same(outs[0].outputs[0]) and expected[2].same(outs[2].outputs[0])
 
 

@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,69 +17,17 @@ import openai
 
 import vtr
 import vtr.pocket
-from tests.serving import engine as settings
-from tests.serving.asked import STEPS, Asked, mixed, references
+from tests.serving.asked import Asked, mixed, references
+from tests.serving.server import Server, body, serving
 from tests.serving.test_pocket import NEVER, POLICIES, PROCESSOR, QUESTIONS, SIZES
 
 GOOD = mixed(POLICIES, SIZES, QUESTIONS, 16)
-MODEL = str(vtr.pocket.WEIGHTS)
-
-
-@dataclass
-class Server:
-    url: str
-    process: subprocess.Popen[bytes]
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    assert settings.os is os  # its environment: small, quiet, no hub
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), "--", "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "3000", "--max-num-seqs", "8", "--max-num-batched-tokens", "128"]
-    command += ["--limit-mm-per-prompt", '{"image": 3}']
-    log = (tmp_path_factory.mktemp("server") / "log").open("wb")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    made = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, "the server ended: " + Path(log.name).read_text()[-3000:]
-            try:
-                if made.get("/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(1)
-        else:
-            pytest.fail("the server did not come up: " + Path(log.name).read_text()[-3000:])
+    with serving(tmp_path_factory.mktemp("server")) as made:
         yield made
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def part(picture: Any) -> dict[str, Any]:
-    raw = io.BytesIO()
-    picture.save(raw, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def body(asked: Asked, **more: Any) -> dict[str, Any]:
-    content = [*map(part, asked.images()), {"type": "text", "text": asked.question}]
-    made = {
-        "model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": STEPS, "temperature": 0,
-        "logit_bias": {"4": -100},
-        # the pocket model's template leaves BOS to the tokenizer
-        "extra_body": {"ignore_eos": True, "min_tokens": STEPS, "add_special_tokens": True},
-    }  # fmt: skip
-    if asked.policy is not None:
-        made["extra_body"]["vtr"] = asked.policy
-    return {**made, **more}
 
 
 def bad(**extra: Any) -> dict[str, Any]:
@@ -137,6 +76,23 @@ def test_thirty_two_at_once_half_of_them_malformed(server: Server) -> None:
         assert message in got.message, (message, got.message)
     again = asyncio.run(all_of_them())  # the engine is alive, and says the same
     assert [a.choices[0].message.content for a in again[::2]] == [a.choices[0].message.content for a in answers[::2]]
+
+
+def test_the_gate_alone_in_front_of_it(server: Server, tmp_path: Path) -> None:
+    asked = Asked(QUESTIONS[0], ((2, 96, 96),), "m3:tokens=9")
+    with serving(tmp_path, "--upstream", server.url) as gate:
+        behind, through = (openai.OpenAI(base_url=s.url + "/v1", api_key="none", max_retries=0) for s in (server, gate))
+        said = through.chat.completions.create(**body(asked))
+        assert (
+            said.choices[0].message.content == behind.chat.completions.create(**body(asked)).choices[0].message.content
+        )
+        parts = list(through.chat.completions.create(**body(asked), stream=True))
+        assert len(parts) > 2
+        assert "".join(p.choices[0].delta.content or "" for p in parts) == said.choices[0].message.content
+        with pytest.raises(openai.BadRequestError, match="unknown policy 'nonsense'"):
+            through.chat.completions.create(**bad(vtr="nonsense"))
+        text = gate.get("/metrics").text
+        assert 'vtr_requests_refused_total{reason="policy"} 1.0' in text and "vllm:num_requests_running" in text
 
 
 def test_health_and_metrics(server: Server) -> None:

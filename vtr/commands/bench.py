@@ -218,20 +218,22 @@ def bench_serve(
     url: Annotated[str, typer.Option(help="the server, started by `vtr serve`")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="its name there; default: the first the server lists")] = None,
     small: Small = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+    json_file: Json = None,
+    out: Out = None,
     rounds: Annotated[int, typer.Option(min=1, help="timed rounds of each, after one that warms up")] = 3,
     side: Annotated[int, typer.Option(help="side of the pictures in pixels")] = 192,
     seed: Annotated[int, typer.Option(help="of the pictures")] = 0,
 ) -> None:
     """Show what policies change for a server under load: none, one fixed policy, and requests that choose.
 
-    Requests with a fresh picture each, 1, 8 and 32 under way at a time; the contenders take turns. `req/s` — finished
-    requests; `÷ none` — how many times as fast as no reduction in the same round (median, smallest–largest); TTFT —
-    until the first token; TPOT — for each further token; `KV` — most cache blocks in use (of vLLM's `/metrics`).
+    Requests with a fresh picture each, 1, 8 and 32 under way at a time with answers of 16 tokens, then 8 with 128; the
+    contenders take turns. `req/s` — finished requests; `÷ none` — how many times as many as without reduction in the
+    same round (median, smallest–largest); TTFT — until the first token; TPOT — for each further token; `KV` — most
+    cache blocks in use (of vLLM's `/metrics`).
 
     Examples:
 
-    * `vtr serve pocket -- --dtype float32 --max-model-len 3000` — first the server, in vLLM's environment
+    * `vtr serve pocket -- --dtype float32 --no-enable-prefix-caching` — first the server, in vLLM's environment
 
     * `vtr bench serve --small --json serve.json`
     """
@@ -239,19 +241,17 @@ def bench_serve(
 
     from vtr.cli import console, fail
     from vtr.eval import bench_serve as measure
-    from vtr.eval import results
 
     steps = measure.loads(small)
     try:
         name = model or measure.first_model(url)
         with tqdm(total=len(steps) * len(measure.CONTENDERS) * (rounds + 1), desc="bench serve", unit="round") as bar:
             body = measure.measure(url, name, steps, rounds, side, seed, lambda: bar.update())
-        if json_file is not None:
-            results.save(json_file, "serve", body, seed=seed)
+        write(body, "serve", json_file, out, seed, "cpu")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(error) from error
     columns = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
-    show(["at a time"], columns, measure.table(body), right=True)
+    show(["at a time × tokens"], columns, measure.table(body), right=True)
     for name, specs in measure.CONTENDERS.items():
         console.print(f"{name}: {', '.join(specs)}", highlight=False)
 

@@ -17,7 +17,10 @@ def server_command(model: str, host: str, port: int, default: str | None, rest: 
     """The command line of vLLM's server with the gate inside."""
     import json
 
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    from vtr.pocket import WEIGHTS
+
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(WEIGHTS), "--served-model-name", "pocket"] if model == "pocket" else ["--model", model]
     command += ["--host", host, "--port", str(port), "--middleware", GATE, "--trust-request-mm-kwargs"]
     command += ["--enable-prompt-tokens-details"]  # usage says how many image tokens a request had
     if default is not None:
@@ -64,7 +67,7 @@ def serve_command(
             raise OSError("vLLM is not installed here: see docs/serving.md, or name a server with --upstream")
     except (ValueError, OSError, ImportError) as error:
         raise fail(error) from error
-    command = server_command(folder, host, port, default, context.args)
+    command = server_command(model, host, port, default, context.args)
     console.print(" ".join(command), highlight=False, style="dim", soft_wrap=True)
     os.execve(sys.executable, command, {**os.environ, LAYERS_ENV: str(depth)})
 
