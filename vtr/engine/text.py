@@ -12,7 +12,9 @@ from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation, check_cache, is_ragged
 from vtr.engine.compat import cache_in, put_cache
 from vtr.engine.decode import Step, note_cache
-from vtr.engine.session import Request, Session, many_axes
+from vtr.engine.positions import many_axes
+from vtr.engine.request import Request
+from vtr.engine.session import Session
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
