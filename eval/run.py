@@ -267,7 +267,7 @@ def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     import statistics
 
     if not seconds:
-        raise ValueError("none of the samples to time can be used")
+        raise ValueError("none of the samples to time can be used: time more of them, or leave out --latency")
     return {"median": statistics.median(seconds) * 1e3, "low": min(seconds) * 1e3, "high": max(seconds) * 1e3}
 
 

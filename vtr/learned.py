@@ -198,7 +198,8 @@ class Learned(Policy):
             sizes = int(about["hidden_size"]), int(about["num_hidden_layers"])  # type: ignore[index]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
-                f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights"
+                f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights: "
+                "policy.save_pretrained(folder) notes them beside the settings"
             ) from error
         self.start(*sizes)
         assert self.module is not None and about is not None

@@ -62,7 +62,7 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> No
     """
     for row in rows:
         if row.length == 0:
-            raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros")
+            raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros, leave it out")
         p = row.policy
         if p is None:
             continue

@@ -258,7 +258,7 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
         raise TypeError(f"{who} must return a 1-D int64 tensor of kept indices, got {_short(answer)}")
     keep = answer.to(device, non_blocking=True).sort().values
     if len(keep) > count:
-        raise ValueError(f"{who} keeps {len(keep)} of {count} tokens")
+        raise ValueError(f"{who} keeps {len(keep)} of {count} tokens: answer with each index at most once")
     on_cpu = keep.device.type == "cpu" and len(keep) > 0  # elsewhere the check would make the device wait
     if on_cpu and (int(keep[0]) < 0 or int(keep[-1]) >= count or bool((keep[1:] == keep[:-1]).any())):
         raise ValueError(f"{who} must return distinct indices in [0, {count}), got {_short(answer)}")

@@ -80,7 +80,7 @@ def run(objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | P
         raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
     folder = Path(out)
     if not len(batches):
-        raise ValueError("there are no batches to train on")
+        raise ValueError("there are no batches to train on: give at least one")
     if isinstance(batches, DataLoader) and batches.batch_sampler is None:
         raise ValueError(
             "processes cannot share a DataLoader without batch_size: give it one, or pass a list of batches"

@@ -182,7 +182,7 @@ def train(
     per_epoch = math.ceil(len(data) / recipe.batch_size)
     steps = per_epoch * recipe.epochs
     if not steps:
-        raise ValueError("no data to train on")
+        raise ValueError("no data to train on: give (picture, question, answer) samples")
     told = {**asdict(recipe), "scales": list(recipe.scales), "samples": len(data)}
     optimizer = optimizer_of(model, recipe)
     first = _resumed(model, optimizer, out, told, resume)

@@ -80,11 +80,11 @@ def last(model: Any, inputs: Any, picture: Image.Image, row: int = 0, image: int
     Raises:
         ValueError: nothing was called yet, or the row has no such image, or it is a video.
     """
-    done, depth = report(model), inputs["input_ids"].shape[0]
-    if not 0 <= row < depth:
-        raise ValueError(f"row={row}, but the call had {depth} row(s)")
+    done, rows = report(model), inputs["input_ids"].shape[0]
+    if not 0 <= row < rows:
+        raise ValueError(f"row={row}, but the call had {rows} row(s), counted from 0")
     first_slot, layout = span_of(model, inputs, row, image)
-    return Shot(picture, layout, first_slot, done.rows[row], flops=done.flops if depth == 1 else 0)
+    return Shot(picture, layout, first_slot, done.rows[row], flops=done.flops if rows == 1 else 0)
 
 
 def span_of(model: Any, inputs: Any, row: int, image: int) -> tuple[int, Layout]:
