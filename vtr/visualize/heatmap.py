@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from vtr.base import SCORES, Policy, Scores, Tokens
+from vtr.base import SCORES, Policy, Scores
 from vtr.picture import image_spans, ranked_pixels, seen, views
 from vtr.visualize.look import SIDE, frame
 from vtr.visualize.shots import span_of
+from vtr.watch import Watch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
-
-
-@dataclass
-class Watch(Policy):
-    """Keeps everything and notes the attention every layer's vision tokens got in the layer before."""
-
-    queries: Scores = "text"
-    seen: list[np.ndarray] = field(default_factory=list)
-
-    def needs(self, layer: int) -> Scores | None:
-        return self.queries if layer else None
-
-    def prune(self, layer: int, tokens: Tokens) -> None:
-        if tokens.scores is not None:
-            self.seen.append(tokens.scores.float().cpu().numpy())
 
 
 def rankings(model: Any, inputs: Any, row: int = 0, queries: Scores = "text") -> np.ndarray:
@@ -44,7 +29,7 @@ def rankings(model: Any, inputs: Any, row: int = 0, queries: Scores = "text") ->
         row: which prompt of the batch. queries: whose attention: "text", "last", "text-max", "last-max".
 
     Raises:
-        ValueError: unknown queries; no text behind the image.
+        ValueError: unknown queries; no image in the row, or no text behind it.
     """
     if queries not in SCORES:
         raise ValueError(f"queries={queries!r}: choose one of {', '.join(map(repr, SCORES))}")
@@ -53,7 +38,9 @@ def rankings(model: Any, inputs: Any, row: int = 0, queries: Scores = "text") ->
     policies[row] = watch
     with torch.inference_mode():
         model(**inputs, policy=policies)
-    scores = np.stack(watch.seen)
+    if not watch.seen:
+        raise ValueError(f"row {row} has no vision tokens to rank: choose a row with an image")
+    scores = torch.stack([watch.seen[layer] for layer in sorted(watch.seen)]).numpy()
     return scores.argsort(1, kind="stable").argsort(1, kind="stable") / max(scores.shape[1] - 1, 1)
 
 
