@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -236,6 +236,21 @@ class Row:
         slots = torch.where(self.origin >= 0, self.origin + offset, self.origin) if offset else self.origin
         sources = self.sources and [Sources(s.slots + offset, s.made_of) for s in self.sources]
         return RowTrace(self.policy.spec if self.policy else None, slots, sources, original=self.original)
+
+
+class Passing(NamedTuple):
+    """Who of all rows passes a layer that some tokens go around.
+
+    Attributes:
+        through: int64 [t], packed indices. lengths, counts, alive: per row, the tokens that pass, the vision tokens
+            among them, and which ones these are. weights: [T] of all tokens, or None.
+    """
+
+    through: torch.Tensor
+    lengths: list[int]
+    counts: list[int]
+    alive: list[torch.Tensor | None]
+    weights: torch.Tensor | None
 
 
 def joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:

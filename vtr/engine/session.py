@@ -23,7 +23,7 @@ from vtr.engine.decode import answers, as_tensor
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.positions import Positions
 from vtr.engine.request import Request, check_rows, rows_of
-from vtr.engine.rows import Row, checked_keep, joined
+from vtr.engine.rows import Passing, Row, checked_keep, joined
 from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
 
@@ -268,7 +268,7 @@ class Session:
         self.trace.selector_flops += 2 * g.head_dim * (width * (n * g.kv_heads + g.heads) + g.heads * len(found))
         return found[-n:].index_select(0, row.vision)
 
-    def _route(self, index: int, hidden: torch.Tensor) -> Any:
+    def _route(self, index: int, hidden: torch.Tensor) -> Passing | None:
         if not any(row.count and row.policy is not None and row.policy.asks("route") for row in self.rows):
             return None
         through: list[torch.Tensor | None] = []
@@ -297,7 +297,7 @@ class Session:
         if all(p is None for p in through):
             return None
         packed = joined(through, before, hidden.device)
-        return packed, lengths, counts, alive, torch.cat(weights) if weighted else None
+        return Passing(packed, lengths, counts, alive, torch.cat(weights) if weighted else None)
 
     def _cached(self, index: int) -> list[int]:
         """Tokens each row already has in this layer's cache; empty when there are none."""
