@@ -1,5 +1,5 @@
 # `make demo` and `make test` set everything up by themselves: .venv, torch for this machine, the project.
-.PHONY: demo test results train clean
+.PHONY: demo test results costs train clean
 
 demo:
 	@.ci/setup .venv
@@ -9,10 +9,14 @@ test:
 	@.ci/setup .venv dev
 	.venv/bin/python -m pytest -m "not slow" -n auto
 
-# the table of the README (docs/results/budgets.md): accuracy, latency and FLOPs of policies at equal budgets
+# the committed figures again: what policies keep on the pocket model, and (on a machine that does nothing else) what they cost
 results:
 	@.ci/setup .venv
-	.venv/bin/python -m vtr.eval.budgets --out docs/results
+	eval/measure.sh accuracy
+
+costs:
+	@.ci/setup .venv
+	eval/measure.sh cost
 
 # train the pocket model again, from nothing (hours)
 train:

@@ -112,7 +112,7 @@ def _number(text: str) -> float | None:
 
 
 def relaxed(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
-    """ChartQA's relaxed accuracy (Masry et al., 2022, section 5.1): numbers within 5 %, other answers equal.
+    """ChartQA's relaxed accuracy (Masry et al., 2022): numbers within 5 %, other answers equal.
 
     As in pix2struct's ``relaxed_correctness``: percentages are fractions; a true answer of 0 must be met as text; case
     does not matter. The best of several answers counts.
@@ -144,7 +144,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
-    """One sample's part of ANLS (Biten et al., ICCV 2019, eq. 1): 1 − NL if NL < 0.5, else 0; the best answer counts.
+    """One sample's part of ANLS (Biten et al., ICCV 2019): 1 − NL if NL < 0.5, else 0; the best answer counts.
 
     NL is the edit distance over the longer text's length, case and runs of spaces aside. (Some scripts let NL = 0.5
     pass; the paper does not.)

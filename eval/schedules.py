@@ -290,6 +290,7 @@ def main(
     trials: Annotated[int, typer.Option(help="of P-Sigmoid, at each budget and start")] = 10,
     latency: Annotated[int, typer.Option(help="prompts timed at batch 1")] = 8,
     seed: Annotated[int, typer.Option(help="of questions and searches")] = 0,
+    test_seed: Annotated[int | None, typer.Option(help="of the held-out questions, if another")] = None,
     presets: Annotated[Path | None, typer.Option(help="also write the schedules as presets")] = None,
     states: Annotated[Path | None, typer.Option(help="folder for the searches' states: go on after a stop")] = None,
 ) -> None:
@@ -299,8 +300,8 @@ def main(
     model, processor = vtr.pocket.load()
     vtr.patch(model)
     on = Setup(
-        model, processor, pocket(calibration, "val", seed), pocket(n, "test", seed), tolerance, objective, queries,
-        seed, trials,
+        model, processor, pocket(calibration, "val", seed), pocket(n, "test", seed if test_seed is None else test_seed),
+        tolerance, objective, queries, seed, trials,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         found, seconds = searches(on, states or Path(scratch))
@@ -311,7 +312,8 @@ def main(
     lines, budgets = held_out(on, found, latency)
     groups = report.groups_of(on.held_out)
     body = {
-        "calibration": calibration, "questions": n, "tolerance": tolerance, "objective": objective, "queries": queries,
+        "calibration": calibration, "questions": n, "test_seed": test_seed, "tolerance": tolerance,
+        "objective": objective, "queries": queries,
         "search_seconds": seconds, "rankings": ranked, "costs": costs, "brute": brute,
         "lines": report.to_json(lines), "compared": comparisons(lines, groups, budgets),
         "schedules": {name: list(one) for name, one in found.items()},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import Any
 
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
 import vtr
+from tests.test_docs import commands_of, parse
 from vtr.cli import app
 from vtr.demo import same_budget, tokenize
 
@@ -92,6 +96,16 @@ def test_help_teaches() -> None:
         assert result.exit_code == 0
     assert "fastv" in run("list").output and "LLaVA-NeXT" in run("list").output
     assert "--compare" in run("run", "--help").output
+
+
+def test_every_help_has_an_example_that_parses() -> None:
+    for path, command in commands_of(typer.main.get_command(app)).items():
+        examples = re.findall(r"`(vtr [^`]+)`", (command.help or "").replace("\n", " "))
+        own = [one for one in examples if one.split()[1 : len(path) + 1] == list(path)]
+        assert own, f"vtr {' '.join(path)} --help shows no example"
+        for example in own:
+            if not re.search("[…&]", example):
+                parse(shlex.split(example)[1:])
 
 
 def test_run_and_compare(tmp_path: Any) -> None:

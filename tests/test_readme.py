@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import vtr
 from tests import tiny
@@ -39,3 +41,37 @@ def test_its_commands_files_and_policies_exist() -> None:
             assert spec.partition(":")[0] in vtr.list_policies()
         else:
             vtr.policy(spec.rstrip("`"))
+
+
+def test_the_landing_page_has_its_order() -> None:
+    """What and why, a picture, two commands, six lines, results, families and policies, limits; then the rest."""
+    marks = [
+        "side-by-side.png",
+        "make demo",
+        "vtr.patch(",
+        "<!-- vtr:table pocket -->",
+        "<!-- vtr:families -->",
+        "## Limits",
+    ]
+    at = [README.index(mark) for mark in marks]
+    assert at == sorted(at)
+
+
+def numbers_in(file: Path) -> int:
+    """How many numbers a file of weights holds; a policy's settings are counted where it has no other file."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            shapes = [opened.get_slice(name).get_shape() for name in names]
+        return sum(torch.Size(shape).numel() for shape in shapes)
+    return sum(map(len, json.loads(file.read_text())["settings"]["calibration"]))
+
+
+def test_the_table_of_shipped_weights_is_that_of_the_files() -> None:
+    rows = re.findall(r"^\| .+, `(vtr/pocket/\S+)` \| ([\d,]+) \| ([\d,.]+) \|$", README, re.M)
+    told = {file: (int(count.replace(",", "")), float(size.replace(",", ""))) for file, count, size in rows}
+    there = {str(file.relative_to(ROOT)) for file in (ROOT / "vtr" / "pocket").rglob("*.safetensors")}
+    assert there <= told.keys(), "weights that the table does not name"
+    for name, (count, size) in told.items():
+        assert numbers_in(ROOT / name) == count, name
+        assert round((ROOT / name).stat().st_size / 1000, 1) == size, name

@@ -18,26 +18,28 @@ from vtr.commands.search import search
 from vtr.commands.serve import PASSED_ON, serve_command
 from vtr.commands.train import train_command
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="Vision-token reduction for multimodal LLMs. Try: `vtr run --sample 2 --policy fastv:keep=0.05 --compare`",
-)
-app.add_typer(bench, name="bench")
-app.add_typer(search, name="search")
-app.command("page")(page_command)
-app.command("eval")(eval_command)
-app.command("convert")(convert_command)
-app.command("train")(train_command)
-app.command("encode")(encode_command)
-app.command("serve", context_settings=PASSED_ON)(serve_command)
+HELP = """Vision-token reduction for multimodal LLMs: fewer image tokens in the decoder, a policy per request.
+
+A policy is written `name:setting=value,…`, and two are joined by `+`: `fastv:keep=0.25,layer=2`,
+`m3:tokens=36`, `m3:tokens=144+fastv:keep=0.5`. Without `--model` the embedded pocket model answers, offline.
+
+* `vtr run --sample 2 --policy fastv:keep=0.05 --compare` — a first look
+
+* `vtr list` — which policies and models there are
+
+* `vtr eval --policies all --limit 40` — which policy keeps what
+
+* `python -m vtr.auto --help` — somebody else's script, unedited
+"""
+TRY, MEASURE, MAKE, SERVE = "Try", "Measure", "Find and train", "Serve"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", help=HELP)
 console = Console()
 
 
 @app.callback()
 def main() -> None:
-    """Vision-token reduction for multimodal LLMs."""
+    """Its help is HELP."""
 
 
 def fail(error: Exception) -> typer.Exit:
@@ -46,34 +48,7 @@ def fail(error: Exception) -> typer.Exit:
     return typer.Exit(1)
 
 
-@app.command("list")
-def list_command() -> None:
-    """Show the policies and model families there are."""
-    import dataclasses
-
-    import vtr
-    from vtr.engine.adapters import families
-    from vtr.registry import policy_class
-
-    table = Table("policy", "settings and defaults", "looks at the question", "what it does", title="Policies")
-    for name in vtr.list_policies():
-        cls = policy_class(name)
-        if cls is vtr.Chain:
-            continue
-        settings = ", ".join(f"{k}={v}" for k, v in cls().config().items())
-        guided = "yes" if cls.question_guided else "no"
-        doc = (cls.__doc__ or "").strip().split("\n\n")[0].replace("``", "")
-        assert dataclasses.is_dataclass(cls)
-        table.add_row(name, settings, guided, " ".join(doc.split()))
-    console.print(table)
-    console.print("Join policies with +, e.g. a compressor before the decoder and a pruner in it: [b]a:…+b:…[/]")
-    known = Table("family", "transformers classes", title="Model families")
-    for family, classes in families().items():
-        known.add_row(family, ", ".join(classes))
-    console.print(known)
-
-
-@app.command()
+@app.command(rich_help_panel=TRY)
 def run(
     image: Annotated[Path | None, typer.Argument(help="a picture file; leave out with --sample")] = None,
     question: Annotated[str | None, typer.Argument(help="what to ask about it")] = None,
@@ -83,7 +58,7 @@ def run(
         Path | None,
         typer.Option(help="write the picture with the kept tokens here (PNG, PDF, …; .gif: layer by layer)"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="a folder or hub name; default: the pocket model")] = None,
+    model: Annotated[str | None, typer.Option(help="a folder or hub name", show_default="the pocket model")] = None,
     sample: Annotated[int | None, typer.Option(help="use shipped sample picture 0, 1 or 2")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs; the median is shown")] = 5,
@@ -120,6 +95,41 @@ def run(
         console.print(f"kept tokens drawn to [bold]{show}[/]")
 
 
+@app.command("list", rich_help_panel=TRY)
+def list_command() -> None:
+    """Show the policies and model families there are.
+
+    Of every policy its settings with their defaults, and whether it looks at the question.
+
+    * `vtr list`
+    """
+    import dataclasses
+
+    import vtr
+    from vtr.engine.adapters import families
+    from vtr.registry import policy_class
+
+    table = Table("policy", "settings and defaults", "looks at the question", "what it does", title="Policies")
+    for name in vtr.list_policies():
+        cls = policy_class(name)
+        if cls is vtr.Chain:
+            continue
+        settings = ", ".join(f"{k}={v}" for k, v in cls().config().items())
+        guided = "yes" if cls.question_guided else "no"
+        doc = (cls.__doc__ or "").strip().split("\n\n")[0].replace("``", "")
+        assert dataclasses.is_dataclass(cls)
+        table.add_row(name, settings, guided, " ".join(doc.split()))
+    console.print(table)
+    console.print("Join policies with +, e.g. a compressor before the decoder and a pruner in it: [b]a:…+b:…[/]")
+    console.print(
+        "pmod and dynamic-llava need trained weights: [b]weights=FOLDER[/]; of the pocket model: weights=pocket"
+    )
+    known = Table("family", "transformers classes", title="Model families")
+    for family, classes in families().items():
+        known.add_row(family, ", ".join(classes))
+    console.print(known)
+
+
 def _table(rows: list[Any]) -> Table:
     from rich import box
 
@@ -145,6 +155,16 @@ def _table(rows: list[Any]) -> Table:
             f"{r.kv_bytes / 1024:.0f}",
         )
     return table
+
+
+app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
+app.add_typer(search, name="search", rich_help_panel=MAKE)
+app.command("eval", rich_help_panel=MEASURE)(eval_command)
+app.command("page", rich_help_panel=MEASURE)(page_command)
+app.command("train", rich_help_panel=MAKE)(train_command)
+app.command("convert", rich_help_panel=MAKE)(convert_command)
+app.command("serve", rich_help_panel=SERVE, context_settings=PASSED_ON)(serve_command)
+app.command("encode", rich_help_panel=SERVE)(encode_command)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ Seed = Annotated[int, typer.Option(help="of weights and prompts")]
 
 @bench.callback()
 def bench_main() -> None:
-    """Measure vtr itself, and what every policy costs. Try: `vtr bench engine --small`, `vtr bench policies --small`"""
+    """Measure vtr itself, and what every policy costs.
+
+    * `vtr bench policies --small` — prefill, first token, decoding, memory of each policy at equal budgets
+
+    * `vtr bench engine --small` — what vtr costs beside the model's own layers
+
+    * `vtr bench scale --small` — how cost grows
+    """
 
 
 @bench.command("engine")
@@ -224,7 +231,9 @@ def bench_serve(
 
     Examples:
 
-    * `vtr serve pocket -- --dtype float32 --max-model-len 3000 & vtr bench serve --small --json serve.json`
+    * `vtr serve pocket -- --dtype float32 --max-model-len 3000` — first the server, in vLLM's environment
+
+    * `vtr bench serve --small --json serve.json`
     """
     from tqdm import tqdm
 

@@ -35,7 +35,12 @@ POCKET = "pocket:split=val"
 
 @search.callback()
 def search_main() -> None:
-    """Find how many vision tokens each decoder layer of a model needs. Try: `vtr search gsearch --out schedule`"""
+    """Find how many vision tokens each decoder layer of a model needs.
+
+    * `vtr search gsearch --out schedule` — the cheapest schedule that loses (almost) nothing
+
+    * `vtr search psigmoid --budget 0.2 --measure flops --out schedule20` — the best for a budget
+    """
 
 
 @search.command("gsearch")

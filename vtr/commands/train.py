@@ -10,11 +10,11 @@ import typer
 
 def train_command(
     policy: Annotated[
-        str, typer.Argument(help="`pmod` or `dynamic-llava`, with settings, or `weights=` to go on from")
+        str, typer.Argument(help="`pmod` or `dynamic-llava`, with settings, or `weights=FOLDER` to go on from")
     ],
     data: Annotated[Path, typer.Argument(help='JSON lines: {"image": file, "question": …, "answer": …}')],
     out: Annotated[Path, typer.Argument(help="for `model/`, `policy/`, `log.jsonl` and the state to go on from")],
-    model: Annotated[str | None, typer.Option(help="a folder or hub name; default: the pocket model")] = None,
+    model: Annotated[str | None, typer.Option(help="a folder or hub name", show_default="the pocket model")] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="samples a process takes at a time")] = 4,
     accumulate: Annotated[int, typer.Option(min=1, help="batches per step")] = 1,
@@ -33,7 +33,9 @@ def train_command(
 
     * `vtr train pmod data.jsonl out --model llava-hf/llava-1.5-7b-hf --lr 2e-5 --policy-lr 2e-5 --mixed-precision bf16`
 
-    * `vtr train dynamic-llava:keep=0.2,width=32,heads=4,inner=64 data.jsonl out` (the pocket model)
+    * `vtr train dynamic-llava:keep=0.2,width=32,heads=4,inner=64 data.jsonl out` — the pocket model
+
+    * `vtr train pmod:weights=pocket data.jsonl out` — on from the shipped routers
     """
     from vtr.cli import console, fail
 

@@ -17,10 +17,11 @@ from vtr.registry import register_policy
 class ClsTop(Policy):
     """Of every tile, the tokens the vision tower's CLS token looks at most, before the decoder.
 
-    FasterVLM's rule (Zhang et al., arXiv 2412.01818): rank a tile's tokens by the attention [CLS] pays them in the
-    tower's last layer, keep the best at their places. Scores are :meth:`Image.cls_attention`'s, as GlobalCom²'s (towers
-    without a CLS token: its stand-in), and every tile gets the same share: no crop is worth more than another. Newline
-    tokens all stay. The question plays no part, and how many stay is known from the picture's size (:meth:`kept_of`).
+    FasterVLM's idea (Zhang et al., arXiv 2412.01818): rank a tile's tokens by how the tower's [CLS] looks at them, keep
+    the best at their places. Scores are :meth:`Image.cls_attention`'s, as GlobalCom²'s: of the last layer, before the
+    softmax, where FasterVLM averages the heads' probabilities (towers without a CLS token: GlobalCom²'s stand-in).
+    Every tile gets the same share: no crop is worth more than another. Newline tokens all stay. The question plays no
+    part, and how many stay is known from the picture's size (:meth:`kept_of`).
 
     Args:
         keep: tokens of each tile that stay: a ratio (float) of those that are there, or a count (int).

@@ -55,7 +55,7 @@ def _head(width: int) -> list[nn.Module]:
 
 
 class ImagePredictor(nn.Module):
-    """Hidden states of one image's tokens [b, n, hidden_size] → logits [b, n, 2], keep first (section 3.2)."""
+    """Hidden states of one image's tokens [b, n, hidden_size] → logits [b, n, 2], keep first."""
 
     def __init__(self, hidden_size: int, width: int, heads: int, inner: int, blocks: int) -> None:
         super().__init__()

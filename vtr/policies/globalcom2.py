@@ -102,8 +102,8 @@ class GlobalCom2(Policy):
     The thumbnail keeps its own best. Each crop keeps a share that grows with what the thumbnail sees in its place; its
     tokens are ranked by their own score plus the thumbnail's at that spot, each L2-normalised over the crop. Newline
     tokens all stay. Images without crops (LLaVA-1.5, frames of a video) follow the thumbnail's rule alone. Towers
-    without a CLS token are scored by dissimilarity to the mean token (the paper's variant for SigLIP; which layer it
-    takes is not known, ours is the projector's output). It never looks at the question.
+    without a CLS token are scored by dissimilarity to the mean token (the paper's variant for SigLIP, known from notes
+    about it alone; which layer it takes is not known, ours is the projector's output). It never looks at the question.
 
     Args:
         retention: share of the patches that stay, a float in (0, 1].

@@ -23,7 +23,7 @@ class GSearch(Policy):
 
     Tokens are ranked by the attention they got in the layer before (paper, Fig. 2). Which queries and heads the paper
     takes is not published; ``queries="text"`` is our choice. :func:`vtr.search.gsearch` and :func:`vtr.search.psigmoid`
-    find a schedule for a model; the paper's published ones are presets (:func:`vtr.schedule.presets`).
+    find a schedule for a model; those read off the paper's figures are presets (:func:`vtr.schedule.presets`).
 
     Args:
         schedule: one keep per decoder layer (:class:`~vtr.Schedule` or a list), the name of a preset

@@ -69,9 +69,9 @@ def _shrunk(layout: Layout, k: int) -> Layout:
 class Matryoshka(Policy):
     """Every image at a coarser scale: the projected tokens of each tile are averaged over square cells.
 
-    The paper's order: project, pool every tile (thumbnail and crops alike), put the crops together, cut the canvas back
-    to the picture's aspect ratio, a newline token behind every row that is left. Works on any weights (the paper's
-    training-free baseline) and is exact for weights trained with it.
+    The official code's order (the paper draws pooling before the projector): project, pool every tile (thumbnail and
+    crops alike), put the crops together, cut the canvas back to the picture's aspect ratio, a newline token behind
+    every row that is left. Works on any weights (the paper's training-free baseline); made for weights trained with it.
 
     Args:
         tokens: per tile, one of the grid's :func:`~vtr.image.scales` (576, 144, 36, 9, 1 for 24 × 24); a list gives

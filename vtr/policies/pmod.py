@@ -41,10 +41,10 @@ class Routers(nn.Module):
 class PMoD(Learned):
     """Mixture of depths with trained routers: the better tokens pass a layer, the others go around it and come back.
 
-    A layer's router reads the hidden states that enter it, w = 0.2 · tanh(router(h)) + 1 (TanhNorm, section 3.2), and
+    A layer's router reads the hidden states that enter it, w = 0.2 · tanh(router(h)) + 1 (TanhNorm), and
     the ⌊ratio · V⌋ tokens of largest w pass, at their original positions. Symmetric reweighting (STRing): of those that
     pass the MLP's output is scaled by w, of those that go around the whole hidden state; text is left alone. How many
-    pass falls with depth (PRD, section 3.3: :func:`vtr.schedule.progressive`). Decoded tokens pass every layer.
+    pass falls with depth (PRD: :func:`vtr.schedule.progressive`). Decoded tokens pass every layer.
 
     All of it is computed in the model's dtype. w saturates, and in bfloat16 it has some tens of distinct values, so
     ties are common. By default the lower slot passes. The official code leaves it to ``torch.topk`` over the whole row,

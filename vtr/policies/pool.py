@@ -56,8 +56,8 @@ class Pool(Policy):
     A token is the mean of the patches in its cell: of those that are there, where a canvas of crops is cut back to the
     picture. Rows of a canvas keep one newline token each (the mean of those of the rows pooled). Nothing is learned
     and the question plays no part; the prompt is really shorter, in every layer and in the cache.
-    Average pooling of a tile's grid is also how M3 makes its coarser scales (Cai et al., arXiv 2405.17430, section 3),
-    whose model is trained for it.
+    Average pooling of a tile's grid is also how M3 makes its coarser scales (Cai et al., arXiv 2405.17430), whose model
+    is trained for it.
 
     Args:
         grid: cells per side of a tile, or (rows, columns); at most the tile's own grid.

@@ -24,7 +24,7 @@ class Pyramid(Policy):
 
     Args:
         keeps: what stays from each stage on, a ratio of the original tokens (float) or a count (int).
-        layers: the decoder layer each stage begins with; None spreads them evenly (8, 16, 24 of 32, as in the paper).
+        layers: the decoder layer each stage begins with; None spreads them evenly (8, 16, 24 of 32: official code).
         positions: "reindex" numbers the tokens that stay contiguously after each stage (official code); "keep" leaves
             them their own positions, as FastV and G-Search do. The two do not give the same answers.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".

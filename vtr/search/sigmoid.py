@@ -39,8 +39,8 @@ def psigmoid(
     Args:
         budget: what may be spent, as a ratio to no reduction: of ``measure`` "keep" (mean share of vision tokens that
             enters a layer), "flops" (decoder prefill) or "kv" (cached tokens).
-        curve: a schedule found by :func:`gsearch`, whose fitted sigmoid is tried first; None: the paper's for
-            LLaVA-1.5-7B, stretched to this depth.
+        curve: a schedule found by :func:`gsearch`, whose fitted sigmoid is tried first; None: that of
+            LLaVA-1.5-7B, read off the paper's figure, stretched to this depth.
         trials: schedules tried in all. width: of them in a round, as rows of the same batch.
         model, data, objective, start, queries, batch_size, state, reuse, check_ranks: as for :func:`gsearch`.
 

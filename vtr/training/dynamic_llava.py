@@ -1,4 +1,4 @@
-"""The objective of Dynamic-LLaVA (arXiv 2412.00876, section 3.3): sequences stay whole, dropped tokens are only masked.
+"""The objective of Dynamic-LLaVA (arXiv 2412.00876): sequences stay whole, dropped tokens are only masked.
 
 Predictors decide by Gumbel-softmax with straight-through gradients; from their layer on, attention multiplies the
 exponentials of a masked key by 0 (but for its own query), which lets gradients reach both decisions. The loss is the

@@ -1,4 +1,4 @@
-"""Training with M3's objective: the mean of the cross-entropies at all nested scales (arXiv 2405.17430, section 3).
+"""Training with M3's objective: the mean of the cross-entropies at all nested scales (arXiv 2405.17430).
 
 :func:`train` is the recipe for any model vtr can patch; :func:`backward_batch` is its step, for loops of one's own;
 :func:`backward_nested` is the objective alone, which the embedded model's training uses as well.

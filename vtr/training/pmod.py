@@ -15,7 +15,7 @@ class PModTraining(nn.Module):
     """A patched model and the p-MoD policy that is trained into it, as one module, so that DDP sees both's weights.
 
     The method is the same in training and inference: each layer's router weighs tokens, the best pass, and gradients
-    reach the router only through the weights (arXiv 2412.04449, section 3.2). There is no auxiliary loss. Gradient
+    reach the router only through the weights (arXiv 2412.04449). There is no auxiliary loss. Gradient
     checkpointing must be of the non-reentrant kind.
 
     Args:

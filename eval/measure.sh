@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Measures the committed figures again and writes them where they are kept.
+#   eval/measure.sh accuracy   on the pocket model: what policies keep (about two hours of two cores)
+#   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
+# Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
+# that are no longer shipped) and serve.json (vtr bench serve, beside a running vtr serve).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PWD/.venv/bin:$PATH
+runs=runs/measure
+evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
+  local name=$1 limit=$2 specs
+  specs=$(IFS=';' && echo "${*:3}")
+  vtr eval -p "$specs" --limit "$limit" --processes 2 --out "$runs/$name"
+}
+accuracy() {
+  evaluate pocket 2000 all
+  cp "$runs/pocket/results.json" eval/results/pocket.json
+  evaluate scales 480 m3:tokens={36,9,1} globalcom2:retention={0.75,0.5,0.25,0.1} random:keep=0.1 uniform:keep=0.1 \
+    pool:grid=4 fastv:keep=0.1,layer=1
+  cp "$runs/scales/results.json" eval/results/scales.json
+  python -m vtr.eval.oracle "$runs/scales" -p "none;m3:tokens=36;m3:tokens=9;m3:tokens=1" --out docs/results
+  evaluate m3 480 m3:tokens={36,9,1} uniform:keep={0.25,0.0625,0.0069},layer=0
+  cp "$runs/m3/results.json" docs/results/m3-trained.json
+  python -m vtr.eval.kinds before=docs/results/m3-before.json trained=docs/results/m3-trained.json --out docs/results/m3
+  local contenders=()
+  for kept in 0.75 0.5 0.25 0.1; do
+    contenders+=("globalcom2:retention=$kept" "globalcom2:retention=$kept,temperature=Infinity")
+    contenders+=("random:keep=$kept,layer=0" "uniform:keep=$kept,layer=0")
+  done
+  evaluate globalcom2 240 "${contenders[@]}" fastv:keep={0.6875,0.375,0.0625} fastv:keep=0.02,layer=1 \
+    pool:grid={10,8,6,4} downsample:scale={0.87,0.71,0.5,0.32}
+  cp "$runs/globalcom2/results.json" docs/results/globalcom2.json
+  python -m vtr.eval.kinds docs/results/globalcom2.json --out docs/results/globalcom2
+  python -m vtr.eval.autoscale --out docs/results
+  python -m vtr.eval.schedules --out docs/results --n 2000 --test-seed 1 --presets vtr/presets/pocket.json
+  python -m vtr.eval.budgets --out docs/results
+  python -m vtr.eval.budgets --out docs/results/low --keep 0.02 --keep 0.01
+}
+cost() {
+  python -m vtr.eval.trained --out docs/results --listings 0 --timed 12
+  vtr bench engine --repeats 2 --json eval/results/engine.json
+  vtr bench policies --small --budget 0.5 --budget 0.25 --budget 0.1 --json eval/results/policies.json
+  vtr bench policies --shapes llava-next-mid --budget 0.25 --json eval/results/policies-anyres.json
+  vtr bench batch --json eval/results/batch.json
+  vtr bench scale --out eval/results
+}
+case ${1:-} in
+  accuracy | cost) "$1" ;;
+  *) grep '^# ' "$0" | cut -c3- && exit 2 ;;
+esac
+python -m vtr.eval.readme
