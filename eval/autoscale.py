@@ -96,15 +96,21 @@ def frontier(fixed: Sequence[tuple[float, float]], tokens: float) -> float:
 def measure(model: Any, processor: Any, rows: list[dict[str, Any]], timed: int) -> dict[str, Any]:
     """Everything the table and the plot show."""
     data = ((r["image"], r["question"], r["answer"]) for r in rows)
-    table = ask_all(model, processor, data, SCALES, max_new_tokens=2, total=len(rows), right=str.__eq__)
-    policies: dict[str, Any] = {f"m3:tokens={count}": vtr.Matryoshka(count) for count in SCALES[:-1]}
-    policies |= {"none": None} | {m: vtr.pocket.autoscale(m) for m in ("cascade", "router")}
-    ran = {name: run(model, processor, rows, p) for name, p in tqdm(policies.items(), desc="policies")}
-    fixed = [(float(ran[name][1].mean()), float(ran[name][0].mean())) for name in list(policies)[: len(SCALES)]]
+    spent = [0] * len(SCALES)
+
+    def note(step: int, report: vtr.Report) -> None:
+        spent[step] += report.flops
+
+    table = ask_all(model, processor, data, SCALES, max_new_tokens=2, total=len(rows), right=str.__eq__, note=note)
+    scales = [f"m3:tokens={count}" for count in SCALES[:-1]]  # the last is the whole picture: "none"
+    ran = {name: (table.right[:, i], table.tokens[:, i], float(spent[i])) for i, name in enumerate(scales)}
+    policies: dict[str, Any] = {"none": None} | {m: vtr.pocket.autoscale(m) for m in ("cascade", "router")}
+    ran |= {name: run(model, processor, rows, p) for name, p in tqdm(policies.items(), desc="policies")}
+    fixed = [(float(ran[name][1].mean()), float(ran[name][0].mean())) for name in (*scales, "none")]
     right, cost = table.right, table.tokens
     chosen = np.where(right.any(1), right.argmax(1), 0)
     oracle = (float(cost[np.arange(len(cost)), chosen].mean()), float(right.any(1).mean()))
-    seconds = times(model, processor, rows[:timed], policies)
+    seconds = times(model, processor, rows[:timed], {**{name: vtr.policy(name) for name in scales}, **policies})
     lines = []
     for name, (hits, tokens, flops) in ran.items():
         over = median_ratio(seconds["none"], seconds[name])

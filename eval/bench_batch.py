@@ -8,25 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from vtr.eval import bench_engine as engine
 from vtr.eval import midsize
-from vtr.eval.bench_engine import mixed, prefill, stairs
-from vtr.eval.bench_policies import spread
+from vtr.eval.bench_engine import Request, batch_runs, mixed, stairs
 from vtr.eval.interleave import in_turns, keep_freed_memory, median_ratio
 from vtr.eval.midsize import Size
+from vtr.eval.timing import milliseconds
 
 import vtr
 
 SIDES = {"small": 16, "cpu": 24}
 """Vision tokens per side of a picture on a CPU, where eight rows of the mid-size models' own would take hours."""
-
-Request = tuple[vtr.Policy | None, bool, int]
-"""Policy, whether there is an image, text tokens."""
 
 
 def choose(small: bool, device: str, dtype: str | None, repeats: int | None) -> tuple[Size, torch.dtype, int]:
@@ -57,22 +53,15 @@ def measure_mix(
     stock: Any, patched: Any, size: Size, requests: list[Request], repeats: int, seed: int, done: Callable[[], Any]
 ) -> dict[str, Any]:
     """One mix: milliseconds, and over what it is put beside."""
-    inputs = midsize.prompts(stock, size, [(image, text) for _, image, text in requests], seed)
-    policies = [policy for policy, _, _ in requests]
-    alone = [(midsize.row_of(inputs, b), policy) for b, policy in enumerate(policies)]
-    runs: dict[str, Callable[[], float]] = {
-        "padded": partial(prefill, stock, inputs),
-        "batch": partial(prefill, patched, inputs, policy=policies),
-        "rows": lambda: sum(prefill(patched, row, policy=policy) for row, policy in alone),
-    }
+    runs, inputs = batch_runs(stock, patched, size, requests, seed)
     times = in_turns(runs, repeats, done)
     rows, padded = (median_ratio(times["batch"], times[name]) for name in ("rows", "padded"))
     return {
-        "policies": ["none" if policy is None else policy.spec for policy in policies],
+        "policies": ["none" if policy is None else policy.spec for policy, _, _ in requests],
         "tokens": inputs["attention_mask"].sum(1).tolist(),
-        "ms": spread(times["batch"]),
-        "rows_ms": spread(times["rows"]),
-        "padded_ms": spread(times["padded"]),
+        "ms": milliseconds(times["batch"]),
+        "rows_ms": milliseconds(times["rows"]),
+        "padded_ms": milliseconds(times["padded"]),
         "over_rows": rows.value,
         "over_rows_low": rows.low,
         "over_rows_high": rows.high,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -90,8 +90,12 @@ def every_layer(layers: int) -> vtr.GSearch:
     return vtr.GSearch([round(1 - 0.9 * layer / (layers - 1), 4) for layer in range(layers)])
 
 
-def mixed(size: Size) -> list[tuple[vtr.Policy | None, bool, int]]:
-    """Eight requests as a server may get them together: policy, whether there is an image, text tokens."""
+Request = tuple[vtr.Policy | None, bool, int]
+"""Policy, whether there is an image, text tokens."""
+
+
+def mixed(size: Size) -> list[Request]:
+    """Eight requests as a server may get them together."""
     text = size.text_tokens
     return [
         (None, True, text),
@@ -168,20 +172,31 @@ def measure_prefill(bench: Bench, done: Callable[[], Any]) -> None:
         bench.ratios["pruned_over_limit_" + name] = median_ratio(times[name], times["limit_" + name])
 
 
-def measure_mixed(bench: Bench, done: Callable[[], Any]) -> None:
-    """Eight rows of different policies in one batch."""
-    requests = mixed(bench.size)
-    inputs = midsize.prompts(bench.stock, bench.size, [(image, text) for _, image, text in requests], bench.seed)
+def batch_runs(
+    stock: Any, patched: Any, size: Size, requests: Sequence[Request], seed: int
+) -> tuple[dict[str, Callable[[], float]], dict[str, torch.Tensor]]:
+    """Prefills of requests in one "batch", of their "rows" alone one after the other, and unpatched and "padded".
+
+    Returns:
+        The three runs, and the batch.
+    """
+    inputs = midsize.prompts(stock, size, [(image, text) for _, image, text in requests], seed)
     policies = [policy for policy, _, _ in requests]
     alone = [(midsize.row_of(inputs, b), policy) for b, policy in enumerate(policies)]
     runs: dict[str, Callable[[], float]] = {
-        "padded": partial(prefill, bench.stock, inputs),
-        "mixed": partial(prefill, bench.patched, inputs, policy=policies),
-        "rows": lambda: sum(prefill(bench.patched, row, policy=policy) for row, policy in alone),
+        "padded": partial(prefill, stock, inputs),
+        "batch": partial(prefill, patched, inputs, policy=policies),
+        "rows": lambda: sum(prefill(patched, row, policy=policy) for row, policy in alone),
     }
+    return runs, inputs
+
+
+def measure_mixed(bench: Bench, done: Callable[[], Any]) -> None:
+    """Eight rows of different policies in one batch."""
+    runs = batch_runs(bench.stock, bench.patched, bench.size, mixed(bench.size), bench.seed)[0]
     times = in_turns(runs, bench.repeats, done)
-    bench.ratios["mixed_over_rows"] = median_ratio(times["mixed"], times["rows"])
-    bench.ratios["mixed_over_padded"] = median_ratio(times["mixed"], times["padded"])
+    bench.ratios["mixed_over_rows"] = median_ratio(times["batch"], times["rows"])
+    bench.ratios["mixed_over_padded"] = median_ratio(times["batch"], times["padded"])
 
 
 # -- decode ------------------------------------------------------------------------------------------------------------

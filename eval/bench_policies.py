@@ -24,7 +24,7 @@ from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory, me
 from vtr.eval.midsize import Size
 from vtr.eval.peak_memory import cached_bytes, cuda_growth
 from vtr.eval.shapes import Shape
-from vtr.eval.timing import between, mark, now
+from vtr.eval.timing import between, mark, milliseconds, now
 
 import vtr
 
@@ -80,15 +80,6 @@ def choose(small: bool, device: str, shape: str | None = None) -> Setup:
     if small:
         return Setup(whole, served, (0.25,), size.repeats, size, decode_tokens=16)
     return Setup(whole, served, (0.5, 0.25, 0.1), size.repeats, size)
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest, in milliseconds."""
-    return {
-        "median": statistics.median(seconds) * 1e3,
-        "low": min(seconds) * 1e3,
-        "high": max(seconds) * 1e3,
-    }
 
 
 # -- one prompt --------------------------------------------------------------------------------------------------------
@@ -195,10 +186,10 @@ def measure_singles(
                 "budget": contender.budget,
                 "mean_keep": sum(tokens) / (len(tokens) * total),
                 "vision_tokens": tokens,
-                "prefill_ms": spread(texts[i]),
+                "prefill_ms": milliseconds(texts[i]),
                 "speed_up": asdict(median_ratio(texts[0], texts[i])),
-                "first_token_ms": spread(times[str(i)]),
-                "decode_ms": spread(decoded[str(i)]),
+                "first_token_ms": milliseconds(times[str(i)]),
+                "decode_ms": milliseconds(decoded[str(i)]),
                 "selector_ms": statistics.median(ms for _, ms in parts[i][1:]),
                 "flops_counted": counted,
                 "flops_closed": closed,

@@ -14,11 +14,10 @@ from tqdm import tqdm
 from vtr.eval import midsize
 from vtr.eval.bench_batch import facts
 from vtr.eval.bench_engine import prefill
-from vtr.eval.bench_policies import spread
 from vtr.eval.interleave import decode_in_turns, in_turns, keep_freed_memory
 from vtr.eval.midsize import LLAVA_7B, Size
 from vtr.eval.spend import at_budget
-from vtr.eval.timing import now
+from vtr.eval.timing import milliseconds, now
 
 import vtr
 
@@ -158,7 +157,7 @@ def measure(
         for axis in ("vision_tokens", "batch", "answer"):
             x, found = getattr(growth, axis)()
             for name, runs in found.items():
-                ms = [spread(seconds) for seconds in runs]
+                ms = [milliseconds(seconds) for seconds in runs]
                 fitted = slope(x, [point["median"] for point in ms])
                 series.append({"axis": axis, "policy": name, "x": x, "ms": ms, "slope": fitted})
     return {

@@ -76,22 +76,32 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def prompts(model: Any, size: Size, rows: Sequence[tuple[bool, int]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """A left-padded batch. Each row: whether it begins with an image, and how many text tokens follow."""
-    draw = torch.Generator().manual_seed(seed)
+def padded(
+    rows: Sequence[tuple[int, int]], vision_tokens: int, vocab_size: int, draw: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, padded on the left.
+
+    Args:
+        rows: how many images each begins with, and how many random text tokens follow. vision_tokens: of an image.
+    """
     ids = [
-        [IMAGE_ID] * (size.vision_tokens * has_image)
-        + torch.randint(FIRST_LETTER, size.vocab_size, (text,), generator=draw).tolist()
-        for has_image, text in rows
+        [IMAGE_ID] * (vision_tokens * images)
+        + torch.randint(FIRST_LETTER, vocab_size, (text,), generator=draw).tolist()
+        for images, text in rows
     ]
     width = max(map(len, ids))
-    out = {
+    return {
         "input_ids": torch.tensor([[PAD] * (width - len(row)) + row for row in ids]),
         "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
     }
-    images = sum(has_image for has_image, _ in rows)
-    if images:
-        pixels = torch.randn(images, 3, size.side * PATCH, size.side * PATCH, generator=draw)
+
+
+def prompts(model: Any, size: Size, rows: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A left-padded batch. Each row: how many images it begins with, and how many text tokens follow."""
+    draw = torch.Generator().manual_seed(seed)
+    out = padded(rows, size.vision_tokens, size.vocab_size, draw)
+    if count := sum(images for images, _ in rows):
+        pixels = torch.randn(count, 3, size.side * PATCH, size.side * PATCH, generator=draw)
         out["pixel_values"] = pixels.to(model.dtype)
     return {name: value.to(model.device) for name, value in out.items()}
 

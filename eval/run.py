@@ -20,6 +20,7 @@ from vtr.eval.interleave import in_turns, text_times
 from vtr.eval.journal import ROWS, Journal
 from vtr.eval.metrics import metric
 from vtr.eval.processes import Rank, cores, device_of, launched, shared_cores, spread
+from vtr.eval.timing import milliseconds
 
 from vtr.demo import load
 
@@ -255,20 +256,14 @@ def prefill_times(bench: Bench, source: Source, prompts: int) -> dict[str, dict[
                 }
                 for spec, times in in_turns(runs, REPEATS).items():
                     seconds[spec] += times
-    return {spec: _milliseconds(times) for spec, times in seconds.items()}
+    if not all(seconds.values()):
+        raise ValueError("none of the samples to time can be used: time more of them, or leave out --latency")
+    return {spec: milliseconds(times) for spec, times in seconds.items()}
 
 
 def _prefill(bench: Bench, inputs: Any, one: Contender, spans: list[float]) -> float:
     bench.model(**inputs, policy=one.policy, use_cache=True, logits_to_keep=1)
     return spans.pop()
-
-
-def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    import statistics
-
-    if not seconds:
-        raise ValueError("none of the samples to time can be used")
-    return {"median": statistics.median(seconds) * 1e3, "low": min(seconds) * 1e3, "high": max(seconds) * 1e3}
 
 
 def _save(body: dict[str, Any], settings: Settings, bench: Bench, out: Path) -> None:

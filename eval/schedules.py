@@ -198,7 +198,7 @@ def comparisons(
     return out
 
 
-def pareto(lines: Sequence[report.Line], budgets: Mapping[str, str], path: Path) -> None:
+def pareto(lines: Sequence[report.Line], path: Path) -> None:
     """Accuracy against FLOPs and against prefill latency."""
     made, panels = figure(2)
     for axis, label in zip(panels, ("decoder prefill FLOPs ÷ none", "prefill ms ÷ none"), strict=True):
@@ -324,7 +324,7 @@ def main(
     results.save(out / "schedules.json", "quality", body, seed=seed)
     text = markdown(body, lines, groups)
     (out / "schedules.md").write_text(text)
-    pareto(lines, budgets, out / "schedules.png")
+    pareto(lines, out / "schedules.png")
     if presets is not None:
         save_presets(found, presets, f"by {results.command()}")
     print(text)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from vtr.eval.midsize import FIRST_LETTER, IMAGE_ID, PAD, PATCH, Size, twin
+from vtr.eval.midsize import IMAGE_ID, PAD, PATCH, Size, padded, twin
 
 
 @dataclass(frozen=True)
@@ -169,16 +169,7 @@ def prompts(model: Any, shape: Shape, rows: Sequence[tuple[int, int]], seed: int
     if shape.family == "internvl" and any(images > 1 for images, _ in rows):
         raise ValueError("InternVL tells images by the text between them: give each row one image at most")
     draw = torch.Generator().manual_seed(seed)
-    ids = [
-        [IMAGE_ID] * (shape.vision_tokens * images)
-        + torch.randint(FIRST_LETTER, shape.text["vocab_size"], (text,), generator=draw).tolist()
-        for images, text in rows
-    ]
-    width = max(map(len, ids))
-    out = {
-        "input_ids": torch.tensor([[PAD] * (width - len(row)) + row for row in ids]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
-    }
+    out = padded(rows, shape.vision_tokens, shape.text["vocab_size"], draw)
     if count := sum(images for images, _ in rows):
         out |= pictures(shape, count, draw)
         out["pixel_values"] = out["pixel_values"].to(model.dtype)

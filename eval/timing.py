@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ def between(start: Any, end: Any) -> float:
         return end - start
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(seconds) * 1e3, "low": min(seconds) * 1e3, "high": max(seconds) * 1e3}
 
 
 def median_ms(run: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 1) -> float:

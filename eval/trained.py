@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +19,7 @@ from vtr.eval import equal_flops, results
 from vtr.eval import schedule_report as report
 from vtr.eval.interleave import decode_in_turns
 from vtr.eval.plots import figure
+from vtr.eval.timing import milliseconds
 
 import vtr
 from vtr.chat import encode
@@ -119,10 +119,7 @@ def decode_times(
     out: dict[str, dict[int, dict[str, float]]] = {}
     for name, times in seconds.items():
         parts = {length: times[max(0, length - WINDOW) : length] for length in lengths}
-        out[name] = {
-            length: {"median": 1e3 * median(part), "low": 1e3 * min(part), "high": 1e3 * max(part)}
-            for length, part in parts.items()
-        }
+        out[name] = {length: milliseconds(part) for length, part in parts.items()}
     return out
 
 

@@ -138,7 +138,10 @@ def _window(patches: Tensor, newlines: int, crops: tuple[int, int], side: int) -
     width = len(body) // height if height else 0
     top, left = (whole[0] - height) // 2, (whole[1] - width) // 2
     if not torch.equal(canvas[:, top : top + height, left : left + width].flatten(1).T, body):
-        raise UnsupportedError("this model lays out an image's crops in a way vtr does not know")
+        raise UnsupportedError(
+            "this model lays out an image's crops in a way vtr does not know: pass policy=None, or convert the "
+            "checkpoint to transformers' own LLaVA (`vtr convert`)"
+        )
     return top, left, height, width
 
 
@@ -193,7 +196,7 @@ class LlavaOriginal(Adapter):
         sizes = inputs.get("image_sizes") if stacked else None  # one tile an image: they are not read
         sizes = [None] * len(images) if sizes is None else sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
         if len(sizes) != len(images):
-            raise ValueError(f"{len(sizes)} image_sizes for {len(images)} images")
+            raise ValueError(f"{len(sizes)} image_sizes for {len(images)} images: give one for each")
         sizes = [None if size is None else (int(size[0]), int(size[1])) for size in sizes]
         made = [image_layout(kind, s, n, stacked, side) for s, n in zip(sizes, _tiles(images), strict=True)]
         return {IMAGE: made}

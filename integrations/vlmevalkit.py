@@ -48,7 +48,9 @@ class Vtr(BaseModel):
         super().__init__()
         self.settings, self.until, unknown = generation_settings({"do_sample": False, **settings})
         if unknown:
-            raise ValueError(f"no generation setting is called {', '.join(unknown)}")
+            raise ValueError(
+                f"no generation setting is called {', '.join(unknown)}: name those of transformers.GenerationConfig"
+            )
         self.chat_model = Chat(pretrained, policy, device, dtype)
 
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:

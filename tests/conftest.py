@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,3 +56,34 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     family, lm, attn = request.param.split("-")
     stock = getattr(tiny, family)(attn, lm=lm)
     return Pair(stock, vtr.patch(copy.deepcopy(stock)))
+
+
+@pytest.fixture
+def auto() -> Iterator[Any]:
+    """``vtr.auto``, switched on for one test."""
+    import vtr.auto
+
+    vtr.auto.disable()
+    vtr.auto.enable()
+    yield vtr.auto
+    vtr.auto.disable()
+
+
+@pytest.fixture(scope="session")
+def result_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result file of every kind, with made-up numbers; nobody writes into it."""
+    from tests import result_files
+
+    folder = tmp_path_factory.mktemp("results")
+    result_files.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(result_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The HTML page made of them."""
+    from vtr.eval import page
+
+    out = tmp_path_factory.mktemp("site")
+    page.write([result_folder], out)
+    return out / "index.html"

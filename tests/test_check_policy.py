@@ -309,15 +309,20 @@ def test_the_references_tell_a_wrong_choice_apart() -> None:
     """The masked model and the shorter prompt give other logits if one token is exchanged."""
     stock = tiny.llava()
     inputs = tiny.batch(stock, [["ab", tiny.IMAGE, "what"]])
-    vision = (inputs["input_ids"][0] == tiny.IMAGE_ID).nonzero().squeeze(1).tolist()
-    everything, depth = list(range(inputs["input_ids"].shape[1])), len(stock.get_decoder().layers)
+    prompt, depth = dense.row(stock, inputs), len(stock.get_decoder().layers)
+    vision, everything = prompt.slots, list(range(len(prompt.embeds)))
+
+    def masked(kept: list[int], renumber: bool = False) -> torch.Tensor:
+        return dense.run(stock, prompt, dense.Given([kept] * depth, renumber)).logits
+
+    def shorter(slots: list[int]) -> torch.Tensor:
+        return dense.run(stock, dense.Row(prompt.embeds[slots], prompt.vision[slots])).logits
+
     with torch.no_grad():
         want = stock(**inputs).logits[0]
-    torch.testing.assert_close(dense.masked(stock, inputs, [vision] * depth, vision, False), want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(dense.shorter(stock, inputs, everything), want, atol=1e-5, rtol=0)
-    one = dense.masked(stock, inputs, [vision[:9]] * depth, vision, False)[-1]
-    other = dense.masked(stock, inputs, [[*vision[:8], vision[9]]] * depth, vision, False)[-1]
+    torch.testing.assert_close(masked(vision), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shorter(everything), want, atol=1e-5, rtol=0)
+    one, other = masked(vision[:9])[-1], masked([*vision[:8], vision[9]])[-1]
     assert (one - other).abs().max() > 1e-3
-    closed = dense.masked(stock, inputs, [vision[:9]] * depth, vision, True)[-1]
     slots = [slot for slot in everything if slot not in vision[9:]]
-    torch.testing.assert_close(closed, dense.shorter(stock, inputs, slots)[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(masked(vision[:9], True)[-1], shorter(slots)[-1], atol=1e-5, rtol=0)

@@ -26,20 +26,6 @@ def run(*args: Any) -> Any:
     return CliRunner().invoke(app, ["page", *map(str, args)], env={"COLUMNS": "120"})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("results")
-    result_files.write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site")
-    page.write([folder], out)
-    return out / "index.html"
-
-
 class Tree(HTMLParser):
     """Checks that elements nest, and keeps (tag, attributes, text) of each in order."""
 
@@ -108,8 +94,8 @@ def test_headers_are_headers_and_every_column_sorts(site: Path) -> None:
     assert [attrs.get("aria-sort") for attrs, _ in heads[:3]] == [None, "descending", None]
 
 
-def test_the_leaderboard_shows_the_files_numbers(folder: Path, site: Path) -> None:
-    data = {row["policy"]: row for row in json.loads((folder / "eval.json").read_text())["policies"]}
+def test_the_leaderboard_shows_the_files_numbers(result_folder: Path, site: Path) -> None:
+    data = {row["policy"]: row for row in json.loads((result_folder / "eval.json").read_text())["policies"]}
     shown = rows_of(site.read_text())
     assert len(shown) == len(data)
     assert [row[0] for row in shown] == sorted(data, key=lambda spec: -data[spec]["accuracy"])
@@ -121,8 +107,8 @@ def test_the_leaderboard_shows_the_files_numbers(folder: Path, site: Path) -> No
     assert next(c for c in shown if c[0] == "none")[3:5] == ["–", "–"]
 
 
-def test_markdown_and_csv(folder: Path, tmp_path: Path) -> None:
-    result = run(folder, "--out", tmp_path, "--markdown", "--csv")
+def test_markdown_and_csv(result_folder: Path, tmp_path: Path) -> None:
+    result = run(result_folder, "--out", tmp_path, "--markdown", "--csv")
     assert result.exit_code == 0, result.output
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["index.html", "table.csv", "table.md"]
     lines = (tmp_path / "table.md").read_text().splitlines()
@@ -131,7 +117,7 @@ def test_markdown_and_csv(folder: Path, tmp_path: Path) -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     with (tmp_path / "table.csv").open() as file:
         rows = {row["policy"]: row for row in csv.DictReader(file)}
-    data = json.loads((folder / "eval.json").read_text())
+    data = json.loads((result_folder / "eval.json").read_text())
     for row in data["policies"]:
         mine = rows[row["policy"]]
         assert float(mine["accuracy"]) == row["accuracy"] and float(mine["gain"]) == row["gain"]
@@ -186,9 +172,9 @@ def test_what_writers_add_is_shown(tmp_path: Path) -> None:
     assert "(1,771 or more)" in " ".join(words.limits([read(tmp_path / "c.json")]))
 
 
-def test_a_servers_rates_are_shown(folder: Path) -> None:
-    data = json.loads((folder / "serve.json").read_text())
-    text = page.html([read(folder / "serve.json")])
+def test_a_servers_rates_are_shown(result_folder: Path) -> None:
+    data = json.loads((result_folder / "serve.json").read_text())
+    text = page.html([read(result_folder / "serve.json")])
     shown = rows_of(text)
     assert [row[:3] for row in shown] == [
         [str(row["concurrency"]), str(row["tokens"]), row["contender"]] for row in data["rows"]
@@ -200,11 +186,11 @@ def test_a_servers_rates_are_shown(folder: Path) -> None:
     assert "same cores" in text
 
 
-def test_two_evals_keep_apart_and_policies_keep_their_colours(folder: Path, tmp_path: Path) -> None:
+def test_two_evals_keep_apart_and_policies_keep_their_colours(result_folder: Path, tmp_path: Path) -> None:
     other = result_files.evaluation(seed=1)
     other |= {"model": "another", "policies": [row for row in other["policies"] if row["name"] in ("none", "pmod")]}
     results.save(tmp_path / "other.json", "eval", other, seed=1)
-    text = page.html([read(folder / "eval.json"), read(tmp_path / "other.json")])
+    text = page.html([read(result_folder / "eval.json"), read(tmp_path / "other.json")])
     headings = [text for _, text in Tree(text).all("h2")]
     assert headings.count("Leaderboard: pocket tasks, held out (fixture)") == 2
     colours = set(re.findall(r'class="mark (\w+)" data-name="pmod"', text))
@@ -331,8 +317,8 @@ def test_without_all_times_the_cheapest_is_by_flops() -> None:
     assert words.cheapest([row("fastv", -0.1, 1.0)]) is None
 
 
-def test_limits_follow_from_what_was_measured(folder: Path, tmp_path: Path) -> None:
-    found = [read(path) for path in sorted(folder.glob("*.json"))]
+def test_limits_follow_from_what_was_measured(result_folder: Path, tmp_path: Path) -> None:
+    found = [read(path) for path in sorted(result_folder.glob("*.json"))]
     text = " ".join(words.limits(found))
     for part in (
         "3.5 M parameters",
@@ -394,8 +380,8 @@ def test_numbers_are_written_as_one_reads_them() -> None:
 
 
 # -- gallery -----------------------------------------------------------------------------------------------------------
-def test_the_gallery_runs_the_pocket_model(folder: Path) -> None:
-    text = page.html([read(folder / "eval.json")], pictures=1, policies=["fastv:keep=0.05,layer=2"])
+def test_the_gallery_runs_the_pocket_model(result_folder: Path) -> None:
+    text = page.html([read(result_folder / "eval.json")], pictures=1, policies=["fastv:keep=0.05,layer=2"])
     images = [attrs for attrs, _ in Tree(text).all("img")]
     assert len(images) == 3  # the picture, kept crops, kept thumbnail
     assert all((attrs["src"] or "").startswith("data:image/webp;base64,") and attrs["alt"] for attrs in images)

@@ -11,26 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vtr.eval import page
-
-from tests import result_files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("results")
-    result_files.write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site")
-    page.write([folder], out)
-    return out / "index.html"
 
 
 PROBE = """<script>
@@ -98,7 +81,7 @@ def test_a_screenshot_shows_a_page(site: Path, tmp_path: Path, width: int, dark:
 
 
 @pytest.mark.parametrize("width", [1280, 820, 390])
-def test_it_fits_and_sorts(site: Path, folder: Path, tmp_path: Path, width: int) -> None:
+def test_it_fits_and_sorts(site: Path, result_folder: Path, tmp_path: Path, width: int) -> None:
     probed = tmp_path / "probed.html"
     probed.write_text(site.read_text().replace("</body>", PROBE))
     (tmp_path / "frame.html").write_text(FRAME.format(probed.name, width))
@@ -108,7 +91,7 @@ def test_it_fits_and_sorts(site: Path, folder: Path, tmp_path: Path, width: int)
     out = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert out["width"] == width and out["overflow"] == 0 and not out["clash"]
     assert out["text"] >= 10  # pixels
-    rows = json.loads((folder / "eval.json").read_text())["policies"]
+    rows = json.loads((result_folder / "eval.json").read_text())["policies"]
     cheap = sorted(row["gflops"] for row in rows)
     assert out["before"] == "descending"
     assert out["up"][:2] == ["ascending", None] and [float(v) for v in out["up"][2]] == cheap

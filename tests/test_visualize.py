@@ -193,3 +193,5 @@ def test_what_cannot_be_drawn_is_refused(pocket: Any, shots: list[visualize.Shot
         model(**text)
     with pytest.raises(ValueError, match="no image: choose a row with one"):
         visualize.last(model, text, picture)
+    with pytest.raises(ValueError, match="row 0 has no vision tokens to rank"):
+        visualize.rankings(model, text)

@@ -43,7 +43,8 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
             "m3:tokens=36 or globalcom2:retention=0.25"
         )
     inputs = processor(text=processor.image_token, images=[picture], return_tensors="pt").to(model.device)
-    row = (at := enter(model, inputs, made, inputs["input_ids"].shape[1])).session.rows[0]
+    at = enter(model, inputs, made, inputs["input_ids"].shape[1])
+    row = at.session.rows[0]
     return at.hidden[0].index_select(0, row.vision.to(at.hidden.device)).cpu()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +54,21 @@ def differing(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> l
 
     shared = [n for n in ours if n in theirs and "embed_tokens" not in n]
     return [n for n in shared if not all(map(same, ours[n], theirs[n]))]
+
+
+def misfits(
+    wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], called: Mapping[str, str] | None = None
+) -> list[str]:
+    """What keeps ``given`` tensors from being ``wanted`` ones: missing, unknown, of another shape; sorted.
+
+    Args:
+        called: what each of ``given`` is called in the messages; None: its key.
+    """
+    said = dict(zip(given, given, strict=True)) if called is None else called
+    wrong = [f"missing {name} {list(t.shape)}" for name, t in wanted.items() if name not in given]
+    wrong += [f"unknown {said[name]} {list(t.shape)}" for name, t in given.items() if name not in wanted]
+    both = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
+    return sorted(wrong + [f"{said[n]} is {list(given[n].shape)}, not {list(wanted[n].shape)}" for n in both])
 
 
 @dataclass(eq=False)
@@ -198,20 +213,13 @@ class Learned(Policy):
             sizes = int(about["hidden_size"]), int(about["num_hidden_layers"])  # type: ignore[index]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
-                f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights"
+                f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights: "
+                "policy.save_pretrained(folder) notes them beside the settings"
             ) from error
         self.start(*sizes)
         assert self.module is not None and about is not None
-        wanted = self.module.state_dict()
-        wrong = [f"missing {name} {list(t.shape)}" for name, t in wanted.items() if name not in tensors]
-        wrong += [f"unknown {name} {list(t.shape)}" for name, t in tensors.items() if name not in wanted]
-        wrong += [
-            f"{name} is {list(tensors[name].shape)}, not {list(t.shape)}"
-            for name, t in wanted.items()
-            if name in tensors and tensors[name].shape != t.shape
-        ]
-        if wrong:
-            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(sorted(wrong)))
+        if wrong := misfits(self.module.state_dict(), tensors):
+            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(wrong))
         self.module = self.module.to(next(iter(tensors.values())).dtype)
         self.module.load_state_dict(tensors)
         self.module.requires_grad_(False).eval()

@@ -21,6 +21,11 @@ HEAT = 0.72
 """How much of a heat map covers the picture."""
 
 
+def views(layout: Layout) -> list[str]:
+    """What there is to see of an image: the thumbnail, and the crops where there are any."""
+    return ["thumbnail", "crops"] if layout.crops != (0, 0) else ["thumbnail"]
+
+
 def _cells(layout: Layout, made_of: list[list[int]], tiles: str) -> np.ndarray:
     """Which token shows each patch of the thumbnail or of the crops' canvas: [height, width], -1 for none."""
     height, width = layout.grid
@@ -41,6 +46,13 @@ def _cells(layout: Layout, made_of: list[list[int]], tiles: str) -> np.ndarray:
     return grid
 
 
+def _of_pixels(cells: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """The entry of ``cells`` that each pixel of [height, width, …] lies in: [height, width]."""
+    rows = np.arange(pixels.shape[0]) * cells.shape[0] // pixels.shape[0]
+    columns = np.arange(pixels.shape[1]) * cells.shape[1] // pixels.shape[1]
+    return cells[rows[:, None], columns[None, :]]
+
+
 def _painted(picture: Image.Image, cells: np.ndarray, pooled: np.ndarray) -> np.ndarray:
     """The picture with dropped patches faded and pooled cells in their mean color; pixels follow the patch they lie in.
 
@@ -48,9 +60,7 @@ def _painted(picture: Image.Image, cells: np.ndarray, pooled: np.ndarray) -> np.
         pooled: [tokens], whether a token was made from several.
     """
     pixels = np.asarray(picture.convert("RGB"), float) / 255
-    rows = np.arange(pixels.shape[0]) * cells.shape[0] // pixels.shape[0]
-    columns = np.arange(pixels.shape[1]) * cells.shape[1] // pixels.shape[1]
-    cell = cells[rows[:, None], columns[None, :]]
+    cell = _of_pixels(cells, pixels)
     away = DIM if pixels.mean() < 0.5 else 0.0
     faded = pixels * (1 - DIM) + away
     size = np.bincount(cell[cell >= 0], minlength=len(pooled)).clip(1)
@@ -102,9 +112,7 @@ def ranked_pixels(picture: Image.Image, layout: Layout, ranks: np.ndarray, tiles
 
     cells = _cells(layout, [[i] for i in range(len(layout))], tiles)
     gray = np.asarray(picture.convert("L"), float) / 255
-    rows = np.arange(gray.shape[0]) * cells.shape[0] // gray.shape[0]
-    columns = np.arange(gray.shape[1]) * cells.shape[1] // gray.shape[1]
-    cell = cells[rows[:, None], columns[None, :]]
+    cell = _of_pixels(cells, gray)
     heat = colormaps["inferno"](ranks[cell])[..., :3]
     return np.where((cell < 0)[..., None], gray[..., None], HEAT * heat + (1 - HEAT) * gray[..., None])
 
@@ -143,7 +151,7 @@ def show_kept(
     counts = row.vision_tokens
     changes = [n for n in range(len(counts)) if n == 0 or counts[n] != counts[n - 1]]
     layers = layers or ([*changes[:3], changes[-1]] if len(changes) > 4 else changes)
-    kinds = ["thumbnail", "crops"] if layout.crops != (0, 0) else ["thumbnail"]
+    kinds = views(layout)
     picture = seen(picture, layout)
     height = 2.6 * len(kinds) + 0.5
     figure = Figure(figsize=(2.6 * (len(layers) + 1), height), layout="constrained")

@@ -16,12 +16,11 @@ from vtr.learned import Learned
 if TYPE_CHECKING:
     import torch
 
+    from vtr.engine.resolve import Tries
+
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
 POCKET = "pocket"
 """The name that stands for the folder of weights shipped for the embedded model."""
-
-if TYPE_CHECKING:
-    from vtr.engine.resolve import Tries
 
 _POLICIES: dict[str, type[Policy]] = {}
 _QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
@@ -79,7 +78,9 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
         given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
         found = _loaded(name, str(settings["weights"]), bool(settings.get("allow_mismatch", False)))
         if type(found) is not cls:
-            raise ValueError(f"{settings['weights']} holds a policy {found.name!r}, not {name!r}")
+            raise ValueError(
+                f"{settings['weights']} holds a policy {found.name!r}, not {name!r}: name a folder of that one's"
+            )
         made = build(name, {**found.config(), **given})
         made.share(found)  # type: ignore[attr-defined]
         return made
@@ -204,9 +205,11 @@ class Chain(Policy):
             self.recall = self._answers["remember"].recall  # type: ignore[method-assign]
         pruner = self._answers.get("prune")
         if "resolve" in self._answers and "compress" in self._answers:
-            raise ValueError("a policy that chooses the scale of pictures cannot act together with one that compresses")
+            raise ValueError(
+                "a policy that chooses the scale of pictures cannot act together with one that compresses: drop one"
+            )
         if "route" in self._answers and pruner is not None and pruner.question_guided:
-            raise ValueError("a policy that ranks by attention cannot act together with one that routes")
+            raise ValueError("a policy that ranks by attention cannot act together with one that routes: drop one")
 
     @property
     def question_guided(self) -> bool:  # type: ignore[override]

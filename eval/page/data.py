@@ -71,7 +71,9 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         found = sorted(path.glob("*.json")) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"{path} holds no result files (*.json)")
+            raise ValueError(
+                f"{path} holds no result files (*.json): name one that `vtr eval` or `vtr bench` wrote into"
+            )
         out += found
     return list(dict.fromkeys(out))
 

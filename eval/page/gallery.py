@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import vtr
 from vtr import demo
-from vtr.picture import image_spans, kept_pixels, seen
+from vtr.picture import image_spans, kept_pixels, seen, views
 
 POLICIES = ("fastv:keep=0.05,layer=2", "random:keep=37,layer=2", "uniform:keep=37,layer=2")
 """Shown where no result names policies that run on the pocket model: equal budgets."""
@@ -110,9 +110,8 @@ def keep(model: Any, processor: Any, inputs: Any, picture: Image.Image, answer: 
     row = vtr.report(model).rows[0]
     _, first, layout = image_spans(model, inputs)[0]
     last = len(row.vision_tokens) - 1
-    tiles = ["crops", "thumbnail"] if layout.crops != (0, 0) else ["thumbnail"]
     view = seen(picture, layout)
-    images = [embed(kept_pixels(view, layout, first, row, last, which)) for which in tiles]
+    images = [embed(kept_pixels(view, layout, first, row, last, which)) for which in reversed(views(layout))]
     return Kept(policy, said, said == answer, row.vision_tokens[last], row.total, images)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
+from vtr.eval.bench_engine import merged
 from vtr.eval.budgets import tokenize
 
 import vtr
@@ -47,7 +48,8 @@ def export(folder: Path, n: int, seed: int) -> list[dict[str, Any]]:
             picture.save(folder / files[id(picture)])
         inputs = tokenize(processor, [sample])
         end = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero().max()) + 1
-        tensors[str(i)] = merged(model, inputs)[0].contiguous()
+        with torch.inference_mode():
+            tensors[str(i)] = merged(model, inputs)[0].contiguous()
         entries.append(
             {
                 "question": sample["question"],
@@ -61,20 +63,6 @@ def export(folder: Path, n: int, seed: int) -> list[dict[str, Any]]:
     save_file(tensors, str(folder / "embeddings.safetensors"))
     language_model(model).save_pretrained(folder / "language_model")
     return entries
-
-
-@torch.inference_mode()
-def merged(model: Any, inputs: Any) -> torch.Tensor:
-    """The embeddings [1, length, hidden size] that enter the text model."""
-    seen: list[torch.Tensor] = []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    try:
-        model(**inputs, logits_to_keep=1)
-    finally:
-        hook.remove()
-    return seen[0]
 
 
 def language_model(model: Any) -> Any:

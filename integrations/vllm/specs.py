@@ -114,7 +114,7 @@ def _check_place(made: Policy, depth: int) -> None:
     if inside:
         raise RequestError(refusal(made, depth))
     if not made.asks("compress"):
-        raise RequestError(f"{made.spec} reduces nothing")
+        raise RequestError(f"{made.spec} reduces nothing: ask for {NONE!r}")
     if isinstance(made, GlobalCom2) and made.budget == "paper":
         raise RequestError(
             f"how many tokens {made.spec} leaves depends on the picture, and vLLM must know it before the picture is "

@@ -21,35 +21,16 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-SIDE, PATCH = 24, 4
+from vtr.testing.tiny import GRIDS, PATCH, SIDE
+
 WORDS = [
-    "what",
-    "which",
-    "where",
-    "how",
-    "many",
-    "color",
-    "shape",
-    "is",
-    "are",
-    "the",
-    "on",
-    "in",
-    "a",
-    "of",
-    "there",
-    "picture",
-    "circle",
-    "red",
-    "blue",
-    "one",
-    "two",
-    "three",
-]
+    "what", "which", "where", "how", "many", "color", "shape", "is", "are", "the", "on", "in", "a", "of", "there",
+    "picture", "circle", "red", "blue", "one", "two", "three",
+]  # fmt: skip
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>"]
 IDS = {word: i for i, word in enumerate(SPECIAL + WORDS)}
 NEVER = [4, 5, 6, 7, 8]
-PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [4 * SIDE, 4 * SIDE]]
+PINPOINTS = [*GRIDS, [4 * SIDE, 4 * SIDE]]
 TEMPLATE = (
     "{%- for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE {% elif part['type'] == 'text' %}"

@@ -14,7 +14,7 @@ import torch
 from vtr.base import Policy
 from vtr.convert.checkpoint import listed, read_config, read_tensors
 from vtr.convert.methods import POLICIES
-from vtr.learned import Learned
+from vtr.learned import Learned, misfits
 
 METHODS = tuple(POLICIES)
 TEXT = (
@@ -150,6 +150,28 @@ def _build(config: dict[str, Any], vision: Any, state: dict[str, torch.Tensor], 
     Raises:
         ValueError: tensors are missing, unknown or of another shape, or a setting has no counterpart.
     """
+    _check_settings(config)
+    model, words = _empty(config, vision), config["vocab_size"]
+    own = model.state_dict()
+    tower = next(k for k in own if k.endswith("class_embedding")).removesuffix("embeddings.class_embedding")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in state and len(state[name]) == words:
+            state[name] = torch.cat([state[name], state[name].new_zeros(1, state[name].shape[1])])
+    called = {_renamed(name, tower): name for name in state}
+    named = {name: state[theirs] for name, theirs in called.items()}
+    for name, t in own.items():  # behind the layer that features are taken from: some checkpoints leave it out
+        if "post_layernorm" in name and name not in named and config.get("mm_vision_select_layer", -2) != -1:
+            fill = torch.ones if name.endswith("weight") else torch.zeros
+            named[name] = fill(t.shape, dtype=next(iter(state.values())).dtype)
+            notes.append(f"{name} is not in the checkpoint; nothing reads it, so it is left neutral")
+    if wrong := misfits(own, named, called):
+        raise ValueError(f"the checkpoint does not fit a {type(model).__name__}: {listed(wrong)}")
+    model.load_state_dict(named, assign=True)
+    return model.eval()
+
+
+def _empty(config: dict[str, Any], vision: Any) -> Any:
+    """The transformers model on the meta device, its vocabulary longer by the image's placeholder."""
     from transformers import (
         LlamaConfig,
         LlavaConfig,
@@ -158,7 +180,6 @@ def _build(config: dict[str, Any], vision: Any, state: dict[str, torch.Tensor], 
         LlavaNextForConditionalGeneration,
     )
 
-    _check_settings(config)
     words = config["vocab_size"]
     text = LlamaConfig(
         **{name: config[name] for name in TEXT if config.get(name) is not None} | {"vocab_size": words + 1}
@@ -174,33 +195,8 @@ def _build(config: dict[str, Any], vision: Any, state: dict[str, torch.Tensor], 
     }
     with torch.device("meta"):
         if anyres(config):
-            model: Any = LlavaNextForConditionalGeneration(
-                LlavaNextConfig(image_grid_pinpoints=_grids(config), **common)
-            )
-        else:
-            model = LlavaForConditionalGeneration(LlavaConfig(**common))
-    own = model.state_dict()
-    tower = next(k for k in own if k.endswith("class_embedding")).removesuffix("embeddings.class_embedding")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in state and len(state[name]) == words:
-            state[name] = torch.cat([state[name], state[name].new_zeros(1, state[name].shape[1])])
-    named = {_renamed(name, tower): (name, t) for name, t in state.items()}
-    for name, t in own.items():  # behind the layer that features are taken from: some checkpoints leave it out
-        if "post_layernorm" in name and name not in named and config.get("mm_vision_select_layer", -2) != -1:
-            fill = torch.ones if name.endswith("weight") else torch.zeros
-            named[name] = (name, fill(t.shape, dtype=next(iter(state.values())).dtype))
-            notes.append(f"{name} is not in the checkpoint; nothing reads it, so it is left neutral")
-    wrong = [f"missing {name} {list(t.shape)}" for name, t in own.items() if name not in named]
-    wrong += [f"unknown {old} {list(t.shape)}" for name, (old, t) in named.items() if name not in own]
-    wrong += [
-        f"{old} is {list(t.shape)}, not {list(own[name].shape)}"
-        for name, (old, t) in named.items()
-        if name in own and own[name].shape != t.shape
-    ]
-    if wrong:
-        raise ValueError(f"the checkpoint does not fit a {type(model).__name__}: {listed(sorted(wrong))}")
-    model.load_state_dict({name: t for name, (_, t) in named.items()}, assign=True)
-    return model.eval()
+            return LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=_grids(config), **common))
+        return LlavaForConditionalGeneration(LlavaConfig(**common))
 
 
 def anyres(config: dict[str, Any]) -> bool:

@@ -35,9 +35,11 @@ from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.outer import install_outer
+from vtr.engine.positions import many_axes
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
+from vtr.engine.request import Request
 from vtr.engine.resolve import check_resolvable, resolve_rows
-from vtr.engine.session import Request, Session, many_axes
+from vtr.engine.session import Session
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace
 

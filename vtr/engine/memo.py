@@ -121,7 +121,9 @@ def shared_features(model: Any) -> Iterator[Shared]:
     """
     tower = model.get_encoder(modality="image")
     if not isinstance(tower, torch.nn.Module) or tower is model:
-        raise ValueError(f"{type(model).__name__} has no vision tower whose output could be shared")
+        raise ValueError(
+            f"{type(model).__name__} has no vision tower whose output could be shared: leave the block out"
+        )
     known = _blocks.get().get(id(tower))
     if known is not None:
         yield known

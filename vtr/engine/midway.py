@@ -90,7 +90,7 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     except _ReachedError as reached:
         call = {k: v for k, v in reached.call.items() if k != "hidden_states"}
         session: Session = call.pop("vtr_session")
-        session.stand(call)
+        session.positions.take_rope(call)
         return Midway(text, session, reached.hidden, 0, call)
     finally:
         handle.remove()

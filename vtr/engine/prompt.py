@@ -121,7 +121,10 @@ def assign_images(
     rows = [_images_of(queues, ids[row][is_vision[row]], row) for row in range(len(ids))]
     left = sum(map(len, queues.values()))
     if left:
-        raise ValueError(f"{left} images are left over after every row's placeholders are filled")
+        raise ValueError(
+            f"{left} images are left over after every row's placeholders are filled: tokenize text and images in one "
+            "processor call, and do not truncate"
+        )
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -238,6 +238,21 @@ class Row:
         return RowTrace(self.policy.spec if self.policy else None, slots, sources, original=self.original)
 
 
+class Passing(NamedTuple):
+    """Who of all rows passes a layer that some tokens go around.
+
+    Attributes:
+        through: int64 [t], packed indices. lengths, counts, alive: per row, the tokens that pass, the vision tokens
+            among them, and which ones these are. weights: [T] of all tokens, or None.
+    """
+
+    through: torch.Tensor
+    lengths: list[int]
+    counts: list[int]
+    alive: list[torch.Tensor | None]
+    weights: torch.Tensor | None
+
+
 def joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
     """Row-local indices (None = the whole row) as indices into the packed sequence."""
     out, start = [], 0
@@ -258,7 +273,7 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
         raise TypeError(f"{who} must return a 1-D int64 tensor of kept indices, got {_short(answer)}")
     keep = answer.to(device, non_blocking=True).sort().values
     if len(keep) > count:
-        raise ValueError(f"{who} keeps {len(keep)} of {count} tokens")
+        raise ValueError(f"{who} keeps {len(keep)} of {count} tokens: answer with each index at most once")
     on_cpu = keep.device.type == "cpu" and len(keep) > 0  # elsewhere the check would make the device wait
     if on_cpu and (int(keep[0]) < 0 or int(keep[-1]) >= count or bool((keep[1:] == keep[:-1]).any())):
         raise ValueError(f"{who} must return distinct indices in [0, {count}), got {_short(answer)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -22,30 +21,11 @@ from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.decode import answers, as_tensor
 from vtr.engine.layer_features import add_features, compress_features, take_features
-from vtr.engine.prompt import Prompt
-from vtr.engine.rows import Row, checked_keep, joined
+from vtr.engine.positions import Positions
+from vtr.engine.request import Request, check_rows, rows_of
+from vtr.engine.rows import Passing, Row, checked_keep, joined
 from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
-
-
-@dataclass(eq=False)
-class Request:
-    """What a call asked for, from the model's pre-hook to the text model's.
-
-    Attributes:
-        policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
-        queries_end: slots from here on were decoded, not asked.
-        generation: the running ``generate`` this forward is part of, or None.
-        captures: what policies want of the vision tower, or None.
-        offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
-    """
-
-    policies: list[Policy | None]
-    prompt: Prompt
-    queries_end: int
-    generation: Generation | None
-    captures: Captures | None = None
-    offset: int = 0
 
 
 class Session:
@@ -70,14 +50,11 @@ class Session:
     ) -> None:
         self.batch, self.logical = embeds.shape[:2]
         self.layers, self.state, self.trace, self.depth = layers, state, trace, len(windows)
-        self.clock, self.device, self.rotary, self.windows = Clock(embeds.device), embeds.device, rotary, windows
-        self.rows = _rows(request, self.batch, self.logical, valid)
-        self._check()
+        self.clock, self.device, self.windows = Clock(embeds.device), embeds.device, windows
+        self.rows = rows_of(request, self.batch, self.logical, valid)
+        check_rows(self.rows, layers is not None, self.depth, rotary)
+        self.positions = Positions(rotary, self.batch)
         self._scores: dict[int, torch.Tensor] = {}
-        self._rope: tuple[torch.Tensor, ...] = ()
-        self._positions: torch.Tensor = torch.empty(0)
-        self._shift = [0] * self.batch
-        """Per row: what earlier turns' renumbering cuts took off the positions of this layer."""
         self._reach = self.logical + (state.logical if state is not None else 0)
         self.generation: Generation | None = None
         self.lengths: list[list[int]] = []
@@ -87,27 +64,6 @@ class Session:
         self._adding = 0
         """Behind how many of the first layers something is added to vision tokens."""
         self._memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in self.rows]
-
-    def _check(self) -> None:
-        for row in self.rows:
-            if row.length == 0:
-                raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros")
-            p = row.policy
-            if self.layers is None and p is not None and p.renumbers and p.asks("remember"):
-                raise UnsupportedError(
-                    f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
-                )
-            if p is not None and p.renumbers and row.count and many_axes(self.rotary):
-                raise UnsupportedError(
-                    f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
-                    "let tokens keep theirs, e.g. pyramid:positions=keep"
-                )
-            ranks = p is not None and row.count and (p.question_guided or any(map(p.needs, range(self.depth))))
-            if ranks and not row.rankable:
-                raise ValueError(
-                    f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
-                    f"{p.spec!r}: put the question behind the image, or use a policy that needs no question"  # type: ignore[union-attr]
-                )
 
     # -- into the decoder ------------------------------------------------------------------------------------------
     def pack(
@@ -133,17 +89,7 @@ class Session:
             here = embeds[row.index].index_select(0, slots)
             at = position_ids[..., row.index, :].index_select(-1, slots)
             if row.layouts and row.policy is not None and row.policy.asks("compress"):
-                vision = row.vision
-                with self.clock:
-                    row.compress(here, captures)
-                compress_features(row, vision)
-                here = here.index_select(0, row.stay.to(device, non_blocking=True))
-                for local, features in row.pieces or []:
-                    here = here.index_copy(0, local.to(device, non_blocking=True), features)
-                if axes:
-                    at, row.dropped = row.carried(at.T).T, 0
-                else:
-                    at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt
+                here, at = self._compress(row, here, at, captures)
             if self.state is not None:
                 at = at - self.state.dropped[row.index]
             parts.append(here)
@@ -159,19 +105,36 @@ class Session:
             captures.flops = 0
         self.noted = [row.trace(self._offset) for row in self.rows]
         where = torch.cat(positions, -1)
-        self._positions = where if axes else where[None]
+        self.positions.ids = where if axes else where[None]
         return torch.cat(parts)[None], where[:, None] if axes else where[None]
+
+    def _compress(
+        self, row: Row, embeds: torch.Tensor, at: torch.Tensor, captures: Captures | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A row's embeddings [n, D] and positions [n] or [axes, n] → those of the row with its images shrunk."""
+        device, vision = embeds.device, row.vision
+        with self.clock:
+            row.compress(embeds, captures)
+        compress_features(row, vision)
+        embeds = embeds.index_select(0, row.stay.to(device, non_blocking=True))
+        for local, features in row.pieces or []:
+            embeds = embeds.index_copy(0, local.to(device, non_blocking=True), features)
+        if at.dim() == 2:
+            at, row.dropped = row.carried(at.T).T, 0
+        else:
+            at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt
+        return embeds, at
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
-        self.stand(kwargs)
+        self.positions.take_rope(kwargs)
         if hidden.device != self.device:
             self._move(hidden.device)
         if 0 < index <= self._adding:
             hidden = add_features(self.rows, index - 1, hidden)
-        if self.state is not None and self.state.shift[index] != self._shift:
-            self._step_down(self.state.shift[index], hidden)
+        if self.state is not None and self.state.shift[index] != self.positions.shift:
+            self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
         with self.clock:
             remembered = self._forget(index, hidden)
         hidden = self._select(hidden, remembered)
@@ -179,12 +142,12 @@ class Session:
             stay = self._prune(index, layer, hidden)
         hidden = self._select(hidden, stay)
         if stay is not None and any(row.lost for row in self.rows):
-            self._renumber(hidden)
+            self.positions.close_up(self.rows, hidden)
         if self.state is not None:
-            self.state.shift[index] = [old + row.lost for old, row in zip(self._shift, self.rows, strict=True)]
+            self.state.shift[index] = [old + row.lost for old, row in zip(self.positions.shift, self.rows, strict=True)]
         with self.clock:
             passes = self._route(index, hidden)
-        rope, positions, scale, routing = self._rope, self._positions, None, None
+        rope, positions, scale, routing = self.positions.rope, self.positions.ids, None, None
         lengths = [row.length for row in self.rows]
         counts, alive = [row.count for row in self.rows], [row.alive for row in self.rows]
         if passes is not None:
@@ -205,44 +168,20 @@ class Session:
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
 
-    def stand(self, kwargs: dict[str, Any]) -> None:
-        """Take rope of the packed tokens from what the text model hands its first layer."""
-        if not self._rope:
-            self._rope = kwargs["position_embeddings"]
-
     def _select(self, hidden: torch.Tensor, stay: torch.Tensor | None) -> torch.Tensor:
-        """The packed tokens that stay, and their rope and positions; None: all."""
+        """[1, T, D] of the packed tokens that stay, positions likewise; None: all."""
         if stay is None:
             return hidden
-        self._rope = tuple(t.index_select(1, stay) for t in self._rope)
-        self._positions = self._positions.index_select(1, stay)
+        self.positions.select(stay)
         return hidden.index_select(1, stay)
 
     def _move(self, device: torch.device) -> None:
         """The layers from here on are on another device: bring what indexes their tokens."""
         self.device = device
-        self._rope, self._positions = tuple(t.to(device) for t in self._rope), self._positions.to(device)
+        self.positions.to(device)
         self._scores = {row: found.to(device) for row, found in self._scores.items()}
         for row in self.rows:
             row.to(device)
-
-    def _step_down(self, shift: list[int], hidden: torch.Tensor) -> None:
-        """Positions of a layer at which earlier turns' renumbering cuts have taken ``shift`` off every row."""
-        by = torch.tensor([new - old for new, old in zip(shift, self._shift, strict=True)])
-        per_token = by.repeat_interleave(torch.tensor([row.length for row in self.rows]))
-        self._shift = shift
-        self._positions = self._positions - per_token.to(hidden.device, non_blocking=True)
-        self._rope = self.rotary(hidden, position_ids=self._positions)
-
-    def _renumber(self, hidden: torch.Tensor) -> None:
-        """Close up the positions of rows whose policy renumbers what a cut leaves."""
-        parts = list(self._positions.split([row.length for row in self.rows], 1))
-        for i, row in enumerate(self.rows):
-            if row.lost:
-                closed = torch.arange(row.length, device=hidden.device) + row.first.to(hidden.device) - self._shift[i]
-                parts[i] = closed[None]
-        self._positions = torch.cat(parts, 1)
-        self._rope = self.rotary(hidden, position_ids=self._positions)
 
     def _note(self, index: int, lengths: list[int], counts: list[int], alive: list[torch.Tensor | None]) -> None:
         for noted, count, kept in zip(self.noted, counts, alive, strict=True):
@@ -316,20 +255,20 @@ class Session:
     def _ahead(self, row: Row, index: int, layer: Any, hidden: torch.Tensor, here: slice) -> torch.Tensor:
         """What ``Tokens.ahead`` gives: float32 [vision tokens of the row]."""
         query, n, keys = row.queries("last"), row.length, None
-        positions = self._positions[0, here]
+        positions = self.positions.ids[0, here]
         window, known = self.windows[index], positions
         if past := self._cached(index):
             keys = self.layers[index].row(row.index, past[row.index])[0]  # type: ignore[index]
             if window is not None:
                 known = torch.cat([self.layers[index].positions(row.index, past[row.index]), positions])  # type: ignore[index]
         reach = None if window is None else Reach(positions.index_select(0, query), known, window)
-        rope = tuple(t[:, here] for t in self._rope)
+        rope = tuple(t[:, here] for t in self.positions.rope)
         found = ahead(layer, hidden[0, here], rope, query, keys, reach)
         g, width = self.trace.geometry, hidden.shape[-1]
         self.trace.selector_flops += 2 * g.head_dim * (width * (n * g.kv_heads + g.heads) + g.heads * len(found))
         return found[-n:].index_select(0, row.vision)
 
-    def _route(self, index: int, hidden: torch.Tensor) -> Any:
+    def _route(self, index: int, hidden: torch.Tensor) -> Passing | None:
         if not any(row.count and row.policy is not None and row.policy.asks("route") for row in self.rows):
             return None
         through: list[torch.Tensor | None] = []
@@ -358,7 +297,7 @@ class Session:
         if all(p is None for p in through):
             return None
         packed = joined(through, before, hidden.device)
-        return packed, lengths, counts, alive, torch.cat(weights) if weighted else None
+        return Passing(packed, lengths, counts, alive, torch.cat(weights) if weighted else None)
 
     def _cached(self, index: int) -> list[int]:
         """Tokens each row already has in this layer's cache; empty when there are none."""
@@ -401,15 +340,12 @@ class Session:
         index = torch.cat(chosen).to(self.device, non_blocking=True)
         made = copy.copy(self)
         made.rows = [self.rows[old].again(new, policy) for new, (old, policy) in enumerate(picks)]
-        made.batch, made._shift = len(picks), [0] * len(picks)
+        made.batch, made.positions = len(picks), self.positions.fork(index, len(picks))
         made._memos = [[{} for _ in row.decoded] for row in made.rows]
         made.clock, made.trace = Clock(self.device), Trace(self.trace.geometry)
         made.lengths, made.past, made.noted = [], [], [row.trace(self._offset) for row in made.rows]
         made._scores = {new: self._scores[old] for new, (old, _) in enumerate(picks) if old in self._scores}
-        if self._rope:
-            made._rope = tuple(t.index_select(1, index) for t in self._rope)
-            made._positions = self._positions.index_select(1, index)
-        made._check()
+        check_rows(made.rows, False, made.depth, made.positions.rotary)
         return made, index
 
     # -- out of the decoder ----------------------------------------------------------------------------------------
@@ -448,24 +384,5 @@ def _check_checkpointing(layer: Any) -> None:
         )
 
 
-def many_axes(rotary: Any) -> bool:
-    """Whether positions have several axes (M-RoPE)."""
-    return getattr(rotary, "mrope_section", None) is not None
-
-
 def _no_look_ahead() -> torch.Tensor:
     raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")
-
-
-def _rows(request: Request | None, batch: int, length: int, valid: torch.Tensor | None) -> list[Row]:
-    everything = torch.arange(length)
-    rows = []
-    for b in range(batch):
-        slots = everything if valid is None else valid[b].nonzero().squeeze(1)
-        if request is None:
-            rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], [], length))
-            continue
-        prompt = request.prompt
-        images = prompt.layouts[b], prompt.places[b]
-        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.queries_end))
-    return rows

@@ -12,7 +12,9 @@ from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation, check_cache, is_ragged
 from vtr.engine.compat import cache_in, put_cache
 from vtr.engine.decode import Step, note_cache
-from vtr.engine.session import Request, Session, many_axes
+from vtr.engine.positions import many_axes
+from vtr.engine.request import Request
+from vtr.engine.session import Session
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
@@ -152,14 +154,19 @@ def _checked(
         )
     past = cache.get_seq_length() if ragged else 0
     if past and len(cache.layers[0].place) != embeds.shape[0]:
-        raise ValueError(f"{embeds.shape[0]} rows for a cache of {len(cache.layers[0].place)}")
+        raise ValueError(
+            f"{embeds.shape[0]} rows for a cache of {len(cache.layers[0].place)}: go on with the rows it was filled "
+            "by, or start with a new cache"
+        )
     length, positions = embeds.shape[1], kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(past, past + length, device=embeds.device)[None]
     if axes:  # by hand, transformers gives those of all tokens there have been
         positions = (positions if positions.dim() == 3 else positions[None])[..., -length:]
     elif positions.dim() != 2:
-        raise UnsupportedError("position_ids with more than one axis per token are not supported by this adapter")
+        raise UnsupportedError(
+            f"this model's positions have one axis: pass position_ids as [rows, tokens], got {tuple(positions.shape)}"
+        )
     return None if mask is None else mask[:, -length:], positions, past
 
 

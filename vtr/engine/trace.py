@@ -30,7 +30,10 @@ class Geometry:
         heads = config.num_attention_heads
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
         if not all(linears):
-            raise UnsupportedError(f"the decoder layers of {type(text).__name__} hold no Linear modules to account for")
+            raise UnsupportedError(
+                f"the decoder layers of {type(text).__name__} hold no torch.nn.Linear, by which FLOPs are counted: "
+                "load a checkpoint whose quantization leaves them (or an unquantized one)"
+            )
         return cls(
             num_hidden_layers=len(text.layers),
             heads=heads,

@@ -17,7 +17,8 @@ from vtr.training.dynamic_llava import DynamicLLaVATraining, temperature
 
 from .join import ROUTER_LR, TEXT_KEEP, dynamic_step, new_policies, pmod_step
 from .language import make_batch
-from .optim import apply_gradients, ramp, set_lr
+from .optim import ramp
+from .stage import Figures, of_view, run_stage
 
 
 def fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float, long: bool) -> tuple[Any, Any]:
@@ -37,23 +38,18 @@ def fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float, long: bool) 
         torch.optim.AdamW(pmod.module.parameters(), ROUTER_LR, (0.9, 0.98), weight_decay=0.0),
         torch.optim.AdamW(dynamic.module.parameters(), lr, (0.9, 0.98), weight_decay=0.0),
     ]
-    first = ctx.resume("fit", model, optimizers, learnt)
-    rng = random.Random("train-" + ctx.stream_seed("fit", first))
-    for step in ctx.steps("fit", first, steps):
-        set_lr(optimizers, ramp(step, steps, 10, "cosine"))
+
+    def gradients(step: int, rng: random.Random) -> Figures:
         torch.manual_seed(step * 1009 + ctx.seed)  # the Gumbel noise
         batch = make_batch(rng, "train", pictures, listing=long)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        view = "pmod" if step % 4 == 0 else "dynamic"
-        if view == "pmod":
-            figures = pmod_step(model, pmod, batch)
-        else:
-            figures = dynamic_step(objective, batch, temperature(step / steps))
-        apply_gradients([p for p in learnt.parameters() if p.grad is not None], optimizers)
-        ctx.track(step, figures.pop("loss"), {f"{view}-{k}": v for k, v in figures.items()}, every=20)
-        if step % 40 == 0 or step == steps:
-            ctx.save("fit", step, model, optimizers, learnt)
+        if step % 4 == 0:
+            return of_view("pmod", pmod_step(model, pmod, batch))
+        return of_view("dynamic", dynamic_step(objective, batch, temperature(step / steps)))
+
+    run_stage(
+        "fit", ctx, model, steps, (list(learnt.parameters()), optimizers), gradients,
+        rate=lambda step: ramp(step, steps, 10, "cosine"), save_every=40, every=20, extra=learnt,
+    )  # fmt: skip
     objective.remove()
     return pmod, dynamic
 

@@ -8,7 +8,6 @@ long answer of `listing`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +22,8 @@ from vtr.training.m3 import backward_nested
 from .language import LISTING, Batch, choose_view, embed_pictures, make_batch, project, shorten, students
 from .model import BOS, answer_states
 from .nest import SCALES, at_scale
-from .optim import apply_gradients, ramp, set_lr
+from .optim import ramp
+from .stage import Figures, of_view, run_stage
 
 EARLY = {"full": 0.2, "nest": 0.3, "prune": 0.5}  # until long answers are learnt: cheap steps
 VIEWS = {"full": 0.1, "nest": 0.3, "prune": 0.12, "pmod": 0.24, "dynamic": 0.24}
@@ -39,7 +39,6 @@ def new_policies(model: Any) -> tuple[PMoD, DynamicLLaVA]:
 
 
 # -- the loss of a step ------------------------------------------------------------------------------------------------
-Figures = dict[str, float]
 
 
 def loss_of(model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Figures]:
@@ -138,32 +137,29 @@ def train_join(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower
     ]
     optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0))
     params += list(extra.parameters())
-    first = ctx.resume("join", model, optimizers, extra)
     objective = DynamicLLaVATraining(model, dynamic, TEXT_KEEP)
-    rng = random.Random("train-" + ctx.stream_seed("join", first))
-    views: dict[str, Callable[[Batch, float], Figures]] = {
-        "full": lambda batch, done: plain_step(model, batch, "full", rng),
-        "prune": lambda batch, done: plain_step(model, batch, "prune", rng),
-        "nest": lambda batch, done: nested_step(model, batch),
-        "pmod": lambda batch, done: pmod_step(model, pmod, batch),
-        "dynamic": lambda batch, done: dynamic_step(
-            objective, batch, temperature(max(0.0, done - EARLY_PART) / (1 - EARLY_PART))
-        ),
-    }
-    for step in ctx.steps("join", first, steps):
-        set_lr(optimizers, ramp(step, steps, 30, "linear"))
+
+    def gradients(step: int, rng: random.Random) -> Figures:
         shared = random.Random(f"join-{ctx.seed}-{step}")  # the same for all workers
         odds = EARLY if step < EARLY_PART * steps else VIEWS
         view = shared.choices(list(odds), list(odds.values()))[0]
         torch.manual_seed(shared.getrandbits(40) + ctx.rank)  # the Gumbel noise
         batch = make_batch(rng, "train", pictures, listing=True)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        figures = views[view](batch, step / steps)
-        apply_gradients(params, optimizers)
-        ctx.track(step, figures.pop("loss"), {f"{view}-{k}": v for k, v in figures.items()}, every=25)
-        if step % 50 == 0 or step == steps:
-            ctx.save("join", step, model, optimizers, extra)
+        if view == "nest":
+            figures = nested_step(model, batch)
+        elif view == "pmod":
+            figures = pmod_step(model, pmod, batch)
+        elif view == "dynamic":
+            late = max(0.0, step / steps - EARLY_PART) / (1 - EARLY_PART)
+            figures = dynamic_step(objective, batch, temperature(late))
+        else:
+            figures = plain_step(model, batch, view, rng)
+        return of_view(view, figures)
+
+    run_stage(
+        "join", ctx, model, steps, (params, optimizers), gradients,
+        rate=lambda step: ramp(step, steps, 30, "linear"), save_every=50, extra=extra,
+    )  # fmt: skip
     objective.remove()
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from . import listing as L
 from . import scenes as S
 from .model import EOS, IDS, PAD, VOCAB, answer_states, encode, pack, pixels_of, see, tower_of
-from .optim import Muon, average_gradients, descend, ramp, set_lr
+from .optim import Muon, average_gradients, ramp, set_lr
+from .stage import Figures, run_stage
 
 QUESTIONS = 24  # per picture
 LISTING = len(S.TYPES)  # the kind of a long answer's tokens
@@ -279,28 +280,24 @@ def train_lm(
     tower: learning rate of the vision tower relative to lr (0: frozen). horizon: number of steps the learning rate
     is laid out for, when the stage stops before its decay is over.
     """
-    params, optimizers = students(model, lr, tower)
-    first = ctx.resume(mode, model, optimizers)
-    rng = random.Random("train-" + ctx.stream_seed(mode, first))
-    for step in ctx.steps(mode, first, steps):
-        set_lr(optimizers, ramp(step, horizon or steps, 30, "linear"))
+
+    def gradients(step: int, rng: random.Random) -> Figures:
         view = choose_view(mode, random.Random(f"{mode}-{ctx.seed}-{step}"))  # the same for all workers
         batch = make_batch(rng, "train", pictures, ILLEGIBLE if view[0] == "thumbnail" else None)
-        tokens, where, start = shorten(
-            embed_pictures(model, batch, tower > 0, view[0] == "thumbnail"), batch, view, rng
-        )
+        whole = embed_pictures(model, batch, tower > 0, view[0] == "thumbnail")
+        tokens, where, start = shorten(whole, batch, view, rng)
         loss, right, kind = answer_loss(model, tokens, where, start, batch)
-        descend(loss, params, optimizers)
-        ctx.track(
-            step,
-            loss.item(),
-            {t: right[kind == i].float().mean().item() for i, t in enumerate(S.TYPES) if (kind == i).any()},
-            every=25,
-        )
-        if step % 150 == 0 or step == steps:
-            ctx.save(mode, step, model, optimizers)
-            if ctx.rank == 0:
-                ctx.say("val " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 16).items()))
+        loss.backward()
+        by_type = {t: right[kind == i].float().mean().item() for i, t in enumerate(S.TYPES) if (kind == i).any()}
+        return {"loss": loss.item(), **by_type}
+
+    def tell() -> None:
+        ctx.say("val " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 16).items()))
+
+    run_stage(
+        mode, ctx, model, steps, students(model, lr, tower), gradients,
+        rate=lambda step: ramp(step, horizon or steps, 30, "linear"), save_every=150, tell=tell,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -18,28 +18,9 @@ from .scenes import COLOR_NAMES, DIGITS, GRID, LETTERS, NUMBERS, PATCH, REGIONS,
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>"]
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 FUNCTION_WORDS = [
-    "what",
-    "which",
-    "where",
-    "how",
-    "many",
-    "color",
-    "shape",
-    "shapes",
-    "digit",
-    "letter",
-    "word",
-    "is",
-    "are",
-    "the",
-    "on",
-    "in",
-    "a",
-    "of",
-    "there",
-    "picture",
-    "image",
-]
+    "what", "which", "where", "how", "many", "color", "shape", "shapes", "digit", "letter", "word", "is", "are",
+    "the", "on", "in", "a", "of", "there", "picture", "image",
+]  # fmt: skip
 VOCAB = SPECIAL + FUNCTION_WORDS + SHAPES + COLOR_NAMES + LETTERS + WORDS + REGIONS + NUMBERS + DIGITS
 IDS = {word: i for i, word in enumerate(VOCAB)}
 

@@ -14,7 +14,8 @@ from vtr.training.m3 import backward_nested
 from . import scenes as S
 from .language import Batch, answer_loss, choose_view, embed_pictures, make_batch, project, shorten, students, validate
 from .model import pack
-from .optim import apply_gradients, ramp, set_lr
+from .optim import ramp
+from .stage import Figures, run_stage
 
 SCALES = scales((S.GRID, S.GRID))  # tokens per tile → side of a pooled cell
 NESTED = 0.6  # part of the steps with all scales; the others drop tokens at random, as in stage `mix`
@@ -37,35 +38,31 @@ def scale_loss(
 
 def train_nest(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower: float) -> None:
     """Runs the stage. lr: of language model and projector; tower: the vision tower's, relative to it."""
-    params, optimizers = students(model, lr, tower)
-    first = ctx.resume("nest", model, optimizers)
-    rng = random.Random("train-" + ctx.stream_seed("nest", first))
-    for step in ctx.steps("nest", first, steps):
-        set_lr(optimizers, ramp(step, steps, 30, "linear"))
+
+    def gradients(step: int, rng: random.Random) -> Figures:
         shared = random.Random(f"nest-{ctx.seed}-{step}")  # the same for all workers
         batch = make_batch(rng, "train", pictures)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
         if shared.random() < NESTED:
-            figures = _nested_step(model, batch)
-        else:
-            view = choose_view("prune", shared)
-            tokens, where, start = shorten(embed_pictures(model, batch, tower > 0), batch, view, rng)
-            loss, right, _ = answer_loss(model, tokens, where, start, batch)
-            loss.backward()
-            figures = {"loss": loss.item(), "pruned": right.float().mean().item()}
-        apply_gradients(params, optimizers)
-        ctx.track(step, figures.pop("loss"), figures, every=25)
-        if step % 100 == 0 or step == steps:
-            ctx.save("nest", step, model, optimizers)
-            if ctx.rank == 0:
-                ctx.say("val " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 16).items()))
-                ctx.say("val by scale " + " ".join(f"{k}:{v:.3f}" for k, v in validate_scales(model, 16).items()))
+            return _nested_step(model, batch)
+        view = choose_view("prune", shared)
+        tokens, where, start = shorten(embed_pictures(model, batch, tower > 0), batch, view, rng)
+        loss, right, _ = answer_loss(model, tokens, where, start, batch)
+        loss.backward()
+        return {"loss": loss.item(), "pruned": right.float().mean().item()}
+
+    def tell() -> None:
+        ctx.say("val " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 16).items()))
+        ctx.say("val by scale " + " ".join(f"{k}:{v:.3f}" for k, v in validate_scales(model, 16).items()))
+
+    run_stage(
+        "nest", ctx, model, steps, students(model, lr, tower), gradients,
+        rate=lambda step: ramp(step, steps, 30, "linear"), save_every=100, tell=tell,
+    )  # fmt: skip
 
 
-def _nested_step(model: Any, batch: Batch) -> dict[str, float]:
+def _nested_step(model: Any, batch: Batch) -> Figures:
     """Gradients of the mean of the scales' cross-entropies; tower and projector run once."""
-    figures: dict[str, float] = {}
+    figures: Figures = {}
 
     def loss_at(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
         loss, right, _ = scale_loss(model, tiles, batch, tokens)

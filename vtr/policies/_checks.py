@@ -32,4 +32,6 @@ def check_before(before_decoder: bool, layer: int) -> None:
     if not isinstance(before_decoder, bool):
         raise TypeError(f"before_decoder must be true or false, got {before_decoder!r}")
     if before_decoder and layer:
-        raise ValueError(f"before_decoder=true reduces images before layer 0, so it cannot act at layer={layer}")
+        raise ValueError(
+            f"before_decoder=true reduces images before layer 0, so it cannot act at layer={layer}: name one"
+        )

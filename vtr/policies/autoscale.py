@@ -131,7 +131,10 @@ class AutoScale(Policy):
         """
         w = {name: tensor.to(x.device) for name, tensor in self.weights.items()}
         if x.shape[-1] != len(w["mean"]):
-            raise ValueError(f"this router is for a hidden_size of {len(w['mean']) // 3}, not {x.shape[-1] // 3}")
+            raise ValueError(
+                f"this router is for a hidden_size of {len(w['mean']) // 3}, not {x.shape[-1] // 3}: train one for "
+                "this model (vtr.training.autoscale)"
+            )
         hidden = gelu((x - w["mean"]) / w["std"] @ w["hidden.weight"].T + w["hidden.bias"])
         return (hidden @ w["out.weight"].T + w["out.bias"]).sigmoid()
 

@@ -199,10 +199,7 @@ class DynamicLLaVA(Learned):
     def image_flops(self, n: int) -> int:
         """Matrix products of the image predictor on n tokens."""
         assert isinstance(self.module, Predictors)
-        linear = sum(
-            2 * m.weight.numel() for m in self.module.image_score_predictor.modules() if isinstance(m, nn.Linear)
-        )
-        return linear * n + self.blocks * 4 * n * n * self.width
+        return _linear_flops(self.module.image_score_predictor) * n + self.blocks * 4 * n * n * self.width
 
     @property
     def _text_flops(self) -> int:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class FastV(Policy):
     """One cut, on entering one decoder layer: the vision tokens the question looked at most in the layer before stay.
 
-    The paper's K is ``layer``.
-    A token's score is the attention the last text token paid to it in layer ``layer - 1``, mean over heads, as in the
-    official code (the paper's text says "average attention received"). Original positions stay.
+    The paper's K is ``layer``. A token's score is the attention the last text token paid to it in layer ``layer - 1``,
+    mean over heads, as in the official code (the paper's text says "average attention received"). Original positions
+    stay.
 
     Args:
         keep: tokens that stay: a ratio (float, the paper's 1 - R) or a count (int).

@@ -57,7 +57,10 @@ def _cell(tokens: int, layout: Layout) -> int:
 
 def _shrunk(layout: Layout, k: int) -> Layout:
     if layout.shrunk is None:
-        raise UnsupportedError("this model family's adapter does not say how tiles of fewer tokens are laid out")
+        raise UnsupportedError(
+            "this model family's adapter does not say how tiles of fewer tokens are laid out: use pool:grid=…, which "
+            "needs no such layout"
+        )
     return layout if k == 1 else layout.shrunk(k)
 
 
@@ -104,7 +107,8 @@ class Matryoshka(Policy):
             return self
         if len(self.tokens) != count:
             raise ValueError(
-                f"tokens={list(self.tokens)} names {len(self.tokens)} scales, but the row has {count} images"
+                f"tokens={list(self.tokens)} names {len(self.tokens)} scales, but the row has {count} images: name one "
+                "for each, or one for all"
             )
         return Matryoshka(self.tokens[index])
 

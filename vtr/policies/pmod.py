@@ -110,7 +110,10 @@ class PMoD(Learned):
 
     def _check_ratios(self, num_hidden_layers: int) -> None:
         if self.ratios is not None and len(self.ratios) != num_hidden_layers:
-            raise ValueError(f"ratios has {len(self.ratios)} entries, the model {num_hidden_layers} decoder layers")
+            raise ValueError(
+                f"ratios has {len(self.ratios)} entries, the model {num_hidden_layers} decoder layers: give a ratio "
+                "for each, or None"
+            )
 
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
         """How many vision tokens pass each layer (the others go around it, and are there again)."""

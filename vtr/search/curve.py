@@ -85,7 +85,9 @@ def fit(schedule: Sequence[Any], start: int = 2) -> Sigmoid:
 
     keeps = np.asarray(schedule[start:], float)
     if any(isinstance(keep, int) for keep in schedule) or len(keeps) < 3:
-        raise ValueError("a sigmoid is fitted to ratios of at least three layers")
+        raise ValueError(
+            f"a sigmoid is fitted to ratios of at least three layers from {start} on: give a schedule of floats"
+        )
     layers, depth = np.arange(start, len(schedule)), len(schedule)
 
     def off(p: np.ndarray) -> np.ndarray:

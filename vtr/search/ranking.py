@@ -7,15 +7,16 @@ that a shallow layer ranks low are not missed later, and cutting from shallow to
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vtr import chat
-from vtr.base import Policy, Scores, Tokens
+from vtr.base import Scores
 from vtr.search.data import examples
+from vtr.watch import Watch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,22 +28,6 @@ Ours; the paper's figure, read by eye, stays above 0.65 behind the first pair of
 """
 TOP = 0.1
 """The share of tokens that counts as a layer's best."""
-
-
-@dataclass
-class Watch(Policy):
-    """Notes what every layer's attention says of the vision tokens; drops none."""
-
-    queries: Scores = "text"
-    seen: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def needs(self, layer: int) -> Scores | None:
-        return self.queries if layer > 0 else None
-
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
-        if tokens.scores is not None:
-            self.seen[layer - 1] = tokens.scores.cpu()
-        return None
 
 
 @dataclass(frozen=True)

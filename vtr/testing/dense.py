@@ -1,59 +1,261 @@
-"""Slow references for policies: the untouched model with dropped tokens masked, or with a shorter prompt.
+"""A slow dense reference of reduced runs, written from the description of the policies alone.
 
-Nothing here knows how the engine packs rows or keeps its cache; all that is taken from it is which tokens stayed.
+It reads the weights of an untouched transformers model and runs its own loop over the decoder layers: one row, all
+tokens in all layers, full attention matrices, original positions. A dropped token is a key that an additive -inf mask
+hides from every other token from its layer on. Nothing here knows how the engine packs rows or keeps its cache.
+``row`` and ``run`` are differentiable if asked to be.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+Keep = int | float
+TIE = 1e-6
+"""Scores closer than this may be ranked either way by two correct computations in float32."""
 
-@torch.no_grad()
-def masked(stock: Any, inputs: dict[str, Tensor], kept: list[list[int]], vision: list[int], renumber: bool) -> Tensor:
-    """Logits [n, vocab] of one row whose dropped vision tokens stay in every layer as keys that nobody sees.
 
-    Args:
-        stock: a model that is not patched. inputs: of one row without padding. kept: per decoder layer the slots of the
-            vision tokens that enter it. vision: the slots of all of them. renumber: positions close up over what is
-            dropped.
+@dataclass
+class Row:
+    """One prompt as the text model gets it: embeddings [n, d], and which of its slots are vision tokens.
+
+    positions: int64 [3, n] (time, row, column) for models with M-RoPE; None: 0, 1, 2, ….
+    behind: for each of the first layers, [vision tokens, d] that are added to the vision tokens behind it.
     """
-    text, handles = stock.get_decoder(), []
-    n = inputs["input_ids"].shape[1]
+
+    embeds: Tensor
+    vision: Tensor
+    positions: Tensor | None = None
+    behind: tuple[Tensor, ...] = ()
+
+    @property
+    def slots(self) -> list[int]:
+        """Slots of the vision tokens."""
+        return self.vision.nonzero().squeeze(1).tolist()
+
+
+@dataclass
+class Rank:
+    """Before layer l the ``keeps[l]`` best vision tokens by attention in layer l - 1 stay; ``queries`` says whose."""
+
+    keeps: dict[int, Keep]
+    queries: str
+    """"last", "text" or "ahead": the last one's, in the very layer that the cut is in front of."""
+    renumber: bool = False
+    """Positions close up over what is dropped."""
+
+    def count(self, layer: int, total: int) -> int:
+        """How many of ``total`` tokens may enter: a count, or a ratio rounded down (but 0.3 of 10 is 3)."""
+        keep = self.keeps.get(layer, 1.0)
+        return int(total * keep + 1e-9) if isinstance(keep, float) else keep
+
+
+@dataclass
+class Given:
+    """The kept slots of every layer, as somebody else chose them."""
+
+    kept: list[list[int]]
+    renumber: bool = False
+
+
+Rule = Rank | Given | None
+
+
+@dataclass
+class Dense:
+    """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer."""
+
+    logits: Tensor
+    kept: list[list[int]]
+
+
+def row(model: Any, inputs: dict[str, Tensor], grad: bool = False) -> Row:
+    """The one row of a batch-1 input without padding, image and video features put at their placeholders."""
+    with torch.set_grad_enabled(grad):
+        return _row(model, inputs)
+
+
+def _row(model: Any, inputs: dict[str, Tensor]) -> Row:
+    ids = inputs["input_ids"][0]
+    embeds = model.get_input_embeddings().weight[ids].clone()
+    images = ids == model.config.image_token_id
+    videos = ids == getattr(model.config, "video_token_id", -1)
+    if bool(images.any()):
+        given = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        embeds[images] = torch.cat(list(model.model.get_image_features(**given).pooler_output))
+    if bool(videos.any()):
+        embeds[videos] = torch.cat(list(model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output))
+    return Row(embeds, images | videos)
+
+
+def scores(probs: Tensor, mask: Tensor, vision: Tensor, queries: str) -> Tensor:
+    """What the text paid to each slot ([n]), from a layer's attention probabilities [heads, n, n] under ``mask``."""
+    mean, slots = probs.amax(0) if queries.endswith("-max") else probs.mean(0), torch.arange(len(vision))
+    text = ~vision
+    if queries.startswith("last"):
+        return mean[slots[text][-1]]
+    asking = text & (slots > slots[vision][0])
+    out = torch.zeros(len(vision))
+    for j in slots[vision].tolist():
+        seeing = asking & (mask[:, j] == 0)
+        if not bool(seeing.any()):
+            continue
+        out[j] = mean[seeing, j].mean()
+    return out
+
+
+def best(score: Tensor, here: list[int], count: int, hint: list[int] | None) -> list[int]:
+    """The ``count`` best slots of ``here``, ascending, ties to the lower slot; in a near tie the hint decides."""
+    order = sorted(here, key=lambda slot: (-float(score[slot]), slot))
+    own = sorted(order[:count])
+    if hint is None or hint == own or len(hint) != count or not set(hint) <= set(here):
+        return own
+    edge = float(score[order[count - 1]])
+    disputed = set(hint) ^ set(own)
+    return hint if all(abs(float(score[slot]) - edge) < TIE for slot in disputed) else own
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
+
+
+def axes(config: Any, count: int) -> Tensor:
+    """Which of M-RoPE's axes each of ``count`` frequencies turns with: blocks, or (Qwen3-VL) in turns."""
+    sections = config.rope_parameters["mrope_section"]
+    if config.model_type == "qwen3_vl_text":
+        return torch.tensor([i % 3 if i < 3 * sections[i % 3] else 0 for i in range(count)])
+    return torch.arange(3).repeat_interleave(torch.tensor(sections))
+
+
+def rotated(x: Tensor, config: Any, positions: Tensor) -> Tensor:
+    """Rotary embedding of [heads, n, dim] at ``positions`` [n], or [3, n] for M-RoPE."""
+    dim, theta = x.shape[2], config.rope_parameters["rope_theta"]
+    if positions.dim() == 2:
+        positions = positions[axes(config, dim // 2)].T
+    else:
+        positions = positions[:, None]
+    angles = positions.float() * theta ** (-torch.arange(0, dim, 2).float() / dim)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def queries_keys(module: Any, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys [heads, n, dim] of grouped-query attention, keys repeated for their group."""
+    n, dim = len(x), module.head_dim
+    q, k = (p(x).view(n, -1, dim) for p in (module.q_proj, module.k_proj))
+    if hasattr(module, "q_norm"):
+        q, k = norm(module.q_norm, q), norm(module.k_norm, k)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    q, k = (rotated(t.transpose(0, 1), config, positions) for t in (q, k))
+    return q, k.repeat_interleave(groups, 0)
+
+
+def attention(module: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Output [n, d] and probabilities [heads, n, n] of grouped-query attention under an additive mask."""
+    n, dim = len(x), module.head_dim
+    q, k = queries_keys(module, x, positions, config)
+    v = (
+        module.v_proj(x)
+        .view(n, -1, dim)
+        .transpose(0, 1)
+        .repeat_interleave(len(q) * dim // module.v_proj.out_features, 0)
+    )
+    probs = (q @ k.transpose(1, 2) * dim**-0.5 + mask).softmax(-1)
+    out = probs @ v
+    return module.o_proj(out.transpose(0, 1).reshape(n, -1)), probs
+
+
+def window(config: Any, layer: int) -> int | None:
+    """How many positions back layer ``layer`` sees, itself included; None for all."""
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "sliding_window", None) and (kinds is None or kinds[layer] == "sliding_attention")
+    return config.sliding_window if slides else None
+
+
+def hidden_keys(alive: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Additive causal mask without dropped keys. A dropped token still sees itself: its row must stay a number."""
+    n = len(alive)
+    seen = torch.ones(n, n).tril().bool() & alive
+    if window is not None:
+        seen &= positions[:, None] - positions[None] < window
+    return torch.zeros(n, n).masked_fill(~(seen | torch.eye(n).bool()), -torch.inf)
+
+
+def block(
+    layer: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer: hidden states [n, d] and attention probabilities. ``weights`` ([n]) scale the MLP's output."""
+    out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), mask, positions, config)
+    x, mlp = x + out, layer.mlp
+    y = norm(layer.post_attention_layernorm, x)
+    z = mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+    return x + (z if weights is None else weights[:, None] * z), probs
+
+
+def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None = None, grad: bool = False) -> Dense:
+    """One row through the whole decoder. ``hint`` are the engine's kept slots, believed in near ties only."""
+    with torch.set_grad_enabled(grad):
+        return _run(model, prompt, how, hint)
+
+
+def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> Dense:
+    config, text = model.config.text_config, model.get_decoder()
+    x, kept, here = prompt.embeds, [], prompt.slots
+    probs = torch.zeros(0)  # nothing ranks in layer 0
+    positions = torch.arange(len(x)) if prompt.positions is None else prompt.positions
+    alive = torch.ones(len(x)).bool()
+    mask = torch.zeros(0)
     for depth, layer in enumerate(text.layers):
-        alive = torch.ones(n).bool()
-        alive[vision] = False
-        alive[kept[depth]] = True
-        seen = torch.ones(n, n).tril().bool() & alive | torch.eye(n).bool()  # a dropped token's row must stay a number
-        changed = {"attention_mask": torch.zeros(1, 1, n, n).masked_fill(~seen, -torch.inf)}
-        if renumber:
-            changed["position_embeddings"] = text.rotary_emb(torch.zeros(1), alive.cumsum(0)[None] - 1)
+        if isinstance(how, Given):
+            here = how.kept[depth]
+        elif isinstance(how, Rank) and (count := how.count(depth, len(prompt.slots))) < len(here):
+            if how.queries == "ahead":  # what this layer would do if nothing were dropped in front of it
+                y, mask = norm(layer.input_layernorm, x), hidden_keys(alive, positions, window(config, depth))
+                probs = attention(layer.self_attn, y, mask, positions, config)[1]
+            score = scores(probs.detach(), mask, prompt.vision, "last" if how.queries == "ahead" else how.queries)
+            here = best(score, here, count, hint[depth] if hint else None)
+        kept.append(here)
+        alive = ~prompt.vision
+        alive[here] = True
+        if how is not None and how.renumber:
+            positions = alive.cumsum(0) - 1
+        mask = hidden_keys(alive, positions, window(config, depth))
+        x, probs = block(layer, x, mask, positions, config)
+        if depth < len(prompt.behind):
+            x = x.index_add(0, prompt.vision.nonzero().squeeze(1), prompt.behind[depth])
+    return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)], kept)
 
-        def enter(module: Any, args: Any, kwargs: Any, changed: dict[str, Any] = changed) -> Any:
-            return args, {**kwargs, **changed}
 
-        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-    try:
-        return stock(**inputs).logits[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+def standing_in(alive: Tensor) -> Tensor:
+    """For each slot the slot whose output it shows: itself, or the last survivor before it (itself without one)."""
+    shown = torch.where(alive, torch.arange(len(alive)), -1).cummax(0).values
+    return torch.where(shown >= 0, shown, torch.arange(len(alive)))
 
 
 @torch.no_grad()
-def shorter(stock: Any, inputs: dict[str, Tensor], slots: list[int]) -> Tensor:
-    """Logits [len(slots), vocab] of a prompt that consists of these slots of one row alone."""
-    seen: list[Tensor] = []
+def greedy(
+    model: Any, prompt: Row, kept: list[list[int]], steps: int, never: list[int], renumber: bool = False
+) -> tuple[list[int], Tensor]:
+    """Greedy decoding, every step recomputed from scratch; the prompt's kept slots stay what they are.
 
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        seen.append(kwargs["inputs_embeds"])
-
-    handle = stock.get_decoder().register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        stock(**inputs)
-    finally:
-        handle.remove()
-    hidden = stock.get_decoder()(inputs_embeds=seen[0][:, slots]).last_hidden_state
-    return stock.lm_head(hidden)[0]
+    Returns the tokens and the logits [steps, vocab] that chose them; the tokens ``never`` are not chosen.
+    """
+    table, logits = model.get_input_embeddings().weight, []
+    tokens: list[int] = []
+    for _ in range(steps):
+        new = table[torch.tensor(tokens, dtype=torch.long)]
+        vision = torch.cat([prompt.vision, torch.zeros(len(tokens)).bool()])
+        at = prompt.positions
+        if at is not None:  # the last slot of a prompt is text, where all axes agree
+            at = torch.cat([at, at[:, -1:] + 1 + torch.arange(len(tokens))], 1)
+        longer = Row(torch.cat([prompt.embeds, new]), vision, at, prompt.behind)
+        last = run(model, longer, Given(kept, renumber)).logits[-1]
+        logits.append(last)
+        tokens.append(int(last.index_fill(0, torch.tensor(never), -torch.inf).argmax()))
+    return tokens, torch.stack(logits)

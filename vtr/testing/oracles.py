@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtr import registry
-from vtr.accounting import Report, report
+from vtr.accounting import Report, RowReport, report
 from vtr.base import Policy
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
@@ -145,35 +145,25 @@ def dense_mask(bench: Bench) -> None:
         raise Skip("it does not only prune")
     if not bench.policy.asks("prune"):
         raise Skip("it does not prune")
-    for b in (0, 2, 3):
-        inputs = tiny.single(bench.batch, b, bench.stock)
-        out, done = bench.forward(inputs)
-        row, vision = done.rows[0], _vision(inputs)
+    for name, logits, row, prompt in _with_images(bench):
         kept = [row.kept(layer) for layer in range(len(row.vision_tokens))]
-        want = dense.masked(bench.stock, inputs, kept, vision, bench.policy.renumbers)
-        there = [slot for slot in range(len(want)) if slot not in vision or slot in kept[-1]]
-        _close(
-            out.logits[0, there],
-            want[there],
-            f"row {b} ({_words(ROWS[b])}) is not the model with the dropped tokens masked",
-        )
+        want = dense.run(bench.stock, prompt, dense.Given(kept, bench.policy.renumbers)).logits
+        there = [slot for slot in range(len(want)) if slot not in prompt.slots or slot in kept[-1]]
+        _close(logits[there], want[there], f"{name} is not the model with the dropped tokens masked")
 
 
 def shorter_prompt(bench: Bench) -> None:
     """Tokens left out before the decoder might as well never have been there."""
     if not bench.policy.asks("compress"):
         raise Skip("it does not compress")
-    for b in (0, 2, 3):
-        inputs = tiny.single(bench.batch, b, bench.stock)
-        out, done = bench.forward(inputs)
-        row, vision = done.rows[0], _vision(inputs)
+    for name, logits, row, prompt in _with_images(bench):
         if any(n != row.vision_tokens[0] for n in row.vision_tokens):
             raise Skip("it also prunes in the decoder")
         if any(len(made) != 1 for made in row.sources(0)):
             raise Skip("it makes new tokens, which nothing else can tell the values of")
-        slots = sorted(set(range(inputs["input_ids"].shape[1])) - set(vision) | {made[0] for made in row.sources(0)})
-        want = dense.shorter(bench.stock, inputs, slots)
-        _close(out.logits[0, slots], want, f"row {b} ({_words(ROWS[b])}) is not the prompt without the dropped tokens")
+        slots = sorted(set(range(len(logits))) - set(prompt.slots) | {made[0] for made in row.sources(0)})
+        want = dense.run(bench.stock, dense.Row(prompt.embeds[slots], prompt.vision[slots])).logits
+        _close(logits[slots], want, f"{name} is not the prompt without the dropped tokens")
 
 
 def cache(bench: Bench) -> None:
@@ -256,8 +246,16 @@ ALL: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def _vision(inputs: dict[str, Tensor]) -> list[int]:
-    return (inputs["input_ids"][0] == tiny.IMAGE_ID).nonzero().squeeze(1).tolist()
+def _with_images(bench: Bench) -> Iterator[tuple[str, Tensor, RowReport, dense.Row]]:
+    """Every row with an image, by itself under the policy.
+
+    Yields:
+        What it is called, its logits [n, vocab], what was kept, and the prompt as the text model gets it.
+    """
+    for b in (b for b, row in enumerate(ROWS) if IMAGE in row):
+        inputs = tiny.single(bench.batch, b, bench.stock)
+        out, done = bench.forward(inputs)
+        yield f"row {b} ({_words(ROWS[b])})", out.logits[0], done.rows[0], dense.row(bench.stock, inputs)
 
 
 def _close(got: Tensor, want: Tensor, what: str) -> None:

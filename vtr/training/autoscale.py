@@ -22,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, gelu
 from tqdm import tqdm
 
 import vtr
+from vtr.accounting import Report
 from vtr.base import Policy
 from vtr.chat import decode, encode
 from vtr.engine.resolve import Answer, answers_in
@@ -93,13 +94,14 @@ class _Look(Policy):
 def ask_all(
     model: Any, processor: Any, data: Iterable[tuple[Any, str, str]], scales: Sequence[int], *, tokens: int = 1,
     batch_size: int = 8, max_new_tokens: int | None = None, right: Callable[[str, str], bool] | None = None,
-    total: int | None = None,
+    total: int | None = None, note: Callable[[int, Report], None] | None = None,
 ) -> Table:  # fmt: skip
     """Ask every question at every scale. ``model`` is patched.
 
     Args:
         data: (picture, question, answer). scales: tokens per tile, coarsest first. tokens: AutoScale's answer_tokens.
         right: whether what was said (first) is the answer; None compares the strings without regard to case.
+        note: is told of every call at which scale (its place) it was, and its report.
 
     Raises:
         ValueError: no data, or fewer than two scales.
@@ -121,17 +123,19 @@ def ask_all(
             inputs = encode(processor, questions, pictures).to(model.device)
             start, columns = inputs["input_ids"].shape[1], []
             with vtr.shared_features(model):
-                for policy in [look, *policies[1:]]:
+                for step, policy in enumerate([look, *policies[1:]]):
                     out = model.generate(
                         **inputs, policy=policy, do_sample=False, return_dict_in_generate=True, output_logits=True,
                         **more,
                     )  # fmt: skip
-                    said = answers_in(out, start, ends)
+                    said, report = answers_in(out, start, ends), vtr.report(model)
+                    if note is not None:
+                        note(step, report)
                     columns.append(
                         (
                             [same(t, a) for t, a in zip(decode(processor, out.sequences, start), answers, strict=True)],
                             [confidence(Answer(one.ids[:tokens], one.logits[:tokens])) for one in said],
-                            [row.vision_tokens[0] for row in vtr.report(model).rows],
+                            [row.vision_tokens[0] for row in report.rows],
                         )
                     )
             right_at, sure_at, tokens_at = zip(*columns, strict=True)

@@ -35,7 +35,7 @@ def read_samples(path: str | Path) -> list[dict[str, str]]:
             raise FileNotFoundError(f"{source}, line {number}: there is no picture {picture}")
         samples.append(made | {"image": str(picture)})
     if not samples:
-        raise ValueError(f"{source} holds no samples")
+        raise ValueError(f"{source} holds no samples: it needs {', '.join(FIELDS)} as a JSON object a line")
     return samples
 
 

@@ -80,7 +80,7 @@ def run(objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | P
         raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
     folder = Path(out)
     if not len(batches):
-        raise ValueError("there are no batches to train on")
+        raise ValueError("there are no batches to train on: give at least one")
     if isinstance(batches, DataLoader) and batches.batch_sampler is None:
         raise ValueError(
             "processes cannot share a DataLoader without batch_size: give it one, or pass a list of batches"
@@ -122,11 +122,15 @@ def run(objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | P
 
 
 def rate(step: int, settings: Settings) -> float:
-    """Factor of the learning rates: a linear rise over the warm-up, then half a cosine."""
-    rise = math.ceil(settings.warmup * settings.steps)
+    """Factor of the learning rates at a step (from 0)."""
+    return warmed_cosine(step, settings.steps, math.ceil(settings.warmup * settings.steps))
+
+
+def warmed_cosine(step: int, steps: int, rise: int) -> float:
+    """A factor in [0, 1] of a step (from 0): a linear rise over ``rise`` steps, then half a cosine."""
     if step < rise:
         return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(settings.steps - rise, 1)))
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
 def _groups(objective: Any, settings: Settings) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from vtr.base import UnsupportedError
 from vtr.engine.install import patch_of
 from vtr.policies.matryoshka import Matryoshka
 from vtr.training.data import Collate, as_sample
+from vtr.training.loop import warmed_cosine
 
 STATE, CHECKPOINT = "training.pt", "checkpoint"
 
@@ -148,10 +149,7 @@ class Recipe:
 
     def rate(self, step: int, steps: int) -> float:
         """Factor of the peak rates at a step (from 0)."""
-        rising = max(round(self.warmup * steps), 1)
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+        return warmed_cosine(step, steps, max(round(self.warmup * steps), 1))
 
 
 def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.AdamW:
@@ -184,7 +182,7 @@ def train(
     per_epoch = math.ceil(len(data) / recipe.batch_size)
     steps = per_epoch * recipe.epochs
     if not steps:
-        raise ValueError("no data to train on")
+        raise ValueError("no data to train on: give (picture, question, answer) samples")
     told = {**asdict(recipe), "scales": list(recipe.scales), "samples": len(data)}
     optimizer = optimizer_of(model, recipe)
     first = _resumed(model, optimizer, out, told, resume)

@@ -1,0 +1,83 @@
+"""What a call asks of the text model, and the rows made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtr.base import Policy, UnsupportedError
+from vtr.engine.call import Generation
+from vtr.engine.captures import Captures
+from vtr.engine.positions import many_axes
+from vtr.engine.prompt import Prompt
+from vtr.engine.rows import Row
+
+
+@dataclass(eq=False)
+class Request:
+    """What a call asked for, from the model's pre-hook to the text model's.
+
+    Attributes:
+        policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
+        queries_end: slots from here on were decoded, not asked.
+        generation: the running ``generate`` this forward is part of, or None.
+        captures: what policies want of the vision tower, or None.
+        offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
+    """
+
+    policies: list[Policy | None]
+    prompt: Prompt
+    queries_end: int
+    generation: Generation | None
+    captures: Captures | None = None
+    offset: int = 0
+
+
+def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tensor | None) -> list[Row]:
+    """The rows of a forward; text only where there is no request. valid: bool [batch, length] on the CPU, or None."""
+    everything = torch.arange(length)
+    rows = []
+    for b in range(batch):
+        slots = everything if valid is None else valid[b].nonzero().squeeze(1)
+        if request is None:
+            rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], [], length))
+            continue
+        prompt = request.prompt
+        images = prompt.layouts[b], prompt.places[b]
+        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.queries_end))
+    return rows
+
+
+def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> None:
+    """Refuse rows whose policies cannot work on them, before anything runs.
+
+    Args:
+        cached: whether there is a cache. depth: decoder layers. rotary: the text model's rotary embedding.
+
+    Raises:
+        UnsupportedError, ValueError: naming the row or the policy, and the way out.
+    """
+    for row in rows:
+        if row.length == 0:
+            raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros, leave it out")
+        p = row.policy
+        if p is None:
+            continue
+        if not cached and p.renumbers and p.asks("remember"):
+            raise UnsupportedError(
+                f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
+            )
+        if p.renumbers and row.count and many_axes(rotary):
+            raise UnsupportedError(
+                f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
+                "let tokens keep theirs, e.g. pyramid:positions=keep"
+            )
+        ranks = row.count and (p.question_guided or any(map(p.needs, range(depth))))
+        if ranks and not row.rankable:
+            raise ValueError(
+                f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
+                f"{p.spec!r}: put the question behind the image, or use a policy that needs no question"
+            )

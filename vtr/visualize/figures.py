@@ -1,0 +1,106 @@
+"""What is kept of a picture, under one policy or several, and how many tokens enter each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vtr.accounting import RowReport
+from vtr.picture import crop_lines, show_kept
+from vtr.visualize.look import COLORS, SIDE, frame, shortened
+from vtr.visualize.shots import Shot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = None) -> Figure:
+    """What enters some layers, on thumbnail and crops: dropped patches faded, pooled ones cells of one color.
+
+    Args:
+        layers: by default those at which the number of tokens changes (at most four).
+        title: above it; None for the policy and the answer.
+    """
+    if title is None:
+        title = shot.label + (f"  →  {shot.answer}" if shot.answer else "")
+    chosen = None if layers is None else [shot.layer(layer) for layer in layers]
+    return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title)
+
+
+def side_by_side(shots: Sequence[Shot], layer: int = -1) -> Figure:
+    """The same picture under several policies: what is left on entering ``layer``, with tokens, FLOPs and answer.
+
+    Raises:
+        ValueError: no shots, or of different pictures.
+    """
+    from matplotlib.figure import Figure
+
+    _check_same_picture(shots)
+    kinds = shots[0].tiles
+    figure = Figure(figsize=(SIDE * len(shots) + 0.3, SIDE * len(kinds) + 0.7), layout="constrained", dpi=110)
+    axes = figure.subplots(len(kinds), len(shots), squeeze=False)
+    for column, shot in enumerate(shots):
+        color = COLORS[column % len(COLORS)]
+        for line, kind in enumerate(kinds):
+            axis = axes[line][column]
+            axis.imshow(shot.pixels(layer, kind))
+            frame(axis, color)
+            if kind == "crops":
+                crop_lines(axis, shot.layout, shot.picture)
+            if column == 0:
+                axis.set_ylabel(kind, fontsize=9)
+        entered = shot.row.vision_tokens[shot.layer(layer)]
+        cost = f" · {shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
+        axes[0][column].set_title(
+            f"{shortened(shot.label)}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
+            fontsize=8, color=color,
+        )  # fmt: skip
+        if shot.answer:
+            axes[-1][column].set_xlabel(f"→ {shot.answer}", fontsize=10)
+    return figure
+
+
+def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:
+    """Vision tokens that enter each decoder layer, a line a policy; the legend says the mean over layers.
+
+    Args:
+        shots: shots, or rows of reports by name.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    named = (
+        shots if isinstance(shots, dict) else {s.label: s.row for s in ([shots] if isinstance(shots, Shot) else shots)}
+    )
+    if not named:
+        raise ValueError("nothing to draw: give at least one shot, e.g. of vtr.visualize.ask(…)")
+    figure = Figure(figsize=(7.2, 3.2 + 0.19 * len(named)), layout="constrained", dpi=110)
+    axis = figure.subplots()
+    lines: list[Any] = []
+    for n, (name, row) in enumerate(named.items()):
+        color, counts = COLORS[n % len(COLORS)], row.vision_tokens
+        edges = np.arange(len(counts) + 1) - 0.5
+        label = f"{shortened(name, 80)} · mean {row.mean_keep:.0%}"
+        lines.append(axis.stairs(counts, edges, baseline=None, color=color, lw=2.4, label=label))
+        axis.stairs(counts, edges, color=color, alpha=0.15 if len(named) == 1 else 0.0, fill=True)
+    depth = max(len(row.vision_tokens) for row in named.values())
+    axis.set_xticks(range(0, depth, max(1, depth // 12)))
+    axis.set_xlim(-0.5, depth - 0.5)
+    axis.set_ylim(0, 1.05 * max(row.total for row in named.values()) or 1)
+    axis.set_xlabel("decoder layer")
+    axis.set_ylabel("vision tokens that enter")
+    axis.grid(axis="y", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=lines, frameon=False, fontsize=8, loc="outside lower center", ncols=1)
+    return figure
+
+
+def _check_same_picture(shots: Sequence[Shot]) -> None:
+    if not shots:
+        raise ValueError("nothing to draw: give at least one shot, e.g. of vtr.visualize.ask(…)")
+    if any(shot.layout.tiles != shots[0].layout.tiles or shot.picture.size != shots[0].picture.size for shot in shots):
+        raise ValueError("these shots are of different pictures: put shots of one picture side by side")
