@@ -15,8 +15,11 @@ SAMPLE_TYPES = ("color", "word", "count")
 SAMPLE_SEED = 77
 
 
-def export(model: Any, folder: Path) -> None:
-    """Model, tokenizer and processor in the layout from_pretrained reads; the model's numbers become fp16."""
+def export(model: Any, folder: Path, processor: Any = None) -> None:
+    """Model, tokenizer and processor in the layout from_pretrained reads; the model's numbers become fp16.
+
+    processor: None is LLaVA-NeXT's.
+    """
     import torch
 
     from .processing import make_processor
@@ -26,7 +29,7 @@ def export(model: Any, folder: Path) -> None:
     small.generation_config.max_new_tokens = 96  # the longest listings; short answers end by themselves
     small.generation_config.do_sample = False
     small.save_pretrained(folder)
-    make_processor().save_pretrained(folder)
+    (processor or make_processor()).save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
 
