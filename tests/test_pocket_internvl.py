@@ -212,7 +212,10 @@ def test_it_starts_near_the_llava_next_and_training_goes_on_where_it_was(tmp_pat
         left = (features(model, pixels) - wanted).square().mean() / wanted.var()
     assert left < 0.5
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    stages = {"copy": {"steps": 2, "lr": 1e-3, "scenes": 1}, "nest": {"steps": 1, "lr": 8e-4, "pictures": 1, "tower": 0.1}}
+    stages = {
+        "copy": {"steps": 2, "lr": 1e-3, "scenes": 1},
+        "nest": {"steps": 1, "lr": 8e-4, "pictures": 1, "tower": 0.1},
+    }
     work(tmp_path, 0, stages)
     before = [(tmp_path / f"{stage}.pt").stat().st_mtime_ns for stage in stages]
     work(tmp_path, 0, stages)  # nothing left to do

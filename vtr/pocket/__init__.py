@@ -28,9 +28,7 @@ NAMES = {"pocket": "llava-next", "pocket-internvl": "internvl"}
 __all__ = ["MODELS", "NAMES", "SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
 
 
-def load(
-    family: str = "llava-next", dtype: torch.dtype | None = None, folder: Path | None = None
-) -> tuple[Any, Any]:
+def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: Path | None = None) -> tuple[Any, Any]:
     """A trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package.
 
     Args:

@@ -76,7 +76,7 @@ def work(out: Path, seed: int = 0, stages: dict[str, dict[str, Any]] = STAGES) -
         "nest": functools.partial(train_nest, showing=SHOWING),
     }
     run_stages(model, ctx, stages, functions)
-    export(model, out / "weights", make_processor())
+    export(model, out / "weights", make_processor(), longest=4)
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def pixels_of_scenes(stream: Any, count: int) -> torch.Tensor:
 
 
 def _take_words(model: Any, teacher: Any) -> None:
-    """Language model and word table; ``<img>`` and ``</img>`` begin as LLaVA-NeXT's newline, a token without content."""
+    """Language model and words; ``<img>`` and ``</img>`` begin as LLaVA-NeXT's newline, which means nothing."""
     ours, theirs = model.model.language_model, teacher.model.language_model
     words = {"embed_tokens.weight": ours.embed_tokens.weight.clone()}
     words["embed_tokens.weight"][: len(VOCAB)] = theirs.embed_tokens.weight
