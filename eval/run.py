@@ -37,7 +37,8 @@ class Settings:
 
     Attributes:
         policies: spec strings, or "all". budget: the mean keep of "all".
-        model: a folder, hub name or ``pocket-internvl``; None is ``pocket``. base_lm: a language model for text-only prompts.
+        model: a folder, a hub name or ``pocket-internvl``; None is ``pocket``.
+        base_lm: a language model for text-only prompts.
         data, limit, seed, columns, images: see :func:`vtr.eval.data.open_data`. instruction: has ``{question}`` in it.
         max_new_tokens: None is what the model's generation config says, or 32.
     """
