@@ -27,8 +27,8 @@ from ..train import Context, run_stages
 from .model import SHOWING, SHUFFLE, build, features, make_processor, pixels_of_scenes, tokens_of
 
 STAGES: dict[str, dict[str, Any]] = {
-    "copy": {"steps": 600, "lr": 1e-3, "scenes": 4},
-    "nest": {"steps": 800, "lr": 8e-4, "pictures": 4, "tower": 0.1},
+    "copy": {"steps": 400, "lr": 1e-3, "scenes": 4},
+    "nest": {"steps": 600, "lr": 8e-4, "pictures": 4, "tower": 0.1},
 }
 
 
