@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
 
 
 def run_stages(
-    model: Any, ctx: Context, stages: dict[str, dict[str, Any]], functions: dict[str, Callable[..., None]]
+    model: Any, ctx: Context, stages: Mapping[str, dict[str, Any]], functions: Mapping[str, Callable[..., None]]
 ) -> None:
     """Every stage that is not finished, each from where the one before ended; the model is then as the last left it."""
     before: Path | None = None
