@@ -22,6 +22,7 @@ from vtr.eval.metrics import metric
 from vtr.eval.processes import Rank, cores, device_of, launched, shared_cores, spread
 from vtr.eval.timing import milliseconds
 
+import vtr
 from vtr.demo import load
 
 RESULTS, MARKDOWN, CSV = "results.json", "table.md", "table.csv"
@@ -37,7 +38,8 @@ class Settings:
 
     Attributes:
         policies: spec strings, or "all". budget: the mean keep of "all".
-        model: a folder or hub name; None is the pocket model. base_lm: a language model for text-only prompts.
+        model: a folder, a hub name or ``pocket-internvl``; None is ``pocket``.
+        base_lm: a language model for text-only prompts.
         data, limit, seed, columns, images: see :func:`vtr.eval.data.open_data`. instruction: has ``{question}`` in it.
         max_new_tokens: None is what the model's generation config says, or 32.
     """
@@ -86,7 +88,7 @@ def evaluate(
 
     Args:
         indispensable: restrict the table to samples that need their picture.
-        processes: of this machine; None is one per core for the pocket model on the CPU, else one.
+        processes: of this machine; None is one per core for a pocket model on the CPU, else one.
         latency: so many prompts are timed at batch 1, policies in turns.
 
     Returns:
@@ -114,7 +116,7 @@ def evaluate(
 def _sensible_processes(settings: Settings) -> int:
     """Processes of one thread beat threads on a small model; a large one would be in memory several times."""
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
-    if settings.model is not None or not on_cpu:
+    if settings.name not in vtr.pocket.NAMES or not on_cpu:
         return 1
     samples = settings.limit or POCKET_QUESTIONS
     return max(1, min(cores(), MOST_PROCESSES, math.ceil(samples / settings.batch_size) // WORTH_A_PROCESS))
@@ -155,7 +157,7 @@ def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Sour
     device = device_of(rank, settings.device)
     model, processor = load(settings.model, device, settings.dtype)
     found, only_all, left_out = contenders(
-        settings.policies, Shapes.of(model), settings.budget, None if settings.model else POCKET
+        settings.policies, Shapes.of(model), settings.budget, POCKET if settings.name == POCKET else None
     )
     tokens = settings.max_new_tokens or model.generation_config.max_new_tokens or TOKENS
     base = None if settings.base_lm is None else load_language_model(settings.base_lm, device, model.dtype)

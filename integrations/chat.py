@@ -134,7 +134,7 @@ class Chat:
     """A model with its processor and one policy.
 
     Args:
-        pretrained: ``pocket``, a folder or a hub name.
+        pretrained: ``pocket``, ``pocket-internvl``, a folder or a hub name.
         policy: a policy, or text that :func:`read_policy` reads; None is no reduction.
         device: cpu, cuda, cuda:1, …, or auto.
         dtype: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16 or float16.
@@ -148,7 +148,7 @@ class Chat:
         precision = None if dtype == "auto" else getattr(torch, dtype, None)
         if dtype != "auto" and not isinstance(precision, torch.dtype):
             raise ValueError(f"dtype={dtype!r}: choose auto, float32, bfloat16 or float16")
-        self.model, self.processor = load(None if pretrained == POCKET else pretrained, device)
+        self.model, self.processor = load(pretrained, device)
         if precision is not None:
             self.model.to(precision)
         if self.policy is not None:

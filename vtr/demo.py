@@ -43,11 +43,12 @@ class Outcome:
 
 
 def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, Any]:
-    """The pocket model, or any checkpoint transformers can load, patched and in evaluation mode.
+    """A pocket model, or any checkpoint transformers can load, patched and in evaluation mode.
 
     Args:
-        name: a folder or hub name; None is the pocket model. device: "auto" is cuda where there is one.
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on the CPU and for the pocket model, else the
+        name: a folder or hub name, or one of ``vtr.pocket.NAMES``; None is "pocket". device: "auto" is cuda where there
+            is one.
+        dtype: "float32", "bfloat16" or "float16"; None is float32 on the CPU and for pocket models, else the
             checkpoint's own.
 
     Raises:
@@ -58,8 +59,8 @@ def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = None if dtype is None else getattr(torch, dtype)
-    if name is None:
-        model, processor = vtr.pocket.load(wanted)
+    if name is None or name in vtr.pocket.NAMES:
+        model, processor = vtr.pocket.load(vtr.pocket.NAMES[name or "pocket"], wanted)
     else:
         from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -97,7 +97,7 @@ def limits(found: Sequence[Result]) -> list[str]:
     compared = sum(len(result.rows) - 1 for result in evals)
     if any("pocket" in result.model for result in evals):
         out.append(
-            "The pocket model has 3.5 M parameters and answers in one word about rendered pictures. The order of "
+            "A pocket model has 3.5 M parameters and answers in one word about rendered pictures. The order of "
             "policies on it is a first hint, not a forecast for a large model on photographs."
         )
     if evals:

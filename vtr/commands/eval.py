@@ -26,7 +26,9 @@ def eval_command(
         str, typer.Option(help="exact, vqa, relaxed, anls, choice, listing; auto: choice or exact")
     ] = "auto",
     instruction: Annotated[str, typer.Option(help="how the question is put")] = "{question}",
-    model: Annotated[str | None, typer.Option(help="a folder or hub name", show_default="the pocket model")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a folder, a hub name or `pocket-internvl`", show_default="pocket")
+    ] = None,
     base_lm: Annotated[
         str | None, typer.Option(help="the language model before it saw pictures: text-only prompts go to it")
     ] = None,

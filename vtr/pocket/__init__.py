@@ -1,6 +1,7 @@
-"""The pocket model: a tiny LLaVA-NeXT with weights in the package, and pictures with questions to try it on.
+"""The pocket models: a tiny LLaVA-NeXT and a tiny InternVL with weights in the package, and pictures with questions.
 
-It exists to compare token-reduction policies in seconds on a CPU, without a download. See weights/MODEL_CARD.md.
+They exist to compare token-reduction policies in seconds on a CPU, without a download. See weights/MODEL_CARD.md and
+internvl/weights/MODEL_CARD.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,26 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 SAMPLES = Path(__file__).parent / "samples"
 POLICIES = Path(__file__).parent / "policies"
+MODELS = {"llava-next": WEIGHTS, "internvl": Path(__file__).parent / "internvl" / "weights"}
+"""The families there are, the first by default, and where their weights are."""
+NAMES = {"pocket": "llava-next", "pocket-internvl": "internvl"}
+"""What a pocket model is called where a folder or a hub name may stand (``--model``)."""
 
-__all__ = ["SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
+__all__ = ["MODELS", "NAMES", "SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
 
 
-def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any, Any]:
-    """The trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package."""
+def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: Path | None = None) -> tuple[Any, Any]:
+    """A trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package.
+
+    Args:
+        family: "llava-next" or "internvl". folder: another one with such a model, instead.
+
+    Raises:
+        ValueError: no such family.
+    """
+    if family not in MODELS:
+        raise ValueError(f"family={family!r}: choose one of {', '.join(MODELS)}")
+    folder = folder or MODELS[family]
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
@@ -42,7 +57,7 @@ def load(dtype: torch.dtype | None = None, folder: Path = WEIGHTS) -> tuple[Any,
 
 
 def autoscale(method: str = "cascade") -> Policy:
-    """The chooser of scales fitted on this model: "cascade" or "router" (see :class:`vtr.AutoScale`).
+    """The chooser of scales fitted on the pocket LLaVA-NeXT: "cascade" or "router" (see :class:`vtr.AutoScale`).
 
     Raises:
         ValueError: no such method.

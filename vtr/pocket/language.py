@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from . import listing as L
 from . import scenes as S
-from .model import EOS, IDS, PAD, VOCAB, answer_states, encode, pack, pixels_of, see, tower_of
+from .model import EOS, IDS, PAD, VOCAB, answer_states, encode, pack, pixels_of, see, up_to_features
 from .optim import Muon, average_gradients, ramp, set_lr
 from .stage import Figures, run_stage
 
@@ -174,10 +175,11 @@ def pooled(tokens: torch.Tensor, rows: int, cols: int, side: int) -> torch.Tenso
     return torch.cat([thumb, grid], 1)
 
 
-def keep_random(count: int, total: int, thumb: float, crops: float, rng: random.Random) -> torch.Tensor:
-    """Sorted indices (count, kept) of a random part of the thumbnail's and of the crops' tokens."""
+def keep_random(
+    count: int, total: int, thumb: float, crops: float, rng: random.Random, base: int = S.GRID**2
+) -> torch.Tensor:
+    """Sorted indices (count, kept) of a random part of the thumbnail's (the first ``base``) and the crops' tokens."""
     noise = torch.rand(count, total, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
-    base = S.GRID**2
     parts = [
         noise[:, :base].topk(max(1, int(thumb * base)), 1)[1],
         noise[:, base:].topk(max(1, int(crops * (total - base))), 1)[1] + base,
@@ -246,7 +248,9 @@ def students(model: Any, lr: float, tower: float) -> tuple[list[Any], list[torch
     matrices = [p for n, p in lm.named_parameters() if p.ndim == 2 and "layers" in n]
     matrices += [projector.linear_1.weight, projector.linear_2.weight]
     known = {id(p) for p in matrices}
-    owned = [*lm.parameters(), *projector.parameters(), model.model.image_newline]
+    owned = [*lm.parameters(), *projector.parameters()]
+    if (newline := getattr(model.model, "image_newline", None)) is not None:
+        owned.append(newline)
     rest = [p for p in owned if id(p) not in known]
     params = matrices + rest
     optimizers: list[torch.optim.Optimizer] = [
@@ -254,12 +258,7 @@ def students(model: Any, lr: float, tower: float) -> tuple[list[Any], list[torch
         torch.optim.AdamW(rest, lr, (0.9, 0.95), weight_decay=0.0),
     ]
     if tower:
-        eyes = tower_of(model)
-        seeing = [
-            *eyes.embeddings.parameters(),
-            *eyes.pre_layrnorm.parameters(),
-            *eyes.encoder.layers[:-1].parameters(),
-        ]
+        seeing = [p for module in up_to_features(model) for p in module.parameters()]
         optimizers.append(torch.optim.AdamW(seeing, lr * tower, (0.9, 0.98), weight_decay=0.01))
         params += seeing
     return params, optimizers
@@ -301,12 +300,15 @@ def train_lm(
 
 
 @torch.no_grad()
-def validate(model: Any, pictures: int) -> dict[str, float]:
-    """Accuracy by type on validation scenes, all vision tokens in place."""
+def validate(model: Any, pictures: int, show: Callable[[Any, Batch], torch.Tensor] | None = None) -> dict[str, float]:
+    """Accuracy by type on validation scenes, all vision tokens in place.
+
+    show: what the language model gets of a batch's pictures, (B, N, width); None: what LLaVA-NeXT makes of them.
+    """
     rng, hits = random.Random("val-check"), defaultdict(list)
     for _ in range(pictures // 4):
         batch = make_batch(rng, "val", 4)
-        tokens = embed_pictures(model, batch, False)
+        tokens = embed_pictures(model, batch, False) if show is None else show(model, batch)
         places = torch.arange(1, tokens.shape[1] + 1).expand(len(tokens), -1)
         _, right, kind = answer_loss(model, tokens, places, tokens.shape[1] + 1, batch)
         for ok, k in zip(right.tolist(), kind.tolist(), strict=True):

@@ -125,9 +125,17 @@ def _start_lm(lm: Any) -> None:
 
 
 def tower_of(model: Any) -> Any:
-    """The CLIP vision transformer of a LLaVA-NeXT model."""
+    """The vision transformer of a pocket model."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
+
+
+def up_to_features(model: Any) -> list[nn.Module]:
+    """What a picture passes in the vision tower up to the features: all but the last layer (CLIP's or InternViT's)."""
+    tower = tower_of(model)
+    blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+    first = [tower.pre_layrnorm] if hasattr(tower, "pre_layrnorm") else []
+    return [tower.embeddings, *first, *blocks[:-1]]
 
 
 def pixels_of(tiles: torch.Tensor) -> torch.Tensor:

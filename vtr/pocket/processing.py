@@ -19,12 +19,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> Any:
-    """One token per word; upper case and ? . , ! do not matter; unknown words become <unk>."""
+def make_tokenizer(ids: dict[str, int] = IDS, named: dict[str, str] | None = None) -> Any:
+    """One token per word; upper case and ? . , ! do not matter; unknown words become <unk>.
+
+    ids: of words. named: special tokens the processor asks for by a name; None: LLaVA-NeXT's.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex("[?.,!]"), " "), normalizers.Replace("colour", "color")]
     )
@@ -38,7 +41,7 @@ def make_tokenizer() -> Any:
         eos_token="<eos>",
         unk_token="<unk>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=named or {"image_token": "<image>"},
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
         model_max_length=4096,

@@ -15,18 +15,21 @@ SAMPLE_TYPES = ("color", "word", "count")
 SAMPLE_SEED = 77
 
 
-def export(model: Any, folder: Path) -> None:
-    """Model, tokenizer and processor in the layout from_pretrained reads; the model's numbers become fp16."""
+def export(model: Any, folder: Path, processor: Any = None, longest: int = 96) -> None:
+    """Model, tokenizer and processor in the layout from_pretrained reads; the model's numbers become fp16.
+
+    processor: None is LLaVA-NeXT's. longest: answer, in tokens (96: listings; short ones end by themselves).
+    """
     import torch
 
     from .processing import make_processor
 
     folder.mkdir(parents=True, exist_ok=True)
     small = model.to(torch.float16)
-    small.generation_config.max_new_tokens = 96  # the longest listings; short answers end by themselves
+    small.generation_config.max_new_tokens = longest
     small.generation_config.do_sample = False
     small.save_pretrained(folder)
-    make_processor().save_pretrained(folder)
+    (processor or make_processor()).save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
 

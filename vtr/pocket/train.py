@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,25 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
     return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
 
 
+def run_stages(
+    model: Any, ctx: Context, stages: Mapping[str, dict[str, Any]], functions: Mapping[str, Callable[..., None]]
+) -> None:
+    """Every stage that is not finished, each from where the one before ended; the model is then as the last left it."""
+    before: Path | None = None
+    for stage, options in stages.items():
+        if not ctx.finished(stage, options["steps"]):
+            if before is not None and not ctx.path(stage).exists():
+                model.load_state_dict(torch.load(before, weights_only=True)["model"])
+            if dist.is_initialized():
+                dist.barrier()
+            functions[stage](model, ctx, **options)
+            if dist.is_initialized():
+                dist.barrier()
+        before = ctx.path(stage)
+    if before is not None:
+        model.load_state_dict(torch.load(before, weights_only=True)["model"])
+
+
 def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = None) -> None:
     """One training process: all stages that are not finished, then (first process only) the export.
 
@@ -140,23 +159,12 @@ def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = Non
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=workers)
     model, ctx = build(seed), Context(out, rank, workers, seed)
-    before: Path | None = None
     if start is not None:
         from . import load
 
         model.load_state_dict(load(folder=start)[0].state_dict())
-    for stage, options in list(STAGES.items())[-1 if start else 0 :]:
-        if not ctx.finished(stage, options["steps"]):
-            if before is not None and not ctx.path(stage).exists():
-                model.load_state_dict(torch.load(before, weights_only=True)["model"])
-            if dist.is_initialized():
-                dist.barrier()
-            _stage_functions()[stage](model, ctx, **options)
-            if dist.is_initialized():
-                dist.barrier()
-        before = ctx.path(stage)
-    if rank == 0 and before is not None:
-        model.load_state_dict(torch.load(before, weights_only=True)["model"])
+    run_stages(model, ctx, dict(list(STAGES.items())[-1 if start else 0 :]), _stage_functions())
+    if rank == 0:
         export(model, out / "weights")
         write_samples(out / "weights", out / "samples")
 
