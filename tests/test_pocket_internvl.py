@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
+from vtr.eval.processes import Rank
+from vtr.eval.run import Settings, prepare
 
 import vtr
 from vtr.chat import decode, encode
@@ -148,15 +150,30 @@ def test_weights_of_the_llava_next_are_refused(pocket: Any, asked: list[dict[str
 def test_by_its_name_on_the_command_line(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["run", "--sample", "0", "--model", "pocket-internvl", "--repeats", "1"])
     assert ran.exit_code == 0 and vtr.pocket.sample(0)[2] in ran.output, ran.output
-    more = ["--model", "pocket-internvl", "--limit", "8", "--processes", "1", "--out", str(tmp_path)]
+    more = [
+        "--model",
+        "pocket-internvl",
+        "-p",
+        "m3:tokens=9",
+        "--limit",
+        "2",
+        "--processes",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     ran = CliRunner().invoke(app, ["eval", *more])
     assert ran.exit_code == 0, ran.output
     body = json.loads((tmp_path / "results.json").read_text())
-    assert body["model"] == "pocket-internvl"
-    assert {"pmod", "dynamic-llava"} <= set(body["left_out"])
-    assert {"none", "fastv", "m3", "globalcom2", "gsearch", "downsample"} <= {row["name"] for row in body["policies"]}
+    assert body["model"] == "pocket-internvl" and len(body["policies"]) == 2
     ran = CliRunner().invoke(app, ["serve", "pocket-internvl"])
     assert ran.exit_code == 1 and "serve pocket" in ran.output
+
+
+def test_all_leaves_out_what_was_trained_into_the_llava_next() -> None:
+    bench, left_out, _ = prepare(Settings(model="pocket-internvl", limit=2, batch_size=2), Rank())
+    assert {"pmod", "dynamic-llava"} <= set(left_out)
+    assert {"none", "fastv", "m3", "globalcom2", "gsearch", "downsample"} <= {one.name for one in bench.contenders}
 
 
 # -- how it is made ----------------------------------------------------------------------------------------------------
