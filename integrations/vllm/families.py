@@ -128,6 +128,16 @@ class InternVLForConditionalGeneration(Reducing, interns1.InternS1ForConditional
 
     layer_of = staticmethod(internvl_layer)
 
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        if config.vision_feature_layer not in (-1, config.vision_config.num_hidden_layers):
+            raise ValueError(  # vLLM never reads this setting: answers would be wrong without a word
+                "vLLM takes InternVL's features behind the tower's last layer, this checkpoint wants those behind layer "
+                f"{config.vision_feature_layer} (of {config.vision_config.num_hidden_layers}): save it with "
+                "vision_feature_layer=-1 and without the layers behind that one"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
     def image_layouts(self, kwargs: dict[str, Any], count: int) -> tuple[list[Layout], list[int]]:
         tiles = [int(n) for n in torch.as_tensor(kwargs["image_num_patches"]).flatten().tolist()]
         found, first = [], 0

@@ -117,6 +117,29 @@ def _internvl() -> tuple[Any, Any]:
     return InternVLForConditionalGeneration(config), processor
 
 
+def save_pocket_internvl(folder: Path, whole: bool = False) -> Path:
+    """The shipped pocket InternVL as vLLM wants it: with InternVL's own processor (which needs torchvision), and unless
+    ``whole`` without the tower's last layer, behind which vLLM would look.
+    """
+    from transformers import AutoTokenizer, InternVLProcessor, InternVLVideoProcessor
+
+    import vtr
+
+    model, shipped = vtr.pocket.load("internvl")
+    words = AutoTokenizer.from_pretrained(model.name_or_path, extra_special_tokens={"video_token": "<unk>"})
+    processor = InternVLProcessor(
+        shipped.image_processor, words, InternVLVideoProcessor(size=shipped.image_processor.size),
+        image_seq_length=shipped.image_seq_length, chat_template=shipped.chat_template,
+    )  # fmt: skip
+    if not whole:
+        del model.model.vision_tower.encoder.layer[-1]
+        model.config.vision_config.num_hidden_layers -= 1
+        model.config.vision_feature_layer = -1
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 MAKERS = {"llava": _llava, "llava_onevision": _llava_onevision, "internvl": _internvl}
 
 
