@@ -132,7 +132,7 @@ class InternVLForConditionalGeneration(Reducing, interns1.InternS1ForConditional
         config = vllm_config.model_config.hf_config
         if config.vision_feature_layer not in (-1, config.vision_config.num_hidden_layers):
             raise ValueError(  # vLLM never reads this setting: answers would be wrong without a word
-                "vLLM takes InternVL's features behind the tower's last layer, this checkpoint wants those behind layer "
+                "vLLM takes InternVL's features behind the tower's last layer, this checkpoint wants those of layer "
                 f"{config.vision_feature_layer} (of {config.vision_config.num_hidden_layers}): save it with "
                 "vision_feature_layer=-1 and without the layers behind that one"
             )

@@ -59,7 +59,9 @@ def serve_command(
     folder = str(WEIGHTS) if model == "pocket" else model
     try:
         if model == "pocket-internvl":
-            raise ValueError("vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket")
+            raise ValueError(
+                "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
+            )
         depth = int(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers)
         default = None if policy is None else spec_of(policy, depth)
         if upstream is not None:
