@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
+from vtr.engine import compat
 from vtr.training import loop
 from vtr.training.dynamic_llava import DynamicLLaVATraining, masked_attention, temperature
 from vtr.training.pmod import PModTraining
@@ -91,6 +92,7 @@ def test_gradients_reach_policy_and_model(kind: str, family: str) -> None:
         assert 0 < out["image_kept"] < 1 and 0 < out["text_kept"] < 1
 
 
+@pytest.mark.skipif(compat.HOOKS_ARE_REPLAYED, reason="transformers before 5.23 runs a layer's hooks again")
 @pytest.mark.parametrize("kind", ["pmod", "dynamic"])
 def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
     found = []

@@ -1,4 +1,6 @@
-"""What transformers calls the key/value cache in keyword arguments: ``past_key_values``, from 5.24 on ``cache``."""
+"""Where versions of transformers differ: the name of the key/value cache (``past_key_values``, from 5.24 on ``cache``),
+and what gradient checkpointing replays.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,13 @@ import inspect
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vtr.base import UnsupportedError
+
+HOOKS_ARE_REPLAYED = "__call__" in vars(GradientCheckpointingLayer)
+"""Before 5.23 a checkpoint is around a layer's hooks too, which would cut hidden states once more in the backward."""
 
 NAMES = ("cache", "past_key_values")
 
@@ -26,3 +35,12 @@ def put_cache(module: Any, kwargs: dict[str, Any], cache: Any) -> None:
     for name in NAMES:
         kwargs.pop(name, None)
     kwargs[cache_name(type(module))] = cache  # type: ignore[arg-type]
+
+
+def check_checkpointing(module: Any) -> None:
+    """Refuse gradient checkpointing of a decoder whose layers have hooks that must not run twice."""
+    if HOOKS_ARE_REPLAYED and module.training and getattr(module, "gradient_checkpointing", False):
+        raise UnsupportedError(
+            "gradient checkpointing of reduced calls needs transformers 5.23 or newer (older ones run a layer's hooks "
+            "again in the backward): upgrade, or call model.gradient_checkpointing_disable()"
+        )

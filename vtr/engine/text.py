@@ -10,7 +10,7 @@ from vtr.base import UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation, check_cache, is_ragged
-from vtr.engine.compat import cache_in, put_cache
+from vtr.engine.compat import cache_in, check_checkpointing, put_cache
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.positions import many_axes
 from vtr.engine.request import Request
@@ -36,6 +36,7 @@ class TextHooks:
             mlp_scale.set(None)
         if request is None and not ragged:
             return None
+        check_checkpointing(module)
         attention_name(module.config._attn_implementation)  # set_attn_implementation may have changed it
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:

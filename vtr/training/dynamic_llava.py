@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vtr.base import UnsupportedError
 from vtr.engine.adapters import find_adapter
 from vtr.engine.attention import AttentionConfig, attention
+from vtr.engine.compat import check_checkpointing
 from vtr.engine.prompt import read_prompt
 from vtr.policies.dynamic_llava import KEEP, DynamicLLaVA
 
@@ -234,6 +235,7 @@ class DynamicLLaVATraining(nn.Module):
         labels = inputs.get("labels")
         if labels is None or not bool((labels != -100).any()):
             raise ValueError("a training batch needs labels, some of them not -100")
+        check_checkpointing(self.adapter.text_model(self.model))
         masking = self._masking(inputs, labels)
         out = self.model(**inputs, use_cache=False, vtr_masking=masking)
         rows, zero = len(labels), out.loss.new_zeros(())
