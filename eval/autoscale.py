@@ -203,7 +203,8 @@ def main(
     print(markdown(found))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        told = {**found, "hardware": results.hardware(model.device), "versions": results.versions(), "seed": seed}
+        about = {"hardware": results.hardware(model.device), "versions": results.versions(), "seed": seed}
+        told = {"command": results.command(), **found, **about}
         (out / "autoscale.json").write_text(json.dumps(told, indent=1) + "\n")
         (out / "autoscale.md").write_text(markdown(found))
         plot(found).savefig(out / "autoscale.png", dpi=130)
