@@ -11,7 +11,8 @@ import vtr
 from vtr.chat import encode
 from vtr.pocket import nest
 from vtr.pocket import scenes as S
-from vtr.pocket.language import Batch, project
+from vtr.pocket.internvl import model as internvl
+from vtr.pocket.language import Batch
 from vtr.pocket.model import answer_states, pixels_of
 from vtr.pocket.model import encode as words_of
 from vtr.training.m3 import backward_nested
@@ -49,11 +50,20 @@ def test_features_that_do_not_learn() -> None:
             backward_nested(torch.randn(3, 5), scales, lambda features, scale: features.mean())
 
 
-@pytest.mark.parametrize("tokens", nest.SCALES)
+SHOWN = [
+    *(("llava-next", nest.LLAVA_NEXT, tokens, 0, 2e-4) for tokens in nest.SCALES),
+    *(("internvl", internvl.SHOWING, tokens, 2, 5e-4) for tokens in internvl.SCALES),
+]
+"""Family, its showing, tokens a tile, words around a picture, and how much logits may differ."""
+
+
+@pytest.mark.parametrize(("family", "showing", "tokens", "frame", "exact"), SHOWN)
 @pytest.mark.parametrize("size", S.SIZES)
-def test_the_stage_trains_what_the_policy_runs(size: tuple[int, int], tokens: int) -> None:
+def test_the_stage_trains_what_the_policy_runs(
+    size: tuple[int, int], family: str, showing: nest.Showing, tokens: int, frame: int, exact: float
+) -> None:
     """Logits of the training forward are those of the patched model under Matryoshka."""
-    model, processor = vtr.pocket.load()
+    model, processor = vtr.pocket.load(family)
     scene = S.make_scene(random.Random(3), "val", size)
     question = S.questions(scene, random.Random(3), 1)[0].text
     pixels = pixels_of(torch.from_numpy(S.tiles_of(scene.image)))[None]
@@ -61,12 +71,11 @@ def test_the_stage_trains_what_the_policy_runs(size: tuple[int, int], tokens: in
     none = torch.zeros_like(ids)
     batch = Batch(pixels, size[1] // S.TILE, size[0] // S.TILE, ids, none, none, none, none)
     with torch.inference_mode():
-        vision = nest.at_scale(model, project(model, pixels), batch, tokens)
+        vision = showing.at_scale(model, showing.project(model, pixels), batch, tokens)
         where = torch.arange(1, vision.shape[1] + 1)[None]
         places = torch.arange(vision.shape[1] + 1, vision.shape[1] + 1 + ids.shape[1])[None]
         trained = model.lm_head(answer_states(model, vision, where, ids, places, none))[0, -1]
         vtr.patch(model)
-        inputs = encode(processor, [question], [scene.image])
-        ran = model(**inputs, policy=vtr.Matryoshka(tokens)).logits[0, -1]
-    assert vtr.report(model).rows[0].vision_tokens[0] == vision.shape[1]
-    torch.testing.assert_close(trained, ran, rtol=0, atol=2e-4)
+        ran = model(**encode(processor, [question], [scene.image]), policy=vtr.Matryoshka(tokens)).logits[0, -1]
+    assert vtr.report(model).rows[0].vision_tokens[0] == vision.shape[1] - frame
+    torch.testing.assert_close(trained, ran, rtol=0, atol=exact)

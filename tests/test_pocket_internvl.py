@@ -23,8 +23,7 @@ from vtr.pocket import scenes as S
 from vtr.pocket.internvl.__main__ import work
 from vtr.pocket.internvl.model import SCALES, SHOWING, SIDE, build, features
 from vtr.pocket.language import Batch
-from vtr.pocket.model import answer_states, pixels_of, see
-from vtr.pocket.model import encode as words_of
+from vtr.pocket.model import pixels_of, see
 
 POLICIES = [
     "fastv:keep=0.25,layer=2",
@@ -177,28 +176,6 @@ def test_all_leaves_out_what_was_trained_into_the_llava_next() -> None:
 
 
 # -- how it is made ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tokens", SCALES)
-@pytest.mark.parametrize("size", S.SIZES)
-def test_the_stage_trains_what_the_policy_runs(size: tuple[int, int], tokens: int) -> None:
-    """Logits of the training forward are those of the patched model under Matryoshka."""
-    model, processor = vtr.pocket.load("internvl")
-    scene = S.make_scene(random.Random(3), "val", size)
-    question = S.questions(scene, random.Random(3), 1)[0].text
-    pixels = pixels_of(torch.from_numpy(S.tiles_of(scene.image)))[None]
-    ids = torch.tensor([words_of(question)])
-    none = torch.zeros_like(ids)
-    batch = Batch(pixels, size[1] // S.TILE, size[0] // S.TILE, ids, none, none, none, none)
-    with torch.inference_mode():
-        vision = SHOWING.at_scale(model, SHOWING.project(model, pixels), batch, tokens)
-        where = torch.arange(1, vision.shape[1] + 1)[None]
-        places = torch.arange(vision.shape[1] + 1, vision.shape[1] + 1 + ids.shape[1])[None]
-        trained = model.lm_head(answer_states(model, vision, where, ids, places, none))[0, -1]
-        vtr.patch(model)
-        ran = model(**encode(processor, [question], [scene.image]), policy=vtr.Matryoshka(tokens)).logits[0, -1]
-    assert vtr.report(model).rows[0].vision_tokens[0] == vision.shape[1] - 2
-    torch.testing.assert_close(trained, ran, rtol=0, atol=5e-4)
-
-
 @pytest.mark.parametrize("keep", [0.3, 1.0])
 def test_dropped_tokens_leave_the_others_in_place(keep: float) -> None:
     """All kept is the whole picture; fewer are some of it, at their positions or without gaps."""

@@ -254,8 +254,7 @@ class Policy:
         raise ValueError(f"{self.spec} leaves images as they are before the decoder")
 
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
-        """How many of a row's ``total`` vision tokens enter each decoder layer: ``prune`` is asked, with equal scores
-        and hidden states.
+        """How many of a row's ``total`` vision tokens enter each layer: asks ``prune``, with equal scores and states.
 
         Raises:
             ValueError: it depends on more than their number.
