@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the committed figures again and writes them where they are kept.
-#   eval/measure.sh accuracy   on the pocket model: what policies keep (about two hours of two cores)
+#   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
 #   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
 # Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own) and m3-before.json (weights
@@ -17,6 +17,8 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
 accuracy() {
   evaluate pocket 2000 all
   cp "$runs/pocket/results.json" eval/results/pocket.json
+  vtr eval --model pocket-internvl -p all -p m3:tokens=1 --limit 480 --processes 1 --out "$runs/pocket-internvl"
+  cp "$runs/pocket-internvl/results.json" eval/results/pocket-internvl.json
   evaluate scales 480 m3:tokens={36,9,1} globalcom2:retention={0.75,0.5,0.25,0.1} random:keep=0.1 uniform:keep=0.1 \
     pool:grid=4 fastv:keep=0.1,layer=1
   cp "$runs/scales/results.json" eval/results/scales.json

@@ -154,7 +154,7 @@ class Session:
             through, lengths, counts, alive, weights = passes
             around = hidden
             if weights is not None:
-                _check_checkpointing(layer)
+                _check_weights_learn(layer)
                 around, scale = hidden * weights[None, :, None], weights.index_select(0, through)[None, :, None]
             routing = Routing(around, through)
             hidden = hidden.index_select(1, through)
@@ -373,7 +373,7 @@ class Session:
             self.state.tail = self.state.tail + self.logical if in_step else 0
 
 
-def _check_checkpointing(layer: Any) -> None:
+def _check_weights_learn(layer: Any) -> None:
     """Refuse weights in a layer whose checkpoint sees gradients of its first argument only."""
     call = getattr(layer, "_gradient_checkpointing_func", None)
     reentrant = call is not None and getattr(call, "keywords", {}).get("use_reentrant")
