@@ -3,8 +3,8 @@
 #   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
 #   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
-# Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own) and m3-before.json (weights
-# that are no longer shipped).
+# Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
+# that are no longer shipped) and docs/results/apart.* (python -m vtr.eval.apart, on backbones to be trained first).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
@@ -19,6 +19,10 @@ accuracy() {
   cp "$runs/pocket/results.json" eval/results/pocket.json
   vtr eval --model pocket-internvl -p all -p m3:tokens=1 --limit 480 --processes 1 --out "$runs/pocket-internvl"
   cp "$runs/pocket-internvl/results.json" eval/results/pocket-internvl.json
+  vtr eval --model pocket-joint -p all -p m3:tokens=1 --limit 480 --processes 2 --out "$runs/joint"
+  cp "$runs/joint/results.json" eval/results/pocket-joint.json
+  vtr eval --model pocket-joint -p all --data pocket:task=listing --metric listing --limit 100 --processes 2 --out "$runs/lists"
+  cp "$runs/lists/results.json" eval/results/listing.json
   evaluate scales 480 m3:tokens={36,9,1} globalcom2:retention={0.75,0.5,0.25,0.1} random:keep=0.1 uniform:keep=0.1 \
     pool:grid=4 fastv:keep=0.1,layer=1
   cp "$runs/scales/results.json" eval/results/scales.json
@@ -41,7 +45,7 @@ accuracy() {
   python -m vtr.eval.budgets --out docs/results/low --keep 0.02 --keep 0.01
 }
 cost() {
-  python -m vtr.eval.trained --out docs/results --listings 0 --timed 12
+  python -m vtr.eval.trained --out docs/results
   vtr bench engine --repeats 2 --json eval/results/engine.json
   vtr bench policies --small --budget 0.5 --budget 0.25 --budget 0.1 --json eval/results/policies.json
   vtr bench policies --shapes llava-next-mid --budget 0.25 --json eval/results/policies-anyres.json

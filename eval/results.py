@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Kind = Literal["eval", "policies", "batch", "scale", "engine", "peers", "quality", "trained", "serve"]
+Kind = Literal["eval", "policies", "batch", "scale", "engine", "peers", "quality", "trained", "apart", "serve"]
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
 

@@ -38,7 +38,7 @@ class Settings:
 
     Attributes:
         policies: spec strings, or "all". budget: the mean keep of "all".
-        model: a folder, a hub name or ``pocket-internvl``; None is ``pocket``.
+        model: a folder, a hub name or a name of ``vtr.pocket.NAMES``; None is ``pocket``.
         base_lm: a language model for text-only prompts.
         data, limit, seed, columns, images: see :func:`vtr.eval.data.open_data`. instruction: has ``{question}`` in it.
         max_new_tokens: None is what the model's generation config says, or 32.
@@ -156,9 +156,8 @@ def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Sour
     """Model, contenders and data. Of ``all``, policies that cannot work on this model are left out, with the reason."""
     device = device_of(rank, settings.device)
     model, processor = load(settings.model, device, settings.dtype)
-    found, only_all, left_out = contenders(
-        settings.policies, Shapes.of(model), settings.budget, POCKET if settings.name == POCKET else None
-    )
+    weights = settings.name if settings.name in vtr.pocket.POLICIES else None
+    found, only_all, left_out = contenders(settings.policies, Shapes.of(model), settings.budget, weights)
     tokens = settings.max_new_tokens or model.generation_config.max_new_tokens or TOKENS
     base = None if settings.base_lm is None else load_language_model(settings.base_lm, device, model.dtype)
     bench = Bench(model, processor, found, metric(settings.metric), settings.instruction, tokens, base)

@@ -1,4 +1,4 @@
-"""p-MoD and Dynamic-LLaVA, trained into the pocket model, beside training-free policies of equal cost.
+"""p-MoD and Dynamic-LLaVA, trained into a pocket model, beside training-free policies of equal cost.
 
 ``python -m vtr.eval.trained --out docs/results`` writes trained.md, trained.json and trained.png: accuracy of short
 answers and F1 of long ones, prefill FLOPs and time, what a decoded token costs behind 50, 500 and 2,000 others, and how
@@ -26,7 +26,7 @@ from vtr.chat import encode
 from vtr.pocket.listing import QUESTION
 from vtr.search import Cost, Example
 
-PMOD, DYNAMIC = "pmod:weights=pocket", "dynamic-llava:weights=pocket"
+JOINT = "pocket-joint"
 LENGTHS = (50, 500, 2000)
 WINDOW = 48
 """Decoded tokens timed before each length."""
@@ -36,16 +36,22 @@ CLAIMS = {
         "prefill FLOPs": "about 25 %",
         "decode FLOPs without cache": "about 50 %",
         "KV growth": "about 50 %",
+        "words kept": "about 50 %",
     },
 }
 """arXiv 2412.04449 (LLaVA-1.5/NeXT-7B) and 2412.00876 (abstract): what remains."""
 
 
-def trained() -> dict[str, vtr.Policy]:
-    """The shipped ones, by name; Dynamic-LLaVA also without forgetting (the paper's "I"), if it forgets."""
-    found = {"p-MoD": vtr.policy(PMOD), "Dynamic-LLaVA": vtr.policy(DYNAMIC)}
+def trained(weights: str) -> dict[str, vtr.Policy]:
+    """A pocket model's, by name; Dynamic-LLaVA also without forgetting (the paper's "I"), if it forgets.
+
+    weights: a name of ``vtr.pocket.POLICIES``, or a folder that holds one for each method.
+    """
+    named = weights in vtr.pocket.POLICIES
+    given = {name: f"{name}:weights={weights if named else Path(weights) / name}" for name in ("pmod", "dynamic-llava")}
+    found = {"p-MoD": vtr.policy(given["pmod"]), "Dynamic-LLaVA": vtr.policy(given["dynamic-llava"])}
     if found["Dynamic-LLaVA"].asks("remember"):
-        found["Dynamic-LLaVA (I)"] = vtr.policy(f"{DYNAMIC},forget=false")
+        found["Dynamic-LLaVA (I)"] = vtr.policy(f"{given['dynamic-llava']},forget=false")
     return found
 
 
@@ -86,11 +92,13 @@ def equals(policy: vtr.Policy, cost: Cost) -> dict[str, vtr.Policy]:
     return found
 
 
-def contestants(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, vtr.Policy | None]:
+def contestants(
+    model: Any, processor: Any, examples: Sequence[Example], learnt: Mapping[str, vtr.Policy]
+) -> dict[str, vtr.Policy | None]:
     """No reduction, the trained policies, and behind each of the two the others at its cost."""
     cost = Cost.of(model, prompt_sizes(model, processor, examples[:16]))
     out: dict[str, vtr.Policy | None] = {"none": None}
-    for name, policy in trained().items():
+    for name, policy in learnt.items():
         out[name] = policy
         if not name.endswith("(I)"):
             out |= {f"{other} = {name}": one for other, one in equals(policy, cost).items()}
@@ -152,6 +160,16 @@ def without_cache(
     return out
 
 
+def words_kept(model: Any, processor: Any, pictures: Sequence[Any], policy: vtr.Policy) -> float:
+    """The share of the words of unforced long answers that the last layer's cache remembers."""
+    kept: list[bool] = []
+    with torch.inference_mode():
+        for image in tqdm(pictures, desc="words kept"):
+            model.generate(**encode(processor, [QUESTION], [image]), policy=policy, max_new_tokens=96)
+            kept += vtr.report(model).rows[0].remembered(-1)
+    return sum(kept) / len(kept)
+
+
 # -- what is written ---------------------------------------------------------------------------------------------------
 def claims(short: Sequence[report.Line], long: Mapping[str, Any]) -> list[dict[str, str]]:
     """The papers' figures beside ours: what remains, as shares of no reduction."""
@@ -162,12 +180,13 @@ def claims(short: Sequence[report.Line], long: Mapping[str, Any]) -> list[dict[s
         "KV": lambda name: line[name].kv_bytes / line["none"].kv_bytes,
         "decode FLOPs without cache": lambda name: long["without_cache"][name] / long["without_cache"]["none"],
         "KV growth": lambda name: grown[name] / grown["none"],
+        "words kept": lambda name: long["words_kept"],
     }
     return [
         {"policy": name, "measure": measure, "paper": said, "here": f"{ours[measure](name):.1%}"}
         for name, papers in CLAIMS.items()
         for measure, said in papers.items()
-        if measure != "KV growth" or f"{name} (I)" in grown  # nothing shrinks where nothing is forgotten
+        if measure not in ("KV growth", "words kept") or f"{name} (I)" in grown  # where something is forgotten
     ]
 
 
@@ -187,7 +206,7 @@ def markdown(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequ
     ]
     return "\n".join(
         [
-            "# p-MoD and Dynamic-LLaVA, trained into the pocket model", "",
+            f"# p-MoD and Dynamic-LLaVA, trained into the pocket model (`{body['model']}`)", "",
             f"{body['questions']} held-out questions with one-word answers; after ` = ` stands whose decoder prefill "
             "FLOPs a policy was set to:", "",
             report.table(short, groups[0]), "",
@@ -232,19 +251,24 @@ def plot(body: Mapping[str, Any], short: Sequence[report.Line], listed: Sequence
     return made
 
 
-def measure(questions: int, listings: int, timed: int, lengths: Sequence[int], seed: int) -> tuple[Any, Any, Any]:
+def measure(
+    questions: int, listings: int, timed: int, lengths: Sequence[int], seed: int, name: str = JOINT
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """Run everything; returns (body, lines of short answers, lines of long ones)."""
-    model, processor = vtr.pocket.load()
+    model, processor = vtr.pocket.load(vtr.pocket.NAMES[name])
     vtr.patch(model)
+    learnt = trained(name)
     asked = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.samples(questions, "test", seed)]
     listed = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.listings(listings, "test", seed)]
-    policies = contestants(model, processor, asked)
+    policies = contestants(model, processor, asked, learnt)
     short = report.measure(model, processor, policies, asked, timed, 4)
     long = report.measure(model, processor, policies, listed, 0, 96, "listing") if listed else []
-    few = {name: p for name, p in policies.items() if name in ("none", *trained()) or name.startswith("FastV")}
-    image, at = asked[0].image, [1, *[n for n in (50, 100, 200, 500, 1000, 2000) if n <= max(lengths)]]
+    few = {name: p for name, p in policies.items() if name in ("none", *learnt) or name.startswith("FastV")}
+    image, last = asked[0].image, max(lengths)
+    at = sorted({1, last, *[n for n in (50, 100, 200, 500, 1000, 2000) if n <= last]})
     body = {
-        "questions": questions, "listings": listings, "short": report.to_json(short), "listed": report.to_json(long),
+        "model": name, "questions": questions, "listings": listings,
+        "short": report.to_json(short), "listed": report.to_json(long),
         "groups": {"short": report.groups_of(asked), "long": report.groups_of(listed)},
         "long": {
             "lengths": list(lengths), "grown_at": at,
@@ -256,6 +280,9 @@ def measure(questions: int, listings: int, timed: int, lengths: Sequence[int], s
             ),
         },
     }  # fmt: skip
+    if "Dynamic-LLaVA (I)" in learnt:
+        pictures = [one.image for one in listed or asked[:2]][:40]
+        body["long"]["words_kept"] = words_kept(model, processor, pictures, learnt["Dynamic-LLaVA"])
     body["claims"] = claims(short, body["long"])
     return body, short, long
 
@@ -265,12 +292,15 @@ def main(
     questions: Annotated[int, typer.Option(help="with one-word answers", min=16)] = 480,
     listings: Annotated[int, typer.Option(help="pictures to list, 0 for none", min=0)] = 100,
     timed: Annotated[int, typer.Option(help="questions whose prefill is timed", min=1)] = 24,
+    model: Annotated[str, typer.Option(help="a pocket model with trained policies")] = JOINT,
     longest_answer: Annotated[int, typer.Option(help="tokens of the longest timed answer", min=50)] = 2000,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Measure the trained policies on the pocket model."""
+    """Measure the trained policies on a pocket model."""
+    if model not in vtr.pocket.POLICIES:
+        raise typer.BadParameter(f"{model!r} has no trained policies: choose {' or '.join(vtr.pocket.POLICIES)}")
     lengths = [n for n in LENGTHS if n <= longest_answer]
-    body, short, listed = measure(questions, listings, timed, lengths, seed)
+    body, short, listed = measure(questions, listings, timed, lengths, seed, model)
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(body, short, listed)
     (out / "trained.md").write_text(text)

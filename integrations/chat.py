@@ -134,7 +134,7 @@ class Chat:
     """A model with its processor and one policy.
 
     Args:
-        pretrained: ``pocket``, ``pocket-internvl``, a folder or a hub name.
+        pretrained: ``pocket``, ``pocket-joint``, ``pocket-internvl``, a folder or a hub name.
         policy: a policy, or text that :func:`read_policy` reads; None is no reduction.
         device: cpu, cuda, cuda:1, …, or auto.
         dtype: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16 or float16.

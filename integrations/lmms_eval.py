@@ -5,10 +5,10 @@
     lmms-eval --model vtr --model_args 'pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,policy=fastv:keep=0.25;layer=2' \\
         --tasks mme --batch_size 8 --output_path runs
 
-``pretrained``: a folder, a hub name, ``pocket`` or ``pocket-internvl``. ``policy``: a spec string. lmms-eval splits
-``--model_args`` at commas, so write ``;`` between a policy's settings, or put the spec in double quotes (commas inside
-``[…]`` are safe); a folder that ``policy.save_pretrained`` wrote is taken too. ``device``: cpu, cuda, …; ``dtype``:
-auto, float32, …
+``pretrained``: a folder, a hub name, ``pocket``, ``pocket-joint`` or ``pocket-internvl``. ``policy``: a spec string.
+lmms-eval splits ``--model_args`` at commas, so write ``;`` between a policy's settings, or put the spec in double
+quotes (commas inside ``[…]`` are safe); a folder that ``policy.save_pretrained`` wrote is taken too. ``device``: cpu,
+cuda, …; ``dtype``: auto, float32, …
 
 Tasks that compare log-likelihoods (``multiple_choice``) need ``--force_simple``, as for every chat model of lmms-eval.
 Several processes: ``accelerate launch --num_processes 2 -m lmms_eval …``; on a CPU

@@ -27,7 +27,7 @@ class Vtr(BaseModel):
     """A model under one policy, as VLMEvalKit calls it.
 
     Args:
-        pretrained: ``pocket``, ``pocket-internvl``, a folder or a hub name.
+        pretrained: ``pocket``, ``pocket-joint``, ``pocket-internvl``, a folder or a hub name.
         policy: a spec string, a folder with a saved policy, or None.
         device, dtype: as :class:`~vtr.integrations.chat.Chat` takes them.
         settings: of generation, e.g. ``max_new_tokens=512``.

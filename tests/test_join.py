@@ -9,7 +9,7 @@ import torch
 from vtr.eval.metrics import metric
 
 import vtr
-from vtr.pocket import join, listing
+from vtr.pocket import join, listing, train
 from vtr.pocket import scenes as S
 from vtr.pocket.language import LISTING, embed_pictures, make_batch
 from vtr.pocket.model import BOS, EOS, IMAGE, answer_states, encode
@@ -83,6 +83,7 @@ def test_every_view_gives_gradients_to_what_it_trains(drawn) -> None:
     objective = join.DynamicLLaVATraining(model, dynamic, 0.5)
     steps = {
         "plain": lambda: join.plain_step(model, batch, "prune", rng),
+        "small": lambda: join.plain_step(model, batch, "at36", rng),
         "pmod": lambda: join.pmod_step(model, pmod, batch),
         "dynamic": lambda: join.dynamic_step(objective, batch, 0.5),
     }
@@ -98,6 +99,47 @@ def test_every_view_gives_gradients_to_what_it_trains(drawn) -> None:
         }
         assert learnt == {key: key == name for key in learnt}
     objective.remove()
+
+
+def test_the_stages_leave_one_model_for_both_policies(tmp_path, monkeypatch) -> None:
+    short = {"list": {"steps": 2, "lr": 1e-3, "pictures": 1}, "join": {"steps": 6, "lr": 1e-3, "pictures": 1}}
+    monkeypatch.setattr(train, "JOINT", short)
+    monkeypatch.setitem(join.VIEWS, "join", {"pmod": 0.5, "dynamic": 0.5})
+    run(monkeypatch, "--joint", "--out", str(tmp_path))
+    model, _ = vtr.pocket.load(folder=tmp_path / "weights")
+    before = vtr.pocket.load()[0].state_dict()
+    moved = {n.split(".")[1] for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
+    assert moved >= {"language_model", "multi_modal_projector"} and "vision_tower" not in moved
+    assert model.generation_config.max_new_tokens == 96
+    for name in ("pmod", "dynamic-llava"):
+        policy = vtr.policy(f"{name}:weights={tmp_path / 'policies' / name}")
+        policy.check_model(model)
+        assert any(w.abs().max() > 0 for w in policy.tensors().values())
+        with pytest.raises(ValueError, match="trained with another model"):
+            policy.check_model(vtr.pocket.load()[0])
+    first = torch.load(tmp_path / "join.pt", weights_only=True)
+    run(monkeypatch, "--joint", "--out", str(tmp_path))  # finished: nothing is trained again
+    assert torch.equal(first["model"]["lm_head.weight"], torch.load(tmp_path / "join.pt")["model"]["lm_head.weight"])
+    assert (tmp_path / "times.jsonl").read_text().count("join") == 1
+    run(monkeypatch, "--joint", "--alone", "dynamic", "--out", str(tmp_path / "alone"))
+    assert torch.load(tmp_path / "alone" / "join.pt", weights_only=True)["step"] == 3  # half of the steps
+
+
+def run(monkeypatch, *words: str) -> None:
+    """The command, in this process."""
+    monkeypatch.setattr("sys.argv", ["train", *words, "--workers", "1"])
+    threads = torch.get_num_threads()
+    try:
+        train.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_policy_alone_is_for_the_joint_stages(monkeypatch, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--alone", "pmod", "--out", str(tmp_path))
+    assert "--start and --alone are for --joint" in capsys.readouterr().err
+    assert join.alone(train.JOINT["join"], "pmod")["views"] == {"pmod": 1.0}
 
 
 def test_listing_and_its_metric() -> None:

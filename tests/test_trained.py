@@ -1,4 +1,4 @@
-"""The trained policies shipped for the pocket model, and the table that measures them."""
+"""The trained policies shipped for the pocket models, and the tables that measure them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import json
 
 import pytest
 import torch
-from vtr.eval import contenders, spend, trained
+import typer
+from vtr.eval import apart, contenders, spend, trained
 from vtr.eval.contenders import Shapes
 
 import vtr
 from vtr.chat import decode, encode
+from vtr.pocket.listing import f1
 from vtr.search import Cost, Example
 
-SPECS = ("pmod:weights=pocket", "dynamic-llava:weights=pocket")
+SPECS = ("pmod:weights=pocket-joint", "dynamic-llava:weights=pocket-joint")
 
 
 @pytest.fixture(scope="module")
 def pocket():
-    model, processor = vtr.pocket.load()
+    """The joint one."""
+    model, processor = vtr.pocket.load("joint")
     return vtr.patch(model), processor
 
 
@@ -27,9 +30,11 @@ def asked() -> list[Example]:
     return [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.samples(24, "val", 5)]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, "pmod:weights=pocket", "dynamic-llava:weights=pocket"])
 def test_shipped_weights_answer_questions(pocket, asked, spec: str) -> None:
     model, processor = pocket
+    if spec not in SPECS:
+        model = vtr.patch(vtr.pocket.load()[0])
     policy = vtr.policy(spec)
     assert policy.spec.startswith(spec) and policy.base is not None
     assert vtr.policy(policy.spec) == policy
@@ -41,10 +46,28 @@ def test_shipped_weights_answer_questions(pocket, asked, spec: str) -> None:
     assert vtr.report(model).rows[0].mean_keep < 0.6
 
 
-def test_each_shipped_policy_is_small() -> None:
+@pytest.mark.parametrize("weights", vtr.pocket.POLICIES)
+def test_each_shipped_policy_is_small_and_of_its_model(pocket, weights: str) -> None:
     for spec in SPECS:
-        folder = vtr.pocket.POLICIES / spec.partition(":")[0]
-        assert sum(file.stat().st_size for file in folder.iterdir()) < 260_000
+        name = spec.partition(":")[0]
+        assert sum(file.stat().st_size for file in (vtr.pocket.POLICIES[weights] / name).iterdir()) < 260_000
+        if weights != "pocket-joint":
+            with pytest.raises(ValueError, match="were trained with another model"):
+                vtr.policy(f"{name}:weights={weights}").check_model(pocket[0])
+
+
+def test_the_joint_model_lists_and_forgets(pocket) -> None:
+    model, processor = pocket
+    rows = list(vtr.pocket.listings(4, "val", 5))
+    inputs = encode(processor, [row["question"] for row in rows], [row["image"] for row in rows])
+    mixed = [None, *SPECS, "m3:tokens=9"]
+    with torch.inference_mode():
+        out = model.generate(**inputs, policy=mixed, max_new_tokens=96)
+    said, found = decode(processor, out, inputs["input_ids"].shape[1]), vtr.report(model).rows
+    assert sum(f1(text, row["answer"]) for text, row in zip(said, rows, strict=True)) / 4 > 0.6
+    assert min(len(text.split()) for text in said) >= 30
+    stays = found[2].remembered(-1)
+    assert 0.25 < sum(stays) / len(stays) < 0.75 and all(found[0].remembered(-1)) and all(found[2].remembered(1))
 
 
 def test_weights_that_are_not_shipped_are_said_to_be_missing() -> None:
@@ -89,9 +112,9 @@ def test_times_and_cache_behind_answers(pocket, asked) -> None:
 
 def test_trained_policies_take_part_in_all(pocket) -> None:
     shapes = Shapes.of(pocket[0])
-    found, _, _ = contenders.contenders(["all"], shapes, weights="pocket")
+    found, _, _ = contenders.contenders(["all"], shapes, weights="pocket-joint")
     specs = {one.name: one.spec for one in found}
-    assert specs["pmod"].startswith(SPECS[0]) and "weights=pocket,keep=0.0625" in specs["dynamic-llava"]
+    assert specs["pmod"].startswith(SPECS[0]) and "weights=pocket-joint,keep=0.0625" in specs["dynamic-llava"]
     assert "no weights" in contenders.contenders(["all"], shapes)[2]["pmod"]
     with pytest.raises(ValueError, match="layer 2 of 10"):
         spend.trained("dynamic-llava", "pocket", 0.2, 10)
@@ -99,10 +122,27 @@ def test_trained_policies_take_part_in_all(pocket) -> None:
 
 def test_the_command_writes_table_plot_and_figures(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trained, "WINDOW", 2)
-    body, short, listed = trained.measure(16, 0, 1, [3], 0)
+    body, short, listed = trained.measure(16, 2, 1, [3], 0)
     text = trained.markdown(body, short, listed)
-    assert "| p-MoD |" in text and "FastV = Dynamic-LLaVA" in text and "without cache" in text
-    assert [c["policy"] for c in body["claims"]][:3] == ["p-MoD", "p-MoD", "Dynamic-LLaVA"]
+    assert "| p-MoD |" in text and "FastV = Dynamic-LLaVA" in text and "order-free F1" in text
+    said = [(c["policy"], c["measure"]) for c in body["claims"]]
+    assert said[:2] == [("p-MoD", "prefill FLOPs"), ("p-MoD", "KV")]
+    assert [what for name, what in said if name == "Dynamic-LLaVA"] == list(trained.CLAIMS["Dynamic-LLaVA"])
     assert all(c["here"].endswith("%") for c in body["claims"])
     trained.plot(body, short, listed).savefig(tmp_path / "trained.png")
-    assert json.loads(json.dumps(body["long"]))["grown_at"] == [1]
+    assert json.loads(json.dumps(body["long"]))["grown_at"] == [1, 3]
+    with pytest.raises(typer.BadParameter, match="choose pocket or pocket-joint"):
+        trained.main(tmp_path, model="pocket-internvl")
+
+
+def test_joint_and_separate_training_side_by_side(tmp_path, monkeypatch, capsys) -> None:
+    for name in ("pmod", "dynamic"):  # what training alone leaves, here the joint one's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").symlink_to(vtr.pocket.MODELS["joint"])
+        (tmp_path / name / "policies").symlink_to(vtr.pocket.POLICIES["pocket-joint"])
+    apart.main(tmp_path / "pmod", tmp_path / "dynamic", tmp_path / "out", questions=8, listings=1)
+    body, text = json.loads((tmp_path / "out" / "apart.json").read_text()), (tmp_path / "out" / "apart.md").read_text()
+    assert list(body["found"]) == ["joint", "p-MoD alone", "Dynamic-LLaVA alone", "finished before"]
+    assert [c["difference"] for c in body["compared"]] == [0.0] * 4  # the same weights
+    assert "| p-MoD | finished before |" in text and "| p-MoD joint − p-MoD alone | short | +0.0" in text
+    assert text in capsys.readouterr().out

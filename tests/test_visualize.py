@@ -90,6 +90,28 @@ def test_the_figures_say_what_they_show(shots: list[visualize.Shot]) -> None:
         assert len(axis.lines) == 2, "one line across and one down where crops meet"
 
 
+def test_forgotten_words_are_struck_out() -> None:
+    model, processor = vtr.pocket.load("joint")
+    (sample,), _ = vtr.pocket.listings(1), vtr.patch(model)
+    inputs = vtr.chat.encode(processor, [sample["question"]], [sample["image"]])
+    policy = vtr.policy("dynamic-llava:weights=pocket-joint")
+    with torch.inference_mode():
+        out = model.generate(**inputs, policy=[policy], max_new_tokens=30, min_new_tokens=30)
+    row, said = vtr.report(model).rows[0], processor.tokenizer.convert_ids_to_tokens(out[0, -30:])
+    stays = row.remembered(-1)
+    assert len(stays) == 29 and 0 < sum(stays) < 29 and row.remembered(1) == [True] * 29
+    assert all(row.remembered(layer) == stays for layer in range(2, 10))
+    figure = visualize.words(said, stays, title=policy.spec)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[1:] == said and texts[0].endswith(f"{29 - sum(stays)} of 30 words forgotten")
+    assert len(figure.axes[0].lines) == 29 - sum(stays)
+    with torch.inference_mode():
+        model.generate(**inputs, policy=[None], max_new_tokens=3)
+    assert vtr.report(model).rows[0].remembered(2) == []
+    with pytest.raises(ValueError, match="the answer has no words"):
+        visualize.words([], [])
+
+
 def test_the_staircase_has_every_step(shots: list[visualize.Shot]) -> None:
     figure = visualize.staircase(shots)
     lines = [patch for patch in figure.axes[0].patches if not patch.get_fill()]

@@ -35,6 +35,7 @@ class RowReport:
     _kept: list[list[int]] = field(repr=False, default_factory=list)
     _sources: list[list[list[int]]] = field(repr=False, default_factory=list)
     tries: list[tuple[str, int]] = field(default_factory=list)
+    _remembered: list[list[bool]] = field(repr=False, default_factory=list)
 
     def kept(self, layer: int) -> list[int]:
         """Slots in the ``input_ids`` row as passed of the vision tokens that entered ``layer``, ascending.
@@ -46,6 +47,14 @@ class RowReport:
     def sources(self, layer: int) -> list[list[int]]:
         """For each vision token that entered ``layer``: the slots it was made from (one for a token merely kept)."""
         return self._sources[layer]
+
+    def remembered(self, layer: int) -> list[bool]:
+        """For each token decoded into the cache, in order: whether ``layer`` remembers it.
+
+        The last token of an answer never gets there. Empty where no policy of the call forgets, without a cache, and
+        for beams.
+        """
+        return self._remembered[layer] if self._remembered else []
 
     @property
     def mean_keep(self) -> float:
@@ -141,7 +150,7 @@ def _reduced(trace: Trace) -> Report:
     attended = [int(a) for a in trace.attended]
     decode = trace.decode_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
     return Report(
-        rows=[_row(row) for row in trace.rows[:: trace.beams]],
+        rows=[_row(row, words) for row, words in zip(trace.rows[:: trace.beams], _remembered(trace), strict=True)],
         flops=trace.prefill_flops + decode,
         prefill_flops=trace.prefill_flops,
         decode_flops=decode,
@@ -153,7 +162,20 @@ def _reduced(trace: Trace) -> Report:
     )
 
 
-def _row(row: RowTrace) -> RowReport:
+def _remembered(trace: Trace) -> list[list[list[bool]]]:
+    """Per row and layer the decoded tokens that stay; nothing for beams, whose rows change places."""
+    found: list[list[list[bool]]] = [[] for _ in trace.rows[:: trace.beams]]
+    if not found or trace.beams > 1:
+        return found
+    all_stay = torch.ones(len(found), dtype=torch.bool)
+    for _, steps in sorted(trace.remembered.items()):
+        stays = torch.stack([all_stay if step is None else step.cpu() for step in steps], 1)
+        for row, mine in zip(found, stays.tolist(), strict=True):
+            row.append(mine)
+    return found
+
+
+def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
     slots = row.slots.tolist()
     images = row.sources
     made_of = [[slot] for slot in slots] if images is None else [some for image in images for some in image.lists()]
@@ -165,7 +187,7 @@ def _row(row: RowTrace) -> RowReport:
             last = (alive, [slots[i] for i in here if slots[i] >= 0], [made_of[i] for i in here])
         kept.append(last[1])
         sources.append(last[2])
-    return RowReport(row.spec, list(row.counts), row.original, kept, sources)
+    return RowReport(row.spec, list(row.counts), row.original, kept, sources, _remembered=remembered)
 
 
 def _dense(trace: DenseTrace) -> Report:

@@ -59,7 +59,8 @@ def run(
         typer.Option(help="write the picture with the kept tokens here (PNG, PDF, …; .gif: layer by layer)"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="a folder, a hub name or `pocket-internvl`", show_default="the pocket model")
+        str | None,
+        typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
     ] = None,
     sample: Annotated[int | None, typer.Option(help="use shipped sample picture 0, 1 or 2")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer")] = 16,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vtr.base import CONFIG_NAME, WEIGHTS_NAME, Policy, Scores, Wanted
 from vtr.learned import Learned
+from vtr.pocket import POLICIES as SHIPPED
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from vtr.engine.resolve import Tries
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
-POCKET = "pocket"
-"""The name that stands for the folder of weights shipped for the embedded model."""
 
 _POLICIES: dict[str, type[Policy]] = {}
 _QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
@@ -71,7 +70,8 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones.
 
     A policy that owns weights may be given the folder they are in (``weights``, and ``allow_mismatch``): the settings
-    saved there hold unless others are named. ``weights=pocket`` are those shipped for the embedded model.
+    saved there hold unless others are named. ``weights=pocket`` and
+    ``weights=pocket-joint`` are those shipped for the embedded models.
     """
     cls = policy_class(name)
     if issubclass(cls, Learned) and "weights" in settings:
@@ -100,9 +100,9 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
 
 def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
     """The policy in ``folder``, read again only if its files have changed."""
-    if folder == POCKET:
-        shipped = _loaded(name, str(Path(__file__).parent / "pocket" / "policies" / name), allow_mismatch)
-        shipped.folder = POCKET  # type: ignore[attr-defined]
+    if folder in SHIPPED:
+        shipped = _loaded(name, str(SHIPPED[folder] / name), allow_mismatch)
+        shipped.folder = folder  # type: ignore[attr-defined]
         return shipped
     stamps = tuple((Path(folder) / file).stat().st_mtime_ns for file in FILES if (Path(folder) / file).is_file())
     return _read(folder, allow_mismatch, stamps)

@@ -15,7 +15,8 @@ def encode_command(
         str, typer.Option(help="what acts before the decoder, e.g. `globalcom2:retention=0.25`")
     ] = "none",
     model: Annotated[
-        str | None, typer.Option(help="a folder, a hub name or `pocket-internvl`", show_default="the pocket model")
+        str | None,
+        typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's")] = None,

@@ -27,7 +27,8 @@ def eval_command(
     ] = "auto",
     instruction: Annotated[str, typer.Option(help="how the question is put")] = "{question}",
     model: Annotated[
-        str | None, typer.Option(help="a folder, a hub name or `pocket-internvl`", show_default="pocket")
+        str | None,
+        typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket"),
     ] = None,
     base_lm: Annotated[
         str | None, typer.Option(help="the language model before it saw pictures: text-only prompts go to it")

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 search = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
-Model = Annotated[str | None, typer.Option(help="a folder, a hub name or `pocket-internvl`", show_default="pocket")]
+Model = Annotated[
+    str | None, typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket")
+]
 Data = Annotated[str, typer.Option(help="`pocket:split=val`, a JSONL file, a folder, or `hf:NAME,split=…`")]
 Images = Annotated[Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")]
 Columns = Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")]

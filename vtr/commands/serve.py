@@ -17,10 +17,8 @@ def server_command(model: str, host: str, port: int, default: str | None, rest: 
     """The command line of vLLM's server with the gate inside."""
     import json
 
-    from vtr.pocket import WEIGHTS
-
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(WEIGHTS), "--served-model-name", "pocket"] if model == "pocket" else ["--model", model]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", _folder(model)]
+    command += ["--served-model-name", model] if _folder(model) != model else []
     command += ["--host", host, "--port", str(port), "--middleware", GATE, "--trust-request-mm-kwargs"]
     command += ["--enable-prompt-tokens-details"]  # usage says how many image tokens a request had
     if default is not None:
@@ -28,9 +26,16 @@ def server_command(model: str, host: str, port: int, default: str | None, rest: 
     return [*command, *rest]
 
 
+def _folder(model: str) -> str:
+    """Where a pocket model is; others are what they are called."""
+    from vtr.pocket import MODELS, NAMES
+
+    return str(MODELS[NAMES[model]]) if model in NAMES else model
+
+
 def serve_command(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="a folder or hub name; `pocket` is the embedded model")] = "pocket",
+    model: Annotated[str, typer.Argument(help="folder, hub name, `pocket` or `pocket-joint`")] = "pocket",
     policy: Annotated[str | None, typer.Option(help="what requests get that name none, e.g. `m3:tokens=144`")] = None,
     host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
@@ -54,15 +59,13 @@ def serve_command(
     from vtr.cli import console, fail
     from vtr.integrations.vllm.gateway import LAYERS_ENV
     from vtr.integrations.vllm.specs import spec_of
-    from vtr.pocket import WEIGHTS
 
-    folder = str(WEIGHTS) if model == "pocket" else model
     try:
         if model == "pocket-internvl":
             raise ValueError(
                 "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
             )
-        depth = int(AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers)
+        depth = int(AutoConfig.from_pretrained(_folder(model)).get_text_config().num_hidden_layers)
         default = None if policy is None else spec_of(policy, depth)
         if upstream is not None:
             _gate_alone(upstream, depth, host, port)

@@ -15,7 +15,8 @@ def train_command(
     data: Annotated[Path, typer.Argument(help='JSON lines: {"image": file, "question": …, "answer": …}')],
     out: Annotated[Path, typer.Argument(help="for `model/`, `policy/`, `log.jsonl` and the state to go on from")],
     model: Annotated[
-        str | None, typer.Option(help="a folder, a hub name or `pocket-internvl`", show_default="the pocket model")
+        str | None,
+        typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="samples a process takes at a time")] = 4,

@@ -35,6 +35,7 @@ class Step:
             self._renumber(index, hidden, kwargs)
         if self.asks:
             self.trace.selector_flops += remembering(index, hidden, kwargs)
+            self.trace.remembered.setdefault(index, []).append(kwargs["vtr_plan"].remember)
         return hidden
 
     def _renumber(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:

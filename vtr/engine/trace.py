@@ -139,6 +139,8 @@ class Trace:
     """Per layer: cached tokens when the call ended, summed over rows."""
     kv_allocated: int = 0
     kv_itemsize: int = 0
+    remembered: dict[int, list[torch.Tensor | None]] = field(default_factory=dict)
+    """Layer → per decoded step, whether each row's token stays in its cache (bool [rows]; None: all of them do)."""
     clocks: list[Clock] = field(default_factory=list)
     tried: Tried | None = None
 

@@ -1,7 +1,7 @@
-"""The pocket models: a tiny LLaVA-NeXT and a tiny InternVL with weights in the package, and pictures with questions.
+"""The pocket models: two tiny LLaVA-NeXT and a tiny InternVL with weights in the package, and pictures with questions.
 
-They exist to compare token-reduction policies in seconds on a CPU, without a download. See weights/MODEL_CARD.md and
-internvl/weights/MODEL_CARD.md.
+They exist to compare token-reduction policies in seconds on a CPU, without a download. See weights/MODEL_CARD.md,
+joint/weights/MODEL_CARD.md and internvl/weights/MODEL_CARD.md.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 
     from vtr.base import Policy
 
-WEIGHTS = Path(__file__).parent / "weights"
-SAMPLES = Path(__file__).parent / "samples"
-POLICIES = Path(__file__).parent / "policies"
-MODELS = {"llava-next": WEIGHTS, "internvl": Path(__file__).parent / "internvl" / "weights"}
-"""The families there are, the first by default, and where their weights are."""
-NAMES = {"pocket": "llava-next", "pocket-internvl": "internvl"}
+_HERE = Path(__file__).parent
+WEIGHTS, SAMPLES = _HERE / "weights", _HERE / "samples"
+MODELS = {"llava-next": WEIGHTS, "joint": _HERE / "joint" / "weights", "internvl": _HERE / "internvl" / "weights"}
+"""The pocket models, the first by default, and where their weights are. "joint" is the LLaVA-NeXT trained on under
+every policy, p-MoD and Dynamic-LLaVA among them; it also lists all objects of a picture (answers of fifty words)."""
+NAMES = {"pocket": "llava-next", "pocket-joint": "joint", "pocket-internvl": "internvl"}
 """What a pocket model is called where a folder or a hub name may stand (``--model``)."""
+POLICIES = {"pocket": _HERE / "policies", "pocket-joint": _HERE / "joint" / "policies"}
+"""What the trained policies of a pocket model are called as ``weights=``, and where they are."""
 
-__all__ = ["MODELS", "NAMES", "SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
+__all__ = ["MODELS", "NAMES", "POLICIES", "SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
 
 
 def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: Path | None = None) -> tuple[Any, Any]:
     """A trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package.
 
     Args:
-        family: "llava-next" or "internvl". folder: another one with such a model, instead.
+        family: "llava-next", "joint" (of the same family) or "internvl". folder: another one with such a model.
 
     Raises:
-        ValueError: no such family.
+        ValueError: no such model.
     """
     if family not in MODELS:
         raise ValueError(f"family={family!r}: choose one of {', '.join(MODELS)}")
@@ -66,7 +68,7 @@ def autoscale(method: str = "cascade") -> Policy:
 
     if method not in ("cascade", "router"):
         raise ValueError(f"method={method!r}: choose 'cascade' or 'router'")
-    return Policy.from_pretrained(POLICIES / method)
+    return Policy.from_pretrained(POLICIES["pocket"] / method)
 
 
 def sample(i: int = 0) -> tuple[Image.Image, str, str]:

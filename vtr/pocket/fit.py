@@ -1,4 +1,4 @@
-"""p-MoD's routers and Dynamic-LLaVA's predictors for the pocket model as it is: `python -m vtr.pocket.fit --out DIR`.
+"""p-MoD's routers and Dynamic-LLaVA's predictors for a pocket model as it is: `python -m vtr.pocket.fit --out DIR`.
 
 The model does not learn, so every other policy keeps its figures. Writes DIR/pmod and DIR/dynamic-llava (half
 precision), which the package ships in vtr/pocket/policies; an interrupted run goes on where its checkpoint left off.
@@ -13,45 +13,36 @@ from typing import Any
 
 import torch
 
-from vtr.training.dynamic_llava import DynamicLLaVATraining, temperature
-
-from .join import ROUTER_LR, TEXT_KEEP, dynamic_step, new_policies, pmod_step
-from .language import make_batch
+from .join import Learners
+from .language import QUESTIONS, make_batch
 from .optim import ramp
 from .stage import Figures, of_view, run_stage
 
+ROUTER_LR = 2e-3  # over how large the hidden states are, see Learners.optimizer
 
-def fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float, long: bool) -> tuple[Any, Any]:
+
+def fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float, long: bool) -> Learners:
     """Trains both policies beside each other; three of four steps are Dynamic-LLaVA's. Returns them.
 
     Args:
         ctx: a :class:`vtr.pocket.train.Context`. lr: of the predictors. long: with long answers, whose words are
             forgotten; without, Dynamic-LLaVA forgets nothing.
     """
-    pmod, dynamic = new_policies(model)
-    dynamic.forget = long
-    assert pmod.module is not None and dynamic.module is not None
-    learnt = torch.nn.ModuleDict({"pmod": pmod.module, "dynamic": dynamic.module}).requires_grad_(True)
     model.requires_grad_(False)
-    objective = DynamicLLaVATraining(model, dynamic, TEXT_KEEP)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(pmod.module.parameters(), ROUTER_LR, (0.9, 0.98), weight_decay=0.0),
-        torch.optim.AdamW(dynamic.module.parameters(), lr, (0.9, 0.98), weight_decay=0.0),
-    ]
+    learners = Learners(model, forget=long)
+    optimizers = [learners.optimizer(ROUTER_LR, lr)]
 
     def gradients(step: int, rng: random.Random) -> Figures:
         torch.manual_seed(step * 1009 + ctx.seed)  # the Gumbel noise
-        batch = make_batch(rng, "train", pictures, listing=long)
-        if step % 4 == 0:
-            return of_view("pmod", pmod_step(model, pmod, batch))
-        return of_view("dynamic", dynamic_step(objective, batch, temperature(step / steps)))
+        batch = make_batch(rng, "train", pictures, listing=long, questions=6 if long else QUESTIONS)
+        view = "dynamic" if step % 4 else "pmod"
+        return of_view(view, learners.step(view, batch, step / steps))
 
     run_stage(
-        "fit", ctx, model, steps, (list(learnt.parameters()), optimizers), gradients,
-        rate=lambda step: ramp(step, steps, 10, "cosine"), save_every=40, every=20, extra=learnt,
+        "fit", ctx, model, steps, (list(learners.weights.parameters()), optimizers), gradients,
+        rate=lambda step: ramp(step, steps, 10, "cosine"), save_every=40, every=20, extra=learners.weights,
     )  # fmt: skip
-    objective.remove()
-    return pmod, dynamic
+    return learners
 
 
 def main() -> None:
@@ -70,12 +61,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model = load(folder=args.model)[0]
     ctx = Context(args.out, 0, 1, args.seed)
-    for policy in fit(model, ctx, args.steps, args.pictures, args.lr, args.long):
-        policy.module.half()
-        policy.fit(model)
-        policy.save_pretrained(args.out / policy.name)
-        for path in (args.out / policy.name).iterdir():
-            path.chmod(0o644)
+    fit(model, ctx, args.steps, args.pictures, args.lr, args.long).save(model, args.out)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,40 @@
-"""Stage `join`: one set of weights for every policy, the trained ones included, and for long answers.
+"""Stages `list` and `join`: long answers, and one set of weights for every policy, the trained ones included.
 
-Each step draws how the pictures are shown: whole, at all of M3's scales, randomly pruned, through p-MoD's routers, or
-masked by Dynamic-LLaVA's predictors, whose weights learn beside the model's. Every picture has short questions and the
-long answer of `listing`.
+Each step draws how the pictures are shown. In `list` mostly at M3's smallest scales, where the long answers of
+`listing` are learnt within minutes; in `join` whole, at all scales, randomly pruned, through p-MoD's routers, or masked
+by Dynamic-LLaVA's predictors, whose weights learn beside the model's. Every picture has short questions as well.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vtr.policies.dynamic_llava import DynamicLLaVA
-from vtr.policies.pmod import PMoD
+from vtr.policies.pmod import PMoD, Routers
 from vtr.training.dynamic_llava import DynamicLLaVATraining, Masking, temperature
 from vtr.training.m3 import backward_nested
 
 from .language import LISTING, Batch, choose_view, embed_pictures, make_batch, project, shorten, students
-from .model import BOS, answer_states
+from .model import BOS, answer_states, pack
 from .nest import SCALES, at_scale
 from .optim import ramp
 from .stage import Figures, of_view, run_stage
 
-EARLY = {"full": 0.2, "nest": 0.3, "prune": 0.5}  # until long answers are learnt: cheap steps
-VIEWS = {"full": 0.1, "nest": 0.3, "prune": 0.12, "pmod": 0.24, "dynamic": 0.24}
-EARLY_PART = 0.45
+VIEWS = {
+    "list": {"at9": 0.5, "at36": 0.28, "prune": 0.12, "full": 0.1},
+    "join": {"full": 0.1, "nest": 0.22, "prune": 0.1, "pmod": 0.26, "dynamic": 0.32},
+}
+SMALL = 3  # so many times as many pictures in a step that shows them at 9 or 36 tokens a tile
+SHORT = {"list": 6, "join": 12}  # questions with short answers about a picture
 IMAGE_KEEP, TEXT_KEEP = 0.25, 0.5
-ROUTER_LR, PREDICTOR_LR = 1e-4, 1e-3  # routers read hidden states as they are, which are large; predictors norm them
+ROUTER_LR, PREDICTOR_LR = 2e-3, 1e-3  # a router's is divided by how large the hidden states are that it reads
 
 
 def new_policies(model: Any) -> tuple[PMoD, DynamicLLaVA]:
@@ -125,48 +130,119 @@ def masking_of(batch: Batch, n: int, tau: float, forget: bool = True) -> Masking
     return Masking(images, answers, tau, min_answer=1)
 
 
-# -- the stage ---------------------------------------------------------------------------------------------------------
-def train_join(model: Any, ctx: Any, steps: int, lr: float, pictures: int, tower: float) -> None:
-    """Runs the stage. lr: of language model and projector; tower: the vision tower's, relative to it."""
-    pmod, dynamic = new_policies(model)
-    assert pmod.module is not None and dynamic.module is not None
-    extra = torch.nn.ModuleDict({"pmod": pmod.module, "dynamic": dynamic.module}).requires_grad_(True)
-    params, optimizers = students(model, lr, tower)
-    groups = [
-        {"params": list(extra[k].parameters()), "lr": r} for k, r in (("pmod", ROUTER_LR), ("dynamic", PREDICTOR_LR))
-    ]
-    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0))
-    params += list(extra.parameters())
-    objective = DynamicLLaVATraining(model, dynamic, TEXT_KEEP)
+# -- the stages --------------------------------------------------------------------------------------------------------
+def train_join(
+    model: Any, ctx: Any, steps: int, lr: float, pictures: int, mode: str, views: Mapping[str, float] | None = None
+) -> None:
+    """Runs the stage ``mode``. The vision tower stays as it is. views: other odds than those of VIEWS."""
+    odds = views or VIEWS[mode]
+    params, optimizers = students(model, lr, 0.0)
+    learners = Learners(model) if mode == "join" else None
+    extra = None
+    if learners is not None:
+        optimizers.append(learners.optimizer(ROUTER_LR, PREDICTOR_LR))
+        extra = learners.weights
+        params += list(extra.parameters())
 
     def gradients(step: int, rng: random.Random) -> Figures:
-        shared = random.Random(f"join-{ctx.seed}-{step}")  # the same for all workers
-        odds = EARLY if step < EARLY_PART * steps else VIEWS
+        shared = random.Random(f"{mode}-{ctx.seed}-{step}")  # the same for all workers
         view = shared.choices(list(odds), list(odds.values()))[0]
         torch.manual_seed(shared.getrandbits(40) + ctx.rank)  # the Gumbel noise
-        batch = make_batch(rng, "train", pictures, listing=True)
-        if view == "nest":
+        count = pictures * (SMALL if view.startswith("at") else 1)
+        batch = make_batch(rng, "train", count, listing=True, questions=SHORT[mode])
+        if learners is not None and view in ("pmod", "dynamic"):
+            figures = learners.step(view, batch, step / steps)
+        elif view == "nest":
             figures = nested_step(model, batch)
-        elif view == "pmod":
-            figures = pmod_step(model, pmod, batch)
-        elif view == "dynamic":
-            late = max(0.0, step / steps - EARLY_PART) / (1 - EARLY_PART)
-            figures = dynamic_step(objective, batch, temperature(late))
         else:
             figures = plain_step(model, batch, view, rng)
         return of_view(view, figures)
 
     run_stage(
-        "join", ctx, model, steps, (params, optimizers), gradients,
+        mode, ctx, model, steps, (params, optimizers), gradients,
         rate=lambda step: ramp(step, steps, 30, "linear"), save_every=50, extra=extra,
     )  # fmt: skip
-    objective.remove()
+    if learners is not None:
+        learners.objective.remove()
+
+
+def alone(stage: Mapping[str, Any], view: str) -> dict[str, Any]:
+    """The options of stage `join` for one policy alone: as many steps as it has beside the others, all its own."""
+    return {**stage, "steps": round(stage["steps"] * VIEWS["join"][view]), "views": {view: 1.0}}
+
+
+def export_policies(model: Any, checkpoint: Path, folder: Path) -> None:
+    """What stage `join` left in its checkpoint, as policies of ``model`` under ``folder``."""
+    learners = Learners(model)
+    learners.weights.load_state_dict(torch.load(checkpoint, weights_only=True)["extra"])
+    learners.save(model, folder)
+
+
+class Learners:
+    """p-MoD and Dynamic-LLaVA while they learn on a model.
+
+    Attributes:
+        pmod, dynamic: the policies. weights: of both, as one module. objective: Dynamic-LLaVA's, to be removed at last.
+    """
+
+    def __init__(self, model: Any, forget: bool = True) -> None:
+        self.model, (self.pmod, self.dynamic) = model, new_policies(model)
+        self.dynamic.forget = forget
+        self.objective = DynamicLLaVATraining(model, self.dynamic, TEXT_KEEP)
+        modules: dict[str, Any] = {"pmod": self.pmod.module, "dynamic": self.dynamic.module}
+        self.weights = torch.nn.ModuleDict(modules).requires_grad_(True)
+
+    def optimizer(self, routers: float, predictors: float) -> torch.optim.Optimizer:
+        """Adam for both, with their learning rates."""
+        assert isinstance(self.pmod.module, Routers) and self.dynamic.module is not None
+        loud = loudness(self.model)
+        own = self.pmod.module.routers.items()
+        groups = [{"params": list(router.parameters()), "lr": routers / loud[int(layer)]} for layer, router in own]
+        groups.append({"params": list(self.dynamic.module.parameters()), "lr": predictors})
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def step(self, view: str, batch: Batch, done: float) -> Figures:
+        """Gradients of one policy, when the share ``done`` of the steps is over."""
+        if view == "pmod":
+            return pmod_step(self.model, self.pmod, batch)
+        return dynamic_step(self.objective, batch, temperature(done))
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Both policies in half precision under ``folder``, as those of ``model``."""
+        self.objective.remove()
+        for policy in (self.pmod, self.dynamic):
+            assert policy.module is not None
+            policy.module.half()
+            policy.fit(model).save_pretrained(folder / policy.name)
+            for path in (folder / policy.name).iterdir():
+                path.chmod(0o644)
+
+
+@torch.no_grad()
+def loudness(model: Any) -> list[float]:
+    """Root mean square of the vision tokens' hidden states that enter each decoder layer."""
+    batch, found = make_batch(random.Random("loudness"), "train", 2, questions=1), []
+    vision = embed_pictures(model, batch, False)
+    part = slice(1, vision.shape[1] + 1)
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: found.append(args[0][:, part].square().mean().sqrt().item()))
+        for layer in model.model.language_model.layers
+    ]
+    whole_states(model, vision, batch)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def plain_step(model: Any, batch: Batch, view: str, rng: random.Random) -> Figures:
-    """Gradients with whole pictures, or with a random part of them."""
-    how = ("full", 1.0, 1.0) if view == "full" else choose_view("prune", rng)
-    tokens, where, start = shorten(embed_pictures(model, batch, True), batch, how, rng)
+    """Gradients with pictures whole ("full"), in random part ("prune"), or at one of M3's scales ("at36")."""
+    tiles = project(model, batch.pixels, False)
+    if view.startswith("at"):
+        tokens = at_scale(model, tiles, batch, int(view[2:]))
+        where, start = torch.arange(1, tokens.shape[1] + 1).expand(len(tokens), -1), tokens.shape[1] + 1
+    else:
+        how = ("full", 1.0, 1.0) if view == "full" else choose_view("prune", rng)
+        tokens, where, start = shorten(pack(model, tiles, batch.rows, batch.cols), batch, how, rng)
     states = answer_states(model, tokens, where, batch.ids, batch.pos + start, batch.block)
     loss, figures = loss_of(model, states, batch)
     loss.backward()
@@ -174,7 +250,7 @@ def plain_step(model: Any, batch: Batch, view: str, rng: random.Random) -> Figur
 
 
 def nested_step(model: Any, batch: Batch) -> Figures:
-    """Gradients of the mean of the scales' cross-entropies; tower and projector run once."""
+    """Gradients of the mean of the scales' cross-entropies; the projector runs once."""
     seen: Figures = {}
 
     def loss_at(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -185,13 +261,13 @@ def nested_step(model: Any, batch: Batch) -> Figures:
         seen.update({f"{name}{tokens}": value for name, value in figures.items()})
         return loss
 
-    losses = backward_nested(project(model, batch.pixels), list(SCALES), loss_at)
+    losses = backward_nested(project(model, batch.pixels, False), list(SCALES), loss_at)
     return seen | {"loss": sum(losses.values()) / len(losses)}
 
 
 def pmod_step(model: Any, policy: PMoD, batch: Batch) -> Figures:
     """Gradients through p-MoD's layers."""
-    vision = embed_pictures(model, batch, True)
+    vision = embed_pictures(model, batch, False)
     with routed(model, policy, 1, vision.shape[1] + 1):
         loss, figures = loss_of(model, whole_states(model, vision, batch), batch)
         loss.backward()
@@ -203,7 +279,7 @@ def dynamic_step(objective: DynamicLLaVATraining, batch: Batch, tau: float) -> F
 
     Long answers forget words if the policy forgets; short ones never do.
     """
-    vision = embed_pictures(objective.model, batch, True)
+    vision = embed_pictures(objective.model, batch, False)
     masking = masking_of(batch, vision.shape[1], tau, objective.policy.forget)
     loss, figures = loss_of(objective.model, whole_states(objective.model, vision, batch, vtr_masking=masking), batch)
     wanted = {

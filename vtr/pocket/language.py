@@ -18,7 +18,7 @@ from .model import EOS, IDS, PAD, VOCAB, answer_states, encode, pack, pixels_of,
 from .optim import Muon, average_gradients, ramp, set_lr
 from .stage import Figures, run_stage
 
-QUESTIONS = 24  # per picture
+QUESTIONS = 24  # per picture, at most
 LISTING = len(S.TYPES)  # the kind of a long answer's tokens
 ILLEGIBLE = {"letter", "find", "word"}  # types a thumbnail cannot answer
 
@@ -112,7 +112,12 @@ class Batch:
 
 
 def make_batch(
-    rng: random.Random, split: str, pictures: int, skip: set[str] | None = None, listing: bool = False
+    rng: random.Random,
+    split: str,
+    pictures: int,
+    skip: set[str] | None = None,
+    listing: bool = False,
+    questions: int = QUESTIONS,
 ) -> Batch:
     """Draws pictures and questions. listing: and what `listing` asks, as the last block (kind LISTING)."""
     size = S.SIZES[0] if rng.random() < 0.9 else rng.choice(S.SIZES[1:])
@@ -125,7 +130,7 @@ def make_batch(
         pos: list[int] = []
         block: list[int] = []
         kind: list[int] = []
-        for j, q in enumerate(S.questions(scene, rng, QUESTIONS)):
+        for j, q in enumerate(S.questions(scene, rng, questions)):
             if skip and q.type in skip:
                 continue
             words, answer = encode(q.text), [*encode(q.answer), EOS]
@@ -139,7 +144,7 @@ def make_batch(
             ids += words + answer
             labels += [-100] * len(words) + answer
             pos += range(len(words) + len(answer))
-            block += [QUESTIONS] * (len(words) + len(answer))
+            block += [questions] * (len(words) + len(answer))
             kind += [-1] * len(words) + [LISTING] * len(answer)
         rows.append((ids, labels, pos, block, kind))
     length = max(len(r[0]) for r in rows)

@@ -1,10 +1,16 @@
-"""Trains the pocket model from its seed: `python -m vtr.pocket.train --out DIR`.
+"""Trains the pocket model from its seed: `python -m vtr.pocket.train --out DIR`, or the joint one: `… --joint`.
 
 Stages (see STAGES for the schedule of the shipped weights): `tower` (vision tower, dense labels), `align` (projector
 and word table), `read` (language model, shortened pictures), `mix` (everything, full and reduced pictures), `nest`
-(everything, all of M3's scales of every picture, and randomly pruned ones), `join` (everything, under every policy,
-and long answers). Every stage writes DIR/<stage>.pt; an interrupted run continues where the last checkpoint left off.
-At the end DIR/weights and DIR/samples hold what the package ships; `vtr.pocket.fit` makes its trained policies.
+(everything, all of M3's scales of every picture, and randomly pruned ones). At the end DIR/weights and DIR/samples hold
+what the package ships; `vtr.pocket.fit` makes its trained policies.
+
+--joint starts from the shipped weights (or those of --start) and makes one backbone for every policy. Stages (see
+JOINT): `list` (language model and projector, long answers), `join` (the same, under every policy: M3's scales, random
+pruning, p-MoD and Dynamic-LLaVA, which learn beside it). At the end DIR/weights and DIR/policies hold what the package
+ships as pocket-joint.
+
+Every stage writes DIR/<stage>.pt; an interrupted run continues where the last checkpoint left off.
 """
 
 from __future__ import annotations
@@ -30,7 +36,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "read": {"steps": 450, "horizon": 600, "lr": 3e-3, "pictures": 6},
     "mix": {"steps": 1000, "lr": 1.2e-3, "pictures": 4, "tower": 0.1},
     "nest": {"steps": 400, "lr": 8e-4, "pictures": 4, "tower": 0.1},
-    "join": {"steps": 900, "lr": 8e-4, "pictures": 4, "tower": 0.1},
+}
+JOINT: dict[str, dict[str, Any]] = {
+    "list": {"steps": 2000, "lr": 1.2e-3, "pictures": 2},
+    "join": {"steps": 1000, "lr": 6e-4, "pictures": 3},
 }
 
 
@@ -119,13 +128,9 @@ def _stage_functions() -> dict[str, Callable[..., None]]:
     from .nest import train_nest
     from .tower import train_tower
 
-    stages: dict[str, Callable[..., None]] = {
-        "tower": train_tower,
-        "align": train_align,
-        "nest": train_nest,
-        "join": train_join,
-    }
-    return stages | {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
+    stages: dict[str, Callable[..., None]] = {"tower": train_tower, "align": train_align, "nest": train_nest}
+    stages |= {mode: functools.partial(train_lm, mode=mode) for mode in ("read", "mix")}
+    return stages | {mode: functools.partial(train_join, mode=mode) for mode in ("list", "join")}
 
 
 def run_stages(
@@ -147,26 +152,29 @@ def run_stages(
         model.load_state_dict(torch.load(before, weights_only=True)["model"])
 
 
-def work(rank: int, workers: int, out: Path, seed: int, start: Path | None = None) -> None:
-    """One training process: all stages that are not finished, then (first process only) the export.
-
-    start: a trained pocket model's folder; then only the last stage is run, from there.
-    """
+def work(rank: int, workers: int, args: argparse.Namespace) -> None:
+    """One training process: all stages that are not finished, then (first process only) the export."""
+    from . import load
+    from .join import alone, export_policies
     from .model import build
     from .release import export, write_samples
 
     torch.set_num_threads(1)
+    out: Path = args.out
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=workers)
-    model, ctx = build(seed), Context(out, rank, workers, seed)
-    if start is not None:
-        from . import load
-
-        model.load_state_dict(load(folder=start)[0].state_dict())
-    run_stages(model, ctx, dict(list(STAGES.items())[-1 if start else 0 :]), _stage_functions())
+    model, ctx = build(args.seed), Context(out, rank, workers, args.seed)
+    stages = STAGES
+    if args.joint:
+        model.load_state_dict(load(folder=args.start)[0].state_dict())
+        stages = JOINT if args.alone is None else JOINT | {"join": alone(JOINT["join"], args.alone)}
+    run_stages(model, ctx, stages, _stage_functions())
     if rank == 0:
         export(model, out / "weights")
-        write_samples(out / "weights", out / "samples")
+        if args.joint:
+            export_policies(load(folder=out / "weights")[0], ctx.path("join"), out / "policies")
+        else:
+            write_samples(out / "weights", out / "samples")
 
 
 def main() -> None:
@@ -174,15 +182,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="training processes of one thread each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="folder of a trained pocket model: only the last stage, from there")
+    parser.add_argument("--joint", action="store_true", help="stages list and join, from a trained pocket model")
+    parser.add_argument("--start", type=Path, help="with --joint: folder of that model, instead of the shipped one")
+    parser.add_argument(
+        "--alone",
+        choices=["pmod", "dynamic"],
+        help="with --joint: stage join with this policy alone, in as many steps as it has beside the others",
+    )
     args = parser.parse_args()
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rendezvous").unlink(missing_ok=True)
+    if not args.joint and (args.start or args.alone):
+        parser.error("--start and --alone are for --joint")
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "rendezvous").unlink(missing_ok=True)
     if args.workers == 1:
-        work(0, 1, out, args.seed, args.start)
+        work(0, 1, args)
     else:
-        torch.multiprocessing.spawn(work, (args.workers, out, args.seed, args.start), nprocs=args.workers)
+        torch.multiprocessing.spawn(work, (args.workers, args), nprocs=args.workers)
 
 
 if __name__ == "__main__":

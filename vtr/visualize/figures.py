@@ -15,6 +15,9 @@ from vtr.visualize.shots import Shot
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LETTER = 0.077
+"""Inches that a letter of an answer is wide."""
+
 
 def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = None) -> Figure:
     """What enters some layers, on thumbnail and crops: dropped patches faded, pooled ones cells of one color.
@@ -96,6 +99,45 @@ def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:
     axis.grid(axis="y", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=lines, frameon=False, fontsize=8, loc="outside lower center", ncols=1)
+    return figure
+
+
+def words(said: Sequence[str], remembered: Sequence[bool], title: str = "", width: int = 72) -> Figure:
+    """An answer in which the words that the cache forgot are faded and struck out.
+
+    Args:
+        said: the answer's words. remembered: of each, ``report.rows[0].remembered(layer)``; words past its end (the
+            last one never gets into the cache) count as remembered. width: letters in a line.
+
+    Raises:
+        ValueError: no words.
+    """
+    from matplotlib.figure import Figure
+
+    if not said:
+        raise ValueError("nothing to draw: the answer has no words")
+    lines: list[list[tuple[int, str, bool]]] = [[]]  # (column, word, remembered)
+    for n, word in enumerate(said):
+        start = lines[-1][-1][0] + len(lines[-1][-1][1]) + 1 if lines[-1] else 0
+        if start and start + len(word) > width:
+            lines.append([])
+            start = 0
+        lines[-1].append((start, word, n >= len(remembered) or remembered[n]))
+    figure = Figure(figsize=(LETTER * width, 0.24 * len(lines) + 0.4), dpi=110)
+    axis = figure.add_axes((0.01, 0.02, 0.98, 0.94))
+    axis.set(xlim=(0, width), ylim=(len(lines), -1.1))
+    axis.set_axis_off()
+    gone = sum(not kept for line in lines for *_, kept in line)
+    note = f"{gone} of {len(said)} words forgotten"
+    axis.text(
+        0, -0.6, f"{shortened(title, width - 32)} · {note}" if title else note, fontsize=9, color=COLORS[0], va="center"
+    )
+    for y, line in enumerate(lines):
+        for x, word, kept in line:
+            shade = "#222222" if kept else "#c9a9a2"
+            axis.text(x, y + 0.4, word, family="monospace", fontsize=9, color=shade, va="center")
+            if not kept:
+                axis.plot((x, x + len(word)), (y + 0.4, y + 0.4), color=COLORS[1], lw=0.8)
     return figure
 
 
