@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
-from vtr.engine import session
+from vtr.engine import cache, session
 
 ROWS = [["ab", IMAGE, "what"], ["a", IMAGE, "bc", IMAGE, "whichone"], ["abcdef"], ["abcd", IMAGE, "efg"]]
 POLICIES = [
@@ -62,8 +62,9 @@ def between_layers(model: Any) -> Iterator[list[int]]:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of a policy's indices reads them, on the CPU only: leave it out."""
+    """The check of a policy's indices reads them, and a cache what was forgotten, on the CPU only: leave it out."""
 
+    monkeypatch.setattr(cache, "READABLE", ())
     monkeypatch.setattr(session, "checked_keep", lambda answer, *_: answer.sort().values)
 
 

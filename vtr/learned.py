@@ -94,6 +94,7 @@ class Learned(Policy):
         self.allow_mismatch = False
         self.folder: str | None = None
         self._copies: dict[Any, nn.Module] = {}
+        self._listed: list[nn.Parameter] = []
 
     def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
         """A new module of these settings, as training begins with it."""
@@ -135,18 +136,25 @@ class Learned(Policy):
         stay in their own dtype.
         """
         assert self.module is not None
-        first = next(self.module.parameters())
+        first, weights = next(self.module.parameters()), self._weights()
         if first.device == like.device and (first.dtype == like.dtype or torch.is_autocast_enabled(like.device.type)):
             return self.module
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in weights):
             cast = {name: p.to(like) for name, p in self.module.named_parameters()}
             return partial(torch.func.functional_call, self.module, cast)
-        changes = sum(0 if p.is_inference() else p._version for p in self.module.parameters())
+        changes = sum(0 if p.is_inference() else p._version for p in weights)
         known = (like.device, like.dtype, changes)
         if known not in self._copies:
             self._copies = {k: v for k, v in self._copies.items() if k[2] == changes}
             self._copies[known] = copy.deepcopy(self.module).requires_grad_(False).to(like)
         return self._copies[known]
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The module's parameters, listed once: to find them again takes longer than to decide about a token."""
+        assert self.module is not None
+        if not self._listed or self._listed[0] is not next(self.module.parameters()):
+            self._listed = list(self.module.parameters())
+        return self._listed
 
     def check(self, num_hidden_layers: int) -> None:
         if self.module is None or self.sizes is None:
@@ -236,4 +244,4 @@ class Learned(Policy):
     __hash__ = None  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copies": {}}
+        return {**self.__dict__, "_copies": {}, "_listed": []}

@@ -17,6 +17,9 @@ from vtr.base import Policy, UnsupportedError
 SIMILAR = 0.92
 """Rows at least this fraction of a bucket's longest row may share the bucket."""
 
+READABLE = ("cpu",)
+"""Devices whose tensors can be read without waiting for them."""
+
 
 def block(length: int) -> int:
     """By how many tokens a bucket of ``length`` grows."""
@@ -237,11 +240,16 @@ class RaggedLayer(DynamicLayer):
             count = bucket.upper * len(bucket.rows) if bucket.equal else bucket.lens.sum()
             self.attended = self.attended + count + len(bucket.rows)
             if remember is None:
-                bucket.lens = bucket.lens + 1
+                bucket.lens, grown = bucket.lens + 1, 1
             else:
-                bucket.lens = bucket.lens + remember[bucket.rows].to(bucket.lens)
-                bucket.equal = False
-            bucket.upper += 1
+                stays = remember[bucket.rows].to(bucket.lens)
+                bucket.lens, grown = bucket.lens + stays, 1
+                said = set(stays.tolist()) if bucket.equal and stays.device.type in READABLE else ()
+                if len(said) == 1:  # all alike: no mask is needed
+                    (grown,) = said
+                else:
+                    bucket.equal = False
+            bucket.upper += grown
 
     def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         order = sorted(range(len(lengths)), key=lambda r: -lengths[r])

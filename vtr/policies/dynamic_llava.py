@@ -86,6 +86,7 @@ class Predictors(nn.Module):
     def __init__(self, image: ImagePredictor, text: TextPredictor) -> None:
         super().__init__()
         self.image_score_predictor, self.output_text_score_predictor = image, text
+        self.image_flops, self.text_flops = _linear_flops(image), _linear_flops(text)  # of a token
 
     def forward(self, which: str, x: torch.Tensor) -> torch.Tensor:
         return (self.image_score_predictor if which == "image" else self.output_text_score_predictor)(x)
@@ -199,12 +200,12 @@ class DynamicLLaVA(Learned):
     def image_flops(self, n: int) -> int:
         """Matrix products of the image predictor on n tokens."""
         assert isinstance(self.module, Predictors)
-        return _linear_flops(self.module.image_score_predictor) * n + self.blocks * 4 * n * n * self.width
+        return self.module.image_flops * n + self.blocks * 4 * n * n * self.width
 
     @property
     def _text_flops(self) -> int:
         assert isinstance(self.module, Predictors)
-        return _linear_flops(self.module.output_text_score_predictor)
+        return self.module.text_flops
 
 
 def _linear_flops(module: nn.Module) -> int:
