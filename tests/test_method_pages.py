@@ -156,3 +156,24 @@ def test_trained(page: str, name: str) -> None:
     assert f"at {100 * lines[name]['flops'] / lines['none']['flops']:.0f} % of the prefill FLOPs" in text
     chance = 100 * (lines[f"Random = {name}"]["accuracy"] - lines["none"]["accuracy"])
     assert f"{chance:.1f}".replace("-", "−") in text
+    listed = {line["name"]: line["accuracy"] for line in result("docs/results/trained.json")["listed"]}
+    for other in (name, *(f"{one} = {name}" for one in ("Random", "FastV", "GSearch"))):
+        assert f" {100 * (listed['none'] - listed[other]):.1f}" in text, other
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("no reduction", "none"),
+        ("p-MoD", "p-MoD"),
+        ("Dynamic-LLaVA", "Dynamic-LLaVA"),
+        ("FastV, at Dynamic-LLaVA's FLOPs", "FastV = Dynamic-LLaVA"),
+        ("random, at Dynamic-LLaVA's FLOPs", "Random = Dynamic-LLaVA"),
+    ],
+)
+def test_the_readme_s_table_of_trained_policies(said: str, name: str) -> None:
+    found = result("docs/results/trained.json")
+    short, long = ({line["name"]: line for line in found[kind]} for kind in ("short", "listed"))
+    flops, kv = (100 * short[name][key] / short["none"][key] for key in ("flops", "kv_bytes"))
+    row = f"| {said} | {short[name]['accuracy']:.1%} | {long[name]['accuracy']:.1%} | {flops:.0f}% | {kv:.0f}%"
+    assert row.replace("%", " %") in (DOCS.parent / "README.md").read_text()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtr.base import UnsupportedError
+from vtr.engine import cache
 from vtr.engine.attention import Plan
 from vtr.engine.cache import CacheState, RaggedLayer
 
@@ -89,13 +90,23 @@ def test_growing_copies_in_blocks() -> None:
     assert len(buffers) <= 6
 
 
-def test_a_forgotten_token_is_overwritten() -> None:
+@pytest.mark.parametrize("readable", [("cpu",), ()])
+@pytest.mark.parametrize("lengths", [[5, 9], [9, 9]], ids=["two buckets", "one bucket"])
+def test_a_forgotten_token_is_overwritten(
+    lengths: list[int], readable: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "READABLE", readable)
     layer = make(2)
-    rows = prefill(layer, [5, 9])
-    for remember in ([True, False], [False, False], [True, True]):
+    rows = prefill(layer, lengths)
+    for remember in ([False, False], [True, True], [True, False], [False, False], [True, True]):
         step(layer, rows, torch.tensor(remember))
+        alike = len(layer.buckets) == 2 or remember[0] == remember[1]
+        first = layer.buckets[0]
+        if readable and alike and first.equal:
+            assert first.upper == layer.lengths()[first.rows[0]]  # no gap at its end
     check(layer, rows)
-    assert layer.lengths() == [7, 10]
+    assert layer.lengths() == [lengths[0] + 3, lengths[1] + 2]
+    assert [bucket.equal for bucket in layer.buckets] == [bool(readable)] * 2 if len(layer.buckets) == 2 else [False]
 
 
 def test_crop_takes_back_decoded_tokens_only() -> None:
