@@ -19,9 +19,12 @@ accuracy() {
   cp "$runs/pocket/results.json" eval/results/pocket.json
   vtr eval --model pocket-internvl -p all -p m3:tokens=1 --limit 480 --processes 1 --out "$runs/pocket-internvl"
   cp "$runs/pocket-internvl/results.json" eval/results/pocket-internvl.json
-  vtr eval --model pocket-joint -p all -p m3:tokens=1 --limit 480 --processes 2 --out "$runs/joint"
+  local learnt="dynamic-llava:weights=pocket-joint"
+  vtr eval --model pocket-joint -p all -p "m3:tokens=1;$learnt" --limit 480 --max-new-tokens 4 --processes 1 --out "$runs/joint"
   cp "$runs/joint/results.json" eval/results/pocket-joint.json
-  vtr eval --model pocket-joint -p all --data pocket:task=listing --metric listing --limit 100 --processes 2 --out "$runs/lists"
+  learnt="none;pmod:weights=pocket-joint;$learnt;$learnt,forget=false"
+  vtr eval --model pocket-joint --data pocket:task=listing --metric listing --limit 100 --processes 1 --out "$runs/lists" \
+    -p "$learnt;m3:tokens=36;m3:tokens=9;pool:grid=6;uniform:keep=0.25,layer=2;random:keep=0.25,layer=2;fastv:keep=0.25,layer=2;downsample:scale=0.5"
   cp "$runs/lists/results.json" eval/results/listing.json
   evaluate scales 480 m3:tokens={36,9,1} globalcom2:retention={0.75,0.5,0.25,0.1} random:keep=0.1 uniform:keep=0.1 \
     pool:grid=4 fastv:keep=0.1,layer=1

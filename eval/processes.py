@@ -59,9 +59,12 @@ def cores() -> int:
 
 @contextmanager
 def shared_cores(rank: Rank) -> Iterator[None]:
-    """Let torch use this process's part of the machine's cores: more threads than cores make everyone slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // rank.local_world))
+    """Let torch use this process's part of the machine's cores: more threads than cores make everyone slower.
+
+    A process by itself takes as many as OMP_NUM_THREADS says, where that is set.
+    """
+    before, part = torch.get_num_threads(), max(1, cores() // rank.local_world)
+    torch.set_num_threads(before if rank.local_world == 1 and "OMP_NUM_THREADS" in os.environ else part)
     try:
         yield
     finally:

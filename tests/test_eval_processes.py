@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from vtr.eval import processes
 from vtr.eval.processes import Rank, spread
 from vtr.eval.run import Settings, evaluate
@@ -146,3 +147,17 @@ def test_who_am_i(monkeypatch: pytest.MonkeyPatch, settings: Settings, tmp_path:
     assert Rank.here() == Rank(3, 4, 1, 2)
     with pytest.raises(ValueError, match="leave it out under torchrun"):
         evaluate(replace(settings, limit=2), tmp_path, processes=2)
+
+
+def test_threads_are_this_process_s_part_or_what_the_environment_says(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 6)
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with processes.shared_cores(Rank(0, 2, 0, 2)):
+        assert torch.get_num_threads() == 3
+    with processes.shared_cores(Rank()):
+        assert torch.get_num_threads() == before
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with processes.shared_cores(Rank()):
+        assert torch.get_num_threads() == 6
+    assert torch.get_num_threads() == before
