@@ -168,6 +168,7 @@ def test_trained(page: str, name: str) -> None:
         ("p-MoD", "p-MoD"),
         ("Dynamic-LLaVA", "Dynamic-LLaVA"),
         ("FastV, at Dynamic-LLaVA's FLOPs", "FastV = Dynamic-LLaVA"),
+        ("random, at p-MoD's FLOPs", "Random = p-MoD"),
         ("random, at Dynamic-LLaVA's FLOPs", "Random = Dynamic-LLaVA"),
     ],
 )

@@ -73,6 +73,8 @@ def test_the_joint_model_lists_and_forgets(pocket) -> None:
 def test_weights_that_are_not_shipped_are_said_to_be_missing() -> None:
     with pytest.raises((FileNotFoundError, ValueError), match=r"weights|vtr_policy\.json"):
         vtr.policy("autoscale:weights=pocket")
+    with pytest.raises(FileNotFoundError, match="no such folder; shipped are pocket, pocket-joint"):
+        vtr.policy("pmod:weights=pockets")
 
 
 def test_policies_of_equal_cost(pocket, asked) -> None:

@@ -104,6 +104,8 @@ def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
         shipped = _loaded(name, str(SHIPPED[folder] / name), allow_mismatch)
         shipped.folder = folder  # type: ignore[attr-defined]
         return shipped
+    if not Path(folder).exists() and len(Path(folder).parts) == 1:
+        raise FileNotFoundError(f"weights={folder}: there is no such folder; shipped are {', '.join(SHIPPED)}")
     stamps = tuple((Path(folder) / file).stat().st_mtime_ns for file in FILES if (Path(folder) / file).is_file())
     return _read(folder, allow_mismatch, stamps)
 
