@@ -14,12 +14,11 @@ from typing import Annotated, Any
 import typer
 from vtr.eval import results
 from vtr.eval import schedule_report as report
-from vtr.eval.trained import JOINT, trained
+from vtr.eval.trained import JOINT, LONGEST, examples, trained
 
 import vtr
 from vtr.search import Example
 
-LONGEST = 96
 ALONE = {"p-MoD": "p-MoD alone", "Dynamic-LLaVA": "Dynamic-LLaVA alone"}
 
 
@@ -108,8 +107,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Compare joint and separate training."""
-    asked = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.samples(questions, "test", seed)]
-    listed = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.listings(listings, "test", seed)]
+    asked, listed = examples(questions, listings, seed)
     found = {one.name: ask(one, asked, listed) for one in backbones(pmod, dynamic)}
     groups = {"short": report.groups_of(asked), "long": report.groups_of(listed)}
     body = {

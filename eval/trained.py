@@ -27,6 +27,8 @@ from vtr.pocket.listing import QUESTION
 from vtr.search import Cost, Example
 
 JOINT = "pocket-joint"
+LONGEST = 96
+"""Tokens that a list of all objects may have."""
 LENGTHS = (50, 500, 2000)
 WINDOW = 48
 """Decoded tokens timed before each length."""
@@ -53,6 +55,13 @@ def trained(weights: str) -> dict[str, vtr.Policy]:
     if found["Dynamic-LLaVA"].asks("remember"):
         found["Dynamic-LLaVA (I)"] = vtr.policy(f"{given['dynamic-llava']},forget=false")
     return found
+
+
+def examples(questions: int, listings: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Held-out questions with one-word answers, and pictures to list."""
+    drawn = vtr.pocket.samples(questions, "test", seed), vtr.pocket.listings(listings, "test", seed)
+    asked, listed = ([Example(s["image"], s["question"], s["answer"]) for s in some] for some in drawn)
+    return asked, listed
 
 
 # -- policies of equal cost --------------------------------------------------------------------------------------------
@@ -165,7 +174,7 @@ def words_kept(model: Any, processor: Any, pictures: Sequence[Any], policy: vtr.
     kept: list[bool] = []
     with torch.inference_mode():
         for image in tqdm(pictures, desc="words kept"):
-            model.generate(**encode(processor, [QUESTION], [image]), policy=policy, max_new_tokens=96)
+            model.generate(**encode(processor, [QUESTION], [image]), policy=policy, max_new_tokens=LONGEST)
             kept += vtr.report(model).rows[0].remembered(-1)
     return sum(kept) / len(kept)
 
@@ -258,11 +267,10 @@ def measure(
     model, processor = vtr.pocket.load(vtr.pocket.NAMES[name])
     vtr.patch(model)
     learnt = trained(name)
-    asked = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.samples(questions, "test", seed)]
-    listed = [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.listings(listings, "test", seed)]
+    asked, listed = examples(questions, listings, seed)
     policies = contestants(model, processor, asked, learnt)
     short = report.measure(model, processor, policies, asked, timed, 4)
-    long = report.measure(model, processor, policies, listed, 0, 96, "listing") if listed else []
+    long = report.measure(model, processor, policies, listed, 0, LONGEST, "listing") if listed else []
     few = {name: p for name, p in policies.items() if name in ("none", *learnt) or name.startswith("FastV")}
     image, last = asked[0].image, max(lengths)
     at = sorted({1, last, *[n for n in (50, 100, 200, 500, 1000, 2000) if n <= last]})

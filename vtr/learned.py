@@ -136,7 +136,8 @@ class Learned(Policy):
         stay in their own dtype.
         """
         assert self.module is not None
-        first, weights = next(self.module.parameters()), self._weights()
+        weights = self._weights()
+        first = weights[0]
         if first.device == like.device and (first.dtype == like.dtype or torch.is_autocast_enabled(like.device.type)):
             return self.module
         if torch.is_grad_enabled() and any(p.requires_grad for p in weights):

@@ -70,8 +70,8 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones.
 
     A policy that owns weights may be given the folder they are in (``weights``, and ``allow_mismatch``): the settings
-    saved there hold unless others are named. ``weights=pocket`` and
-    ``weights=pocket-joint`` are those shipped for the embedded models.
+    saved there hold unless others are named. ``weights=pocket`` and ``weights=pocket-joint`` are
+    those shipped for the embedded models.
     """
     cls = policy_class(name)
     if issubclass(cls, Learned) and "weights" in settings:

@@ -239,11 +239,12 @@ class RaggedLayer(DynamicLayer):
         for bucket in self.buckets:
             count = bucket.upper * len(bucket.rows) if bucket.equal else bucket.lens.sum()
             self.attended = self.attended + count + len(bucket.rows)
+            grown = 1
             if remember is None:
-                bucket.lens, grown = bucket.lens + 1, 1
+                bucket.lens = bucket.lens + 1
             else:
                 stays = remember[bucket.rows].to(bucket.lens)
-                bucket.lens, grown = bucket.lens + stays, 1
+                bucket.lens = bucket.lens + stays
                 said = set(stays.tolist()) if bucket.equal and stays.device.type in READABLE else ()
                 if len(said) == 1:  # all alike: no mask is needed
                     (grown,) = said

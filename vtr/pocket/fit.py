@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from .join import Learners
+from .join import ROUTER_LR, SHORT, Learners
 from .language import QUESTIONS, make_batch
 from .optim import ramp
 from .stage import Figures, of_view, run_stage
-
-ROUTER_LR = 2e-3  # over how large the hidden states are, see Learners.optimizer
 
 
 def fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float, long: bool) -> Learners:
@@ -34,7 +32,7 @@ def fit(model: Any, ctx: Any, steps: int, pictures: int, lr: float, long: bool) 
 
     def gradients(step: int, rng: random.Random) -> Figures:
         torch.manual_seed(step * 1009 + ctx.seed)  # the Gumbel noise
-        batch = make_batch(rng, "train", pictures, listing=long, questions=6 if long else QUESTIONS)
+        batch = make_batch(rng, "train", pictures, listing=long, questions=SHORT["list"] if long else QUESTIONS)
         view = "dynamic" if step % 4 else "pmod"
         return of_view(view, learners.step(view, batch, step / steps))
 

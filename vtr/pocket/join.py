@@ -238,15 +238,23 @@ def plain_step(model: Any, batch: Batch, view: str, rng: random.Random) -> Figur
     """Gradients with pictures whole ("full"), in random part ("prune"), or at one of M3's scales ("at36")."""
     tiles = project(model, batch.pixels, False)
     if view.startswith("at"):
-        tokens = at_scale(model, tiles, batch, int(view[2:]))
-        where, start = torch.arange(1, tokens.shape[1] + 1).expand(len(tokens), -1), tokens.shape[1] + 1
+        loss, figures = scale_loss(model, tiles, batch, int(view[2:]))
     else:
         how = ("full", 1.0, 1.0) if view == "full" else choose_view("prune", rng)
         tokens, where, start = shorten(pack(model, tiles, batch.rows, batch.cols), batch, how, rng)
-    states = answer_states(model, tokens, where, batch.ids, batch.pos + start, batch.block)
-    loss, figures = loss_of(model, states, batch)
+        states = answer_states(model, tokens, where, batch.ids, batch.pos + start, batch.block)
+        loss, figures = loss_of(model, states, batch)
     loss.backward()
     return figures | {"loss": loss.item()}
+
+
+def scale_loss(model: Any, tiles: torch.Tensor, batch: Batch, tokens: int) -> tuple[torch.Tensor, Figures]:
+    """:func:`loss_of` with the pictures at one of M3's scales."""
+    vision = at_scale(model, tiles, batch, tokens)
+    where = torch.arange(1, vision.shape[1] + 1).expand(len(vision), -1)
+    return loss_of(
+        model, answer_states(model, vision, where, batch.ids, batch.pos + vision.shape[1] + 1, batch.block), batch
+    )
 
 
 def nested_step(model: Any, batch: Batch) -> Figures:
@@ -254,10 +262,7 @@ def nested_step(model: Any, batch: Batch) -> Figures:
     seen: Figures = {}
 
     def loss_at(tiles: torch.Tensor, tokens: int) -> torch.Tensor:
-        vision = at_scale(model, tiles, batch, tokens)
-        where = torch.arange(1, vision.shape[1] + 1).expand(len(vision), -1)
-        states = answer_states(model, vision, where, batch.ids, batch.pos + vision.shape[1] + 1, batch.block)
-        loss, figures = loss_of(model, states, batch)
+        loss, figures = scale_loss(model, tiles, batch, tokens)
         seen.update({f"{name}{tokens}": value for name, value in figures.items()})
         return loss
 
