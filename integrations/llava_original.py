@@ -58,9 +58,9 @@ class Kind:
 
 def dry_run(
     kind: Kind, side: int, features: Tensor, newline: Tensor, ids: Tensor, mask: Tensor | None,
-    images: Any, sizes: Any, **config: Any,
-) -> Tensor:  # fmt: skip
-    """What the merge code makes of ``features`` [tiles, side · side, C]: [rows, L, C].
+    images: Any, sizes: Any, labels: Tensor | None = None, **config: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What the merge code makes of ``features`` [tiles, side · side, C] and ``labels``: [rows, L, C] and [rows, L].
 
     Args:
         images: tensors whose leading dimensions are those of the real images. config: further settings it may read.
@@ -84,7 +84,7 @@ def dry_run(
         get_vision_tower=lambda: tower, encode_images=lambda images: features,
     )  # fmt: skip
     try:
-        return getattr(kind.cls, MERGE)(stand_in, ids, None, mask, None, None, images, sizes)[4]
+        return getattr(kind.cls, MERGE)(stand_in, ids, None, mask, None, labels, images, sizes)[4:6]
     except (AttributeError, IndexError, TypeError, RuntimeError, NotImplementedError, AssertionError) as error:
         raise ValueError(
             f"{kind.cls.__name__}.{MERGE} cannot merge these images into these input_ids "
@@ -107,7 +107,7 @@ def image_layout(kind: Kind, size: tuple[int, int] | None, tiles: int, stacked: 
     features = torch.nn.functional.pad(where, (1, 0), value=1.0).unflatten(0, (tiles, -1))
     newline = torch.tensor([NEWLINE, 0, 0, 0])
     images = [torch.empty(tiles, 1, 1, 1)] if stacked else torch.empty(1, 1, 1, 1)
-    out = dry_run(kind, side, features, newline, torch.tensor([[0, IMAGE]]), None, images, [size])[0, 1:]
+    out = dry_run(kind, side, features, newline, torch.tensor([[0, IMAGE]]), None, images, [size])[0][0, 1:]
     ends = out[:, 0] == NEWLINE
     # a newline token stands one past the last patch before it
     before = torch.where(ends, -1, torch.arange(len(out))).cummax(0).values
@@ -212,7 +212,8 @@ class LlavaOriginal(Adapter):
         if images is None or ids.shape[1] == 1:
             if bool((ids == IMAGE).any()):
                 raise ValueError(f"the prompt has an image ({IMAGE}), but no images were given: pass images=")
-            return Prompt(torch.zeros(ids.shape).bool(), [[] for _ in ids], [[] for _ in ids], valid)
+            none: list[Any] = [[] for _ in ids]
+            return Prompt(torch.zeros(ids.shape).bool(), none, none, valid, inputs.get("labels"))
         layouts, counts = self.layouts(model, inputs)[IMAGE], _tiles(images)
         side = model.get_vision_tower().num_patches_per_side
         number = torch.arange(1.0, len(counts) + 1).repeat_interleave(torch.tensor(counts))
@@ -220,14 +221,16 @@ class LlavaOriginal(Adapter):
         names = ("tokenizer_model_max_length", "tokenizer_padding_side")
         config = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
         small = [torch.empty(*image.shape[:-3], 1, 1, 1) for image in images]
-        merged = dry_run(
+        found, labels = dry_run(
             Kind.of(model), side, features, torch.tensor([NEWLINE]), ids, valid,
-            small if isinstance(images, list) else torch.stack(small), inputs.get("image_sizes"), **config,
-        )[..., 0]  # fmt: skip
+            small if isinstance(images, list) else torch.stack(small), inputs.get("image_sizes"), inputs.get("labels"),
+            **config,
+        )  # fmt: skip
+        merged = found[..., 0]
         first = [sum(counts[:i]) for i in range(len(counts))]
         rows = [_images_of(row, layouts, b) for b, row in enumerate(merged)]
         places = [[Place(0, first[i], counts[i]) for i in row] for row in rows]
-        return Prompt(merged > 0, [[layouts[i] for i in row] for row in rows], places, merged != PADDING)
+        return Prompt(merged > 0, [[layouts[i] for i in row] for row in rows], places, merged != PADDING, labels)
 
     def check_generation(self, model: Any, prompt: Prompt) -> None:
         """

@@ -108,7 +108,7 @@ class Tokens:
         total: how many vision tokens the row had when it entered the text model.
         image, tile, y, x, newline: int64 [n] each, n = len(tokens): the tokens still there.
         place: int64 [n], where they stand among the row's ``row_length`` tokens (text too) that enter the layer.
-        hidden: [n, hidden_size], their hidden states. text: [t, hidden_size], those of the row's text tokens.
+        hidden: [n, hidden_size], their hidden states. text: [t, hidden_size], those of the prompt's text.
         scores: float32 [n], what ``needs(layer)`` asked for, or None.
         per_image: how many of them each image of the row had on entering the text model, in order.
         flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.

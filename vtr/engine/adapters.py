@@ -47,6 +47,10 @@ class Adapter(ABC):
         """
         return model
 
+    def merger(self, model: nn.Module) -> Any:
+        """The module whose forward merges images into the text; every way of calling the model goes through it."""
+        return model.base_model
+
     def text_model(self, model: nn.Module) -> Any:
         """The module whose forward runs the decoder layers; it has ``.layers``, ``.rotary_emb`` and ``.config``."""
         return model.model.language_model  # type: ignore[union-attr]

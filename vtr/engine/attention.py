@@ -78,6 +78,8 @@ class Plan:
     """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a sliding window; else None."""
     reach: int = 0
     """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
+    lone: torch.Tensor | None = None
+    """bool [t]: tokens that no other token sees (forgotten words of a given answer); None for none."""
 
 
 def attention_name(base: str) -> str:
@@ -163,7 +165,7 @@ def attention(
         window = None
     if plan.decode:
         return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
-    one_kernel = packed_attention(base, query, plan, window, kwargs)
+    one_kernel = packed_attention(base, query, plan, window, kwargs) if plan.lone is None else None
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)
@@ -174,7 +176,8 @@ def attention(
             k, v = plan.layers[module.layer_idx].row(row, past + n)
         reach = _reach(plan, module, row, here, past + n, window)
         if one_kernel is None:
-            outs.append(_one_row(base, module, q, k, v, reach, kwargs))
+            lone = None if plan.lone is None else plan.lone[here]
+            outs.append(_one_row(base, module, q, k, v, reach, lone, kwargs))
         for probe in plan.probes:
             if probe.row == row and row not in plan.sink:
                 with torch.no_grad():
@@ -194,14 +197,18 @@ def _reach(plan: Plan, module: Any, row: int, here: slice, keys: int, window: in
 
 
 def _one_row(
-    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach | None, kwargs: dict
-) -> torch.Tensor:
+    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach | None,
+    lone: torch.Tensor | None, kwargs: dict,
+) -> torch.Tensor:  # fmt: skip
     """One row's queries on all its keys. [1, heads, n, d] → [1, n, heads, d]."""
     n, m, mask = q.shape[2], k.shape[2], None
-    if reach is not None:
+    if reach is not None or lone is not None:
         if base.startswith("flash"):  # its windows count tokens, not positions: gaps need a mask
             base = "sdpa"
-        mask = _as_mask(base, reach.seen()[None, None], q.dtype)
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if reach is None else reach.seen()
+        if lone is not None:
+            seen = seen & (~lone | torch.eye(n, dtype=torch.bool, device=q.device))
+        mask = _as_mask(base, seen[None, None], q.dtype)
     elif n > 1 and (n < m or base == "eager") and not base.startswith("flash"):  # flash kernels align it by themselves
         causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mask = _as_mask(base, causal[None, None], q.dtype)

@@ -6,6 +6,7 @@ Three context variables, so that threads and interleaved generations never see e
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.captures import Captures
@@ -25,6 +28,11 @@ from vtr.engine.trace import DenseTrace, Trace
 from vtr.registry import policy as as_policy
 
 Given = Policy | str | None | Sequence[Policy | str | None]
+
+
+class MISSING:
+    """A call that names no policy (``policy=None`` says: no reduction). A class, so that copies and pickles keep it."""
+
 
 # both are replaced, never changed in place
 in_use: ContextVar[Mapping[object, Given]] = ContextVar("vtr_in_use", default=MappingProxyType({}))
@@ -40,9 +48,10 @@ class Generation:
     Attributes:
         key: whose model it is. policies: one per prompt, or None if nothing is reduced.
         prompt: where its vision tokens sit, read off the arguments before transformers encodes and drops the images.
+            What stands behind its columns was decoded, or drafted.
         length: columns of input_ids as passed. started: True after the first forward.
-        queries_end: set by the first forward; later text was decoded.
         captures: what its policies want of the vision tower, or None.
+        ids: int64 [prompts, L], the prompt's new part; None where only embeddings are known.
     """
 
     key: object
@@ -51,8 +60,8 @@ class Generation:
     length: int
     trace: Trace
     captures: Captures | None = None
+    ids: torch.Tensor | None = None
     started: bool = False
-    queries_end: int = 0
     cache_layers: list[RaggedLayer] | None = None
     attended_before: list[Any] | None = None
 
@@ -62,11 +71,50 @@ class Generation:
         if self.attended_before is None and layers is not None:
             self.attended_before = [layer.attended for layer in layers]
 
+    def owns_cache(self, cache: Any) -> bool:
+        """Whether ``cache`` is the ragged one that this generate runs on (any, before its first forward)."""
+        return is_ragged(cache) and (not self.started or cache.layers is self.cache_layers)
+
+    def owns(self, ids: torch.Tensor | None, kwargs: Mapping[str, Any], cache: Any) -> bool:
+        """Whether a forward is a step of this generate, not one that a callback makes by hand while it runs."""
+        if not self.started:
+            return True
+        if self.cache_layers is not None:
+            return self.owns_cache(cache)
+        brings_images = any(kwargs.get(name) is not None for name in PIXELS)
+        return cache is None and not brings_images and self.goes_on_in(ids)
+
+    def goes_on_in(self, ids: torch.Tensor | None) -> bool:
+        """Whether ``ids`` begin with this generate's prompt in every row (reads the device)."""
+        if self.ids is None or ids is None or ids.shape[1] < self.ids.shape[1] or ids.shape[0] % self.ids.shape[0]:
+            return False
+        prompts = self.ids.repeat_interleave(ids.shape[0] // self.ids.shape[0], 0).to(ids.device)
+        return torch.equal(ids[:, : prompts.shape[1]], prompts)
+
+    def inherited(self, rows: int) -> list[Policy | None]:
+        """The policies of a forward of ``rows`` rows that is made by hand and names none.
+
+        Raises:
+            UnsupportedError: which row is whose cannot be told.
+        """
+        assert self.policies is not None
+        if rows % len(self.policies) == 0:
+            return [p for p in self.policies for _ in range(rows // len(self.policies))]
+        if all(p == self.policies[0] for p in self.policies):
+            return self.policies[:1] * rows
+        raise UnsupportedError(
+            f"a forward of {rows} rows inside a generate of {len(self.policies)} rows with different policies: name "
+            "the policy of this call, model(…, policy=p), or policy=None"
+        )
+
+
+PIXELS = ("pixel_values", "pixel_values_videos", "images")
+"""What calls bring images in."""
 
 running: ContextVar[Generation | None] = ContextVar("vtr_running", default=None)
 
 handed: ContextVar[tuple[object, Any] | None] = ContextVar("vtr_handed", default=None)
-"""(whose model, its request), between the pre-hooks of model and text model, where forward hands nothing on."""
+"""(whose model, its request or None), between the pre-hooks of model and text model, where forward hands nothing on."""
 
 _lock = threading.Lock()
 _busy: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
@@ -131,6 +179,19 @@ def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
                 "drop it, or pass policy=None for this call"
             )
     check_cache(cache_in(kwargs))
+
+
+def refuse_compiled() -> None:
+    """Raise UnsupportedError: a call that may be reduced is being compiled."""
+    raise UnsupportedError(COMPILED)
+
+
+COMPILED = (
+    "a reduced call cannot be compiled (how many tokens stay depends on the call): call the model itself instead of "
+    "torch.compile(model), or pass policy=None"
+)
+_reason = {"reason": COMPILED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+refuse_compiled = torch.compiler.disable(refuse_compiled, **_reason)  # traced, it would not reach the user
 
 
 def check_generation(kwargs: Mapping[str, Any], default: Any, policies: Sequence[Policy | None]) -> None:

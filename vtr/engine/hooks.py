@@ -7,7 +7,8 @@ images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,37 +17,30 @@ from vtr.base import Policy, UnsupportedError
 from vtr.engine.adapters import Adapter
 from vtr.engine.attention import AttentionConfig, Plan, attention_name, mlp_scale
 from vtr.engine.call import (
+    MISSING,
     Generation,
     Given,
     busy,
     check_call,
     check_generation,
-    check_pixels,
     handed,
     in_use,
-    is_ragged,
     last_traces,
     resolve,
     running,
-    warn_on_continue,
     windows,
 )
 from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
 from vtr.engine.decode import Step, note_cache
+from vtr.engine.forward import ForwardHooks
 from vtr.engine.outer import install_outer
 from vtr.engine.positions import many_axes
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
-from vtr.engine.request import Request
 from vtr.engine.resolve import check_resolvable, resolve_rows
 from vtr.engine.session import Session
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace
-
-
-class MISSING:
-    """A call that names no policy (``policy=None`` says: no reduction). A class, so that copies and pickles keep it."""
-
 
 NAME = "_vtr"
 
@@ -69,20 +63,24 @@ class Patch:
         self.names = list(parameters)[1:]
         closed = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
         self.hands_on = closed or self.inner is not model
+        self.entry = self.inner if self.hands_on else adapter.merger(model)
+        """Where a call's request is made."""
+        self.users = 0
+        """Open ``vtr.use`` blocks and running ``generate`` calls that reduce, in whatever thread."""
         self.windows = windows(self.text)
         if any(self.windows) and many_axes(self.text.rotary_emb):
             raise UnsupportedError(
                 "sliding windows over positions of several axes (M-RoPE) are not supported: load the checkpoint with "
                 "use_sliding_window=False in its text config, if it was trained so"
             )
-        self.text_hooks, self.vision = TextHooks(self), VisionHooks(self)
+        self.forward_hooks, self.text_hooks, self.vision = ForwardHooks(self), TextHooks(self), VisionHooks(self)
         attention_name(self.text.config._attn_implementation)  # raises if it cannot run packed rows
 
     def install(self) -> None:
         model, text = self.model, self.text
         self.handles = [
             *(install_outer(self) if self.inner is not model else []),
-            self.inner.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            self.entry.register_forward_pre_hook(self.forward_hooks.before, with_kwargs=True),
             text.register_forward_pre_hook(self.text_hooks.before, with_kwargs=True),
             text.register_forward_hook(self.text_hooks.after, with_kwargs=True),
             *self.vision.install(),
@@ -125,11 +123,19 @@ class Patch:
         generation = running.get()
         return generation if generation is not None and generation.key is self.key else None
 
-    def taken(self) -> Request | None:
-        """What the model's pre-hook left for the text model's, where the model passes no keyword arguments on."""
+    def applies(self) -> bool:
+        """Whether a call that names no policy has one here: by ``vtr.use``, or the model's default."""
+        given = in_use.get().get(self.key, self.default)
+        return any(p is not None for p in given) if isinstance(given, (list, tuple)) else given is not None
+
+    def taken(self) -> Any:
+        """What the model's pre-hook left for the text model's, where the model passes no keyword arguments on.
+
+        A request, or None for an unreduced call; ``MISSING`` if no pre-hook was asked.
+        """
         left = handed.get() if self.hands_on else None
         if left is None or left[0] is not self.key:
-            return None
+            return MISSING
         handed.set(None)
         return left[1]
 
@@ -138,9 +144,20 @@ class Patch:
         last_traces.set({**last_traces.get(), self.key: trace})
         self.last = trace
 
+    @contextmanager
+    def using(self, policy: Any) -> Iterator[None]:
+        """While the block runs, compiled calls of the model may be meant to be reduced."""
+        self.users += policy is not None
+        try:
+            yield
+        finally:
+            self.users -= policy is not None
+
     # -- generate --------------------------------------------------------------------------------------------------
     def generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.pop("policy", MISSING)
+        if given is MISSING and getattr(kwargs.get("generation_config"), "is_assistant", False):
+            given = None  # another model's draft: that model checks it, and has encoded the images already
         if self.inner is not self.model:  # its own generate may have anything in front
             args, kwargs = (), {**dict(zip(inspect.signature(original).parameters, args, strict=False)), **kwargs}
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
@@ -163,10 +180,11 @@ class Patch:
                 policies = prompt = None
         length = 0 if ids is None else ids.shape[1]
         captures = None if policies is None or prompt is None else self.vision.wanted(policies, prompt)
-        generation = Generation(self.key, policies, prompt, length, Trace(self.geometry), captures)
+        new_ids = None if ids is None or policies is None else new_part(ids, kwargs)
+        generation = Generation(self.key, policies, prompt, length, Trace(self.geometry), captures, new_ids)
         token, before = running.set(generation), begin(captures)
         try:
-            with busy(self.key, "it is generating; wait until generate has returned"):
+            with busy(self.key, "it is generating; wait until generate has returned"), self.using(policies):
                 out = original(*args, **kwargs)
         finally:
             running.reset(token)
@@ -202,7 +220,7 @@ class Patch:
         self.adapter.check_generation(self.model, prompt)
         return prompt
 
-    def _dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace | None:
+    def dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace | None:
         """None for a call that this model may understand and vtr does not: there is nothing to report of it."""
         cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
         try:
@@ -229,93 +247,7 @@ class Patch:
         whole = self.inner is self.model and not self.adapter.says_answer_only  # the prompt stands in front
         new = sequences.shape[1] - (ids.shape[1] if whole else 0)
         steps = max(new - 1, 0)  # the first token comes out of the prompt's forward
-        return self._dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
-
-    # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
-    def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.inner is not self.model and self.generation() is None:
-            return args, kwargs  # its request was left by the model's own forward; by itself, it is not reduced
-        args, kwargs, request = self.asked(self.names, args, kwargs)
-        if request is None:
-            return args, kwargs
-        if self.hands_on:
-            handed.set((self.key, request))
-        else:
-            kwargs["vtr_request"] = request
-        return args, kwargs
-
-    def asked(
-        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], Request | None]:
-        """A forward's arguments without what is ours, and what it asks of the text model.
-
-        Args:
-            names: of the forward's parameters, in order.
-        """
-        given = kwargs.pop("policy", MISSING)
-        asked = kwargs.pop("vtr_queries_end", None)
-        if self.hands_on:  # an interrupted forward may have left its request
-            handed.set(None)
-        # a forward by hand, made by a callback of a running generate, names its own policy
-        generation = self.generation() if given is MISSING else None
-        if args:
-            kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
-        cache = cache_in(kwargs)
-        if generation is not None and (generation.policies is None or (generation.started and is_ragged(cache))):
-            return args, kwargs, None
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        source = ids if ids is not None else embeds
-        rows = None if source is None else source.shape[0]
-        policies = generation.policies if generation is not None else self.policies(given, rows)
-        if policies is None:
-            if not is_ragged(cache):
-                self.publish(None if ids is None else self._dense(ids, kwargs))
-            return args, kwargs, None
-        if torch.compiler.is_compiling():
-            raise UnsupportedError(
-                "a reduced call cannot be compiled (how many tokens stay depends on the call): call the model itself "
-                "instead of torch.compile(model), or pass policy=None"
-            )
-        check_call(kwargs, [self.model.config, self.text.config])
-        if choosing := next((p for p in policies if p is not None and p.asks("resolve")), None):
-            raise UnsupportedError(
-                f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
-                "a fixed policy"
-            )
-        return args, kwargs, self._request(generation, policies, ids, embeds, kwargs, asked)
-
-    def _request(
-        self, generation: Generation | None, policies: list[Policy | None], ids: torch.Tensor | None,
-        embeds: torch.Tensor | None, kwargs: dict[str, Any], asked: int | None,
-    ) -> Request:  # fmt: skip
-        """``asked``: columns of the prompt, behind which stands an answer that ranks nothing; None: all is prompt."""
-        mask = kwargs.get("attention_mask")
-        cache = cache_in(kwargs)
-        continued = is_ragged(cache)
-        if continued and (generation is None or not generation.started):
-            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
-        if generation is None:
-            if ids is None:
-                assert embeds is not None
-                ids = ids_of(self.adapter, self.model, embeds)
-            check_pixels(kwargs)
-            prompt = read_prompt(self.adapter, self.model, ids, mask, kwargs)
-            captures = self.vision.wanted(policies, prompt)
-            if captures is not None:
-                begin(captures)
-            return Request(policies, prompt, prompt.is_vision.shape[1] if asked is None else asked, None, captures)
-        assert generation.prompt is not None
-        rows, length = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
-        beams = rows // len(policies)  # beam search and num_return_sequences repeat each prompt
-        prompt = generation.prompt.repeated(beams).extended(length)
-        if prompt.valid is None and mask is not None and mask.dim() == 2:  # transformers derived it from pad tokens
-            prompt.valid = mask[:, -length:].bool().cpu()
-        generation.trace.beams = beams
-        if not generation.started:
-            generation.queries_end = length
-        offset = max(generation.length - length, 0) if not generation.started else 0
-        expanded = [p for p in policies for _ in range(beams)]
-        return Request(expanded, prompt, generation.queries_end, generation, generation.captures, offset)
+        return self.dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
 
 
 class LayerHook:
@@ -327,6 +259,10 @@ class LayerHook:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session: Session | Step | None = kwargs.pop("vtr_session", None)
         if session is None:
+            if kwargs.get("policy") is not None:
+                raise UnsupportedError(
+                    "policy= reached a decoder layer: call model(…), not the text model's forward(…)"
+                )
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = session.layer(self.index, module, hidden, kwargs)
@@ -338,7 +274,8 @@ class LayerHook:
 
 def forget(module: Any, args: tuple[Any, ...], out: Any) -> None:
     """A forward is over, whatever became of it: leave no request behind."""
-    handed.set(None)
+    if not torch.compiler.is_compiling():
+        handed.set(None)
 
 
 def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -352,7 +289,7 @@ def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out:
 
 def after_mlp(module: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor | None:
     """Scale the MLP's output where a routed layer asks for it."""
-    scale = mlp_scale.get()
+    scale = None if torch.compiler.is_compiling() else mlp_scale.get()
     if scale is None:
         return None
     mlp_scale.set(None)

@@ -82,7 +82,7 @@ def use(model: Any, policy: Given) -> Iterator[Any]:
     found.adapter.refuse(resolve(policy, len(several), found.geometry.num_hidden_layers, model) or [])
     token = in_use.set({**in_use.get(), found.key: policy})
     try:
-        with busy(found.key, "a vtr.use block is open; leave it first"):
+        with busy(found.key, "a vtr.use block is open; leave it first"), found.using(policy):
             yield model
     finally:
         in_use.reset(token)

@@ -24,6 +24,6 @@ def install_outer(patch: Patch) -> list[Any]:
 
 
 def _before(patch: Patch, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs, request = patch.asked(names, args, kwargs)
-    handed.set(None if request is None else (patch.key, request))
+    args, kwargs, request = patch.forward_hooks.asked(names, args, kwargs, steps=False)
+    handed.set((patch.key, request))
     return args, kwargs

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from vtr.base import Layout, UnsupportedError
 from vtr.engine.adapters import Adapter
+from vtr.engine.answers import answer_starts
 from vtr.engine.captures import Place
 from vtr.engine.compat import cache_in
 
@@ -23,12 +24,18 @@ class Prompt:
         is_vision: bool [rows, L]. layouts: per row, those of its images, in order.
         places: likewise, where the vision tower has them.
         valid: bool [rows, L], False for padding; None if it was not said.
+        labels: int64 [rows, L], -100 for what is asked; None where no answers are given along with the question.
     """
 
     is_vision: torch.Tensor
     layouts: list[list[Layout]]
     places: list[list[Place]]
     valid: torch.Tensor | None
+    labels: torch.Tensor | None = None
+
+    def answer_starts(self) -> list[int]:
+        """Per row the column behind which nothing ranks: where its answer begins, or its end."""
+        return answer_starts(self.labels, self.is_vision, self.valid)
 
     def repeated(self, times: int) -> Prompt:
         """Every row ``times`` times, as beam search and num_return_sequences expand a batch."""
@@ -54,7 +61,8 @@ def read_prompt(
     """Find the vision tokens of ``ids`` ([rows, L]) and give every row its images.
 
     Args:
-        mask: the call's attention_mask, whose last L columns belong to ``ids``.
+        mask: the call's attention_mask, whose last L columns belong to ``ids``. inputs: the call's keyword arguments,
+            "labels" as :func:`vtr.engine.answers.answer_labels` gives them.
 
     Raises:
         ValueError: the images do not fit the placeholders.
@@ -66,7 +74,8 @@ def read_prompt(
     is_vision = torch.isin(ids, torch.tensor(adapter.placeholders(model)))
     valid = mask[:, -ids.shape[1] :].bool().cpu() if mask is not None and mask.dim() == 2 else None
     rows = assign_images(layouts, ids, is_vision)
-    return Prompt(is_vision, [[lay for lay, _ in row] for row in rows], [[at for _, at in row] for row in rows], valid)
+    layouts_of, places_of = [[lay for lay, _ in row] for row in rows], [[at for _, at in row] for row in rows]
+    return Prompt(is_vision, layouts_of, places_of, valid, inputs.get("labels"))
 
 
 def ids_of(adapter: Adapter, model: Any, embeds: torch.Tensor) -> torch.Tensor:

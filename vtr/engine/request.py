@@ -22,7 +22,7 @@ class Request:
 
     Attributes:
         policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
-        queries_end: slots from here on were decoded, not asked.
+        ends: per row, the slot from which on text was decoded (or given as the answer), not asked.
         generation: the running ``generate`` this forward is part of, or None.
         captures: what policies want of the vision tower, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
@@ -30,7 +30,7 @@ class Request:
 
     policies: list[Policy | None]
     prompt: Prompt
-    queries_end: int
+    ends: list[int]
     generation: Generation | None
     captures: Captures | None = None
     offset: int = 0
@@ -47,7 +47,7 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
             continue
         prompt = request.prompt
         images = prompt.layouts[b], prompt.places[b]
-        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.queries_end))
+        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.ends[b]))
     return rows
 
 
@@ -75,9 +75,15 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> No
                 f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
                 "let tokens keep theirs, e.g. pyramid:positions=keep"
             )
+        if cached and row.answered and p.asks("remember"):
+            raise UnsupportedError(
+                f"{p.spec!r} forgets words, and a forward over question and answer would cache all of them: pass "
+                "use_cache=False with it"
+            )
         ranks = row.count and (p.question_guided or any(map(p.needs, range(depth))))
         if ranks and not row.rankable:
             raise ValueError(
                 f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
                 f"{p.spec!r}: put the question behind the image, or use a policy that needs no question"
+                + (" (text that labels or vtr_queries_end mark as the answer does not count)" if row.answered else "")
             )

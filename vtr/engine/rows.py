@@ -25,7 +25,7 @@ class Row:
         slots: int64 [n] on the CPU: logical slots of the row's tokens (padding left out), ascending.
         is_vision: bool [n] on the CPU.
         layouts, places: the row's images, in order; empty where the row is treated as text only.
-        queries_end: logical slot from which on text tokens were decoded, not asked (they rank nothing).
+        end: logical slot from which on text was decoded, or given as the answer, not asked (it ranks nothing).
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Row:
         is_vision: torch.Tensor,
         layouts: list[Layout],
         places: list[Place],
-        queries_end: int,
+        end: int,
     ) -> None:
         self.index, self.policy, self.layouts, self.places = index, policy, layouts, places
         self.slots, self.is_vision = slots, is_vision
@@ -51,10 +51,14 @@ class Row:
         vision, text = is_vision.nonzero().squeeze(1), (~is_vision).nonzero().squeeze(1)
         self.original = self.total = self.count = len(vision)
         first, last = (int(vision[0]), int(vision[-1])) if len(vision) else (0, -1)
-        asked = slots[text] < queries_end
+        asked = slots[text] < end
         decoded = text[~asked]
+        self.answered = len(decoded) > 0
+        self.answer_slots = slots[decoded]
         self.decoded = decoded[:-1]
         """Text tokens that were decoded, but for the newest: what a run without a cache meets again."""
+        self._asked = len(text) - len(decoded)
+        """How many of the text tokens, the first ones, belong to the prompt."""
         self._text_queries = ((text > first) & asked).nonzero().squeeze(1)
         """Which of the text tokens may rank vision tokens."""
         self.rankable = bool(((text > last) & asked).any())
@@ -178,7 +182,7 @@ class Row:
             if name == "place":
                 return self.vision
             if name == "text":
-                return hidden.index_select(0, self.text)
+                return hidden.index_select(0, self.text[: self._asked])
             whole = self._fields[name]
             return whole if self.alive is None else whole.index_select(0, self.alive)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from vtr.base import Policy, Token, UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, Probe, Routing
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
-from vtr.engine.decode import answers, as_tensor
+from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.positions import Positions
 from vtr.engine.request import Request, check_rows, rows_of
@@ -60,10 +60,11 @@ class Session:
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
+        given = request is not None and request.generation is None
+        self._forgetting = None if layers is not None else Forgetting.of(self.rows, given, trace)
         self.is_vision = request.prompt.is_vision if request else None
         self._adding = 0
         """Behind how many of the first layers something is added to vision tokens."""
-        self._memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in self.rows]
 
     # -- into the decoder ------------------------------------------------------------------------------------------
     def pack(
@@ -135,12 +136,16 @@ class Session:
             hidden = add_features(self.rows, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self.positions.shift:
             self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
-        with self.clock:
-            remembered = self._forget(index, hidden)
-        hidden = self._select(hidden, remembered)
+        lone = None
+        if self._forgetting is not None:
+            with self.clock:
+                remembered = self._forgetting.drop(index, self.rows, hidden)
+                lone = self._forgetting.lone(index, self.rows, hidden)
+            hidden = self._select(hidden, remembered)
         with self.clock:
             stay = self._prune(index, layer, hidden)
         hidden = self._select(hidden, stay)
+        lone = lone if lone is None or stay is None else lone.index_select(0, stay)
         if stay is not None and any(row.lost for row in self.rows):
             self.positions.close_up(self.rows, hidden)
         if self.state is not None:
@@ -160,9 +165,10 @@ class Session:
             hidden = hidden.index_select(1, through)
             rope = tuple(t.index_select(1, through) for t in rope)
             positions = positions.index_select(1, through)
+            lone = None if lone is None else lone.index_select(0, through)
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         self._note(index, lengths, counts, alive)
-        plan = self._plan(index, lengths, positions, scale, routing)
+        plan = self._plan(index, lengths, positions, scale, routing, lone)
         if self.layers is not None:
             self.layers[index].staged = plan
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
@@ -192,7 +198,7 @@ class Session:
 
     def _plan(
         self, index: int, lengths: list[int], positions: torch.Tensor, scale: torch.Tensor | None,
-        routing: Routing | None,
+        routing: Routing | None, lone: torch.Tensor | None,
     ) -> Plan:  # fmt: skip
         past = self._cached(index)
         return Plan(
@@ -207,29 +213,8 @@ class Session:
             routing=routing,
             positions=None if self.windows[index] is None else positions[0],
             reach=self._reach,
+            lone=lone,
         )
-
-    def _forget(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Without a cache: decoded tokens that a cache would not hold are no keys either. Reads the device."""
-        if self.layers is not None:
-            return None
-        stays: list[torch.Tensor | None] = []
-        before, start = [row.length for row in self.rows], 0
-        for row, n in zip(self.rows, before, strict=True):
-            stay, p = None, row.policy
-            if len(row.decoded) and p is not None and p.asks("remember"):
-                states = hidden[0, start : start + n].index_select(0, row.decoded)
-                tokens = [Token(state, memo) for state, memo in zip(states, self._memos[row.index], strict=True)]
-                said = answers(p, p.recall(index, tokens), len(tokens))
-                answer = torch.stack([as_tensor(a, hidden.device) for a in said])
-                self.trace.selector_flops += sum(token.flops for token in tokens)
-                if not bool(answer.all()):
-                    stay = row.forget(answer)
-                    kept = answer.tolist()
-                    self._memos[row.index] = [m for m, k in zip(self._memos[row.index], kept, strict=True) if k]
-            stays.append(stay)
-            start += n
-        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
 
     def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
         stays: list[torch.Tensor | None] = []
@@ -341,8 +326,8 @@ class Session:
         made = copy.copy(self)
         made.rows = [self.rows[old].again(new, policy) for new, (old, policy) in enumerate(picks)]
         made.batch, made.positions = len(picks), self.positions.fork(index, len(picks))
-        made._memos = [[{} for _ in row.decoded] for row in made.rows]
         made.clock, made.trace = Clock(self.device), Trace(self.trace.geometry)
+        made._forgetting = Forgetting.of(made.rows, True, made.trace)
         made.lengths, made.past, made.noted = [], [], [row.trace(self._offset) for row in made.rows]
         made._scores = {new: self._scores[old] for new, (old, _) in enumerate(picks) if old in self._scores}
         check_rows(made.rows, False, made.depth, made.positions.rotary)
@@ -370,7 +355,15 @@ class Session:
         if self.state is not None:
             self.state.logical += self.logical
             in_step = all(n == self.logical for lengths in self.lengths for n in lengths)
-            self.state.tail = self.state.tail + self.logical if in_step else 0
+            self.state.tail = self.state.tail + self.logical if in_step else self._appended()
+
+    def _appended(self) -> int:
+        """How many columns at the end hold decoded (or drafted) text in every row: what ``crop`` may take back."""
+        runs = []
+        for slots in (row.answer_slots for row in self.rows):
+            last = torch.arange(self.logical - len(slots), self.logical)
+            runs.append(int((slots == last).flip(0).cumprod(0).sum()))
+        return min(runs)
 
 
 def _check_weights_learn(layer: Any) -> None:

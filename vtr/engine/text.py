@@ -9,7 +9,7 @@ import torch
 from vtr.base import UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import CacheState, RaggedLayer
-from vtr.engine.call import Generation, check_cache, is_ragged
+from vtr.engine.call import MISSING, Generation, check_cache, is_ragged, refuse_compiled
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
 from vtr.engine.decode import Step, note_cache
 from vtr.engine.positions import many_axes
@@ -29,12 +29,22 @@ class TextHooks:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Reduced calls only: replace embeddings, positions and mask by packed ones, or by those of a decode step."""
-        request: Request | None = kwargs.pop("vtr_request", None) or self.patch.taken()
         cache: Any = cache_in(kwargs)
         ragged = is_ragged(cache)
+        if torch.compiler.is_compiling():
+            if ragged:
+                refuse_compiled()
+            if kwargs.pop("vtr_request", MISSING) is MISSING:
+                self.patch.forward_hooks.check_compiling(kwargs)
+            return None
+        asked = kwargs.pop("vtr_request", MISSING)
+        asked = self.patch.taken() if asked is MISSING else asked
+        request: Request | None = None if asked is MISSING else asked
         if mlp_scale.get() is not None:  # an interrupted forward left it
             mlp_scale.set(None)
         if request is None and not ragged:
+            if asked is MISSING:
+                self.patch.forward_hooks.check_unasked(kwargs)
             return None
         check_checkpointing(module)
         attention_name(module.config._attn_implementation)  # set_attn_implementation may have changed it
@@ -46,10 +56,15 @@ class TextHooks:
         mask, positions, past = _checked(cache, embeds, kwargs, many_axes(module.rotary_emb))
         kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
         one_each = past > 0 and embeds.shape[1] == 1 and (request is None or not any(request.prompt.layouts))
-        generation = self.patch.generation() if request is None else request.generation
+        generation = self._generation(cache) if request is None else request.generation
         if one_each and (mask is None or generation is not None or bool(mask[:, -1].all())):
-            return args, self._decode(module, cache, embeds, positions, kwargs)
+            return args, self._decode(module, cache, embeds, positions, generation, kwargs)
         return args, self._pack(module, request, cache, embeds, mask, positions, generation, kwargs)
+
+    def _generation(self, cache: Any) -> Generation | None:
+        """The ``generate`` that goes on with ``cache``; None for a call by hand, also inside a generate."""
+        generation = self.patch.generation()
+        return generation if generation is not None and generation.owns_cache(cache) else None
 
     def _trace(self, generation: Generation | None) -> Trace:
         return generation.trace if generation is not None else Trace(self.patch.geometry)
@@ -91,9 +106,9 @@ class TextHooks:
         return kwargs
 
     def _decode(
-        self, module: Any, cache: Any, embeds: torch.Tensor, positions: torch.Tensor, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        generation = self.patch.generation()
+        self, module: Any, cache: Any, embeds: torch.Tensor, positions: torch.Tensor, generation: Generation | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
         layers, state, trace, rows = cache.layers, cache.layers[0].state, self._trace(generation), embeds.shape[0]
         if any(state.dropped):
             gone = torch.tensor(state.dropped).to(positions.device, non_blocking=True)
@@ -122,6 +137,7 @@ class TextHooks:
             trace, layers, generation = session.trace, session.layers, session.generation
         elif plan is not None:
             trace, layers, generation = plan.trace, plan.layers, self.patch.generation()
+            generation = generation if generation is not None and generation.trace is trace else None
             state = layers[0].state
             state.logical += 1
             state.tail += 1

@@ -1,0 +1,78 @@
+"""Forgotten words where no cache leaves them out: a policy is asked about the words themselves, at every layer.
+
+In decoding without a cache the words said so far come by at every step, and those not remembered are dropped. In a
+forward over question and answer every word still says what follows it, so forgotten ones stay and are hidden from the
+others. With a cache none of this is needed (``vtr/engine/decode.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vtr.base import Token
+from vtr.engine.decode import answers, as_tensor
+from vtr.engine.rows import Row, joined
+from vtr.engine.trace import Trace
+
+
+class Forgetting:
+    """The words of one packed forward that policies may forget.
+
+    Args:
+        given: they are a given answer, not decoded ones that come by again.
+    """
+
+    def __init__(self, rows: Sequence[Row], given: bool, trace: Trace) -> None:
+        self.given, self.trace = given, trace
+        self.memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in rows]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], given: bool, trace: Trace) -> Forgetting | None:
+        """None if no word of any row may be forgotten."""
+        may = any(len(row.decoded) and row.policy is not None and row.policy.asks("remember") for row in rows)
+        return cls(rows, given, trace) if may else None
+
+    def drop(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
+        """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""
+        if self.given:
+            return None
+        stays: list[torch.Tensor | None] = []
+        before, start = [row.length for row in rows], 0
+        for row, n in zip(rows, before, strict=True):
+            stay = None
+            answer = self._remembered(index, row, hidden[0, start : start + n])
+            if answer is not None and not bool(answer.all()):
+                stay = row.forget(answer)
+                kept = answer.tolist()
+                self.memos[row.index] = [m for m, k in zip(self.memos[row.index], kept, strict=True) if k]
+            stays.append(stay)
+            start += n
+        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
+
+    def lone(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
+        """Words of a given answer: bool [T], those that layer ``index`` hides from all others; None for none."""
+        if not self.given:
+            return None
+        parts, start, found = [], 0, False
+        for row in rows:
+            lone = torch.zeros(row.length, dtype=torch.bool, device=hidden.device)
+            answer = self._remembered(index, row, hidden[0, start : start + row.length])
+            if answer is not None:
+                lone, found = lone.index_copy(0, row.decoded, ~answer), True
+            parts.append(lone)
+            start += row.length
+        return torch.cat(parts) if found else None
+
+    def _remembered(self, index: int, row: Row, states: torch.Tensor) -> torch.Tensor | None:
+        """bool [words of the row]; None if its policy is not asked. states: [tokens of the row, D]."""
+        p = row.policy
+        if not len(row.decoded) or p is None or not p.asks("remember"):
+            return None
+        memos = self.memos[row.index]
+        tokens = [Token(state, memo) for state, memo in zip(states.index_select(0, row.decoded), memos, strict=True)]
+        said = answers(p, (p.remember_all if self.given else p.recall)(index, tokens), len(tokens))
+        self.trace.selector_flops += sum(token.flops for token in tokens)
+        return torch.stack([as_tensor(a, states.device) for a in said])

@@ -1,0 +1,178 @@
+"""The pre-hook of the module that merges images into the text: what a forward asks of the text model.
+
+Every way of calling a model goes through that module: ``model(…)``, ``model.forward(…)`` (peft), ``model.model(…)``,
+and each step of ``generate``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtr.base import Policy, UnsupportedError
+from vtr.engine.answers import answer_labels
+from vtr.engine.call import (
+    MISSING,
+    Generation,
+    check_call,
+    check_pixels,
+    handed,
+    is_ragged,
+    refuse_compiled,
+    warn_on_continue,
+)
+from vtr.engine.captures import begin
+from vtr.engine.compat import cache_in
+from vtr.engine.prompt import ids_of, read_prompt
+from vtr.engine.request import Request
+
+if TYPE_CHECKING:
+    from vtr.engine.hooks import Patch
+
+
+class ForwardHooks:
+    """Decides for each forward which policies apply, and where its vision tokens and images are."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.names = list(inspect.signature(type(patch.entry).forward).parameters)[1:]
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            if self.check_compiling(kwargs):
+                kwargs["vtr_request"] = None
+            return args, kwargs
+        if self.patch.inner is not self.patch.model:
+            left = handed.get()
+            if (left is not None and left[0] is self.patch.key) or self.patch.generation() is None:
+                return args, kwargs  # the model's own forward has asked; by itself, the inner one is not reduced
+        args, kwargs, request = self.asked(self.names, args, kwargs, steps=True)
+        if self.patch.hands_on:
+            handed.set((self.patch.key, request))
+        elif request is not None or self.patch.applies():
+            kwargs["vtr_request"] = request
+        return args, kwargs
+
+    def asked(
+        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], steps: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Request | None]:
+        """A forward's arguments without what is ours, and what it asks of the text model.
+
+        Args:
+            names: of the forward's parameters, in order. steps: whether a running generate's steps come this way.
+        """
+        given = kwargs.pop("policy", MISSING)
+        ends = kwargs.pop("vtr_queries_end", None)
+        if args:
+            kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
+        cache = cache_in(kwargs)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        source = ids if ids is not None else embeds
+        rows = None if source is None else source.shape[0]
+        generation = self.patch.generation() if given is MISSING else None
+        if generation is not None and generation.policies is None:
+            return args, kwargs, None
+        by_hand = False
+        if generation is None:
+            policies = self.patch.policies(given, rows)
+        elif steps and (self.patch.inner is not self.patch.model or generation.owns(ids, kwargs, cache)):
+            if generation.started and is_ragged(cache):
+                return args, kwargs, None
+            policies = generation.policies
+        else:  # a callback of that generate runs the model
+            if ids is not None and not bool(torch.isin(ids.cpu(), self.marks()).any()):
+                return args, kwargs, None  # text without pictures
+            by_hand, policies = True, generation.inherited(rows or 0)
+        if policies is None:
+            if not is_ragged(cache):
+                self.patch.publish(None if ids is None else self.patch.dense(ids, kwargs))
+            return args, kwargs, None
+        check_call(kwargs, [self.patch.model.config, self.patch.text.config])
+        if choosing := next((p for p in policies if p is not None and p.asks("resolve")), None):
+            raise UnsupportedError(
+                f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
+                "a fixed policy"
+            )
+        if generation is not None and not by_hand:
+            return args, kwargs, self._step(generation, kwargs, source.shape)  # type: ignore[union-attr]
+        return args, kwargs, self._request(policies, ids, embeds, kwargs, ends, generation)
+
+    def _request(
+        self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
+        kwargs: dict[str, Any], ends: Any, around: Generation | None,
+    ) -> Request:  # fmt: skip
+        """Of a forward that is no step of a generate.
+
+        Args:
+            ends: the call's ``vtr_queries_end``. around: the generate inside which it is made by hand.
+        """
+        cache = cache_in(kwargs)
+        if is_ragged(cache):
+            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
+        if ids is None:
+            assert embeds is not None
+            ids = ids_of(self.patch.adapter, self.patch.model, embeds)
+        check_pixels(kwargs)
+        if ends is None and around is not None and around.goes_on_in(ids):
+            ends = around.ids.shape[1]  # type: ignore[union-attr]
+        labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
+        given = {**kwargs, "labels": labels}
+        prompt = read_prompt(self.patch.adapter, self.patch.model, ids, kwargs.get("attention_mask"), given)
+        captures = self.patch.vision.wanted(policies, prompt)
+        if captures is not None:
+            begin(captures)
+        return Request(policies, prompt, prompt.answer_starts(), None, captures)
+
+    def _step(self, generation: Generation, kwargs: dict[str, Any], shape: Sequence[int]) -> Request:
+        """Of the first forward of a generate, or any without a cache. shape: rows, tokens."""
+        assert generation.prompt is not None and generation.policies is not None
+        rows, length = shape[:2]
+        mask, cache, asked = kwargs.get("attention_mask"), cache_in(kwargs), generation.prompt.is_vision.shape[1]
+        if is_ragged(cache):
+            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
+        beams = rows // len(generation.policies)  # beam search and num_return_sequences repeat each prompt
+        prompt = generation.prompt.repeated(beams).extended(length)
+        if prompt.valid is None and mask is not None and mask.dim() == 2:  # transformers derived it from pad tokens
+            prompt.valid = mask[:, -length:].bool().cpu()
+        generation.trace.beams = beams
+        offset = max(generation.length - asked, 0) if not generation.started else 0
+        expanded = [p for p in generation.policies for _ in range(beams)]
+        return Request(expanded, prompt, [asked] * rows, generation, generation.captures, offset)
+
+    def marks(self) -> torch.Tensor:
+        """The ids that stand for vision tokens."""
+        return torch.tensor(self.patch.adapter.placeholders(self.patch.model), dtype=torch.int64)
+
+    # -- calls that do not come this way ---------------------------------------------------------------------------
+    def check_unasked(self, kwargs: dict[str, Any]) -> None:
+        """Refuse a call of the text model that no pre-hook has seen, though a policy applies.
+
+        Text alone may pass: word ids hold no picture.
+
+        Raises:
+            UnsupportedError: naming the way out.
+        """
+        named = kwargs.pop("policy", None) is not None
+        if named or (kwargs.get("inputs_embeds") is not None and self.patch.applies()):
+            raise UnsupportedError(
+                f"a policy applies, but this call reached {type(self.patch.text).__name__} on a way that does not say "
+                f"where the images are: call {type(self.patch.model).__name__}(…) or its generate, with input_ids and "
+                "pixel_values, or run it without a policy (policy=None, or outside vtr.use and defaults)"
+            )
+
+    def check_compiling(self, kwargs: dict[str, Any]) -> bool:
+        """While torch compiles, context variables cannot be read: let calls pass in which no policy can apply.
+
+        Returns:
+            Whether one would apply, had the call not said policy=None.
+
+        Raises:
+            UnsupportedError: one may.
+        """
+        given, others = kwargs.pop("policy", MISSING), self.patch.default is not None or self.patch.users > 0
+        if given is not None and (given is not MISSING or others):
+            refuse_compiled()
+        return others
