@@ -31,13 +31,13 @@ class TextHooks:
         """Reduced calls only: replace embeddings, positions and mask by packed ones, or by those of a decode step."""
         cache: Any = cache_in(kwargs)
         ragged = is_ragged(cache)
+        asked = kwargs.pop("vtr_request", MISSING)
         if torch.compiler.is_compiling():
-            if ragged:
+            if ragged or (asked is not None and asked is not MISSING):
                 refuse_compiled()
-            if kwargs.pop("vtr_request", MISSING) is MISSING:
+            if asked is MISSING:
                 self.patch.forward_hooks.check_compiling(kwargs)
             return None
-        asked = kwargs.pop("vtr_request", MISSING)
         asked = self.patch.taken() if asked is MISSING else asked
         request: Request | None = None if asked is MISSING else asked
         if mlp_scale.get() is not None:  # an interrupted forward left it
