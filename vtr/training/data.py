@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vtr.chat import prompt
+from vtr.data.pictures import BadPictureError, upright
+from vtr.data.records import at
+from vtr.data.sources import open_data, refuse, usable
 
 FIELDS = ("image", "question", "answer")
 
 
-def read_samples(path: str | Path) -> list[dict[str, str]]:
-    """A JSON-lines file: {"image": file (relative to this one), "question": …, "answer": …} a line.
+def read_samples(
+    data: str | Path, images: Path | None = None, columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Samples to learn from, read as ``vtr eval`` does (:func:`vtr.data.sources.open_data`): JSON files, folders, hf:….
+
+    The answer is the most frequent one of several; choices are put behind the question, and the answer is then the
+    right one's letter. Each question and answer of a conversation is a sample of its own, without the turns before.
+
+    Args:
+        images: the folder that file names of pictures are relative to; the file's own by default. columns: the data's
+            own names.
+
+    Returns:
+        As :func:`as_sample` makes them, and ``where`` (file and line).
 
     Raises:
-        FileNotFoundError: the file, or a picture that it names, is not there.
-        ValueError: a line is no such object, or there is none.
+        FileNotFoundError: the file is not there.
+        ValueError: records that cannot be used, counted, the first named with file and line; or there are none.
+            Pictures are not decoded here, only their heads are read: one that is cut short is named when it is used.
     """
-    source, samples = Path(path), []
-    for number, line in enumerate(source.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    source = open_data(str(data), images=images, columns=columns)
+    found = usable(source, source.name)
+    if not found:
+        raise ValueError(f"{data} holds no samples: it needs {', '.join(FIELDS)} as a JSON object a line")
+    samples, problems, probed = [], [], set[str]()
+    for one in found:
         try:
-            sample = json.loads(line)
-            made = {name: str(sample[name]) for name in FIELDS}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{source}, line {number}: it needs {', '.join(FIELDS)} as a JSON object") from error
-        picture = source.parent / made["image"]
-        if not picture.is_file():
-            raise FileNotFoundError(f"{source}, line {number}: there is no picture {picture}")
-        samples.append(made | {"image": str(picture)})
-    if not samples:
-        raise ValueError(f"{source} holds no samples: it needs {', '.join(FIELDS)} as a JSON object a line")
+            key = str(one.source) if isinstance(one.source, Path) else ""
+            if key not in probed:  # conversations come back to a picture
+                one.probe()
+            made = as_sample(key or one.source, one.asked, str(one.answer))
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        samples.append(made | {"where": one.where or f"record {one.id} of {data}"})
+        probed |= {key} - {""}
+    refuse(problems, len(found))
     return samples
 
 
 def as_sample(image: Any, question: str, answer: str) -> dict[str, Any]:
-    """One sample as :class:`Collate` takes it. image: a picture, or the path of one."""
+    """One sample as :class:`Collate` takes it. image: a picture, the path of one, or its encoded bytes."""
     return dict(zip(FIELDS, (image, question, answer), strict=True))
 
 
@@ -55,11 +72,8 @@ class Collate:
         self.processor = processor
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValueError for an answer that is not tokens of its own behind the question's."""
-        from PIL import Image
-
-        found = [one["image"] for one in samples]
-        pictures = [[(p if isinstance(p, Image.Image) else Image.open(p)).convert("RGB")] for p in found]
+        """Raises ValueError for an answer that is not tokens of its own behind the question's, or a broken picture."""
+        pictures = [[_picture(one)] for one in samples]
         asked = [prompt(self.processor, one["question"]) for one in samples]
         end = self.processor.tokenizer.eos_token or ""
         whole = [
@@ -78,3 +92,10 @@ class Collate:
             if not bool((labels[row] != -100).any()):
                 raise ValueError(f"the answer {samples[row]['answer']!r} leaves no token to learn")
         return {**batch, "labels": labels}
+
+
+def _picture(sample: Mapping[str, Any]) -> Any:
+    try:
+        return upright(sample["image"])
+    except (ValueError, OSError) as error:
+        raise BadPictureError(at(sample.get("where", ""), str(error))) from error
