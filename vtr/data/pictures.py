@@ -55,10 +55,12 @@ def upright(source: str | Path | bytes | IO[bytes] | Image.Image) -> Image.Image
         return rgb if turn is None else rgb.transpose(Image.Transpose(turn))
 
 
-def probe(source: str | Path | bytes | IO[bytes] | Image.Image) -> None:
-    """Read a picture's head alone: whether it is there, a picture, and not too large. Raises as :func:`upright`."""
-    with _opened(source):
-        pass
+def check(source: str | Path | bytes | IO[bytes] | Image.Image) -> None:
+    """Decode a picture as cheaply as it goes (JPEG at an eighth of its size). Raises as :func:`upright`."""
+    with _opened(source) as image:
+        if image is not source:
+            image.draft("RGB", (1, 1))
+        image.load()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtr.data.choices import LETTERS, letter_of, with_choices
-from vtr.data.pictures import BadPictureError, one_line, probe, upright
+from vtr.data.pictures import BadPictureError, one_line, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,15 +66,8 @@ class Sample:
         Raises:
             BadPictureError: missing, truncated, not a picture; with file and line of the record.
         """
-        return self._tried(lambda: upright(self.load()))
-
-    def probe(self) -> None:
-        """Read the head of the picture alone. Raises as :meth:`picture`, but not for what only decoding shows."""
-        self._tried(lambda: probe(self.source))
-
-    def _tried(self, look: Callable[[], Any]) -> Any:
         try:
-            return look()
+            return upright(self.load())
         except Exception as error:  # of ``load``, which may be anybody's
             told = str(error) if isinstance(error, BadPictureError) else f"picture: {one_line(error)}"
             raise BadPictureError(at(self.where, told)) from error
@@ -106,11 +99,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Bad:
-    """A record that cannot be used, and why (with file and line, where it comes from a file)."""
+    """A record that cannot be used, and why. where: the file and line, which ``reason`` begins with; "" without one."""
 
     index: int
     id: str
     reason: str
+    where: str = ""
 
 
 def at(where: str, told: str) -> str:
@@ -135,7 +129,7 @@ def samples_of(
         name = str(index) if value["id"] is None else _name("id", value["id"])
         turns = _turns(record["conversations"]) if value["question"] is None and "conversations" in record else None
     except (ValueError, TypeError, RecursionError) as error:
-        return [Bad(index, str(index), at(where, _reason(error)))]
+        return [Bad(index, str(index), at(where, _reason(error)), where)]
     if turns is None:
         value["choices"] = _lettered(record) if value["choices"] is None else value["choices"]
         return [_sample(index, name, value, images, where, answers_needed)]
@@ -157,7 +151,7 @@ def _sample(
         group = _name("group", value["group"]) if value["group"] is not None else group or name
         kind = "all" if value["kind"] is None else _name("kind", value["kind"])
     except (ValueError, TypeError, RecursionError) as error:
-        return Bad(index, name, at(where, _reason(error)))
+        return Bad(index, name, at(where, _reason(error)), where)
     load = partial(_file, source) if isinstance(source, Path) else partial(upright, source)
     return Sample(index, name, question, answers, choices, kind, group, load, where, source)
 

@@ -86,7 +86,7 @@ def usable(records: Iterable[Sample | Bad], name: str) -> list[Sample]:
     """
     found = list(records)
     bad = [one for one in found if isinstance(one, Bad)]
-    told = [one.reason if name in one.reason else f"record {one.id} of {name}: {one.reason}" for one in bad]
+    told = [one.reason if one.where else f"record {one.id} of {name}: {one.reason}" for one in bad]
     refuse(told, len(found))
     return [record for record in found if isinstance(record, Sample)]
 
@@ -166,7 +166,7 @@ def _records(path: Path, sampled: Sampled) -> Iterator[Sample | Bad]:
     for line, found in files.read(path):
         where = f"{path}, line {line}"
         if isinstance(found, str):
-            made: list[Sample | Bad] = [Bad(index, str(index), f"{where} {found}")]
+            made: list[Sample | Bad] = [Bad(index, str(index), f"{where} {found}", where)]
         else:
             made = sampled(index, found, where=where)
         yield from made

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vtr.chat import prompt
-from vtr.data.pictures import BadPictureError, upright
-from vtr.data.records import at
+from vtr.data.pictures import BadPictureError, check, one_line, upright
+from vtr.data.records import Sample, at
 from vtr.data.sources import open_data, refuse, usable
 
 FIELDS = ("image", "question", "answer")
@@ -34,26 +37,45 @@ def read_samples(
     Raises:
         FileNotFoundError: the file is not there.
         ValueError: records that cannot be used, counted, the first named with file and line; or there are none.
-            Pictures are not decoded here, only their heads are read: one that is cut short is named when it is used.
+            Every picture is decoded once to see that it can be.
     """
     source = open_data(str(data), images=images, columns=columns)
     found = usable(source, source.name)
     if not found:
         raise ValueError(f"{data} holds no samples: it needs {', '.join(FIELDS)} as a JSON object a line")
-    samples, problems, probed = [], [], set[str]()
+    broken, samples, problems = _broken(found), [], []
     for one in found:
         try:
-            key = str(one.source) if isinstance(one.source, Path) else ""
-            if key not in probed:  # conversations come back to a picture
-                one.probe()
-            made = as_sample(key or one.source, one.asked, str(one.answer))
+            if (told := broken.get(_key(one.source))) is not None:
+                raise BadPictureError(at(one.where, told))
+            image = str(one.source) if isinstance(one.source, Path) else one.source
+            where = one.where or f"record {one.id} of {data}"
+            samples.append(as_sample(image, one.asked, str(one.answer)) | {"where": where})
         except ValueError as error:
             problems.append(str(error))
-            continue
-        samples.append(made | {"where": one.where or f"record {one.id} of {data}"})
-        probed |= {key} - {""}
     refuse(problems, len(found))
     return samples
+
+
+def _key(source: Any) -> Any:
+    return source if isinstance(source, Path) else id(source)
+
+
+def _broken(samples: Sequence[Sample]) -> dict[Any, str]:
+    """What is wrong with which pictures; each is decoded once, on all cores."""
+    sources = {_key(one.source): one.source for one in samples}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        told = pool.map(_problem, sources.values())
+        checked = tqdm(zip(sources, told, strict=True), "checking pictures", len(sources), leave=False)
+        return {key: problem for key, problem in checked if problem is not None}
+
+
+def _problem(source: Any) -> str | None:
+    try:
+        check(source)
+    except (ValueError, OSError) as error:
+        return str(error) if isinstance(error, BadPictureError) else f"picture: {one_line(error)}"
+    return None
 
 
 def as_sample(image: Any, question: str, answer: str) -> dict[str, Any]:
