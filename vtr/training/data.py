@@ -94,7 +94,8 @@ class Collate:
         self.processor = processor
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValueError for an answer that is not tokens of its own behind the question's, or a broken picture."""
+        """Raises ValueError for an answer that is not tokens of its own behind the question's, a broken picture, and
+        what the processor refuses; samples with a ``where`` are named."""
         pictures = [[_picture(one)] for one in samples]
         asked = [prompt(self.processor, one["question"]) for one in samples]
         end = self.processor.tokenizer.eos_token or ""
@@ -102,9 +103,13 @@ class Collate:
             f"{text}{'' if text.endswith((' ', chr(10))) else ' '}{one['answer']}{end}"
             for text, one in zip(asked, samples, strict=True)
         ]
-        batch = dict(
-            self.processor(text=whole, images=pictures, padding=True, padding_side="right", return_tensors="pt")
-        )
+        try:
+            batch = dict(
+                self.processor(text=whole, images=pictures, padding=True, padding_side="right", return_tensors="pt")
+            )
+        except Exception as error:  # a picture too flat, a mark of a picture in the text: processors differ
+            where = "; ".join(one.get("where", "a sample") for one in samples)
+            raise ValueError(f"the processor refuses one of {where}: {one_line(error)}") from error
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         for row, (text, picture) in enumerate(zip(asked, pictures, strict=True)):
             before = self.processor(text=[text], images=[picture], return_tensors="pt")["input_ids"][0]
@@ -112,7 +117,8 @@ class Collate:
             n = len(before) if bool(same.all()) else int(same.int().argmin())  # a tokenizer may join over the edge
             labels[row, :n] = -100
             if not bool((labels[row] != -100).any()):
-                raise ValueError(f"the answer {samples[row]['answer']!r} leaves no token to learn")
+                told = f"the answer {samples[row]['answer']!r} leaves no token to learn"
+                raise ValueError(at(samples[row].get("where", ""), told))
         return {**batch, "labels": labels}
 
 
