@@ -44,7 +44,7 @@ def upright(source: str | Path | bytes | IO[bytes] | Image.Image) -> Image.Image
     from PIL import Image
 
     with _opened(source) as image:
-        image.load()  # some formats turn themselves, and some have their metadata behind the pixels
+        image.load()  # TIFF is turned by this, and some formats have their metadata behind the pixels
         if 0 in image.size:
             raise BadPictureError(f"a picture of {image.width} × {image.height} pixels")
         turn = _turn(image)
@@ -103,6 +103,8 @@ def _turn(image: Image.Image) -> int | None:
     """The ``Image.Transpose`` that makes a loaded picture upright; None where it is, or where nobody says."""
     from PIL.Image import Transpose
 
+    if image.format == "TIFF":  # Pillow has turned it while loading; old versions leave the tag
+        return None
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # metadata that cannot be read say nothing; the picture itself is whole
