@@ -63,7 +63,7 @@ def test_all_orientations_from_all_sources(kind: str, orientation: int, tmp_path
     for source in sources + [kept] * (kind != "TIFF"):  # old versions of Pillow turn a TIFF and leave the tag
         got = upright(source)
         assert same(got, want)
-        assert same(upright(got), want) and same(upright(ImageOps.exif_transpose(got)), want)
+        assert same(upright(got), want) and (got is source or same(upright(ImageOps.exif_transpose(got)), want))
     if kind != "TIFF":  # some versions of Pillow turn these twice
         assert same(upright(ImageOps.exif_transpose(Image.open(path))), want)  # by a kit, before
 
