@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from vtr.eval.contenders import Contender
 from vtr.eval.data import Bad, BadPictureError, Sample
-from vtr.eval.metrics import LETTERS, Metric
+from vtr.eval.metrics import Metric
 
 import vtr
 from vtr import chat
+from vtr.data.choices import with_choices
 
 GRAY = (128, 128, 128)
-BY_LETTER = "Answer with the option's letter from the given choices directly."
-"""LLaVA-1.5's request behind the choices of a question."""
 TOKENS = 32
 """The longest answer, where neither the caller nor the model's generation config says."""
 
@@ -25,10 +24,7 @@ TOKENS = 32
 def question_of(sample: Sample, instruction: str = "{question}") -> str:
     """The text put to the model: the question in the instruction's place for it, then its choices, if any."""
     asked = instruction.replace("{question}", sample.question)
-    if sample.choices is None:
-        return asked
-    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, sample.choices, strict=False)]
-    return "\n".join([asked, *lines, BY_LETTER])
+    return with_choices(asked, sample.choices)
 
 
 @dataclass

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-Choices = Sequence[str] | None
+from vtr.data.choices import Choices, normalized, picked
 
-LETTERS = string.ascii_uppercase
 RIGHT = 0.5
 """A score from here on counts as right where right or wrong is asked for."""
 
@@ -30,11 +28,6 @@ class Metric:
 
 
 # -- exact match -------------------------------------------------------------------------------------------------------
-def normalized(text: str) -> str:
-    """Lower case, single spaces, no quotes, brackets or punctuation at either end."""
-    return " ".join(text.casefold().split()).strip(" \t" + string.punctuation.translate({ord(c): None for c in "%$+-"}))
-
-
 def exact(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
     """1 if the :func:`normalized` reply equals one of the answers, else 0."""
     return float(normalized(reply) in {normalized(answer) for answer in answers})
@@ -158,25 +151,6 @@ def anls(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
 
 
 # -- multiple choice ---------------------------------------------------------------------------------------------------
-def picked(reply: str, choices: Choices) -> int | None:
-    """The index of the choice a reply picks, by its text or its letter; None where it picks none or several.
-
-    In this order: the reply is a choice's text; it is or begins with a letter (``B``, ``(B)``, ``B. …``); it says
-    "answer is B" or "option B"; it contains exactly one choice's text. Without ``choices`` any letter A … Z counts.
-    """
-    count = len(choices) if choices is not None else len(LETTERS)
-    said, texts = normalized(reply), [normalized(text) for text in choices or []]
-    if texts.count(said) == 1:
-        return texts.index(said)
-    start = re.match(r"\s*[(\[]?([A-Za-z])(?:[)\].:,]|\s*$)", reply)
-    stated = re.search(r"(?i:answer|option|choice)\b(?:\s+is)?\s*:?\s*[(\[]?([A-Z])\b", reply)
-    for found in (start, stated):
-        if found and LETTERS.index(found.group(1).upper()) < count:
-            return LETTERS.index(found.group(1).upper())
-    inside = [i for i, text in enumerate(texts) if text and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said)]
-    return inside[0] if len(inside) == 1 else None
-
-
 def choice(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
     """1 if the reply :func:`picked` the right choice (named by its letter or text), else 0."""
     return float((said := picked(reply, choices)) is not None and said in {picked(a, choices) for a in answers})

@@ -19,6 +19,7 @@ from vtr.eval.run import prefill_times
 from vtr.eval.stats import mcnemar, paired
 
 import vtr
+from vtr.data.choices import Choices
 from vtr.search import Example
 
 BATCH = 8
@@ -47,7 +48,7 @@ class Line:
 
 def measure(
     model: Any, processor: Any, policies: Mapping[str, vtr.Policy | None], held_out: Sequence[Example],
-    latency: int = 0, max_new_tokens: int = 32, score: str = "exact",
+    latency: int = 0, max_new_tokens: int = 32, score: str = "auto",
 ) -> list[Line]:  # fmt: skip
     """Answer every question under every policy (by name), pictures encoded once; time the prefill of some in turns.
 
@@ -58,7 +59,8 @@ def measure(
     Raises:
         ValueError: an example without an answer.
     """
-    samples = [_sample(index, one) for index, one in enumerate(held_out)]
+    samples = [_sample(index, one) for index, one in enumerate(held_out)]  # questions have their choices in them
+    choices = [one.choices for one in held_out]
     chosen = {name: Contender("none" if p is None else p.spec, name, p) for name, p in policies.items()}
     bench = Bench(model, processor, list(chosen.values()), metric(score), max_new_tokens=max_new_tokens)
     lines = [Line(one.name, one.spec) for one in bench.contenders]
@@ -70,7 +72,7 @@ def measure(
                 raise ValueError(f"a held-out question cannot be used: {batch.bad[0].reason}")
             with torch.inference_mode(), vtr.shared_features(model):
                 for one, line in zip(bench.contenders, lines, strict=True):
-                    _answer(bench, batch, one, line)
+                    _answer(bench, batch, one, line, choices)
     for line in lines:
         line.mean_keep /= len(samples)
         line.flops /= len(samples)
@@ -82,10 +84,10 @@ def measure(
     return lines
 
 
-def _answer(bench: Bench, batch: Any, one: Contender, line: Line) -> None:
+def _answer(bench: Bench, batch: Any, one: Contender, line: Line, choices: Sequence[Choices]) -> None:
     said = bench.say(batch.inputs, one.policy)
     for text, sample, cost in zip(said, batch.samples, costs(bench.model), strict=True):
-        line.scores.append(bench.metric.score(text, sample.answers, None))
+        line.scores.append(bench.metric.score(text, sample.answers, choices[sample.index]))
         line.mean_keep += sum(cost["tokens"]) / (len(cost["tokens"]) * cost["total"])
         line.flops += cost["flops"]
         line.kv_bytes += cost["kv_bytes"]

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from vtr.eval.contenders import NONE, Contender
-from vtr.eval.metrics import LETTERS, RIGHT, Metric, gain, leakage, picked
+from vtr.eval.metrics import RIGHT, Metric, gain, leakage
 from vtr.eval.stats import interval, mcnemar, outcomes, paired
+
+from vtr.data.choices import LETTERS, picked
 
 Row = Mapping[str, Any]
 EXAMPLES = 10

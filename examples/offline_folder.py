@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 from transformers import AutoProcessor
 from vllm import LLM, SamplingParams
 
 from vtr.chat import prompt
 from vtr.commands.encode import found_in
+from vtr.data.pictures import upright
 
 
 def main(
@@ -36,7 +36,7 @@ def main(
     asked: list[Any] = [
         {
             "prompt": text,
-            "multi_modal_data": {"image": Image.open(file).convert("RGB")},
+            "multi_modal_data": {"image": upright(file)},
             "mm_processor_kwargs": {"vtr": policy},
         }
         for file in files

@@ -7,12 +7,14 @@ python examples/openai_client.py cat.jpg "what is this?" --model MODEL --policy 
 from __future__ import annotations
 
 import base64
-import mimetypes
+import io
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from openai import OpenAI
+
+from vtr.data.pictures import upright
 
 
 def main(
@@ -24,9 +26,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="length of the answer")] = 64,
 ) -> None:
     """Ask, and say how many tokens the picture had."""
-    kind = mimetypes.guess_type(picture)[0] or "image/png"
-    data = f"data:{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
+    content = [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "text", "text": question}]
     client = OpenAI(base_url=url, api_key="none")
     said = client.chat.completions.create(
         model=model,
@@ -37,6 +37,13 @@ def main(
     )
     typer.echo(said.choices[0].message.content)
     typer.echo(f"{policy}: a prompt of {said.usage.prompt_tokens} tokens")
+
+
+def data_url(picture: Path) -> str:
+    """The picture as PNG, upright: servers need not follow a photo's EXIF orientation."""
+    raw = io.BytesIO()
+    upright(picture).save(raw, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

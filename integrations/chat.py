@@ -5,7 +5,7 @@ Uses vtr's public API only. Not imported by the package: only the kits' adapters
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import vtr
+from vtr.data.pictures import upright
 from vtr.demo import load
 
 POCKET = "pocket"
@@ -160,18 +161,18 @@ class Chat:
         """Chat turns → a prompt that ends where the answer begins.
 
         Args:
-            messages: ``{"role": …, "content": [part, …]}``, where a part is ``{"type": "text", "text": …}`` or
-                ``{"type": "image", "image": a PIL picture or a file}``.
+            messages: ``{"role": …, "content": …}``; the content is a text or a list of parts, and a part is a text,
+                ``{"type": "text", "text": …}`` or ``{"type": "image", "image": a PIL picture or a file}``.
 
         Raises:
-            UnsupportedError: a video or sound.
+            UnsupportedError: a video or sound, or content of another kind.
         """
         images, turns = [], []
         for message in messages:
-            parts = []
-            for part in message["content"]:
+            parts: list[dict[str, Any]] = []
+            for part in parts_of(message["content"]):
                 if part["type"] == "image":
-                    images.append(picture(part["image"]))
+                    images.append(picture(part.get("image")))
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
                     parts.append({"type": "text", "text": part["text"]})
@@ -279,20 +280,32 @@ def by_pictures(prompts: Sequence[Prompt]) -> list[list[int]]:
     return [indexes for indexes in split if indexes]
 
 
-def picture(source: Any) -> Any:
-    """A PIL picture in RGB, from a PIL picture or a file.
+def parts_of(content: Any) -> list[dict[str, Any]]:
+    """A message's content as a list of parts: a plain text is one of them.
 
     Raises:
-        UnsupportedError: neither.
+        UnsupportedError: neither text nor a list of texts and of dicts with a ``type``.
     """
-    from PIL import Image
+    parts = [content] if isinstance(content, (str, Mapping)) else content
+    if isinstance(parts, Iterable):
+        made = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+        if all(isinstance(part, Mapping) and "type" in part for part in made):
+            return [dict(part) for part in made]
+    raise vtr.UnsupportedError(
+        f'a message\'s content must be text or a list of parts like {{"type": "text", …}}, got {str(content)[:80]!r}'
+    )
 
-    if isinstance(source, (str, Path)):
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    raise vtr.UnsupportedError(f"a picture must be a PIL image or a file, got {type(source).__name__}")
+
+def picture(source: Any) -> Any:
+    """A PIL picture in RGB, upright, from a PIL picture (turned already or not) or a file.
+
+    Raises:
+        UnsupportedError: neither. BadPictureError: broken. OSError: no such file.
+    """
+    try:
+        return upright(source)
+    except TypeError as error:
+        raise vtr.UnsupportedError(str(error)) from error
 
 
 def spelled(policy: vtr.Policy | None) -> str:

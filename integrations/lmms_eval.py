@@ -29,7 +29,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
-from vtr.integrations.chat import Answer, Chat, Prompt, generation_settings, spelled
+from vtr.integrations.chat import Answer, Chat, Prompt, generation_settings, parts_of, spelled
 
 from vtr.base import UnsupportedError
 
@@ -203,11 +203,12 @@ class VtrChat(Vtr):
         return self._chat().prompt([{"role": m["role"], "content": content(m["content"])} for m in messages])
 
 
-def content(given: str | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def content(given: str | Iterable[Any]) -> list[dict[str, Any]]:
     """The content of one of lmms-eval's messages (media stand under ``url``), as :class:`Chat` takes it."""
-    if isinstance(given, str):
-        return [{"type": "text", "text": given}]
-    return [{"type": "image", "image": part["url"]} if part["type"] == "image" else dict(part) for part in given]
+    return [
+        {"type": "image", "image": part["url"]} if part["type"] == "image" and "url" in part else part
+        for part in parts_of(given)
+    ]
 
 
 def grouped(requests: Sequence[Instance], key: Callable[[Instance], Any]) -> list[list[int]]:

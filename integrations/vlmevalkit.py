@@ -14,13 +14,13 @@ and then ``python run_vtr.py --data MMBench_DEV_EN MME --model llava-next-7b-fas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from vlmeval.config import supported_VLM
 from vlmeval.vlm.base import BaseModel
-from vtr.integrations.chat import Chat, generation_settings
+from vtr.integrations.chat import Chat, generation_settings, parts_of
 
 
 class Vtr(BaseModel):
@@ -54,21 +54,23 @@ class Vtr(BaseModel):
             )
         self.chat_model = Chat(pretrained, policy, device, dtype)
 
-    def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
-        """The answer to one question: ``message`` is a list of ``{"type": "text" | "image", "value": …}``."""
+    def generate_inner(self, message: str | list[Any], dataset: str | None = None) -> str:
+        """The answer to one question: a list of ``{"type": "text" | "image", "value": …}`` and texts, or one text."""
         return self._answer([{"role": "user", "content": parts(message)}])
 
     def chat_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
-        """The answer that continues a conversation: ``message`` is a list of ``{"role": …, "content": […]}``."""
+        """The answer that continues a conversation: ``message`` is a list of ``{"role": …, "content": …}``."""
         return self._answer([{"role": turn["role"], "content": parts(turn["content"])} for turn in message])
 
     def _answer(self, turns: list[dict[str, Any]]) -> str:
         return self.chat_model.answers([self.chat_model.prompt(turns)], self.settings, self.until)[0].text
 
 
-def parts(message: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """VLMEvalKit's parts of a message, as :class:`~vtr.integrations.chat.Chat` takes them."""
-    return [{"type": part["type"], part["type"]: part["value"]} for part in message]
+def parts(message: str | Iterable[Any]) -> list[dict[str, Any]]:
+    """VLMEvalKit's parts of a message, or its plain text, as :class:`~vtr.integrations.chat.Chat` takes them."""
+    return [
+        {"type": part["type"], part["type"]: part["value"]} if "value" in part else part for part in parts_of(message)
+    ]
 
 
 def register(name: str, pretrained: str, policy: Any = None, **settings: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from vtr.eval.data import Bad, BadPictureError, Sample, open_data, sample_of
+from vtr.eval.data import Bad, BadPictureError, Sample, open_data, samples_of
 
 import vtr
 
@@ -118,9 +118,9 @@ def test_not_even_text(folder: Path) -> None:
 
 def test_an_integer_is_an_index_of_the_choices() -> None:
     record = {"image": "x.png", "question": "q", "answer": 1, "A": "red", "B": "blue"}
-    sample = sample_of(0, record, {}, None)
+    (sample,) = samples_of(0, record, {}, None)
     assert isinstance(sample, Sample) and (sample.answers, sample.choices) == (("blue",), ("red", "blue"))
-    without = sample_of(0, {"image": "x.png", "question": "q", "answer": 1}, {}, None)
+    (without,) = samples_of(0, {"image": "x.png", "question": "q", "answer": 1}, {}, None)
     assert isinstance(without, Sample) and without.answers == ("1",)
 
 

@@ -176,6 +176,23 @@ def test_pictures_stand_where_the_text_marks_them(adapter: Any) -> None:
         adapter.interleaved("a <image> b", pair)
 
 
+def test_plain_text_is_content_too(adapter: Any) -> None:
+    """Of a whole message, and among the parts of one; pictures may stand under either of two names."""
+    made = model(adapter, "VtrChat")
+
+    def prompt(*contents: Any) -> Any:
+        return made._prompt(chat(0, turns=lambda doc: [{"role": "user", "content": one} for one in contents]))
+
+    text, shown = {"type": "text", "text": "what"}, {"type": "image", "url": DOCUMENTS[0]["image"]}
+    assert prompt("what").text == prompt([text]).text == prompt(["what"]).text == prompt(text).text
+    assert prompt([shown, "what"], "more") == prompt([{"type": "image", "image": shown["url"]}, text], ["more"])
+    for wrong in (None, 3, [None], [{"text": "what"}]):
+        with pytest.raises(vtr.UnsupportedError, match="content must be text or a list of parts"):
+            prompt(wrong)
+    with pytest.raises(vtr.UnsupportedError, match="got NoneType"):
+        prompt([{"type": "image"}])
+
+
 def test_until_ends_an_answer(adapter: Any) -> None:
     made = model(adapter, "VtrChat")
     answer = DOCUMENTS[0]["answer"]

@@ -54,10 +54,11 @@ def test_of_several_answers_the_most_frequent_counts() -> None:
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        (("no picture", "q", "a"), "cannot read its picture"),
-        ((picture(0), "", "a"), "record 0 has no question"),
+        (("no picture", "q", "a"), "1 of 1 records cannot be used:\nrecord 0: picture: FileNotFoundError"),
+        ((picture(0), "", "a"), "record 0: no question"),
         ((picture(0), "q", " "), "empty answer"),
-        ((b"", "q", "a"), "a PIL picture or a path"),
+        ((b"", "q", "a"), "record 0: no picture"),
+        ((3, "q", "a"), "record 0: no picture: a file's name is text, got int"),
     ],
 )
 def test_records_that_cannot_be_used_are_named(record: Any, told: str) -> None:

@@ -75,6 +75,21 @@ def test_a_conversation_is_continued(kit: Any, tmp_path: Path) -> None:
     assert vtr.report(model.chat_model.model).rows[0].total == 744
 
 
+def test_plain_text_is_content_too(kit: Any, tmp_path: Path) -> None:
+    picture, question, answer = vtr.pocket.sample(0)
+    picture.save(tmp_path / "0.png")
+    model = kit.Vtr("pocket", device="cpu", max_new_tokens=4)
+    shown = {"type": "image", "value": str(tmp_path / "0.png")}
+    assert model.generate_inner([shown, question]) == answer
+    listed = [{"role": "user", "content": [shown, {"type": "text", "value": question}]}]
+    listed.append({"role": "assistant", "content": [{"type": "text", "value": answer}]})
+    plain = [listed[0], {"role": "assistant", "content": answer}, {"role": "user", "content": "is it red"}]
+    listed.append({"role": "user", "content": [{"type": "text", "value": "is it red"}]})
+    assert model.chat(plain) == model.chat(listed)
+    alone = model.generate_inner("what is red")
+    assert alone == model.generate_inner([{"type": "text", "value": "what is red"}])
+
+
 def test_what_cannot_be_is_said(kit: Any) -> None:
     own = next(iter(set(kit.supported_VLM) - {"mine"}))
     with pytest.raises(ValueError, match="already has a model"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vtr.data.pictures import upright
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -24,6 +26,8 @@ def prompt(processor: Any, question: str, picture: bool = True) -> str:
 def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Image.Image] | None) -> Any:
     """A left-padded batch for ``generate``: one picture a question, or text only where ``pictures`` is None.
 
+    PIL pictures are turned upright, as their EXIF orientation says.
+
     Raises:
         ValueError: not as many pictures as questions.
     """
@@ -33,7 +37,12 @@ def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Image.Im
         return processor(**given)
     if len(pictures) != len(questions):
         raise ValueError(f"{len(questions)} questions need as many pictures, got {len(pictures)}")
-    return processor(images=[[picture] for picture in pictures], **given)
+    return processor(images=[[_upright(picture)] for picture in pictures], **given)
+
+
+def _upright(picture: Any) -> Any:
+    """PIL pictures as one looks at them (see :func:`vtr.data.pictures.upright`); anything else is the processor's."""
+    return upright(picture) if hasattr(picture, "getexif") else picture
 
 
 def decode(processor: Any, generated: Any, prompt_length: int) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 import vtr
 from vtr.accounting import Report
 from vtr.chat import encode
+from vtr.data.pictures import upright
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,12 +92,7 @@ def prepare(image: Path | None, question: str | None, sample: int | None, name: 
         picture, asked, answer = vtr.pocket.sample(sample)
         question, answer = (asked, answer) if question is None else (question, None)
     else:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            picture = Image.open(image).convert("RGB")  # type: ignore[arg-type]
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{image} is not a picture Pillow can read (PNG, JPEG, WebP, …)") from error
+        picture = upright(image)  # type: ignore[arg-type]
     if not question:
         raise ValueError(f'ask something: vtr run {image} "what color is the star"')
     model, processor = load(name, device)

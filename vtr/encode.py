@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
+from vtr.data.pictures import upright
 from vtr.engine.midway import enter
 from vtr.policies import UniformGrid
 from vtr.registry import policy as policy_of
@@ -27,7 +28,8 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
     How many tokens stay may depend on what the picture shows: nobody has to know it beforehand.
 
     Args:
-        model: a patched model. policy: one that acts before the decoder; None or ``"none"`` for all tokens.
+        model: a patched model. picture: turned upright, as its EXIF orientation says.
+        policy: one that acts before the decoder; None or ``"none"`` for all tokens.
 
     Returns:
         [n, hidden_size], in the model's dtype, on the CPU; newline tokens included.
@@ -42,7 +44,7 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
             f"{made.spec} acts in the decoder, and embeddings are made before it: use a policy that compresses, e.g. "
             "m3:tokens=36 or globalcom2:retention=0.25"
         )
-    inputs = processor(text=processor.image_token, images=[picture], return_tensors="pt").to(model.device)
+    inputs = processor(text=processor.image_token, images=[upright(picture)], return_tensors="pt").to(model.device)
     at = enter(model, inputs, made, inputs["input_ids"].shape[1])
     row = at.session.rows[0]
     return at.hidden[0].index_select(0, row.vision.to(at.hidden.device)).cpu()

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from channel import serve
 from meter import spans
-from PIL import Image
 from vtr.eval import blind  # noqa: F401  (registers the question-blind selector)
 from vtr.eval.budgets import tokenize
 
 import vtr
+from vtr.data.pictures import upright
 
 
 class Ours:
@@ -30,7 +30,7 @@ class Ours:
 
     def _inputs(self, indexes: list[int]) -> Any:
         picked = [self.entries[i] for i in indexes]
-        rows = [{"image": Image.open(self.folder / e["picture"]), "question": e["question"]} for e in picked]
+        rows = [{"image": upright(self.folder / e["picture"]), "question": e["question"]} for e in picked]
         return tokenize(self.processor, rows)
 
     @torch.inference_mode()

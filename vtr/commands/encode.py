@@ -28,12 +28,12 @@ def encode_command(
 
     * `vtr encode photos/ --policy globalcom2:retention=0.25 --model llava-hf/llava-v1.6-vicuna-7b-hf --out embeds`
     """
-    from PIL import Image, UnidentifiedImageError
     from safetensors.torch import save_file
     from tqdm import tqdm
 
     from vtr import demo
     from vtr.cli import console, fail
+    from vtr.data.pictures import upright
     from vtr.encode import encode
 
     try:
@@ -42,11 +42,11 @@ def encode_command(
         out.mkdir(parents=True, exist_ok=True)
         total = 0
         for file in tqdm(files, desc="encode", unit="picture"):
-            embeds = encode(loaded, processor, Image.open(file).convert("RGB"), policy)
+            embeds = encode(loaded, processor, upright(file), policy)
             total += len(embeds)
             about = {"policy": policy, "picture": file.name, "model": model or "pocket"}
             save_file({"image_embeds": embeds.contiguous()}, out / f"{file.stem}.safetensors", about)
-    except (ValueError, TypeError, RuntimeError, OSError, UnidentifiedImageError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error
     console.print(f"{len(files)} pictures → {total} tokens, in [bold]{out}[/]", highlight=False)
 

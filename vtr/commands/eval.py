@@ -17,7 +17,7 @@ def eval_command(
         typer.Option("--policies", "-p", help="`all`, or specs joined by `;`; may be given again", show_default="all"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="so many samples at most (pocket: 1280)")] = None,
-    data: Annotated[str, typer.Option(help="`pocket`, a JSONL file, a folder, or `hf:NAME,split=test`")] = "pocket",
+    data: Annotated[str, typer.Option(help="`pocket`, a JSON file, a folder, or `hf:NAME,split=test`")] = "pocket",
     images: Annotated[
         Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")
     ] = None,
@@ -59,7 +59,8 @@ def eval_command(
 
     Every sample is answered without reduction, by every policy (pictures are encoded once for all of them), blind (a
     gray picture) and from its text alone, so that nobody looks good on questions that need no picture. Samples that
-    cannot be read are counted and named. The table's intervals are 95 % bootstrap over pictures, p is McNemar's.
+    cannot be read are counted and named, with file and line. The table's intervals are 95 % bootstrap over pictures, p
+    is McNemar's.
 
     * `vtr eval --policies all --limit 2000 --out results/pocket` — one of each registered policy at one budget, and the
       baselines none, random, uniform, pool, downsample
@@ -69,7 +70,8 @@ def eval_command(
     * `vtr eval --out results/pocket --limit 2000 --resume` — after a crash: the same options and --resume
 
     * `vtr eval --data chart.jsonl --metric relaxed --model llava-hf/llava-1.5-7b-hf --base-lm lmsys/vicuna-7b-v1.5`
-      with lines like `{"image": "a.png", "question": "…", "answer": "…", "choices": ["…", "…"]}` (choices if any)
+      with lines like `{"image": "a.png", "question": "…", "answer": "…", "choices": ["…", "…"]}` (choices if any); one
+      array of such objects and LLaVA's `conversations` are read too
 
     * `vtr eval --data hf:lmms-lab/ChartQA,split=test --metric relaxed --model llava-hf/llava-v1.6-mistral-7b-hf`
 

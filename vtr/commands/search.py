@@ -17,7 +17,9 @@ search = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 Model = Annotated[
     str | None, typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket")
 ]
-Data = Annotated[str, typer.Option(help="`pocket:split=val`, a JSONL file, a folder, or `hf:NAME,split=…`")]
+Data = Annotated[
+    str, typer.Option(help="`pocket:split=val`, a JSON file (lines, array, conversations), a folder, `hf:NAME,split=…`")
+]
 Images = Annotated[Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")]
 Columns = Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")]
 Out = Annotated[Path, typer.Option(help="the folder for schedule, policy, plots and report")]
@@ -71,6 +73,8 @@ def gsearch_command(
     Layer by layer, from shallow to deep, the smallest share of vision tokens that stays within the tolerance. What lies
     before a layer is computed once; candidates share batches. Ctrl-C is safe: the same command goes on where it was
     (`state.json` in --out).
+
+    Records that cannot be used are counted and named, with file and line, and nothing is searched.
 
     Writes vtr_policy.json (`vtr.GSearch.from_pretrained(out)`), schedule.json, search.json (all that was tried),
     curve.png, ranks.png (do layers rank tokens alike?), report.md and report.json: accuracy, FLOPs, KV and latency on
@@ -176,17 +180,16 @@ def _sides(source: tuple[str, Path | None, str], sizes: tuple[int, int], seed: i
     Raises:
         ValueError: records that cannot be used, or too few.
     """
-    from vtr.eval.data import Bad, open_data, settings_of
-    from vtr.search import Example, Split, split
+    from vtr.data.sources import open_data, settings_of, usable
+    from vtr.search import Split, split
+    from vtr.search.data import as_examples
 
     data, images, columns = source
     limit = sum(sizes) if sizes[1] else sizes[0] + 8  # some more for another side, since a split has two
-    made = []
-    for record in open_data(data, limit=limit, seed=seed, columns=settings_of(columns), images=images):
-        if isinstance(record, Bad):
-            raise ValueError(f"record {record.id} of {data} cannot be used: {record.reason}")
-        made.append(Example(record.picture(), record.question, record.answers[0]))
-    sides = split(made, sizes[0], seed)
+    found = open_data(
+        data, limit=limit, seed=seed, columns=settings_of(columns), images=images, answers_needed=bool(sizes[1])
+    )
+    sides = split(as_examples(usable(found, data)), sizes[0], seed)
     return Split(sides.calibration, sides.evaluation[: sizes[1] or None])
 
 

@@ -12,12 +12,18 @@ def train_command(
     policy: Annotated[
         str, typer.Argument(help="`pmod` or `dynamic-llava`, with settings, or `weights=FOLDER` to go on from")
     ],
-    data: Annotated[Path, typer.Argument(help='JSON lines: {"image": file, "question": …, "answer": …}')],
+    data: Annotated[
+        str, typer.Argument(help="a JSON file (lines, an array, LLaVA's conversations), a folder, `hf:NAME,split=…`")
+    ],
     out: Annotated[Path, typer.Argument(help="for `model/`, `policy/`, `log.jsonl` and the state to go on from")],
     model: Annotated[
         str | None,
         typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
     ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="the folder of a JSON file's pictures", show_default="its own")
+    ] = None,
+    columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = "",
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="samples a process takes at a time")] = 4,
     accumulate: Annotated[int, typer.Option(min=1, help="batches per step")] = 1,
@@ -31,6 +37,11 @@ def train_command(
     seed: Annotated[int, typer.Option(help="of the samples' order and the objective's noise")] = 0,
 ) -> None:
     """Train a policy with weights into a model: the decoder learns along, the vision tower stays.
+
+    `data` is read as `vtr eval` reads it: `{"image": file, "question": …, "answer": …}`, with `choices` if any. Of
+    several answers the most frequent is learnt, of choices the letter; each question and answer of a conversation is a
+    sample of its own, without the turns before.
+    Records that cannot be used are counted and named, with file and line, and nothing is trained.
 
     An interrupted run goes on where it was. On many GPUs: `accelerate launch -m vtr.cli train …`.
 
@@ -46,6 +57,7 @@ def train_command(
         import torch
 
         import vtr
+        from vtr.data.sources import settings_of
         from vtr.demo import load
         from vtr.learned import Learned
         from vtr.training import loop
@@ -56,7 +68,7 @@ def train_command(
         made = vtr.policy(policy)
         if not isinstance(made, Learned):
             raise ValueError(f"{policy!r} has no weights to train: choose pmod or dynamic-llava")
-        samples = read_samples(data)
+        samples = read_samples(data, images, settings_of(columns))
         net, processor = load(model, "cpu")  # accelerate moves it
         vtr.patch(net)
         if made.module is None:

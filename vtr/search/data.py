@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vtr.data.pictures import upright
+from vtr.data.records import Bad, Sample, samples_of
+from vtr.data.sources import open_data, refuse, undecoded, usable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,16 +22,22 @@ WANTED = "data must be (image, question, answer) triples, dicts with these keys,
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a picture. answer: None where only the model's own answers are needed."""
+    """A question about a picture.
+
+    Attributes:
+        question: as it is put, with its choices. answer: None where only the model's own answers are needed; of choices
+            the right one's letter. choices: by which a reply is scored, where there are any.
+    """
 
     image: Image.Image
     question: str
     answer: str | None = None
+    choices: tuple[str, ...] | None = None
 
     @cached_property
     def picture(self) -> str:
         """A digest of the picture's content (size and RGB values): the same picture under another name has the same."""
-        rgb = self.image.convert("RGB")
+        rgb = upright(self.image)
         return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()[:32]
 
 
@@ -85,75 +93,54 @@ def examples(data: Any, images: str | Path | None = None) -> list[Example]:
     """Read calibration data.
 
     Args:
-        data: an iterable of (image, question, answer) or of dicts with such keys (a Hugging Face dataset is one); the
-            path of a JSONL file of such dicts, or of the folder it lies in. image: a PIL picture or a path; answer: a
-            string, a list of them (the most frequent is taken) or missing.
-        images: the folder that file names of pictures are relative to; the JSONL file's own by default.
+        data: an iterable of (image, question, answer) or of dicts as ``vtr eval`` reads them (a Hugging Face dataset is
+            one); or what ``--data`` takes: the path of a JSON file of such dicts, of the folder it lies in, ``hf:…``.
+            image: a PIL picture, a path or encoded bytes; answer: a string, a list of them (the most frequent is taken)
+            or missing. Choices go behind the question, and the answer is then the right one's letter.
+        images: the folder that file names of pictures are relative to; the JSON file's own by default.
 
     Raises:
-        TypeError, ValueError: something else; the message names the record.
+        TypeError, ValueError: something else; the message names the records.
         FileNotFoundError: no such file.
     """
     folder = None if images is None else Path(images)
     if isinstance(data, (str, Path)):
-        path = _jsonl(Path(data))
-        folder, data = folder or path.parent, _lines(path)
-    elif isinstance(data, Mapping) or not isinstance(data, Iterable):
+        source = open_data(str(data), images=folder, answers_needed=False)
+        return as_examples(usable(source, source.name))
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise TypeError(f"{WANTED}, got {type(data).__name__}")
-    found = [_example(record, index, folder) for index, record in enumerate(data)]
-    if not found:
-        raise ValueError("the data has no records")
-    return found
+    if hasattr(data, "cast_column"):
+        data = undecoded(data)
+    found: list[Example | Sample | Bad] = []
+    for index, record in enumerate(data):
+        found += _read(record, index, folder)
+    usable([one for one in found if not isinstance(one, Example)], "the data")
+    return as_examples([one for one in found if not isinstance(one, Bad)])
 
 
-def _jsonl(path: Path) -> Path:
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if len(files) != 1:
-            raise ValueError(f"{path} holds {len(files)} JSONL files: name one")
-        return files[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"no data at {path}: give a JSONL file, or a folder with one")
-    return path
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-
-
-def _example(record: Any, index: int, folder: Path | None) -> Example:
+def _read(record: Any, index: int, folder: Path | None) -> Iterable[Example | Sample | Bad]:
     if isinstance(record, Example):
-        return record
-    if isinstance(record, Mapping):
-        answer = next((record[key] for key in ("answer", "answers", "label") if record.get(key) is not None), None)
-        image, question = record.get("image"), record.get("question")
-    elif isinstance(record, Sequence) and not isinstance(record, str) and len(record) in (2, 3):
-        image, question, answer = (*record, None)[:3]
-    else:
+        return [record]
+    if isinstance(record, Sequence) and not isinstance(record, (str, bytes)) and len(record) in (2, 3):
+        record = dict(zip(("image", "question", "answer"), record, strict=False))
+    if not isinstance(record, Mapping):
         raise TypeError(f"record {index}: {WANTED}")
-    if isinstance(answer, (list, tuple)):
-        answer = Counter(map(str, answer)).most_common(1)[0][0] if answer else None
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"record {index} has no question")
-    if answer is not None and not str(answer).strip():
-        raise ValueError(f"record {index} has an empty answer")
-    return Example(_picture(image, index, folder), question.strip(), None if answer is None else str(answer).strip())
+    return samples_of(index, record, {}, folder, f"record {index}", answers_needed=False)
 
 
-def _picture(image: Any, index: int, folder: Path | None) -> Image.Image:
-    from PIL import Image
+def as_examples(found: Iterable[Example | Sample]) -> list[Example]:
+    """Samples with their pictures opened; examples stay as they are.
 
-    if isinstance(image, (str, Path)):
+    Raises:
+        ValueError: pictures that cannot be read, answers that are none of their choices, or nothing at all.
+    """
+    made, problems = [], []
+    for one in found:
         try:
-            return Image.open(Path(image) if folder is None else folder / image).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"record {index}: cannot read its picture: {error}") from error
-    if not hasattr(image, "convert"):
-        raise ValueError(f"record {index}: an image is a PIL picture or a path, got {type(image).__name__}")
-    return image.convert("RGB")
+            made.append(one if isinstance(one, Example) else Example(one.picture(), one.asked, one.answer, one.choices))
+        except ValueError as error:
+            problems.append(str(error))
+    refuse(problems, len(made) + len(problems))
+    if not made:
+        raise ValueError("the data has no records")
+    return made

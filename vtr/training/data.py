@@ -2,45 +2,84 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vtr.chat import prompt
+from vtr.data.pictures import BadPictureError, check, one_line, upright
+from vtr.data.records import Sample, at
+from vtr.data.sources import open_data, refuse, usable
 
 FIELDS = ("image", "question", "answer")
 
 
-def read_samples(path: str | Path) -> list[dict[str, str]]:
-    """A JSON-lines file: {"image": file (relative to this one), "question": …, "answer": …} a line.
+def read_samples(
+    data: str | Path, images: Path | None = None, columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Samples to learn from, read as ``vtr eval`` does (:func:`vtr.data.sources.open_data`): JSON files, folders, hf:….
+
+    The answer is the most frequent one of several; choices are put behind the question, and the answer is then the
+    right one's letter. Each question and answer of a conversation is a sample of its own, without the turns before.
+
+    Args:
+        images: the folder that file names of pictures are relative to; the file's own by default. columns: the data's
+            own names.
+
+    Returns:
+        As :func:`as_sample` makes them, and ``where`` (file and line).
 
     Raises:
-        FileNotFoundError: the file, or a picture that it names, is not there.
-        ValueError: a line is no such object, or there is none.
+        FileNotFoundError: the file is not there.
+        ValueError: records that cannot be used, counted, the first named with file and line; or there are none.
+            Every picture is decoded once to see that it can be.
     """
-    source, samples = Path(path), []
-    for number, line in enumerate(source.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    source = open_data(str(data), images=images, columns=columns)
+    found = usable(source, source.name)
+    if not found:
+        raise ValueError(f"{data} holds no samples: it needs {', '.join(FIELDS)} as a JSON object a line")
+    broken, samples, problems = _broken(found), [], []
+    for one in found:
         try:
-            sample = json.loads(line)
-            made = {name: str(sample[name]) for name in FIELDS}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{source}, line {number}: it needs {', '.join(FIELDS)} as a JSON object") from error
-        picture = source.parent / made["image"]
-        if not picture.is_file():
-            raise FileNotFoundError(f"{source}, line {number}: there is no picture {picture}")
-        samples.append(made | {"image": str(picture)})
-    if not samples:
-        raise ValueError(f"{source} holds no samples: it needs {', '.join(FIELDS)} as a JSON object a line")
+            if (told := broken.get(_key(one.source))) is not None:
+                raise BadPictureError(at(one.where, told))
+            image = str(one.source) if isinstance(one.source, Path) else one.source
+            where = one.where or f"record {one.id} of {data}"
+            samples.append(as_sample(image, one.asked, str(one.answer)) | {"where": where})
+        except ValueError as error:
+            problems.append(str(error))
+    refuse(problems, len(found))
     return samples
 
 
+def _key(source: Any) -> Any:
+    return source if isinstance(source, Path) else id(source)
+
+
+def _broken(samples: Sequence[Sample]) -> dict[Any, str]:
+    """What is wrong with which pictures; each is decoded once, on all cores."""
+    sources = {_key(one.source): one.source for one in samples}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        told = pool.map(_problem, sources.values())
+        checked = tqdm(zip(sources, told, strict=True), "checking pictures", len(sources), leave=False)
+        return {key: problem for key, problem in checked if problem is not None}
+
+
+def _problem(source: Any) -> str | None:
+    try:
+        check(source)
+    except (ValueError, OSError) as error:
+        return str(error) if isinstance(error, BadPictureError) else f"picture: {one_line(error)}"
+    return None
+
+
 def as_sample(image: Any, question: str, answer: str) -> dict[str, Any]:
-    """One sample as :class:`Collate` takes it. image: a picture, or the path of one."""
+    """One sample as :class:`Collate` takes it. image: a picture, the path of one, or its encoded bytes."""
     return dict(zip(FIELDS, (image, question, answer), strict=True))
 
 
@@ -55,20 +94,22 @@ class Collate:
         self.processor = processor
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValueError for an answer that is not tokens of its own behind the question's."""
-        from PIL import Image
-
-        found = [one["image"] for one in samples]
-        pictures = [[(p if isinstance(p, Image.Image) else Image.open(p)).convert("RGB")] for p in found]
+        """Raises ValueError for an answer that is not tokens of its own behind the question's, a broken picture, and
+        what the processor refuses; samples with a ``where`` are named."""
+        pictures = [[_picture(one)] for one in samples]
         asked = [prompt(self.processor, one["question"]) for one in samples]
         end = self.processor.tokenizer.eos_token or ""
         whole = [
             f"{text}{'' if text.endswith((' ', chr(10))) else ' '}{one['answer']}{end}"
             for text, one in zip(asked, samples, strict=True)
         ]
-        batch = dict(
-            self.processor(text=whole, images=pictures, padding=True, padding_side="right", return_tensors="pt")
-        )
+        try:
+            batch = dict(
+                self.processor(text=whole, images=pictures, padding=True, padding_side="right", return_tensors="pt")
+            )
+        except Exception as error:  # a picture too flat, a mark of a picture in the text: processors differ
+            where = "; ".join(one.get("where", "a sample") for one in samples)
+            raise ValueError(f"the processor refuses one of {where}: {one_line(error)}") from error
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         for row, (text, picture) in enumerate(zip(asked, pictures, strict=True)):
             before = self.processor(text=[text], images=[picture], return_tensors="pt")["input_ids"][0]
@@ -76,5 +117,13 @@ class Collate:
             n = len(before) if bool(same.all()) else int(same.int().argmin())  # a tokenizer may join over the edge
             labels[row, :n] = -100
             if not bool((labels[row] != -100).any()):
-                raise ValueError(f"the answer {samples[row]['answer']!r} leaves no token to learn")
+                told = f"the answer {samples[row]['answer']!r} leaves no token to learn"
+                raise ValueError(at(samples[row].get("where", ""), told))
         return {**batch, "labels": labels}
+
+
+def _picture(sample: Mapping[str, Any]) -> Any:
+    try:
+        return upright(sample["image"])
+    except (ValueError, OSError) as error:
+        raise BadPictureError(at(sample.get("where", ""), str(error))) from error

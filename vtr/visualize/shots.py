@@ -11,6 +11,7 @@ import torch
 
 from vtr.accounting import RowReport, report
 from vtr.base import Layout, Policy
+from vtr.data.pictures import upright
 from vtr.picture import image_spans, kept_pixels, seen, views
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def ask(
     import vtr
     from vtr.chat import decode, encode
 
+    picture = upright(picture)
     inputs = encode(processor, [question], [picture]).to(model.device)
     first_slot, layout = span_of(vtr.patch(model), inputs, 0, 0)
     shots = []

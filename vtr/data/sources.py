@@ -1,0 +1,224 @@
+"""What data there is: the pocket tasks, JSON files, folders, Hugging Face data sets; streamed.
+
+What cannot be used (a line that is no JSON, a missing answer, a broken picture) is a :class:`~vtr.data.records.Bad`
+record with its reason: never fatal, never left out of the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vtr
+from vtr.data import files
+from vtr.data.pictures import one_line
+from vtr.data.records import COLUMNS, Bad, Sample, samples_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+POCKET = "pocket"
+POCKET_QUESTIONS = 1280
+"""How many pocket questions there are where no limit is given (the model card's)."""
+EXAMPLE = '{"image": "cat.png", "question": "what is this?", "answer": "a cat"}'
+Read = Callable[[], Iterator[Sample | Bad]]
+Sampled = Callable[..., list[Sample | Bad]]
+"""(index, record) → its samples; see :func:`~vtr.data.records.samples_of`."""
+NAMED = 3
+"""So many bad records are named where they are refused."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A name to show and the records, read anew by every iteration."""
+
+    name: str
+    read: Read
+
+    def __iter__(self) -> Iterator[Sample | Bad]:
+        return self.read()
+
+
+def open_data(
+    spec: str, *, limit: int | None = None, seed: int = 0, columns: Mapping[str, str] | None = None,
+    images: Path | None = None, answers_needed: bool = True,
+) -> Source:  # fmt: skip
+    """The data that ``spec`` names.
+
+    ``pocket`` or ``pocket:split=val`` (made from ``seed``; "test" otherwise) · ``FILE.jsonl``, or ``FILE.json`` with
+    one array, pictures named relative to ``images`` or to the file · a folder with one JSONL file, or saved by
+    ``save_to_disk``, or of pictures as ``datasets``' imagefolder has it · ``hf:NAME,split=test,…`` (what follows goes
+    to ``datasets.load_dataset``, which streams).
+
+    Args:
+        limit: read so many samples at most. columns: the data's own name for any of
+            :data:`~vtr.data.records.COLUMNS`. answers_needed: a sample without an answer is bad.
+
+    Raises:
+        ValueError: nothing of that kind, or unknown columns.
+        FileNotFoundError: no such file or folder.
+    """
+    columns = dict(columns or {})
+    if unknown := sorted(set(columns) - set(COLUMNS)):
+        raise ValueError(f"columns: there is no {unknown[0]!r}; a sample has {', '.join(COLUMNS)}")
+    head, _, rest = spec.partition(":")
+    if head == POCKET:
+        read = _pocket(POCKET_QUESTIONS if limit is None else limit, seed, settings_of(rest))
+    else:
+        sampled = partial(samples_of, columns=columns, answers_needed=answers_needed)
+        if head == "hf":
+            name, _, rest = rest.partition(",")
+            read = _hub(name, settings_of(rest), partial(sampled, images=images))
+        else:
+            read = _path(Path(spec), sampled, images)
+    return Source(spec, lambda: islice(read(), limit))
+
+
+def usable(records: Iterable[Sample | Bad], name: str) -> list[Sample]:
+    """All records, where all can be used.
+
+    Raises:
+        ValueError: some cannot; the message counts them and names the first.
+    """
+    found = list(records)
+    bad = [one for one in found if isinstance(one, Bad)]
+    told = [one.reason if one.where else f"record {one.id} of {name}: {one.reason}" for one in bad]
+    refuse(told, len(found))
+    return [record for record in found if isinstance(record, Sample)]
+
+
+def refuse(problems: list[str], of: int) -> None:
+    """Raise ValueError if there are problems, counted, the first named."""
+    if problems:
+        more = [f"… and {len(problems) - NAMED} more"] * (len(problems) > NAMED)
+        told = "\n".join([*problems[:NAMED], *more])
+        raise ValueError(f"{len(problems)} of {of} records cannot be used:\n{told}")
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """``key=value,key=value`` as a dict.
+
+    Raises:
+        ValueError: something without ``=``.
+    """
+    pairs = [item.partition("=") for item in text.split(",") if item]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise ValueError(f"cannot read {wrong[0]!r}: write key=value,key=value")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+# -- the pocket tasks --------------------------------------------------------------------------------------------------
+def _pocket(count: int, seed: int, settings: dict[str, str]) -> Read:
+    split, task = settings.pop("split", "test"), settings.pop("task", "questions")
+    if settings or split not in ("train", "val", "test") or task not in ("questions", "listing"):
+        raise ValueError(
+            "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions or listing "
+            "(all objects of a picture; --metric listing)"
+        )
+    draw = vtr.pocket.samples if task == "questions" else vtr.pocket.listings
+
+    def read() -> Iterator[Sample | Bad]:
+        groups: dict[int, int] = {}
+        pictures = []  # keeps ids of pictures apart
+        for index, made in enumerate(draw(count, split=split, seed=seed)):
+            image = made["image"]
+            if id(image) not in groups:
+                pictures.append(image)
+                groups[id(image)] = len(groups)
+            group = f"{split}-{seed}-{groups[id(image)]}"
+            answers, load = (made["answer"],), partial(_same, image)
+            name = f"{group}-{index}"
+            yield Sample(index, name, made["question"], answers, None, made["type"], group, load, source=image)
+
+    return read
+
+
+def _same(image: Image.Image) -> Image.Image:
+    return image
+
+
+# -- files and folders -------------------------------------------------------------------------------------------------
+def _path(path: Path, sampled: Sampled, images: Path | None) -> Read:
+    if path.is_dir():
+        lines = sorted(path.glob("*.jsonl"))
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return _hub(str(path), {}, partial(sampled, images=images))
+        if not lines:
+            return _hub("imagefolder", {"data_dir": str(path)}, partial(sampled, images=images))
+        if len(lines) > 1:
+            raise ValueError(f"{path} holds {len(lines)} JSONL files ({lines[0].name}, …): name one of them")
+        path = lines[0]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no data at {path}: give pocket, a JSONL file, a folder, or hf:NAME,split=… for a Hugging Face data set"
+        )
+    if not files.check(path) and path.suffix not in (".jsonl", ".json", ".ndjson"):
+        raise ValueError(f"{path} is no JSONL file: write one JSON object a line, e.g. {EXAMPLE}")
+    return partial(_records, path, partial(sampled, images=images or path.parent))
+
+
+def _records(path: Path, sampled: Sampled) -> Iterator[Sample | Bad]:
+    index = 0
+    for line, found in files.read(path):
+        where = f"{path}, line {line}"
+        if isinstance(found, str):
+            made: list[Sample | Bad] = [Bad(index, str(index), f"{where} {found}", where)]
+        else:
+            made = sampled(index, found, where=where)
+        yield from made
+        index += len(made)
+
+
+# -- Hugging Face ------------------------------------------------------------------------------------------------------
+def _hub(name: str, settings: dict[str, str], sampled: Sampled) -> Read:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("Hugging Face data sets need the package datasets: pip install datasets") from error
+    wanted = settings.pop("split", None)
+    try:
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, **settings, streaming=True)  # type: ignore[arg-type]
+    except (OSError, ValueError, ConnectionError) as error:
+        raise ValueError(f"cannot load data set {name}: {one_line(error)}") from error
+    data = undecoded(_split(name, found, wanted))
+
+    def read() -> Iterator[Sample | Bad]:
+        index = 0
+        for record in data:
+            made = sampled(index, record)
+            yield from made
+            index += len(made)
+
+    return read
+
+
+def _split(name: str, found: Any, wanted: str | None) -> Any:
+    if not isinstance(found, dict):
+        return found
+    if wanted is None and len(found) == 1:
+        return next(iter(found.values()))
+    if wanted not in found:
+        raise ValueError(
+            f"{name} has the splits {', '.join(found)}: name one, e.g. hf:{name},split={next(iter(found))}"
+        )
+    return found[wanted]
+
+
+def undecoded(data: Any) -> Any:
+    """A data set of ``datasets`` with pictures as bytes or paths: a broken one must not end the stream."""
+    import datasets
+
+    raw = datasets.Image(decode=False)
+    for column, feature in (data.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, raw)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            data = data.cast_column(column, type(feature)(raw))
+    return data
