@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ def train_command(
 ) -> None:
     """Train a policy with weights into a model: the decoder learns along, the vision tower stays.
 
-    An interrupted run goes on where it was. On many GPUs: `accelerate launch -m vtr.cli train …`.
+    The same command goes on where an interrupted or killed run was, and ends with the same bytes as if nothing had
+    happened; other settings, data or model are refused. On many GPUs: `accelerate launch -m vtr.cli train …`.
 
     * `vtr train pmod data.jsonl out --model llava-hf/llava-1.5-7b-hf --lr 2e-5 --policy-lr 2e-5 --mixed-precision bf16`
 
@@ -48,7 +50,7 @@ def train_command(
         import vtr
         from vtr.demo import load
         from vtr.learned import Learned
-        from vtr.training import loop
+        from vtr.training import loop, state
         from vtr.training.data import Collate, read_samples
         from vtr.training.dynamic_llava import DynamicLLaVATraining
         from vtr.training.pmod import PModTraining
@@ -58,6 +60,7 @@ def train_command(
             raise ValueError(f"{policy!r} has no weights to train: choose pmod or dynamic-llava")
         samples = read_samples(data)
         net, processor = load(model, "cpu")  # accelerate moves it
+        also = {"model": state.digest(net.named_parameters()), "data": _digest(samples)}
         vtr.patch(net)
         if made.module is None:
             torch.manual_seed(seed)
@@ -86,10 +89,21 @@ def train_command(
             save_every=save_every,
             seed=seed,
         )
-        log = loop.run(objective, loader, out, settings)
+        log = loop.run(objective, loader, out, settings, also)
         processor.save_pretrained(out / "model")
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise fail(error) from error
     if log:
         console.print(f"last step: {', '.join(f'{k} {v}' for k, v in log[-1].items())}", highlight=False)
     console.print(f"use it as: --model {out / 'model'} --policy {made.name}:weights={out / 'policy'}", soft_wrap=True)
+
+
+def _digest(samples: Sequence[dict[str, Any]]) -> str:
+    """Of questions, answers and the names and sizes of pictures, in order; moving the whole folder changes nothing."""
+    from vtr.training.state import digest
+
+    def said(sample: dict[str, Any]) -> str:
+        picture = Path(str(sample["image"]))
+        return repr({**sample, "image": (picture.name, picture.stat().st_size if picture.is_file() else None)})
+
+    return digest((said(sample), None) for sample in samples)
