@@ -81,6 +81,7 @@ def convert_checkpoint(
     _check_sizes(config, state, where)
     try:
         policy, ignored = POLICIES[method](config, state)
+        policy.check(config["num_hidden_layers"])
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
     for name in [name for name in state if name.endswith(BUFFERS)]:
@@ -190,7 +191,7 @@ def _empty(config: dict[str, Any], vision: Any) -> Any:
     try:
         text = LlamaConfig(**settings)
     except Exception as error:  # transformers checks types in its own way
-        raise ValueError(f"the config is none of a LLaMA: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the config is none of a LLaMA: {' '.join(str(error).split())[:300]}") from error
     common = {
         "vision_config": vision,
         "text_config": text,

@@ -80,19 +80,26 @@ def dynamic_llava(config: dict[str, Any], state: State) -> tuple[Policy, list[st
         name: flag(sparse, f"use_{name}_predictor", where, True)
         for name in ("instruct", "vision", "text", "output_text")
     }
+    if not any("image_score_predictor." in name for name in state):
+        raise ValueError("missing image_score_predictor: the checkpoint has no predictors, so it is no Dynamic-LLaVA's")
     if on["instruct"] and any("instruct_score_predictor" in name for name in state):
         raise ValueError("use_instruct_predictor is on: vtr does not prune the text of the prompt")
     if not on["vision"]:
         raise ValueError("use_vision_predictor is off: there is nothing to convert")
-    sizes: dict[str, str] = {"layer": "sparse_layer", "width": "d_model", "heads": "nhead", "inner": "dim_feedforward"}
+    mine = [name for name in state if "image_score_predictor." in name or "output_text_score_predictor." in name]
+    known = {n for name in mine for n in state[name].shape}
+    sizes = {name: whole(sparse, name, where) for name in ("d_model", "nhead", "dim_feedforward", "num_layers")}
+    limits = {"d_model": known, "nhead": range(1, 1025), "dim_feedforward": known, "num_layers": range(len(mine))}
+    if wrong := [name for name, n in sizes.items() if n not in limits[name]]:
+        raise ValueError(f"{where}: {wrong[0]}={sizes[wrong[0]]} is not what the predictors' tensors are made of")
     made = DynamicLLaVA(
-        keep=float(real(sparse, "vision_keep_rate", where)), forget=on["text"] and on["output_text"],
-        blocks=whole(sparse, "num_layers", where), **{ours: whole(sparse, name, where) for ours, name in sizes.items()},  # type: ignore[arg-type]
+        keep=float(real(sparse, "vision_keep_rate", where)), layer=whole(sparse, "sparse_layer", where),
+        forget=on["text"] and on["output_text"], width=sizes["d_model"], heads=sizes["nhead"],
+        inner=sizes["dim_feedforward"], blocks=sizes["num_layers"],
     )  # fmt: skip
     ignored = sorted(name for name in state if "instruct_score_predictor." in name)
     for name in ignored:
         del state[name]
-    mine = [name for name in state if "image_score_predictor." in name or "output_text_score_predictor." in name]
     made.load_tensors({name.removeprefix("model."): state.pop(name) for name in mine}, _sizes(config))
     return made, ignored
 

@@ -132,8 +132,10 @@ def clean(config: Mapping[str, Any], where: Any = "config.json") -> dict[str, An
     found |= {name: flag(found, name, where) for name in FLAGS if name in found}
     found |= {name: word(found, name, where) for name in WORDS if name in found}
     for name in NEEDED:
-        real(found, name, where)
-    if wrong := [name for name in (*WHOLE, "rms_norm_eps") if name in found and not 0 < found[name] < 2**31]:
+        (whole if name in WHOLE else real)(found, name, where)
+    if wrong := [
+        name for name in (*WHOLE, "rms_norm_eps", "rope_theta") if name in found and not 0 < found[name] < 2**40
+    ]:
         raise ValueError(f"{where}: {wrong[0]}={found[wrong[0]]!r}, but a number above 0 is needed")
     heads, kv = found["num_attention_heads"], found.get("num_key_value_heads", found["num_attention_heads"])
     if heads % kv or ("head_dim" not in found and found["hidden_size"] % heads):
@@ -144,8 +146,8 @@ def clean(config: Mapping[str, Any], where: Any = "config.json") -> dict[str, An
     if found.get("sliding_window") and found.get("use_sliding_window", True):
         raise ValueError(f"{where}: sliding_window={found['sliding_window']!r} has no counterpart in a LLaMA")
     for name in ("rope_scaling", "rope_parameters"):
-        if name in found and not isinstance(found[name], dict):
-            raise ValueError(f"{where}: {name}={shown(found[name])}, but an object is needed")
+        if name in found and not (isinstance(found[name], dict) and {"type", "rope_type"} & set(found[name])):
+            raise ValueError(f"{where}: {name}={shown(found[name])}, but an object with its type is needed")
     _check_tokens(found, where)
     return found
 

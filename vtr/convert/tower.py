@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from vtr.convert.checkpoint import read_config, read_tensors
-from vtr.convert.settings import shown, whole
+from vtr.convert.settings import real, shown, whole, word
 
 CLIP_HEADS = {"openai/clip-vit-large-patch14-336": 16, "openai/clip-vit-large-patch14": 16}
 """Towers that official configs name; all else about them is in their tensors' shapes."""
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
+    "patch_size",
+)  # fmt: skip
 CLIP = "vision_tower.vision_tower.vision_model."
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Derived numbers that old checkpoints carry along."""
@@ -58,20 +62,22 @@ def _clip(data: dict[str, Any], where: Path | str) -> Any:
         ValueError: another tower's, or settings of other types or sizes.
     """
     from transformers import CLIPVisionConfig
+    from transformers.activations import ACT2FN
 
     data = data["vision_config"] if isinstance(data.get("vision_config"), dict) else data
     if (kind := data.get("model_type", "clip")) not in ("clip", "clip_vision_model"):
         raise ValueError(f"{where}: a vision tower of model_type={shown(kind)}: only CLIP's can be converted")
     usual = CLIPVisionConfig()
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    sizes = {name: whole(data, name, where, default=getattr(usual, name)) for name in names}
-    wrong = [f"{name}={n}" for name, n in sizes.items() if not 0 < n < 2**20]
-    if wrong or sizes["hidden_size"] % sizes["num_attention_heads"] or sizes["image_size"] < sizes["patch_size"]:
-        raise ValueError(f"{where}: {', '.join(wrong) or 'these sizes'} are none of a CLIP tower: {sizes}")
-    try:
-        return CLIPVisionConfig(**{name: value for name, value in data.items() if value is not None} | sizes)
-    except Exception as error:  # transformers checks types in its own way
-        raise ValueError(f"{where} is no config of a CLIP tower: {str(error).splitlines()[0]}") from error
+    sizes = {name: whole(data, name, where, default=getattr(usual, name)) for name in SIZES}
+    if wrong := [f"{name}={n}" for name, n in sizes.items() if not 0 < n < 2**20]:
+        raise ValueError(f"{where}: {', '.join(wrong)} is no size of a CLIP tower")
+    if sizes["hidden_size"] % sizes["num_attention_heads"] or sizes["image_size"] < sizes["patch_size"]:
+        raise ValueError(f"{where}: these sizes are none of a CLIP tower: {sizes}")
+    if (act := word(data, "hidden_act", where, usual.hidden_act)) not in ACT2FN:
+        raise ValueError(f"{where}: hidden_act={act!r} is not known to transformers")
+    settings: dict[str, Any] = {**sizes, "hidden_act": act}
+    settings["layer_norm_eps"] = float(real(data, "layer_norm_eps", where, usual.layer_norm_eps))
+    return CLIPVisionConfig(**settings)
 
 
 def tower_weights(config: dict[str, Any], folder: Path | None) -> dict[str, torch.Tensor]:
