@@ -116,10 +116,12 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
     """One contender per registered policy, and why others are left out.
 
     A policy that has none of the settings :mod:`vtr.eval.spend` knows gets its defaults: the table shows what it keeps.
+    A budget of 1 or more is a count of tokens, of those of one tile.
 
     Raises:
         ValueError: no such budget.
     """
+    budget = budget / shapes.side**2 if budget >= 1 and budget == int(budget) else budget
     spend.check_budget(budget)
     registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
     order = [name for name in FIRST if name in registered or name == NAME]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -222,6 +223,144 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         convert_checkpoint("pmod", tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown method 'fastv': choose pmod"):
         convert_checkpoint("fastv", folder, tmp_path / "out")
+
+
+NAME = "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def index(change: Any) -> Any:
+    def harm(folder: Path) -> None:
+        where = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps(change(where) or where))
+
+    return harm
+
+
+def rewrite(change: Any, name: str = NAME) -> Any:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def tensors(change: Any) -> Any:
+    def harm(folder: Path) -> None:
+        state = load_file(folder / NAME)
+        change(state, next(n for n in state if n.endswith("q_proj.weight")))
+        save_file(state, folder / NAME)
+
+    return harm
+
+
+def to(value: Any) -> Any:
+    return index(lambda where: where["weight_map"].update({next(iter(where["weight_map"])): value}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        (rewrite(lambda old: b""), f"{NAME} is no whole safetensors file"),
+        (rewrite(lambda old: old[:5]), f"{NAME} is no whole"),
+        (rewrite(lambda old: old[: len(old) // 2]), f"{NAME} is no whole"),
+        (rewrite(lambda old: old[:8] + b"[" * 100 + old[108:]), f"{NAME} is no whole"),
+        (rewrite(lambda old: b"\xff" * 8 + old[8:]), f"{NAME} is no whole"),
+        (lambda folder: save_file({}, folder / NAME), f"{NAME} holds no tensors"),
+        (lambda folder: (folder / NAME).unlink(), f"{NAME} is missing"),
+        (rewrite(lambda old: b"", INDEX), f"{INDEX} is no JSON"),
+        (rewrite(lambda old: b"\xff\xfe", INDEX), f"{INDEX} is no JSON"),
+        (rewrite(lambda old: b"[" * 100000, INDEX), f"{INDEX} is no JSON"),
+        (rewrite(lambda old: b"[]", INDEX), f"{INDEX} holds no settings"),
+        (rewrite(lambda old: b"{}", INDEX), "needs a weight_map"),
+        (rewrite(lambda old: b'{"weight_map": {"a": "b.bin", "a": "c.bin"}}', INDEX), "'a' is there twice"),
+        (index(lambda where: {"weight_map": []}), "needs a weight_map"),
+        (index(lambda where: {"weight_map": {}}), "needs a weight_map"),
+        (to(3), "needs a weight_map"),
+        (to(None), "needs a weight_map"),
+        (to("../elsewhere.safetensors"), "outside of its folder"),
+        (to("/etc/passwd"), "outside of its folder"),
+        (to(".."), "outside of its folder"),
+        (to("config.json"), r"no \.safetensors or \.bin"),
+        (to("other.safetensors"), r"other\.safetensors is missing"),
+        (index(lambda where: where["weight_map"].update({"more": NAME})), "do not hold the same tensors: more"),
+        (tensors(lambda s, n: s.update({n: s[n].to(torch.int8)})), r"q_proj\.weight \(int8\)"),
+        (tensors(lambda s, n: s.update({n: s[n].double()})), r"q_proj\.weight \(float64\)"),
+        (tensors(lambda s, n: s.update({n: s[n] * torch.inf})), r"NaN or infinity.*: model.*q_proj\.weight"),
+        (tensors(lambda s, n: s.update({n: s[n][None]})), r"q_proj\.weight is \[1, 64, 64\]"),
+        (rewrite(lambda old: b"\xef\xbb\xbf" + old[1:], "config.json"), r"config\.json is no JSON"),
+        (rewrite(lambda old: b"null", "config.json"), r"config\.json holds no settings"),
+        (rewrite(lambda old: b'{"a": 1, "a": 1}', "config.json"), "'a' is there twice"),
+        (rewrite(lambda old: b"{", "tower/config.json"), r"config\.json is no JSON"),
+    ],
+)
+def test_malformed_folders_are_words(harm: Any, text: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "in", "dynamic_llava", "sharded safetensors")
+    harm(folder)
+    result = CliRunner().invoke(app, ["convert", "dynamic-llava", str(folder), str(tmp_path / "out")])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert re.search(text, result.output) and "Traceback" not in result.output
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"hidden_size": "64", "rms_norm_eps": "1e-5", "num_attention_heads": 4.0, "attention_bias": "false"}, None),
+        ({"num_attention_heads": [4, 4], "mm_vision_select_layer": [-2], "eos_token_id": [2]}, None),
+        ({"text_config": {"hidden_size": 64, "num_attention_heads": 4}, "hidden_size": None}, None),
+        ({"mm_projector_type": None, "image_aspect_ratio": None, "pad_token_id": -1}, None),
+        ({"num_attention_heads": None}, "lacks num_attention_heads"),
+        ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
+        ({"hidden_size": [64, 65]}, r"hidden_size=\[64, 65\], but a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, the tensors have 6"),
+        ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
+        ({"mm_vision_tower": None}, "mm_vision_tower is not in the config.*--vision-tower FOLDER"),
+        ({"mm_vision_tower": {"a": 1}}, "mm_vision_tower={'a': 1}, but a word"),
+        ({"mm_vision_select_layer": 9}, "the vision tower has 2 layers"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "no counterpart to image_aspect_ratio='anyres_max_9'"),
+        ({"model_type": "llava_qwen"}, "no LLaMA"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"rope_scaling": {"factor": 2}}, "an object with its type"),
+        ({"sparse_config": {"vision_keep_rate": 0.2}}, "sparse_config of config.json lacks"),
+    ],
+)
+def test_settings_in_other_forms(change: dict[str, Any], text: str | None, tmp_path: Path) -> None:
+    """Numbers may be written as words, nested or in a list; what is missing or of another kind is named."""
+    folder = checkpoint(tmp_path / "in", "dynamic_llava", "safetensors", extra=change)
+    if text is not None:
+        with pytest.raises((ValueError, FileNotFoundError), match=text):
+            convert_checkpoint("dynamic-llava", folder, tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+        return
+    made = convert_checkpoint("dynamic-llava", folder, tmp_path / "out")
+    want = convert_checkpoint("dynamic-llava", checkpoint(tmp_path / "as", "dynamic_llava", "bin"), tmp_path / "want")
+    assert (made.model / "model.safetensors").read_bytes() == (want.model / "model.safetensors").read_bytes()
+    got, said = (json.loads((one.model / "config.json").read_text()) for one in (made, want))
+    for same in ("hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "attention_bias"):
+        assert got["text_config"][same] == said["text_config"][same]
+    assert got["vision_feature_layer"] == said["vision_feature_layer"]
+    assert ("mm_projector_type" in change) == any("mm_projector_type" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    "size", [{"image_size": [12, 12]}, {"patch_size": "4", "image_size": {"height": 12, "width": 12}}]
+)
+def test_towers_whose_sizes_are_written_otherwise(size: dict[str, Any], tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "in", "dynamic_llava", "safetensors")
+    (folder / "tower" / "config.json").write_text(json.dumps({**TOWER.to_dict(), **size}))
+    made = convert_checkpoint("dynamic-llava", folder, tmp_path / "out")
+    assert json.loads((made.model / "config.json").read_text())["vision_config"]["image_size"] == 12
+    (folder / "tower" / "config.json").write_text(json.dumps({**TOWER.to_dict(), "patch_size": [4, 2]}))
+    with pytest.raises(ValueError, match=r"patch_size=\[4, 2\], but a whole number"):
+        convert_checkpoint("dynamic-llava", folder, tmp_path / "again")
+
+
+def test_a_conversion_that_stops_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "in", "pmod", "bin")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr("vtr.policies.pmod.PMoD.save_pretrained", lambda *args: (_ for _ in ()).throw(OSError("full")))
+        convert_checkpoint("pmod", folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out.part" / "model").mkdir(parents=True)  # of one that was killed
+    assert convert_checkpoint("pmod", folder, tmp_path / "out").model.is_dir()
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_other_schedules(tmp_path: Path) -> None:

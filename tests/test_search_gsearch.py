@@ -15,6 +15,7 @@ from tests.search_models import questions, short
 from vtr.search import Prepared, greedy
 from vtr.search.prefix import Scorer
 from vtr.search.rounds import Search
+from vtr.search.state import _digest
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 QUIET: dict[str, Any] = {"progress": False, "check_ranks": False, "start": 1, "levels": LEVELS}
@@ -113,6 +114,22 @@ def test_an_interrupted_search_goes_on_to_the_same_schedule(
     assert resumed.record["resumed"] == len(kept)
     for name in ("score", "trials", "ratios"):
         assert json.dumps(resumed.record[name]) == json.dumps(whole.record[name])  # bit for bit
+
+
+def test_more_trials_a_layer_go_on_from_a_search_that_is_over(tmp_path: Path) -> None:
+    model, processor = short(4)
+    data, state = list(questions(3)), tmp_path / "state.json"
+    how = {**QUIET, "tolerance": 0.1, "method": "bayes", "width": 2}
+    whole = vtr.search.gsearch(model, processor, data, trials=6, **how)
+    first = vtr.search.gsearch(model, processor, data, state=state, trials=2, **how)
+    again = vtr.search.gsearch(model, processor, data, state=state, trials=6, **how)
+    assert again == whole and again.record["settings"]["trials"] == 6
+    assert json.dumps(again.record["trials"]) == json.dumps(whole.record["trials"])
+    assert again.record["resumed"] == first.record["spent"]["candidates"] > 0
+    old = json.loads(state.read_text())["body"]  # as it was written once, with the trials among the settings
+    old["identity"]["settings"]["trials"] = 6
+    state.write_text(json.dumps({"version": 1, "sha256": _digest(old), "body": old}))
+    assert vtr.search.gsearch(model, processor, data, state=state, trials=8, **how).record["resumed"] > 0
 
 
 def _flip(text: str) -> str:

@@ -140,6 +140,34 @@ def test_an_interrupted_search_goes_on_to_the_same_schedule(tmp_path: Path, monk
     assert other.record["trials"] != whole.record["trials"]
 
 
+@pytest.mark.parametrize("parts", [(4, 10), (2, 6, 8)])
+def test_more_trials_go_on_from_a_search_that_is_over(parts: tuple[int, ...], tmp_path: Path) -> None:
+    """As many from the start propose and score the same; what was scored is looked up, none of it scored again."""
+    model, processor = short(5)
+    data, state = list(questions(2)), tmp_path / "state.json"
+    how: dict[str, Any] = {**QUIET, "budget": 0.45, "width": 2}
+    whole = vtr.search.psigmoid(model, processor, data, trials=parts[-1], **how)
+    scored: list[str] = []
+
+    class Counting(Search):
+        def means(self, *args: Any, **kwargs: Any) -> Any:
+            before = set(self.trials.scores)
+            out = super().means(*args, **kwargs)
+            scored.extend(set(self.trials.scores) - before)
+            return out
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sigmoid, "Search", Counting)
+        found = [vtr.search.psigmoid(model, processor, data, state=state, trials=n, **how) for n in parts]
+    assert found[-1] == whole and found[-1].record["settings"]["trials"] == parts[-1]
+    assert json.dumps(found[-1].record["trials"]) == json.dumps(whole.record["trials"])
+    assert len(scored) == len(set(scored)) == len({json.dumps(one["schedule"]) for one in whole.record["trials"]})
+    fewer = vtr.search.psigmoid(model, processor, data, state=state, trials=parts[0], **how)
+    assert fewer == found[0]
+    with pytest.raises(ValueError, match="not the same: settings"):
+        vtr.search.psigmoid(model, processor, data, state=state, trials=parts[0], **{**how, "budget": 0.5})
+
+
 def test_suggestions_find_the_top_of_a_hill() -> None:
     asked = Suggestions({"x": (0.0, 1.0), "y": (-1.0, 1.0)}, seed=0)
     best = -math.inf

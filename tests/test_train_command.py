@@ -62,5 +62,21 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     spec = f"dynamic-llava:weights={tmp_path / 'out' / 'policy'}"
     shown = CliRunner().invoke(app, ["run", "--sample", "0", "--policy", spec, "--repeats", "1"])
     assert shown.exit_code == 0, shown.output
+    written = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    again = CliRunner().invoke(app, args)
+    assert again.exit_code == 0 and (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == written
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
+    others = ["--policy-lr", "0.5"], ["--seed", "9"], ["--batch", "2"], ["--min-answer", "3"]
+    for other, name in zip(others, ("policy_lr", "seed", "batch", "min_answer"), strict=True):
+        refused = CliRunner().invoke(app, [*args, *other])
+        assert refused.exit_code == 1 and f"{name} " in refused.output, refused.output
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(
+        data.read_text().replace('"image": "', f'"image": "{data.parent}/').replace('"answer": "', '"answer": "a ')
+    )
+    refused = CliRunner().invoke(app, [*args[:2], str(fewer), *args[3:]])
+    assert refused.exit_code == 1 and "data differs" in refused.output
+    refused = CliRunner().invoke(app, [*args, "--model", "pocket-joint"])
+    assert refused.exit_code == 1 and "model differs" in refused.output
     again = CliRunner().invoke(app, [*args[:1], "fastv", *args[2:]])
     assert again.exit_code == 1 and "has no weights to train" in again.output

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
 from vtr.engine import compat
-from vtr.training import loop
+from vtr.training import loop, state
 from vtr.training.dynamic_llava import DynamicLLaVATraining, masked_attention, temperature
 from vtr.training.pmod import PModTraining
 
@@ -208,7 +211,7 @@ def test_the_loop_learns_and_goes_on(kind: str, tmp_path: Path) -> None:
     assert done == 2 and [line["step"] for line in rest] == [3, 4, 5, 6]
     for got, want in zip(second.parameters(), made.parameters(), strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="holds a run of 6 steps, not 7"):
+    with pytest.raises(ValueError, match="steps 6 there, 7 here"):
         loop.run(second, [batch(second.model)], tmp_path / "parts", loop.Settings(steps=7))
 
 
@@ -219,6 +222,165 @@ def test_a_data_loader_of_samples(tmp_path: Path) -> None:
     loader = DataLoader([0, 1, 2, 3], batch_size=2, collate_fn=lambda some: batch(made.model))  # type: ignore[arg-type]
     log = loop.run(made, loader, tmp_path, loop.Settings(steps=5, lr=0.0, policy_lr=1e-3))
     assert len(log) == 5 and all(0 <= line["image_kept"] <= 1 for line in log)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Samples that draw at random, as augmentation does; notes what was asked for, and stops after so many."""
+
+    def __init__(self, left: int = 10**6) -> None:
+        self.left, self.seen = left, []
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> float:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        self.seen.append((index, random.random(), float(numpy.random.rand()), float(torch.rand(()))))
+        return self.seen[-1][-1]
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        return iter([1, 2, 3])
+
+
+def shuffled(model: Any, data: Noisy, **how: Any) -> DataLoader:
+    """Three batches an epoch, the last a small one, whose first word is of the samples."""
+
+    def collate(some: list[float]) -> dict[str, Tensor]:
+        made = batch(model)
+        made["labels"][:, 1 + int(8 * some[0]) :] = -100
+        made["labels"][:, -1] = made["input_ids"][:, -1]
+        return made
+
+    return DataLoader(data, batch_size=2, shuffle=True, collate_fn=collate, **how)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished run but for its state."""
+    found = [file for file in folder.rglob("*") if file.is_file() and "state" not in file.parts]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+@pytest.mark.parametrize("kind", ["pmod", "dynamic"])
+def test_an_interrupted_run_ends_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    """Stopped within an epoch, at its edge, while it writes a state or a model: over shuffled, noisy samples."""
+    settings = loop.Settings(steps=8, lr=3e-3, policy_lr=1e-2, save_every=2, seed=3)
+
+    def run(out: str, left: int = 10**6) -> Noisy:
+        made, data = objective(kind), Noisy(left)
+        loop.freeze_tower(made.model)
+        torch.rand(left % 7)  # whatever was drawn before
+        loop.run(made, shuffled(made.model, data, generator=torch.Generator()), tmp_path / out, settings)
+        return data
+
+    whole, twice = run("whole").seen, run("twice").seen
+    assert whole == twice and contents(tmp_path / "whole") == contents(tmp_path / "twice")
+    epochs = [[index for index, *_ in whole[at : at + 5]] for at in (0, 5)]
+    assert all(sorted(one) == [0, 1, 2, 3, 4] for one in epochs) and epochs[0] != epochs[1]
+    for left in (1, 5, 7, 11):
+        with pytest.raises(KeyboardInterrupt):
+            run(f"left{left}", left)
+        run(f"left{left}")
+        assert contents(tmp_path / f"left{left}") == contents(tmp_path / "whole")
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    def half(at: Path) -> None:
+        at.mkdir(parents=True)
+        (at / "model.safetensors").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    places = {"_export": (loop, stop), "replace": (state, stop), "publish": (state, stop), "rmtree": (shutil, stop)}
+    for name, (module, how) in places.items():
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(module, name, how)
+            run(name)
+        run(name)
+        assert contents(tmp_path / name) == contents(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        save = state.save
+        patched.setattr(state, "save", lambda f, step, said, write, *rest: save(
+            f, step, said, half if step == 4 else write, *rest))  # fmt: skip
+        run("half")
+    assert (tmp_path / "half" / "state" / "step-4").is_dir()
+    run("half")
+    assert contents(tmp_path / "half") == contents(tmp_path / "whole")
+    assert [file.name for file in (tmp_path / "half" / "state").glob("step-*")] == ["step-8"]
+
+
+def test_a_log_is_cut_back_to_the_state(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3, 4)]
+    for tail, step, left in [("", 2, 2), ('{"step": 5, "lo', 4, 4), ("{}\n", 9, 4), ("null\n", 4, 4), (lines[3], 0, 0)]:
+        (tmp_path / "log.jsonl").write_text("".join(lines) + tail)
+        state.cut_log(tmp_path / "log.jsonl", step)
+        assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:left])
+
+
+OTHER: list[tuple[str, dict[str, Any]]] = [
+    ("lr 0.003 there, 0.001 here", {"lr": 1e-3}),
+    ("policy_lr None there, 0.5 here", {"policy_lr": 0.5}),
+    ("seed 0 there, 9 here", {"seed": 9}),
+    ("steps 2 there, 3 here", {"steps": 3}),
+    ("accumulate 1 there, 2 here", {"accumulate": 2}),
+    (r"temperatures \[1\.0, 0\.1\] there", {"temperatures": (1.0, 0.2)}),
+    ("what learns differs", {"lr": 0.0, "policy_lr": 1e-2}),
+]
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """What differs is named, and nothing is changed; how often states are saved may differ."""
+    settings: dict[str, Any] = {"steps": 2, "lr": 3e-3}
+
+    def run(change: Any = None, data: Any = None, also: Any = None, **other: Any) -> None:
+        made = objective("dynamic")
+        loop.freeze_tower(made.model)
+        if change is not None:
+            change(made)
+        loop.run(made, data or [batch(made.model)], tmp_path, loop.Settings(**settings | other), also)
+
+    def other_tower(made: Any) -> None:
+        with torch.no_grad():
+            next(p for p in made.model.parameters() if not p.requires_grad).add_(1)
+
+    run()
+    before = contents(tmp_path)
+    for text, other in OTHER:
+        with pytest.raises(ValueError, match=rf"not the same: .*{text}"):
+            run(**other)
+    changes: list[tuple[str, Any]] = [
+        ("text_keep", lambda made: setattr(made, "text_keep", 0.4)),
+        ("policy 'dynamic-llava", lambda made: setattr(made.policy, "keep", 0.9)),
+        ("what stays as it is differs", other_tower),
+    ]
+    for text, change in changes:
+        with pytest.raises(ValueError, match=text):
+            run(change)
+    inputs = batch(objective("dynamic").model)
+    with pytest.raises(ValueError, match="data differs"):
+        run(data=[{**inputs, "input_ids": inputs["input_ids"].roll(1)}])
+    with pytest.raises(ValueError, match="batches 1 there, 2 here"):
+        run(data=[inputs, inputs])
+    with pytest.raises(ValueError, match="source None there, 'b' here"):
+        run(also={"source": "b"})
+    assert contents(tmp_path) == before
+    run(save_every=1)
+    note = tmp_path / "state" / "at.json"
+    for harm in ("", "[]", "null", '{"step": 2}', '{"step": "x", "run": {}}', '{"step": 2, "run": 3}'):
+        kept = note.read_text()
+        note.write_text(harm)
+        with pytest.raises(ValueError, match="does not say what run"):
+            run()
+        note.write_text(kept)
+    shutil.rmtree(tmp_path / "state" / "step-2")
+    with pytest.raises(ValueError, match="step-2 is not there"):
+        run()
 
 
 def two_batches(model: Any) -> list[dict[str, Tensor]]:
@@ -266,6 +428,9 @@ def test_impossible_runs_are_refused(tmp_path: Path) -> None:
         loop.run(made, [], tmp_path, loop.Settings(steps=1))
     with pytest.raises(ValueError, match="without batch_size"):
         loop.run(made, DataLoader([batch(made.model)], batch_size=None), tmp_path, loop.Settings(steps=1))
+    endless = DataLoader(Endless())
+    with pytest.raises(ValueError, match="iterable dataset"):
+        loop.run(made, endless, tmp_path, loop.Settings(steps=1))
     with pytest.raises(ValueError, match="nothing learns"):
         loop.run(made, [batch(made.model)], tmp_path, loop.Settings(steps=1, lr=0.0))
     with pytest.raises(ValueError, match="steps=0"):

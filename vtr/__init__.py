@@ -6,6 +6,7 @@ import vtr.integrations  # noqa: F401  (makes the model families known)
 from vtr import pocket
 from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
+from vtr.budget import at_budget
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.memo import shared_features
 from vtr.policies import (
@@ -48,6 +49,7 @@ __all__ = [
     "Tokens",
     "UniformGrid",
     "UnsupportedError",
+    "at_budget",
     "chat",
     "list_policies",
     "patch",

@@ -53,6 +53,10 @@ def run(
     image: Annotated[Path | None, typer.Argument(help="a picture file; leave out with --sample")] = None,
     question: Annotated[str | None, typer.Argument(help="what to ask about it")] = None,
     policy: Annotated[str, typer.Option(help="how to reduce, e.g. `fastv:keep=0.25,layer=2` or `none`")] = "none",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="set the policy to a mean of so many vision tokens a layer (192), or a share (0.25)"),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="also run: no reduction, random, uniform grid")] = False,
     show: Annotated[
         Path | None,
@@ -73,12 +77,15 @@ def run(
 
     * `vtr run --sample 0 --policy fastv:keep=0.1 --compare --show kept.png`
 
+    * `vtr run --sample 0 --policy fastv --budget 192` — of this prompt's vision tokens, in the mean over layers
+
     * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
     """
     from vtr import demo
 
     try:
         asked = demo.prepare(image, question, sample, model, device)
+        policy = demo.at_budget(asked, policy, budget)
         rows = demo.compare(asked, policy, compare, max_new_tokens, repeats)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error

@@ -12,6 +12,7 @@ import vtr
 from vtr.accounting import Report
 from vtr.chat import encode
 from vtr.data.pictures import upright
+from vtr.engine.adapters import find_adapter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,6 +117,25 @@ def same_budget(report: Report) -> list[str]:
     after = row.vision_tokens[first:]
     keep = round(sum(after) / len(after))
     return [f"random:keep={keep},layer={first}", f"uniform:keep={keep},layer={first}"]
+
+
+def at_budget(asked: Asked, policy: str, budget: str | None) -> str:
+    """The spec of a policy set to a budget ("192" tokens of this prompt, "0.25" of them); as it is without one.
+
+    Raises:
+        ValueError: not a number, or what :func:`vtr.at_budget` refuses.
+    """
+    if budget is None:
+        return policy
+    if policy == "none":
+        raise ValueError("--budget sets a policy: name one as well, e.g. --policy fastv")
+    try:
+        mean = float(budget) if set(budget) & set(".e") else int(budget)
+    except ValueError as error:
+        raise ValueError(f"--budget {budget}: give a count of tokens (192) or a share (0.25)") from error
+    ids = asked.inputs["input_ids"]
+    marks = torch.tensor(find_adapter(asked.model).placeholders(asked.model), device=ids.device)
+    return vtr.at_budget(policy, asked.model, mean, total=int(torch.isin(ids[0], marks).sum()) or None).spec
 
 
 def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) -> Outcome:

@@ -40,7 +40,9 @@ def eval_command(
     indispensable: Annotated[
         bool, typer.Option("--indispensable", help="show only samples that cannot be answered without the picture")
     ] = False,
-    budget: Annotated[float, typer.Option(help="of `all`: the mean share of vision tokens that enters a layer")] = 0.25,
+    budget: Annotated[
+        float, typer.Option(help="of `all`: the mean share of vision tokens that enters a layer; 192: tokens of a tile")
+    ] = 0.25,
     batch_size: Annotated[int, typer.Option(min=1, help="samples per call")] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="longest answer", show_default="the model's own, or 32")

@@ -59,6 +59,7 @@ def gsearch_command(
     tolerance: Annotated[float, typer.Option(min=0, help="how far the mean score may fall")] = 0.01,
     objective: Objective = "kl",
     method: Annotated[str, typer.Option(help="bisect (hard tolerance), or bayes (the paper's kind)")] = "bisect",
+    trials: Annotated[int, typer.Option(min=1, help="of bayes: keeps to try in each layer")] = 8,
     start: Start = 2,
     queries: Queries = "text",
     batch_size: Batch = 32,
@@ -72,7 +73,7 @@ def gsearch_command(
 
     Layer by layer, from shallow to deep, the smallest share of vision tokens that stays within the tolerance. What lies
     before a layer is computed once; candidates share batches. Ctrl-C is safe: the same command goes on where it was
-    (`state.json` in --out).
+    (`state.json` in --out), and with more `--trials` it goes on from a search that is over.
 
     Records that cannot be used are counted and named, with file and line, and nothing is searched.
 
@@ -89,7 +90,8 @@ def gsearch_command(
     from vtr.search import gsearch
 
     def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
-        return gsearch(loaded, processor, examples, tolerance=tolerance, method=method, **shared)  # type: ignore[arg-type]
+        how = {"tolerance": tolerance, "method": method, "trials": trials}
+        return gsearch(loaded, processor, examples, **how, **shared)  # type: ignore[arg-type]
 
     shared = {"objective": objective, "start": start, "queries": queries, "batch_size": batch_size, "seed": seed}
     _run(
@@ -124,7 +126,8 @@ def psigmoid_command(
     """Find the best sigmoid schedule for a budget: P-Sigmoid.
 
     Steepness and middle of a sigmoid over layers by Bayesian optimisation; its height is what makes it cost the budget.
-    Ctrl-C is safe: the same command goes on where it was. Writes what `vtr search gsearch` writes.
+    Ctrl-C is safe: the same command goes on where it was, and with more `--trials` after it is over. Writes what
+    `vtr search gsearch` writes.
 
     * `vtr search psigmoid --budget 0.2 --measure flops --out schedule20`
 

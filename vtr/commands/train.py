@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +45,8 @@ def train_command(
     sample of its own, without the turns before.
     Records that cannot be used are counted and named, with file and line, and nothing is trained.
 
-    An interrupted run goes on where it was. On many GPUs: `accelerate launch -m vtr.cli train …`.
+    The same command goes on where an interrupted or killed run was, and ends with the same bytes as if nothing had
+    happened; other settings, data or model are refused. On many GPUs: `accelerate launch -m vtr.cli train …`.
 
     * `vtr train pmod data.jsonl out --model llava-hf/llava-1.5-7b-hf --lr 2e-5 --policy-lr 2e-5 --mixed-precision bf16`
 
@@ -60,7 +63,7 @@ def train_command(
         from vtr.data.sources import settings_of
         from vtr.demo import load
         from vtr.learned import Learned
-        from vtr.training import loop
+        from vtr.training import loop, state
         from vtr.training.data import Collate, read_samples
         from vtr.training.dynamic_llava import DynamicLLaVATraining
         from vtr.training.pmod import PModTraining
@@ -70,6 +73,7 @@ def train_command(
             raise ValueError(f"{policy!r} has no weights to train: choose pmod or dynamic-llava")
         samples = read_samples(data, images, settings_of(columns))
         net, processor = load(model, "cpu")  # accelerate moves it
+        also = {"model": state.digest(net.named_parameters()), "data": _digest(samples)}
         vtr.patch(net)
         if made.module is None:
             torch.manual_seed(seed)
@@ -98,10 +102,27 @@ def train_command(
             save_every=save_every,
             seed=seed,
         )
-        log = loop.run(objective, loader, out, settings)
+        log = loop.run(objective, loader, out, settings, also)
         processor.save_pretrained(out / "model")
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise fail(error) from error
     if log:
         console.print(f"last step: {', '.join(f'{k} {v}' for k, v in log[-1].items())}", highlight=False)
     console.print(f"use it as: --model {out / 'model'} --policy {made.name}:weights={out / 'policy'}", soft_wrap=True)
+
+
+def _digest(samples: Sequence[dict[str, Any]]) -> str:
+    """Of questions, answers and the names and sizes of pictures, in order; moving the whole folder changes nothing."""
+    from vtr.training.state import digest
+
+    def said(sample: dict[str, Any]) -> str:
+        image: Any = sample["image"]
+        if isinstance(image, str):
+            image = Path(image).name, Path(image).stat().st_size if Path(image).is_file() else None
+        elif isinstance(image, bytes):
+            image = zlib.crc32(image)
+        else:
+            image = getattr(image, "size", None)
+        return repr((image, sample["question"], sample["answer"]))
+
+    return digest((said(sample), None) for sample in samples)

@@ -44,6 +44,7 @@ def gsearch(
             each layer gives up at most weight · what it saves, so all of them at most weight · (1 - FLOPs ratio).
         trials: of "bayes", candidates a layer at most. width: candidates scored in one round (rows of the same batch).
         batch_size: rows a call. state: a file to go on from after an interruption; the result is the same, bit for bit.
+            With more ``trials`` a search that is over goes on: what was scored is looked up.
         reuse: "batched", or for comparison "prefix" or "naive" (see :class:`vtr.search.prefix.Scorer`).
         check_ranks: measure the paper's assumption first, and warn where it fails.
 
@@ -58,12 +59,12 @@ def gsearch(
     ladder = _ladder(levels)
     settings = {
         "tolerance": tolerance, "method": method, "width": width, "levels": ladder if method == "bisect" else None,
-        "weight": weight, "trials": trials if method == "bayes" else None,
+        "weight": weight,
     }  # fmt: skip
     with Search(
         model, processor, data, method=f"gsearch-{method}", objective=objective, start=start, queries=queries,
         batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed, state=state, reuse=reuse, progress=progress,
-        settings=settings,
+        settings=settings, trials=trials if method == "bayes" else None,
     ) as search:  # fmt: skip
         ranks = search.ranks() if check_ranks and search.depth > 2 else None
         keeps, score = [1.0] * start, search.scorer.base_mean

@@ -28,12 +28,13 @@ class Search:
 
     Args:
         settings: what else the result depends on. The others: as for :func:`vtr.search.gsearch`.
+        trials: how long it searches. No score depends on it, so a search that is over goes on with more.
     """
 
     def __init__(
         self, model: Any, processor: Any, data: Any, *, method: str, objective: str, start: int, queries: Scores,
         batch_size: int, max_new_tokens: int, seed: int, state: str | Path | None, reuse: Reuse, progress: bool,
-        settings: dict[str, Any],
+        settings: dict[str, Any], trials: int | None = None,
     ) -> None:  # fmt: skip
         self.depth = len(patch_of(model).text.layers)
         if isinstance(start, bool) or not isinstance(start, int) or not 1 <= start < self.depth:
@@ -57,7 +58,7 @@ class Search:
             "data": data_digest(self.data), "model": model_digest(model), "dtype": str(model.dtype),
             "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         }  # fmt: skip
-        self.trials = Trials(state, identity)
+        self.trials, self.asked_for = Trials(state, identity), trials
         self.scorer = Scorer(data, queries, reuse, self.bar.update)
         self.scorer.spent = self.trials.spent
         self.cost = Cost.of(model, self.scorer.sizes)
@@ -106,8 +107,9 @@ class Search:
 
     def found(self, keeps: Sequence[Keep], score: float, ranks: Ranks | None, **more: Any) -> Found:
         """The result with its record."""
+        settings = {**self.trials.identity["settings"], "trials": self.asked_for}
         record = {
-            **self.trials.identity, **more, "base": self.scorer.base_mean, "score": score,
+            **self.trials.identity, "settings": settings, **more, "base": self.scorer.base_mean, "score": score,
             "ratios": self.cost.ratios(keeps), "sizes": self.scorer.sizes,
             "questions": len(self.data), "spent": self.scorer.spent.to_json(), "resumed": self.trials.resumed,
             "ranks": None if ranks is None else ranks.to_json(),

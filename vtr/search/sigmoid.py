@@ -41,7 +41,8 @@ def psigmoid(
             enters a layer), "flops" (decoder prefill) or "kv" (cached tokens).
         curve: a schedule found by :func:`gsearch`, whose fitted sigmoid is tried first; None: that of
             LLaVA-1.5-7B, read off the paper's figure, stretched to this depth.
-        trials: schedules tried in all. width: of them in a round, as rows of the same batch.
+        trials: schedules tried in all; with the ``state`` of a search that is over, more of them go on with it.
+            width: of them in a round, as rows of the same batch.
         model, data, objective, start, queries, batch_size, state, reuse, check_ranks: as for :func:`gsearch`.
 
     Returns:
@@ -58,13 +59,13 @@ def psigmoid(
         raise ValueError(f"trials={trials}, width={width}: both must be at least 1")
     first = fit(curve, start) if curve is not None else None
     settings = {
-        "budget": budget, "measure": measure, "trials": trials, "width": width,
+        "budget": budget, "measure": measure, "width": width,
         "curve": None if curve is None else list(curve),
     }  # fmt: skip
     with Search(
         model, processor, data, method="psigmoid", objective=objective, start=start, queries=queries,
         batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed, state=state, reuse=reuse, progress=progress,
-        settings=settings,
+        settings=settings, trials=trials,
     ) as search:  # fmt: skip
         space = _Space(search, budget, measure)
         space.at(math.log(8.0), 0.5)  # raises if the budget is out of reach, before anything is scored

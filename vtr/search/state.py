@@ -54,6 +54,8 @@ class Trials:
             raise ValueError(f"{self.path} was written by another version of vtr ({version!r}): {away}")
         if digest != _digest(body):
             raise ValueError(f"{self.path} is damaged (its checksum does not fit): {away}")
+        if isinstance(identity, dict) and isinstance(identity.get("settings"), dict):
+            identity["settings"].pop("trials", None)  # noted once; no score depends on it
         if identity != self.identity:
             other = sorted(key for key in {*identity, *self.identity} if identity.get(key) != self.identity.get(key))
             raise ValueError(f"{self.path} is of another search (not the same: {', '.join(other)}): {away}")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from vtr.engine.adapters import find_adapter
+from vtr.training import state
 from vtr.training.dynamic_llava import DynamicLLaVATraining, temperature
 
 
@@ -27,7 +28,8 @@ class Settings:
         steps: optimiser steps. accumulate: batches per step.
         lr: of the model; 0 leaves it as it is. policy_lr: of the policy's weights (None: as the model's).
         weight_decay, warmup: AdamW's, and the share of the steps in which rates rise; then they fall as a cosine.
-        clip: the gradient's norm at most. mixed_precision: "no", "bf16" or "fp16". seed: of the noise in the objective.
+        clip: the gradient's norm at most. mixed_precision: "no", "bf16" or "fp16". seed: of the noise in the objective
+            and of a DataLoader's order.
         save_every: steps between checkpoints (0: only at the end). temperatures: of Dynamic-LLaVA, first and last.
     """
 
@@ -55,46 +57,54 @@ def freeze_tower(model: Any) -> None:
     find_adapter(model).tower(model).requires_grad_(False)
 
 
-def run(objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | Path, settings: Settings) -> list[dict]:
+def run(
+    objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | Path, settings: Settings,
+    also: dict[str, Any] | None = None,
+) -> list[dict]:  # fmt: skip
     """Train ``objective`` (a :class:`PModTraining` or :class:`DynamicLLaVATraining`) on ``batches``, again and again.
 
-    Writes ``out/log.jsonl`` (a line a step: loss, realised keep shares, rates), ``out/state`` (a run that was
-    interrupted goes on from there by itself, as if it had not been; a DataLoader that shuffles begins its order anew),
-    and at the end ``out/policy`` and ``out/model``.
+    Writes ``out/log.jsonl`` (a line a step: loss, realised keep shares, rates), ``out/state``, and at the end
+    ``out/policy`` and ``out/model``. A run that was interrupted or killed goes on from its last state by itself, and
+    ends, on the same machine, with the same bytes as if it had not been: weights, optimiser, random numbers, order of
+    the samples and log. (Not repeated: what a DataLoader's worker processes draw at random.)
 
     Args:
         batches: padded batches with labels, for all processes together (they are dealt out): a list, or a DataLoader
-            of samples with its own ``batch_size`` and ``collate_fn``. What does not learn must have ``requires_grad``
+            of samples with its own ``batch_size`` and ``collate_fn``; if it shuffles, ``settings.seed`` and the epoch
+            say how, whatever its generator. What does not learn must have ``requires_grad``
             False (:func:`freeze_tower`; LoRA: put peft's adapters into the language model before).
+        also: what else the run depends on, by name, as JSON data: it only goes on where that is the same.
 
     Returns:
         The lines of the log that this call wrote.
 
     Raises:
         ImportError: accelerate is not installed.
-        ValueError: no batches, nothing that learns, or a state of a run with other settings.
+        ValueError: no batches, nothing that learns, or a state of a run with other settings, policy, batches or
+            frozen weights (what differs is named; ``save_every`` may).
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.utils import set_seed
     except ImportError as error:
         raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
     folder = Path(out)
-    if not len(batches):
-        raise ValueError("there are no batches to train on: give at least one")
-    if isinstance(batches, DataLoader) and batches.batch_sampler is None:
-        raise ValueError(
-            "processes cannot share a DataLoader without batch_size: give it one, or pass a list of batches"
-        )
+    _check(batches)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)  # a rank's batch may have no image
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[parallel])
     optimizer = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
+    said = state.identity(objective, batches, settings, accelerator.num_processes, also or {})
+    first, last_state = state.resume(folder, said)
     ready, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    first = _resume(accelerator, folder, settings)
-    stream, log = _endless(accelerator, batches, first * settings.accumulate), []
-    if first == 0:  # later the saved state says
-        torch.manual_seed(settings.seed * 1009 + accelerator.process_index)
+    if last_state is None:
+        set_seed((settings.seed * 1009 + accelerator.process_index) % 2**32)
+    else:
+        accelerator.load_state(str(last_state))
+    if accelerator.is_main_process:
+        state.cut_log(folder / "log.jsonl", first)
+    stream, log = _endless(accelerator, batches, first * settings.accumulate, settings.seed), []
     learnt = [p for group in optimizer.param_groups for p in group["params"]]
     show = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="training",
                 disable=not accelerator.is_main_process)  # fmt: skip
@@ -114,11 +124,27 @@ def run(objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | P
             with (folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if step + 1 == settings.steps or (settings.save_every and (step + 1) % settings.save_every == 0):
-            _save(accelerator, folder, step + 1, settings)
+            main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+            state.save(folder, step + 1, said, lambda at: accelerator.save_state(str(at)), main, wait)
     if accelerator.is_main_process:
         _export(objective, folder)
     accelerator.wait_for_everyone()
     return log
+
+
+def _check(batches: Any) -> None:
+    """Raise ValueError for batches that cannot be dealt out and gone on with."""
+    if isinstance(batches, DataLoader):
+        if isinstance(batches.dataset, IterableDataset):
+            raise ValueError(
+                "an iterable dataset cannot be gone on with: give the DataLoader one with indices, or a list"
+            )
+        if batches.batch_sampler is None:
+            raise ValueError(
+                "processes cannot share a DataLoader without batch_size: give it one, or pass a list of batches"
+            )
+    if not len(batches):
+        raise ValueError("there are no batches to train on: give at least one")
 
 
 def rate(step: int, settings: Settings) -> float:
@@ -147,18 +173,41 @@ def _groups(objective: Any, settings: Settings) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _endless(accelerator: Any, batches: Any, skip: int) -> Iterator[dict[str, Any]]:
-    """This process's batches of all epochs, from its ``skip``-th on."""
-    if isinstance(batches, DataLoader):
-        loader = accelerator.prepare(batches)
-        while True:
-            yield from accelerator.skip_first_batches(loader, skip % len(loader)) if skip % len(loader) else loader
-            skip = 0
+def _endless(accelerator: Any, batches: Any, skip: int, seed: int) -> Iterator[dict[str, Any]]:
+    """This process's batches of all epochs, from its ``skip``-th on: dealt out one by one, also across epochs."""
     from accelerate.utils import send_to_device
 
-    for turn in itertools.count(skip):
-        at = (turn * accelerator.num_processes + accelerator.process_index) % len(batches)
-        yield send_to_device(batches[at], accelerator.device)
+    count, share = len(batches), accelerator.num_processes
+    at = skip * share + accelerator.process_index
+    while True:
+        epoch, first = divmod(at, count)
+        mine = range(first, count, share)
+        one_epoch = (
+            _loaded(batches, epoch, mine, seed) if isinstance(batches, DataLoader) else (batches[i] for i in mine)
+        )
+        for batch in one_epoch:
+            yield send_to_device(batch, accelerator.device)
+        at += share * len(mine)
+
+
+def _loaded(loader: DataLoader, epoch: int, mine: range, seed: int) -> Iterable[Any]:
+    """The batches ``mine`` of an epoch, whose order is a function of the seed and the epoch alone."""
+    start = random.Random(f"{seed} {epoch}").getrandbits(63)
+    samplers: list[Any] = [loader.sampler, loader.batch_sampler]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(start)
+        for sampler in samplers:
+            if isinstance(own := getattr(sampler, "generator", None), torch.Generator):
+                own.manual_seed(start)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        order = list(loader.batch_sampler)  # type: ignore[arg-type]
+    return DataLoader(
+        loader.dataset, batch_sampler=[order[i] for i in mine], collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers, pin_memory=loader.pin_memory, timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor, generator=torch.Generator().manual_seed(start),
+    )  # fmt: skip
 
 
 def _step(accelerator: Any, ready: Any, stream: Any, count: int) -> dict[str, float]:
@@ -178,38 +227,9 @@ def _step(accelerator: Any, ready: Any, stream: Any, count: int) -> dict[str, fl
     return {name: round(value.item(), 6) for name, value in means.items()}
 
 
-def _resume(accelerator: Any, folder: Path, settings: Settings) -> int:
-    """Load the last state, if there is one; returns the steps already done."""
-    at = folder / "state" / "at.json"
-    if not at.is_file():
-        return 0
-    said = json.loads(at.read_text())
-    if (steps := said["steps"]) != settings.steps:
-        raise ValueError(f"{folder} holds a run of {steps} steps, not {settings.steps}: choose another folder")
-    accelerator.load_state(str(folder / "state" / said["folder"]))
-    return int(said["step"])
-
-
-def _save(accelerator: Any, folder: Path, step: int, settings: Settings) -> None:
-    """A whole state, then the note that it is the one to go on from: an interruption leaves the one before."""
-    name = f"step-{step}"
-    accelerator.save_state(str(folder / "state" / name))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        import shutil
-
-        at = folder / "state" / "at.json"
-        note = at.with_suffix(".tmp")
-        note.write_text(json.dumps({"step": step, "steps": settings.steps, "folder": name}))
-        note.replace(at)
-        for old in (folder / "state").glob("step-*"):
-            if old.name != name:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
 def _export(objective: Any, folder: Path) -> None:
-    """The policy with the fingerprint of the model as it is now, and the model."""
+    """The policy with the fingerprint of the model as it is now, and the model; each whole or not at all."""
     objective.policy.fit(objective.model)
-    objective.policy.save_pretrained(folder / "policy")
-    objective.model.save_pretrained(folder / "model")
+    folder.mkdir(parents=True, exist_ok=True)
+    state.publish(folder / "policy", objective.policy.save_pretrained)
+    state.publish(folder / "model", objective.model.save_pretrained)
