@@ -23,6 +23,11 @@ STAGE = 1 / 3
 """Stages that would have to keep less than this share of the one before begin earlier."""
 
 
+def _share(exact: float) -> float:
+    """A ratio in four digits, never rounded to nothing."""
+    return max(round(exact, 4), 0.0001)
+
+
 def share_of(spans: Sequence[int], budget: float) -> float:
     """Each span of layers keeps the same share of the one before, the first all: the share whose mean is the budget."""
     low, high = 0.0, 1.0
@@ -38,7 +43,7 @@ def _schedule(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> di
     if budget * depth < 1 + LEAST:
         raise ValueError(f"layer 0 takes all tokens, so the mean over {depth} layers is at least {1 / depth:.3f}")
     share = share_of([1] * depth, budget)
-    return {"schedule": [1.0, *(max(round(share**layer, 4), 0.0001) for layer in range(1, depth))]}
+    return {"schedule": [1.0, *(_share(share**layer) for layer in range(1, depth))]}
 
 
 def _stages(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def _stages(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict
 def _one_cut(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
     """One cut, in layer CUT or as much earlier as it must be; before the decoder if the policy has no layer."""
     if "layer" not in {field.name for field in dataclasses.fields(cls)}:
-        return {"keep": round(budget, 4)}
+        return {"keep": _share(budget)}
     lowest = 1 if cls.question_guided else 0
     for layer in range(CUT, lowest - 1, -1):
         if layer < depth and (keep := (budget * depth - layer) / (depth - layer)) >= LEAST:
@@ -83,7 +88,7 @@ def _tokens(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict
 
 def _retention(cls: type[vtr.Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
     """The share itself."""
-    return {"retention": round(budget, 4)}
+    return {"retention": _share(budget)}
 
 
 SETTERS: dict[str, Callable[[type[vtr.Policy], float, int, int], dict[str, Any]]] = {

@@ -38,7 +38,8 @@ __all__ = [
 ]  # fmt: skip
 
 Keep = int | float
-"""``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of the row's vision tokens."""
+"""``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of what it is taken of (the row's vision
+tokens, an image, a tile). A ratio above 0 leaves at least one of them; an int or 0.0 means what it says."""
 
 Wanted = Literal["tiles", "cls"]
 """What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
@@ -75,9 +76,14 @@ def check_keep(keep: Keep, name: str = "keep") -> Keep:
     return keep
 
 
-def keep_count(keep: Keep, total: int) -> int:
-    """How many of ``total`` tokens a keep leaves: a ratio ``floor(total * keep + 1e-9)``, a count itself at most."""
-    return int(total * keep + 1e-9) if isinstance(keep, float) else min(keep, total)
+def keep_count(keep: Keep, total: int, slack: float = 1e-9) -> int:
+    """How many of ``total`` tokens a keep leaves: a ratio ``floor(total * keep + slack)``, a count itself at most.
+
+    A ratio above 0 leaves at least one token, however few there are. Where official code cuts off, ``slack`` is 0.
+    """
+    if isinstance(keep, float):
+        return min(max(int(total * keep + slack), int(keep > 0)), total)
+    return min(keep, total)
 
 
 def top(scores: torch.Tensor, k: int) -> torch.Tensor:

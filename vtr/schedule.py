@@ -107,7 +107,8 @@ class Schedule(Sequence[Keep]):
         low = min(int(place), len(self) - 1)
         a, b = self._keeps[low], self._keeps[min(low + 1, len(self) - 1)]
         if isinstance(a, float) and isinstance(b, float):
-            return round(a + (b - a) * (place - low), 4)
+            between = a + (b - a) * (place - low)
+            return round(between, 4) or between  # a ratio above 0 stays one
         if isinstance(a, int) and isinstance(b, int):
             return round(a + (b - a) * (place - low))
         return a if place - low < 0.5 else b

@@ -104,7 +104,8 @@ class DynamicLLaVA(Learned):
     prompt ends; a forward by hand takes all of its text for prompt).
 
     Args:
-        keep: image tokens that stay, of each image by itself: a ratio (cut off, as in the official code) or a count.
+        keep: image tokens that stay, of each image by itself: a ratio (cut off, as in the official code,
+            but at least one token) or a count.
         layer: the decoder layer that the predictors stand in front of.
         forget: False remembers every decoded token (the paper's "I", without "|T").
         without_cache: "decision" as above; "ranked" as in the official code: as many as have the larger keep logit, but
@@ -154,7 +155,7 @@ class DynamicLLaVA(Learned):
 
     def count(self, tokens: int) -> int:
         """How many of an image's tokens stay."""
-        return int(tokens * self.keep) if isinstance(self.keep, float) else keep_count(self.keep, tokens)
+        return keep_count(self.keep, tokens, slack=0.0)
 
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
         """How many tokens of one image enter each layer."""

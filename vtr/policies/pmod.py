@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vtr.base import Route, Tokens, top
+from vtr.base import Route, Tokens, keep_count, top
 from vtr.learned import Learned
 from vtr.registry import register_policy
 from vtr.schedule import progressive
@@ -42,9 +42,10 @@ class PMoD(Learned):
     """Mixture of depths with trained routers: the better tokens pass a layer, the others go around it and come back.
 
     A layer's router reads the hidden states that enter it, w = 0.2 · tanh(router(h)) + 1 (TanhNorm), and
-    the ⌊ratio · V⌋ tokens of largest w pass, at their original positions. Symmetric reweighting (STRing): of those that
-    pass the MLP's output is scaled by w, of those that go around the whole hidden state; text is left alone. How many
-    pass falls with depth (PRD: :func:`vtr.schedule.progressive`). Decoded tokens pass every layer.
+    the ⌊ratio · V⌋ tokens of largest w (at least one) pass, at their original positions. Symmetric reweighting
+    (STRing): of those that pass the MLP's output is scaled by w, of those that go around the whole hidden state; text
+    is left alone. How many pass falls with depth (PRD: :func:`vtr.schedule.progressive`). Decoded tokens pass every
+    layer.
 
     All of it is computed in the model's dtype. w saturates, and in bfloat16 it has some tens of distinct values, so
     ties are common. By default the lower slot passes. The official code leaves it to ``torch.topk`` over the whole row,
@@ -115,9 +116,14 @@ class PMoD(Learned):
                 "for each, or None"
             )
 
+    @staticmethod
+    def count(ratio: float, total: int) -> int:
+        """How many of ``total`` vision tokens pass a layer: cut off, as in the official code, but at least one."""
+        return keep_count(float(ratio), total, slack=0.0)
+
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
         """How many vision tokens pass each layer (the others go around it, and are there again)."""
-        return [total if r is None else int(total * r) for r in self.layers(num_hidden_layers)]
+        return [total if r is None else self.count(r, total) for r in self.layers(num_hidden_layers)]
 
     def weights(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """w of vision tokens [n, hidden_size] that enter ``layer``: [n], in their dtype."""
@@ -130,7 +136,7 @@ class PMoD(Learned):
         hidden = tokens.hidden
         weights = self.weights(layer, hidden)
         tokens.flops += 2 * hidden.numel()
-        count = min(int(tokens.total * ratio), len(tokens))  # the official rounding: cut off
+        count = min(self.count(ratio, tokens.total), len(tokens))
         score = weights.detach()
         if self.ties == "lower":
             return Route(top(score, count), weights)
