@@ -12,9 +12,10 @@ from torch import nn
 
 from vtr.base import Keep, Token, Tokens, check_keep, keep_count, top
 from vtr.learned import Learned
-from vtr.policies._checks import check_depth, check_layer
+from vtr.policies._checks import check_depth, check_layer, check_whole
 from vtr.registry import register_policy
 
+MOST_BLOCKS = 256
 KEEP = 0
 """Which of a predictor's two outputs says "keep" (the paper's text has it the other way round, its code so)."""
 
@@ -131,10 +132,14 @@ class DynamicLLaVA(Learned):
         check_layer(self.layer)
         if self.without_cache not in ("decision", "ranked"):
             raise ValueError(f"without_cache={self.without_cache!r}: choose 'decision' or 'ranked'")
-        if self.width % 4 or self.width % self.heads or min(self.width, self.heads, self.inner, self.blocks + 1) < 1:
-            raise ValueError(
-                f"width={self.width} must be divisible by 4 and by heads={self.heads}, all of them positive"
-            )
+        if not isinstance(self.forget, bool):
+            raise TypeError(f"forget must be true or false, got {self.forget!r}")
+        for name, least in (("width", 1), ("heads", 1), ("inner", 1), ("blocks", 0)):
+            check_whole(getattr(self, name), name, least)
+        if self.blocks > MOST_BLOCKS:
+            raise ValueError(f"blocks={self.blocks}: a predictor has at most {MOST_BLOCKS}")
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(f"width={self.width} must be divisible by 4 and by heads={self.heads}")
 
     def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
         image = ImagePredictor(hidden_size, self.width, self.heads, self.inner, self.blocks)

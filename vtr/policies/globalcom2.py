@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate, normalize
 
 from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted, keep_count
 from vtr.image import remembered, stitch, tokens_at
+from vtr.policies._checks import check_number
 from vtr.registry import register_policy
 
 TINIEST = 1e-9
@@ -134,6 +135,8 @@ class GlobalCom2(Policy):
             raise TypeError(f"retention must be a float, the share of tokens that stays, got {self.retention!r}")
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise TypeError(f"temperature must be a number, got {self.temperature!r}")
+        if isinstance(self.temperature, int):
+            check_number(self.temperature, "temperature")  # one of hundreds of digits is no float
         if not 0.0 < self.retention <= 1.0:
             raise ValueError(f"retention={self.retention}: the share of tokens that stay lies above 0 and at most at 1")
         if not self.temperature > 0:
