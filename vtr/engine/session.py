@@ -23,7 +23,7 @@ from vtr.engine.decode import answers, as_tensor
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.positions import Positions
 from vtr.engine.request import Request, check_rows, rows_of
-from vtr.engine.rows import Passing, Row, checked_keep, joined
+from vtr.engine.rows import Passing, Row, changed, check_route, checked_keep, joined, version
 from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
 
@@ -220,7 +220,10 @@ class Session:
             if len(row.decoded) and p is not None and p.asks("remember"):
                 states = hidden[0, start : start + n].index_select(0, row.decoded)
                 tokens = [Token(state, memo) for state, memo in zip(states, self._memos[row.index], strict=True)]
+                before_asking = version(states)
                 said = answers(p, p.recall(index, tokens), len(tokens))
+                if version(states) != before_asking:
+                    raise changed(p, "recall", "token.hidden")
                 answer = torch.stack([as_tensor(a, hidden.device) for a in said])
                 self.trace.selector_flops += sum(token.flops for token in tokens)
                 if not bool(answer.all()):
@@ -242,6 +245,7 @@ class Session:
                 look = partial(self._ahead, row, index, layer, hidden, here)
                 tokens = row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
                 answer = p.prune(index, tokens)
+                tokens._field.check(p, "prune", "tokens")  # type: ignore[attr-defined]
                 self.trace.selector_flops += tokens.flops
                 if answer is not None:
                     keep = checked_keep(answer, row.count, "prune", p, hidden.device)
@@ -283,8 +287,10 @@ class Session:
             if row.count and p is not None and p.asks("route"):
                 tokens = row.tokens(index, self.depth, here, None, _no_look_ahead)
                 answer = p.route(index, tokens)
+                tokens._field.check(p, "route", "tokens")  # type: ignore[attr-defined]
                 self.trace.selector_flops += tokens.flops
                 if answer is not None:
+                    check_route(answer, row.count, p)
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
                     passes = row.passing(keep)
                     lengths[i], counts[i] = len(passes), len(keep)
