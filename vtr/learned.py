@@ -272,8 +272,7 @@ class Learned(Policy):
         except (TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
             raise ValueError(f"no weights of {self.spec!r} can have these sizes ({sizes}): {error}") from error
         if wrong := misfits(wanted, tensors):
-            more = f" (and {len(wrong) - 20} more)" if len(wrong) > 20 else ""
-            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(wrong[:20]) + more)
+            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(wrong))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Learned) or type(self) is not type(other) or self.config() != other.config():

@@ -85,7 +85,7 @@ class PMoD(Learned):
         if self.ties not in ("lower", "official"):
             raise ValueError(f"ties={self.ties!r}: choose 'lower' or 'official'")
         if self.period is not None:
-            check_whole(self.period, "period (a decoder layer, or None for the last one)")
+            check_whole(self.period, "period")
         if self.ratios is not None:
             if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence):
                 raise TypeError(f"ratios must be a list with a ratio or None for each layer, got {self.ratios!r}")
