@@ -38,7 +38,7 @@ def read_json(path: str | Path, what: str, most: int = LONGEST) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(f"No such file: {path}")
     with path.open("rb") as file:
         raw = file.read(most + 1)
     if len(raw) > most:
