@@ -433,7 +433,7 @@ def test_rows_of_results_that_cannot_be_shown(key: str, value: Any, tmp_path: Pa
         page.write([path], tmp_path / "page")
 
 
-LONG = [("[" * 9999, "nested too deeply"), ("{", "no JSON in UTF-8"), (" " * 10_001, "more than 10000 bytes")]
+LONG = [("[" * 9999, "nested too deeply"), ("{", "not JSON in UTF-8"), (" " * 10_001, "more than 10000 bytes")]
 
 
 @pytest.mark.parametrize(("text", "why"), LONG, ids=["deep", "cut", "long"])

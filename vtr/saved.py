@@ -48,7 +48,7 @@ def read_json(path: str | Path, what: str, most: int = LONGEST) -> Any:
     except RecursionError:
         raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not {what}: no JSON in UTF-8 ({error})") from error
+        raise ValueError(f"{path} is not {what}: not JSON in UTF-8 ({error})") from error
 
 
 def read_header(path: Path) -> dict[str, torch.Tensor]:
