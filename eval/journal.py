@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vtr.saved import read_json
+
 ROWS, SETTINGS = "samples.jsonl", "settings.json"
 PART = re.compile(r"samples(\.\d+)?\.jsonl")
 
@@ -39,7 +41,9 @@ class Journal:
                 raise FileExistsError(
                     f"{self.folder} already holds results: --resume goes on with them; else give another folder"
                 )
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = read_json(path, "the settings of a run") if path.exists() else {}
+            if not isinstance(known, dict):
+                raise ValueError(f"{path} is not the settings of a run: give another folder")
             for key in sorted({*known, *wanted}):
                 if known.get(key) != wanted.get(key):
                     raise ValueError(
@@ -91,8 +95,8 @@ def _parse(data: bytes) -> tuple[list[dict[str, Any]], int]:
     for line in data.splitlines(keepends=True):
         try:
             row = json.loads(line)
-            whole = line.endswith(b"\n") and isinstance(row, dict) and "index" in row
-        except ValueError:
+            whole = line.endswith(b"\n") and isinstance(row, dict) and type(row.get("index")) is int
+        except (ValueError, RecursionError):
             whole = False
         if whole:
             good.append(row)

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from vtr.saved import read_json
+
 Kind = Literal["eval", "policies", "batch", "scale", "engine", "peers", "quality", "trained", "apart", "serve"]
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
@@ -84,11 +86,11 @@ def load(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not a result file.
     """
-    try:
-        data = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a result file: not JSON ({error})") from error
+    data = read_json(path, "a result file")
     missing = [key for key in NEEDED if not isinstance(data, dict) or key not in data]
     if missing:
         raise ValueError(f"{path} is not a result file of vtr: it lacks {', '.join(missing)}")
+    for key, type_ in (("kind", str), ("hardware", dict), ("versions", dict)):
+        if not isinstance(data[key], type_):
+            raise ValueError(f"{path} is not a result file of vtr: its {key!r} is {str(data[key])[:80]!r}")
     return data

@@ -67,7 +67,7 @@ def reference(model: Any, row: oracle.Row, policy: Any, images: list[int], asked
             act, scale, bias = policy.norm.split("_")
             w = float(scale) * getattr(torch, act)(z) + float(bias)
             weights = torch.ones(n).index_copy(0, torch.tensor(vision).long(), w)
-            here = oracle.best(weights, vision, int(len(vision) * ratio), None)
+            here = oracle.best(weights, vision, max(int(len(vision) * ratio), int(ratio > 0)), None)
             alive = ~row.vision
             alive[here] = True
         elif isinstance(policy, vtr.DynamicLLaVA) and depth >= policy.layer:
@@ -98,7 +98,8 @@ def _decided(
         mine = row.slots[start : start + count]
         score = module.image_score_predictor(x[None, mine])[0].log_softmax(-1)[:, 0]
         spread = torch.zeros(len(x)).index_copy(0, torch.tensor(mine), score)
-        keep = min(policy.keep, count) if isinstance(policy.keep, int) else int(count * policy.keep)
+        share = max(int(count * policy.keep), int(policy.keep > 0))  # of a ratio, which leaves one at least
+        keep = min(policy.keep, count) if isinstance(policy.keep, int) else share
         stay += oracle.best(spread, mine, keep, None)
         start += count
     alive = ~row.vision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pytest
@@ -32,7 +33,7 @@ def test_shipped_policies_pass(policy: vtr.Policy) -> None:
     assert ("dense mask" in found.passed) == (asked == {"prune"})
     assert ("shorter prompt" in found.passed) == (policy.name == "globalcom2")
     assert ("accounting" in found.passed) == ("resolve" not in asked)
-    assert len(found.passed) + len(found.skipped) == 10 and f"✓ {found.passed[0]}" in str(found)
+    assert len(found.passed) + len(found.skipped) == 13 and f"✓ {found.passed[0]}" in str(found)
 
 
 @pytest.mark.slow
@@ -158,6 +159,147 @@ class InPlace(Prunes):
         return None
 
 
+class WritesHidden(Prunes):
+    """Means to merge what it drops into what it keeps."""
+
+    def choose(self, tokens: Any) -> Any:
+        tokens.hidden[::2] += tokens.hidden[1::2]
+        return half(tokens)
+
+
+class WritesText(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        tokens.text.zero_()
+        return half(tokens)
+
+
+class WritesScores(QuestionUnsaid):
+    question_guided: ClassVar[bool] = True
+
+    def choose(self, tokens: Any) -> Any:
+        tokens.scores[0] = torch.inf
+        return tokens.scores.topk(3).indices
+
+
+class WritesUnseen(Prunes):
+    """Past torch's own count of writes."""
+
+    def choose(self, tokens: Any) -> Any:
+        tokens.hidden.detach().numpy()[0] = 7
+        return half(tokens)
+
+
+class WritesPlaces(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        tokens.y.add_(1)
+        return half(tokens)
+
+
+class WritesLayout(vtr.Policy):
+    def compress(self, image: Any) -> Any:
+        image.layout.x.add_(0)  # the layout is shared by all pictures of this size: a test must leave it right
+        return torch.arange(len(image) // 2)
+
+
+class WritesWords(vtr.Policy):
+    def remember(self, layer: int, token: Any) -> bool:
+        token.hidden.mul_(1.5)
+        return True
+
+
+class FirstSeen(Prunes):
+    """Takes the number of the first prompt for all later ones."""
+
+    def choose(self, tokens: Any) -> Any:
+        self.count = getattr(self, "count", None) or len(tokens) // 2
+        return torch.arange(min(self.count, len(tokens)))
+
+
+class FirstSeenHidden(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        self._count = getattr(self, "_count", None) or len(tokens) // 2
+        return torch.arange(min(self._count, len(tokens)))
+
+
+class FirstSeenClass(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        FirstSeenClass.count = getattr(FirstSeenClass, "count", None) or len(tokens) // 2  # type: ignore[attr-defined]
+        return torch.arange(min(FirstSeenClass.count, len(tokens)))  # type: ignore[attr-defined]
+
+
+SEEN: dict[str, int] = {}
+
+
+class FirstSeenModule(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return torch.arange(min(SEEN.setdefault("count", len(tokens) // 2), len(tokens)))
+
+
+class FirstSeenDefault(Prunes):
+    def choose(self, tokens: Any, seen: list[int] = []) -> Any:  # noqa: B006
+        seen.append(len(tokens) // 2)
+        return torch.arange(min(seen[0], len(tokens)))
+
+
+class Listed(Prunes):
+    """Notes whom it was asked about, and makes nothing of it."""
+
+    def choose(self, tokens: Any) -> Any:
+        self.seen.append(len(tokens))
+        return half(tokens)
+
+    def __post_init__(self) -> None:
+        self.seen: list[int] = []
+
+
+class NoSuchScores(QuestionUnsaid):
+    def needs(self, layer: int) -> Any:
+        return "lastt" if layer == self.layer else None
+
+
+class ScoresOfNothing(QuestionUnsaid):
+    def needs(self, layer: int) -> Any:
+        return "last"
+
+
+class NoSuchWish(Prunes):
+    wants: ClassVar[Any] = ("clss",)
+
+    def choose(self, tokens: Any) -> Any:
+        return half(tokens)
+
+
+class KeptOfWrong(vtr.Policy):
+    def compress(self, image: Any) -> Any:
+        return torch.arange(0, len(image), 2)
+
+    def kept_of(self, layout: Any) -> int:
+        return 3
+
+
+class EnteringWrong(Prunes):
+    def choose(self, tokens: Any) -> Any:
+        return half(tokens)
+
+    def entering(self, num_hidden_layers: int, total: int) -> list[int]:
+        return [total, *[1] * (num_hidden_layers - 1)]
+
+
+class NoRoute(vtr.Policy):
+    def route(self, layer: int, tokens: Any) -> Any:
+        return half(tokens)
+
+
+class FewWeights(vtr.Policy):
+    def route(self, layer: int, tokens: Any) -> Any:
+        return vtr.Route(half(tokens), torch.ones(len(half(tokens))))
+
+
+class Forgetful(vtr.Policy):
+    def remember(self, layer: int, token: Any) -> Any:
+        return None
+
+
 class Uncounted(Prunes):
     def choose(self, tokens: Any) -> Any:
         return (tokens.hidden @ tokens.hidden.T).mean(1).topk(3).indices
@@ -243,7 +385,33 @@ BROKEN = [
     (UnaskedTower, "answers", "UnaskedTower.compress raises ValueError", "in the class body"),
     (QuestionUnsaid, "question", "needs(1) asks for attention", "question_guided: ClassVar[bool] = True"),
     (TextUnsaid, "question", "what it keeps depends on the question (into layer 1 go", "question_guided"),
-    (InPlace, "shorter prompt", "is not the prompt without the dropped tokens", "in place"),
+    (InPlace, "answers", "InPlace.compress writes into image.features", "clone()"),
+    (WritesHidden, "in place", "WritesHidden.prune writes into tokens.hidden", "clone()"),
+    (WritesText, "in place", "WritesText.prune writes into tokens.text", "clone()"),
+    (WritesScores, "in place", "WritesScores.prune writes into tokens.scores", "clone()"),
+    (WritesUnseen, "in place", "WritesUnseen.prune writes into tokens.hidden", "clone()"),
+    (WritesPlaces, "answers", "WritesPlaces.prune writes into tokens.y", "clone()"),
+    (WritesLayout, "answers", "WritesLayout.compress writes into image.layout.x", "clone()"),
+    (WritesWords, "answers", "WritesWords.remember writes into token.hidden", "clone()"),
+    (FirstSeen, "memory", "self.count changed while it was asked", "underscore"),
+    (FirstSeenHidden, "memory", "self._count remembers", "keep nothing"),
+    (FirstSeenClass, "memory", "FirstSeenClass.count changed while it was asked", "underscore"),
+    (FirstSeenModule, "memory", "SEEN remembers", "keep nothing"),
+    (FirstSeenDefault, "memory", "default 0 of FirstSeenDefault.choose remembers", "keep nothing"),
+    (Listed, "memory", "self.seen changed while it was asked", "underscore"),
+    (NoSuchScores, "answers", "needs(1) answers 'lastt', which are no scores: choose among 'last'", "spell it so"),
+    (ScoresOfNothing, "answers", "layer 0 has none", "return None if layer == 0"),
+    (NoSuchWish, "answers", "wants = ('clss',)", "in the class body"),
+    (
+        KeptOfWrong,
+        "counts",
+        "kept_of says that 3 of an image's 36 tokens stay; compress keeps 18",
+        "newline tokens too",
+    ),
+    (EnteringWrong, "counts", "entering says that [36, 1, 1, 1, 1] of 36 tokens enter", "count as prune"),
+    (NoRoute, "answers", "NoRoute.route must return vtr.Route", "own"),
+    (FewWeights, "answers", "weights are floats [36], one for each token", "own"),
+    (Forgetful, "answers", "Forgetful.remember must return a bool", "own"),
     (Uncounted, "accounting", "FLOPs of matrix products that the report does not know of", "tokens.flops +="),
     (Overcounted, "accounting", "it reports 21 FLOPs more than it computes", "2 · rows"),
     (Nothing, "answers", "answers none of the five questions", "spelt like this"),
@@ -268,6 +436,46 @@ def test_broken_policies_are_told_what_is_wrong(
     told = next(line for line in str(error.value).split("\n  ") if line.startswith(f"✗ {oracle} (on llava)"))
     block = str(error.value).partition(told)[2].split("\n  ✗")[0]
     assert what in told and mend in block
+
+
+class KeepsCaches(Prunes):
+    """Caches that change no answer: by name of its own, lazily, in its class, in its module."""
+
+    _known: ClassVar[dict[int, Any]] = {}
+
+    @cached_property
+    def step(self) -> int:
+        return 2
+
+    def choose(self, tokens: Any) -> Any:
+        self._last = len(tokens)
+        SEEN[f"half of {len(tokens)}"] = len(tokens) // self.step
+        return self._known.setdefault(len(tokens), half(tokens))
+
+
+def test_caches_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("answers", "memory")})
+    policy = vtr.register_policy("caches")(dataclass(KeepsCaches))()
+    assert "memory" in check_policy(policy, families=("llava",)).passed
+
+
+def test_what_a_policy_that_was_used_before_has_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count from an earlier call, before check_policy was there to see it change."""
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("answers", "memory")})
+    policy = vtr.register_policy("used")(dataclass(FirstSeen))()
+    policy.count = 5
+    with pytest.raises(PolicyError, match=r"self\.count (changed|remembers)"):
+        check_policy(policy, families=("llava",))
+
+
+def test_keeps_at_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("settings", "answers", "memory", "in place", "counts", "row invariance", "cache")
+    monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in names})
+    for keep in (0, 0.0, 1, 1e-12, 1.0, 10**9):
+        for policy in (vtr.FastV(keep), vtr.UniformGrid(keep, before_decoder=True), vtr.policy(f"cls:keep={keep!r}")):
+            check_policy(policy, families=("llava",), must_reduce=False)
 
 
 def test_unregistered_and_no_policies() -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from vtr import saved
 from vtr.image import Image, Layout, Pooled
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ __all__ = [
 ]  # fmt: skip
 
 Keep = int | float
-"""``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of the row's vision tokens."""
+"""``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of what it is taken of (the row's vision
+tokens, an image, a tile). A ratio above 0 leaves at least one of them; an int or 0.0 means what it says."""
 
 Wanted = Literal["tiles", "cls"]
 """What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
@@ -47,9 +49,6 @@ Scores = Literal["last", "text", "last-max", "text-max"]
 """``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token. Mean
 over heads; with ``-max`` each query's strongest head instead."""
 SCORES: tuple[Scores, ...] = get_args(Scores)
-
-CONFIG_NAME = "vtr_policy.json"
-WEIGHTS_NAME = "vtr_policy.safetensors"
 
 
 class UnsupportedError(RuntimeError):
@@ -75,9 +74,14 @@ def check_keep(keep: Keep, name: str = "keep") -> Keep:
     return keep
 
 
-def keep_count(keep: Keep, total: int) -> int:
-    """How many of ``total`` tokens a keep leaves: a ratio ``floor(total * keep + 1e-9)``, a count itself at most."""
-    return int(total * keep + 1e-9) if isinstance(keep, float) else min(keep, total)
+def keep_count(keep: Keep, total: int, slack: float = 1e-9) -> int:
+    """How many of ``total`` tokens a keep leaves: a ratio ``floor(total * keep + slack)``, a count itself at most.
+
+    A ratio above 0 leaves at least one token, however few there are. Where official code cuts off, ``slack`` is 0.
+    """
+    if isinstance(keep, float):
+        return min(max(int(total * keep + slack), int(keep > 0)), total)
+    return min(keep, total)
 
 
 def top(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -318,24 +322,18 @@ class Policy:
         Raises:
             ValueError: this policy has no weights.
         """
-        if tensors:
+        if tensors or about is not None:
             raise ValueError(f"{type(self).__name__} has no weights, but the folder holds {sorted(tensors)}")
+
+    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Raise ValueError if :meth:`load_tensors` cannot take tensors like these, which have no values yet (they are
+        on the meta device): asked before a file is read."""
+        if type(self).load_tensors is Policy.load_tensors:
+            self.load_tensors(tensors, about)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``vtr_policy.json`` (and ``vtr_policy.safetensors``, if there are weights) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {"policy": self.name, "settings": self.config()}
-        tensors, about = self.tensors(), self.about()
-        if about is not None:
-            data["weights"] = about
-        if tensors:
-            from safetensors.torch import save_file
-
-            save_file(tensors, str(folder / WEIGHTS_NAME))
-        else:
-            (folder / WEIGHTS_NAME).unlink(missing_ok=True)  # of a policy that was there before
-        (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")
+        saved.save_policy(self, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path, allow_mismatch: bool = False) -> Policy:
@@ -346,45 +344,17 @@ class Policy:
 
         Raises:
             FileNotFoundError: no ``vtr_policy.json`` in ``folder``, or not the weights it speaks of.
-            ValueError: a file is not a policy's, is cut off, names an unknown policy or unknown settings, or its
-                tensors are not those of the policy (all that are missing, unknown or of another shape are listed).
+            ValueError: a file is not a policy's, is cut off, names an unknown policy, other files or settings that
+                cannot be, or its tensors are not those of the policy (all that are missing, unknown or of another shape
+                are listed) or not finite. Sizes are compared before anything of that size is made.
         """
-        path, weights = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; policy.save_pretrained(folder) writes one")
-        try:
-            data = json.loads(path.read_text())
-            name, settings, about = data["policy"], dict(data["settings"]), data.get("weights")
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path} is not a policy file: it needs {{"policy": …, "settings": …}}') from error
-        from vtr import registry
-
-        loaded = registry.build(name, settings)
-        if about is not None and not weights.is_file():
-            raise FileNotFoundError(f"{folder} lacks {WEIGHTS_NAME}, the weights of {name!r}: copy it there as well")
-        if weights.is_file():
-            loaded.load_tensors(_read_tensors(weights), *([] if about is None else [about]))
-        for part in getattr(loaded, "policies", [loaded]):
-            if hasattr(part, "allow_mismatch"):
-                part.allow_mismatch = allow_mismatch
-                part.folder = str(folder) if part is loaded else None
-        return loaded
+        return saved.load_policy(folder, allow_mismatch)
 
     def __add__(self, other: Policy) -> Policy:
         """``compressor + pruner``: both act, the left one first. Each question may be answered by one of them only."""
         from vtr.registry import Chain
 
         return Chain([self, other])
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
 
 
 def _compact(value: Any) -> str:

@@ -30,6 +30,11 @@ STEPS = 200
 """Shares that are tried below a budget, until one costs no more than it."""
 
 
+def _four_digits(exact: float) -> float:
+    """A ratio in four digits, never rounded to nothing."""
+    return max(round(exact, 4), 0.0001)
+
+
 def share_of(spans: Sequence[int], budget: float) -> float:
     """Each span of layers keeps the same share of the one before, the first all: the share whose mean is the budget."""
     low, high = 0.0, 1.0
@@ -45,7 +50,7 @@ def _schedule(cls: type[Policy], budget: float, depth: int, side: int) -> dict[s
     if budget * depth < 1 + LEAST:
         raise ValueError(f"layer 0 takes all tokens, so the mean over {depth} layers is at least {1 / depth:.3f}")
     share = share_of([1] * depth, budget)
-    return {"schedule": [1.0, *(max(round(share**layer, 4), 0.0001) for layer in range(1, depth))]}
+    return {"schedule": [1.0, *(_four_digits(share**layer) for layer in range(1, depth))]}
 
 
 def _stages(cls: type[Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def _stages(cls: type[Policy], budget: float, depth: int, side: int) -> dict[str
 def _one_cut(cls: type[Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
     """One cut, in layer CUT or as much earlier as it must be; before the decoder if the policy has no layer."""
     if "layer" not in {field.name for field in dataclasses.fields(cls)}:
-        return {"keep": round(budget, 4)}
+        return {"keep": _four_digits(budget)}
     lowest = 1 if cls.question_guided else 0
     for layer in range(CUT, lowest - 1, -1):
         if layer < depth and (keep := (budget * depth - layer) / (depth - layer)) >= LEAST:
@@ -90,7 +95,7 @@ def _tokens(cls: type[Policy], budget: float, depth: int, side: int) -> dict[str
 
 def _retention(cls: type[Policy], budget: float, depth: int, side: int) -> dict[str, Any]:
     """The share itself."""
-    return {"retention": round(budget, 4)}
+    return {"retention": _four_digits(budget)}
 
 
 SETTERS: dict[str, Callable[[type[Policy], float, int, int], dict[str, Any]]] = {
@@ -263,7 +268,7 @@ def _candidates(given: Policy, named: bool, share: float, depth: int, layout: La
             else:
                 layer = 0 if getattr(given, "before_decoder", False) else given.layer  # type: ignore[attr-defined]
                 keep = (part * depth - layer) / (depth - layer)
-                changed = {"keep": round(keep, 4)}
+                changed = {"keep": _four_digits(keep)}
             if setting == "keeps" and not named:
                 changed = settings_for(given.name, part, depth, side)
             yield _changed(given, changed)

@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from vtr.base import Policy
+from vtr.saved import check_finite, whole
 
 SAMPLED = (0.31, 0.77)
 """Where each matrix of the decoder is sampled for a fingerprint, as parts of its length."""
 ROUNDING, TINIEST = 2.0**-7, 1e-7
 """Two samples are the same if they differ by no more than bfloat16 and float16 round away."""
+
+WIDEST, DEEPEST = 2**20, 4096
+"""hidden_size and decoder layers that no model exceeds."""
 
 _fitting: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 """Which weights have been found to fit a model, so that the model is not read again at every call."""
@@ -68,7 +72,34 @@ def misfits(
     wrong = [f"missing {name} {list(t.shape)}" for name, t in wanted.items() if name not in given]
     wrong += [f"unknown {said[name]} {list(t.shape)}" for name, t in given.items() if name not in wanted]
     both = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    return sorted(wrong + [f"{said[n]} is {list(given[n].shape)}, not {list(wanted[n].shape)}" for n in both])
+    wrong += [f"{said[n]} is {list(given[n].shape)}, not {list(wanted[n].shape)}" for n in both]
+    kinds = [n for n in wanted if n in given and given[n].is_floating_point() != wanted[n].is_floating_point()]
+    return sorted(wrong + [f"{said[n]} has {given[n].dtype} values" for n in kinds])
+
+
+def checked_sizes(about: Any, name: str) -> dict[str, int]:
+    """hidden_size and num_hidden_layers of the models that weights fit, of what was saved beside them.
+
+    Raises:
+        ValueError: they are missing, no whole numbers, or larger than any model's; or the fingerprint is none.
+    """
+    if not isinstance(about, dict) or not {"hidden_size", "num_hidden_layers"} <= set(about):
+        raise ValueError(
+            f"nothing says the hidden_size and num_hidden_layers of these {name} weights: "
+            "policy.save_pretrained(folder) notes them beside the settings"
+        )
+    base = about.get("base")
+    samples = list(base.values()) if isinstance(base, dict) else []
+    if not (base is None or isinstance(base, dict)) or not all(map(_is_sample, samples)):
+        raise ValueError(f"the fingerprint (base) of these {name} weights is not two numbers for each matrix")
+    return {
+        "hidden_size": whole(about["hidden_size"], "hidden_size", 1, WIDEST),
+        "num_hidden_layers": whole(about["num_hidden_layers"], "num_hidden_layers", 1, DEEPEST),
+    }
+
+
+def _is_sample(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == len(SAMPLED) and all(type(v) in (int, float) for v in values)
 
 
 @dataclass(eq=False)
@@ -214,25 +245,34 @@ class Learned(Policy):
         """Take the weights that :meth:`tensors` and :meth:`about` gave; they do not learn unless asked to.
 
         Raises:
-            ValueError: tensors are missing, unknown or of another shape (all are listed), or nothing says their sizes.
+            ValueError: tensors are missing, unknown or of another shape (all are listed) or not finite, or nothing says
+                their sizes.
         """
         if about is None and not tensors:
             return
-        try:
-            sizes = int(about["hidden_size"]), int(about["num_hidden_layers"])  # type: ignore[index]
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"nothing says the hidden_size and num_hidden_layers of these {self.name} weights: "
-                "policy.save_pretrained(folder) notes them beside the settings"
-            ) from error
-        self.start(*sizes)
-        assert self.module is not None and about is not None
-        if wrong := misfits(self.module.state_dict(), tensors):
-            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(wrong))
-        self.module = self.module.to(next(iter(tensors.values())).dtype)
+        self.expect(tensors, about)
+        check_finite(tensors)
+        assert about is not None
+        self.start(about["hidden_size"], about["num_hidden_layers"])
+        assert self.module is not None
+        self.module = self.module.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
         self.module.load_state_dict(tensors)
         self.module.requires_grad_(False).eval()
         self.base = about.get("base")
+
+    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Raise ValueError unless ``tensors`` have the names and shapes of this policy's weights.
+
+        The module is made on the meta device for that: sizes that a file merely claims take no memory.
+        """
+        sizes = checked_sizes(about, self.name)
+        try:
+            with torch.device("meta"):
+                wanted = self.make(**sizes).state_dict()
+        except (TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+            raise ValueError(f"no weights of {self.spec!r} can have these sizes ({sizes}): {error}") from error
+        if wrong := misfits(wanted, tensors):
+            raise ValueError(f"these are not the weights of {self.spec!r}: " + "; ".join(wrong))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Learned) or type(self) is not type(other) or self.config() != other.config():

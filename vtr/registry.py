@@ -10,9 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vtr.base import CONFIG_NAME, WEIGHTS_NAME, Policy, Scores, Wanted
+from vtr.base import Policy, Scores, Wanted
 from vtr.learned import Learned
 from vtr.pocket import POLICIES as SHIPPED
+from vtr.saved import CONFIG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from vtr.engine.resolve import Tries
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
+LONGEST = 16
+"""Policies that a chain may join; each question may be answered by one of them only."""
 
 _POLICIES: dict[str, type[Policy]] = {}
 _QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
@@ -76,7 +79,10 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     cls = policy_class(name)
     if issubclass(cls, Learned) and "weights" in settings:
         given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
-        found = _loaded(name, str(settings["weights"]), bool(settings.get("allow_mismatch", False)))
+        allow = settings.get("allow_mismatch", False)
+        if not isinstance(allow, bool):
+            raise ValueError(f"allow_mismatch={allow!r}: say true or false")
+        found = _loaded(name, str(settings["weights"]), allow)
         if type(found) is not cls:
             raise ValueError(
                 f"{settings['weights']} holds a policy {found.name!r}, not {name!r}: name a folder of that one's"
@@ -104,7 +110,11 @@ def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
         shipped = _loaded(name, str(SHIPPED[folder] / name), allow_mismatch)
         shipped.folder = folder  # type: ignore[attr-defined]
         return shipped
-    if not Path(folder).exists() and len(Path(folder).parts) == 1:
+    try:
+        there = Path(folder).exists()
+    except (OSError, ValueError) as error:  # too long for a path, or no path at all
+        raise FileNotFoundError(f"weights={folder[:80]}: there is no such folder ({error})") from error
+    if not there and len(Path(folder).parts) == 1:
         raise FileNotFoundError(f"weights={folder}: there is no such folder; shipped are {', '.join(SHIPPED)}")
     stamps = tuple((Path(folder) / file).stat().st_mtime_ns for file in FILES if (Path(folder) / file).is_file())
     return _read(folder, allow_mismatch, stamps)
@@ -125,6 +135,7 @@ def policy(spec: str | Policy) -> Policy:
     Raises:
         TypeError: neither a string nor a policy.
         ValueError: unknown name or setting, or a value the policy refuses.
+        FileNotFoundError: it names a folder of weights or a schedule that is not there.
     """
     if isinstance(spec, Policy):
         return spec
@@ -188,7 +199,11 @@ class Chain(Policy):
 
     def __post_init__(self) -> None:
         flat: list[Policy] = []
+        if not isinstance(self.policies, Sequence) or len(self.policies) > LONGEST:
+            raise ValueError(f"a chain is a list of at most {LONGEST} policies")
         for item in self.policies:
+            if not isinstance(item, (Policy, dict)):
+                raise TypeError(f"a chain joins policies, got {item!r}")
             made = build(item["policy"], item["settings"]) if isinstance(item, dict) else item
             flat += made.policies if isinstance(made, Chain) else [made]  # type: ignore[arg-type]
         self.policies = flat
@@ -258,12 +273,32 @@ class Chain(Policy):
         return found or None
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        for i, p in enumerate(self.policies):
-            mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(i)}
-            known = (about or {}).get(str(i))
-            p.load_tensors(mine, *([] if known is None else [known]))  # type: ignore[union-attr]
-        if foreign := sorted(n for n in tensors if n.partition(".")[0] not in map(str, range(len(self.policies)))):
+        for p, mine, said in self._shared_out(tensors, about):
+            p.load_tensors(mine, *said)
+
+    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        for p, mine, said in self._shared_out(tensors, about):
+            p.expect(mine, *said)
+
+    def _shared_out(
+        self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None
+    ) -> list[tuple[Any, dict[str, torch.Tensor], list[Any]]]:
+        """Each policy of the chain, its tensors, and what is known about them (none or one).
+
+        Raises:
+            ValueError: something belongs to none of them.
+        """
+        known = about if isinstance(about, dict) else {} if about is None else {"weights": about}
+        places = [str(i) for i in range(len(self.policies))]
+        if foreign := sorted({n for n in tensors if n.partition(".")[0] not in places} | {*known} - {*places}):
             raise ValueError(f"these tensors belong to no policy of the chain: {', '.join(foreign)}")
+        out = []
+        for i, p in zip(places, self.policies, strict=True):
+            mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == i}
+            said = [known[i]] if known.get(i) is not None else []
+            if mine or said:
+                out.append((p, mine, said))
+        return out
 
     def config(self) -> dict[str, Any]:
         return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]

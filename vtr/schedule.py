@@ -11,9 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from vtr.base import Keep, check_keep, keep_count
+from vtr.saved import read_json
 
 PRESETS = Path(__file__).parent / "presets"
 SCHEDULE_NAME = "schedule.json"
+LONGEST = 2**16
+"""Bytes of a schedule's file: some thousands of layers."""
 
 
 class Schedule(Sequence[Keep]):
@@ -107,7 +110,8 @@ class Schedule(Sequence[Keep]):
         low = min(int(place), len(self) - 1)
         a, b = self._keeps[low], self._keeps[min(low + 1, len(self) - 1)]
         if isinstance(a, float) and isinstance(b, float):
-            return round(a + (b - a) * (place - low), 4)
+            between = a + (b - a) * (place - low)
+            return round(between, 4) or between  # a ratio above 0 stays one
         if isinstance(a, int) and isinstance(b, int):
             return round(a + (b - a) * (place - low))
         return a if place - low < 0.5 else b
@@ -130,9 +134,13 @@ class Schedule(Sequence[Keep]):
         if str(name).lower() in (known := presets()):
             return known[str(name).lower()].schedule
         path = Path(name)
-        path = path / SCHEDULE_NAME if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"{name} is neither a file nor one of the presets: {', '.join(known)}")
+        try:
+            path = path / SCHEDULE_NAME if path.is_dir() else path
+            there = path.is_file()
+        except OSError:  # too long for a path
+            there = False
+        if not there:
+            raise FileNotFoundError(f"{str(name)[:80]} is neither a file nor one of the presets: {', '.join(known)}")
         return cls.load(path)
 
     @classmethod
@@ -143,9 +151,10 @@ class Schedule(Sequence[Keep]):
             FileNotFoundError: no such file.
             ValueError: not a JSON list of keeps.
         """
+        keeps = read_json(path, "a schedule", LONGEST)
         try:
-            return cls(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            return cls(keeps)
+        except TypeError as error:
             raise ValueError(
                 f"{path} is not a schedule: it needs a JSON list with one keep per decoder layer"
             ) from error

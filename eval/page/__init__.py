@@ -92,17 +92,22 @@ def html(found: Sequence[Result], title: str | None = None, pictures: int = 0, p
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["spec"] = words.breakable
-    return environment.from_string(text("index.html.j2")).render(
-        title=title or words.headline(found),
-        css=Markup(text("style.css")),
-        script=Markup(text("page.js")),
-        sections=sections,
-        titles=TITLES,
-        keys={name: plots.key(style) for name, style in look.items()},
-        gallery=gallery,
-        limits=words.limits(found),
-        found=found,
-    )
+    template = environment.from_string(text("index.html.j2"))
+    try:
+        return template.render(
+            title=title or words.headline(found),
+            css=Markup(text("style.css")),
+            script=Markup(text("page.js")),
+            sections=sections,
+            titles=TITLES,
+            keys={name: plots.key(style) for name, style in look.items()},
+            gallery=gallery,
+            limits=words.limits(found),
+            found=found,
+        )
+    except (LookupError, TypeError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
+        which = ", ".join(str(result.path) for result in found)
+        raise ValueError(f"something in {which} cannot be shown ({error}): measure it again") from error
 
 
 def names(result: Result) -> list[str]:

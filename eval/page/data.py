@@ -92,6 +92,9 @@ def read(path: str | Path) -> Result:
     rows = data.get(LISTS[kind]) if LISTS[kind] else [data]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is of kind {kind} but its {LISTS[kind]!r} is no list with rows: measure it again")
+    for key in ("name", "policy", "contender"):
+        if strange := [row[key] for row in rows if not isinstance(row.get(key), (str, type(None)))]:
+            raise ValueError(f"{path} is of kind {kind} but calls a policy {str(strange[0])[:80]}: measure it again")
     return Result(Path(path), data)
 
 

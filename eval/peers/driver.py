@@ -13,6 +13,8 @@ from vtr.eval.peers.catalogue import Method, Peer
 from vtr.eval.peers.channel import PeerError, Worker
 from vtr.eval.stats import paired
 
+from vtr.base import keep_count
+
 NONE = "none"
 
 
@@ -61,7 +63,7 @@ class Budget:
 
 def budget_of(depth: int, vision_tokens: int, keep: float, layer: int, text_before: int = 1) -> Budget:
     """Of a single cut to ``keep`` on entering ``layer``."""
-    kept = (layer * vision_tokens + (depth - layer) * int(vision_tokens * keep + 1e-9)) / depth
+    kept = (layer * vision_tokens + (depth - layer) * keep_count(keep, vision_tokens)) / depth
     share = (kept + text_before + 1e-6) / (vision_tokens + text_before)  # peers round down
     return Budget(vision_tokens, kept, share)
 

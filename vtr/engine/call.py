@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import SCORES, Policy, UnsupportedError, Wanted
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.captures import Captures
 from vtr.engine.compat import cache_in
@@ -145,8 +145,8 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) 
 
     Raises:
         TypeError: neither policies, spec strings nor None.
-        ValueError: an unknown spec, settings impossible on this model, weights of another model, or not one policy per
-            row.
+        ValueError: an unknown spec, settings impossible on this model, scores asked for that there are none of, weights
+            of another model, or not one policy per row.
     """
     if given is None:
         return None
@@ -155,6 +155,7 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) 
     made = [None if p is None else as_policy(p) for p in entries]
     for p in {id(p): p for p in made if p is not None}.values():
         p.check(num_hidden_layers)
+        check_wishes(p, num_hidden_layers)
         p.check_model(model)
     if several and rows is not None and len(made) != rows:
         raise ValueError(
@@ -164,6 +165,31 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) 
     if rows is None:
         raise UnsupportedError("vtr needs input_ids (or inputs_embeds) to know how many rows the call has")
     return None if all(p is None for p in made) else made if several else made * rows
+
+
+def check_wishes(p: Policy, num_hidden_layers: int) -> None:
+    """Refuse a policy that asks for scores or captures that there are none of, before anything runs.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    who = type(p).__name__
+    for layer in range(num_hidden_layers):
+        kind = p.needs(layer)
+        if kind is not None and not (isinstance(kind, str) and kind in SCORES):
+            raise ValueError(
+                f"{who}.needs({layer}) answers {kind!r}, which are no scores: choose among "
+                f"{', '.join(map(repr, SCORES))}, or None"
+            )
+        if kind is not None and layer == 0:
+            raise ValueError(
+                f"{who}.needs(0) answers {kind!r}, but scores are those of the layer before, and layer 0 has none: "
+                "answer None there and rank from layer 1 on (or by tokens.ahead(), which any layer has)"
+            )
+    wants = p.wants
+    if not isinstance(wants, (tuple, list)) or any(one not in get_args(Wanted) for one in wants):
+        known = ", ".join(map(repr, get_args(Wanted)))
+        raise ValueError(f'{who}.wants = {wants!r}: write a tuple of what there is ({known}), e.g. wants = ("cls",)')
 
 
 def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:

@@ -102,7 +102,7 @@ class Captures:
                 tiles = self._tiles(features, layout, place).float()
                 found = -cosine_similarity(tiles, tiles.mean(1, keepdim=True), dim=-1)
             self._scores[place] = found
-        return self._scores[place]
+        return self._scores[place].clone()  # rows that share an image share its scores
 
 
 capturing: ContextVar[Callable[[], Captures | None] | None] = ContextVar("vtr_capturing", default=None)

@@ -10,6 +10,7 @@ import torch
 from vtr.base import Policy, Token
 from vtr.engine.attention import Plan
 from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.rows import changed, version
 from vtr.engine.trace import Trace
 
 
@@ -70,9 +71,13 @@ def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> int
         if p is not None and p.asks("remember"):
             groups.setdefault(id(p), (p, []))[1].append(row)
     found: list[Any] = [True] * len(cache.state.policies)
+    before = version(hidden)
     for p, rows in groups.values():
         tokens = [Token(hidden[row, 0], cache.state.memos[row]) for row in rows]
-        for row, answer in zip(rows, answers(p, p.remember_all(index, tokens), len(tokens)), strict=True):
+        said = answers(p, p.remember_all(index, tokens), len(tokens))
+        if version(hidden) != before:
+            raise changed(p, "remember", "token.hidden")
+        for row, answer in zip(rows, said, strict=True):
             found[row] = answer
         flops += sum(token.flops for token in tokens)
     if all(answer is True for answer in found):

@@ -14,7 +14,7 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.decode import answers, as_tensor
-from vtr.engine.rows import Row, joined
+from vtr.engine.rows import Row, changed, joined, version
 from vtr.engine.trace import Trace
 
 
@@ -72,7 +72,10 @@ class Forgetting:
         if not len(row.decoded) or p is None or not p.asks("remember"):
             return None
         memos = self.memos[row.index]
-        tokens = [Token(state, memo) for state, memo in zip(states.index_select(0, row.decoded), memos, strict=True)]
+        words = states.index_select(0, row.decoded)
+        tokens, before = [Token(state, memo) for state, memo in zip(words, memos, strict=True)], version(words)
         said = answers(p, (p.remember_all if self.given else p.recall)(index, tokens), len(tokens))
+        if version(words) != before:
+            raise changed(p, "remember", "token.hidden")
         self.trace.selector_flops += sum(token.flops for token in tokens)
         return torch.stack([as_tensor(a, states.device) for a in said])

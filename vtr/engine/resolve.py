@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vtr.base import Image, Layout, Policy, UnsupportedError
-from vtr.engine.call import last_traces
+from vtr.engine.call import check_wishes, last_traces
 from vtr.engine.compat import cache_in
 from vtr.engine.memo import shared_features
 from vtr.engine.prompt import Prompt
@@ -178,5 +178,6 @@ def resolve_rows(
         patch.adapter.refuse(out)
         for one in {id(p): p for p in out if p is not None}.values():
             one.check(patch.geometry.num_hidden_layers)
+            check_wishes(one, patch.geometry.num_hidden_layers)
             one.check_model(patch.model)
     return out, tried

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from vtr.base import Image, Layout, Policy, Pooled, Tokens
+from vtr.base import Image, Layout, Policy, Pooled, Route, Tokens
 from vtr.engine.captures import Captures, Place
 from vtr.engine.trace import RowTrace, Sources
 
 _FIELDS = ("tile", "y", "x", "newline")
+IMAGE_TENSORS = ("features", "tiles", "newline", *(f"layout.{name}" for name in _FIELDS))
+COPIES = ("hidden", "text")
+NOTHING = torch.empty(0)
 
 
 class Row:
@@ -176,18 +180,19 @@ class Row:
     ) -> Tokens:  # fmt: skip
         """What the policy sees. hidden: [n, D], the row's tokens entering the layer; scores: [n] or None."""
 
-        def field(name: str) -> torch.Tensor:
-            if name == "hidden":
-                return hidden.index_select(0, self.vision)
-            if name == "place":
-                return self.vision
-            if name == "text":
-                return hidden.index_select(0, self.text[: self._asked])
-            whole = self._fields[name]
-            return whole if self.alive is None else whole.index_select(0, self.alive)
-
         ranked = None if scores is None else scores.index_select(0, self.vision)
-        return Tokens(layer, depth, self.total, self.count, field, ranked, ahead, self.per_image, self.length)
+        handed = Handed(partial(self._field, hidden))
+        return Tokens(layer, depth, self.total, self.count, handed, ranked, ahead, self.per_image, self.length)
+
+    def _field(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        if name == "hidden":
+            return hidden.index_select(0, self.vision)
+        if name == "place":
+            return self.vision
+        if name == "text":
+            return hidden.index_select(0, self.text[: self._asked])
+        whole = self._fields[name]
+        return whole if self.alive is None else whole.index_select(0, self.alive)
 
     def queries(self, kind: str) -> torch.Tensor:
         """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""
@@ -257,6 +262,45 @@ class Passing(NamedTuple):
     weights: torch.Tensor | None
 
 
+class Handed:
+    """Tensors on their way to a policy; what it sees of the engine's own must come back as it was.
+
+    ``hidden`` and ``text`` are copies, made whenever they are read: a write to them is lost, and harms nobody
+    (``check_policy`` says so).
+    """
+
+    def __init__(self, make: Callable[[str], torch.Tensor]) -> None:
+        self.make = make
+        self.seen: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name in COPIES:
+            return self.make(name)
+        if name not in self.seen:
+            made = self.make(name)
+            self.seen[name] = made, version(made)
+        return self.seen[name][0]
+
+    def check(self, policy: Policy, question: str, what: str) -> None:
+        """Raise ValueError if a tensor was changed in place."""
+        for name, (tensor, before) in self.seen.items():
+            if version(tensor) != before:
+                raise changed(policy, question, f"{what}.{name}")
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; always 0 in inference mode, where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def changed(policy: Policy, question: str, what: str) -> ValueError:
+    return ValueError(
+        f"{type(policy).__name__}.{question} writes into {what}: what is handed over is not changed in place, since "
+        "the write is lost or reaches what other layers, rows and calls see. Work on a clone(); to merge tokens, "
+        "answer compress with vtr.Pooled"
+    )
+
+
 def joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
     """Row-local indices (None = the whole row) as indices into the packed sequence."""
     out, start = [], 0
@@ -300,7 +344,11 @@ def compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | Non
     Raises:
         TypeError, ValueError: the policy's answer is none that ``compress`` may give.
     """
-    n, answer = len(image), policy.compress(image)
+    n, handed = len(image), Handed(partial(_of_image, image))
+    for name in IMAGE_TENSORS:
+        handed(name)
+    answer = policy.compress(image)
+    handed.check(policy, "compress", "image")
     if answer is None:
         return torch.arange(n), None
     if not isinstance(answer, Pooled):
@@ -317,6 +365,23 @@ def compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | Non
         raise ValueError(f"{who}: sources must be indices in [0, {n})")
     # pooled tokens take evenly spread slots of the image, the last one the last slot, so that order is kept
     return torch.arange(1, m + 1) * n // max(m, 1) - 1, answer
+
+
+def _of_image(image: Image, name: str) -> torch.Tensor:
+    found = image
+    for part in name.split("."):
+        found = getattr(found, part)
+    return NOTHING if found is None else found  # type: ignore[return-value]
+
+
+def check_route(answer: Any, count: int, policy: Policy) -> None:
+    """Raise TypeError or ValueError unless ``answer`` is a Route without weights, or with one for each token."""
+    who = f"{type(policy).__name__}.route"
+    if not isinstance(answer, Route):
+        raise TypeError(f"{who} must return vtr.Route(keep, weights) or None, got {_short(answer)}")
+    w = answer.weights
+    if w is not None and not (isinstance(w, torch.Tensor) and w.is_floating_point() and w.shape == (count,)):
+        raise ValueError(f"{who}: weights are floats [{count}], one for each token that it was shown, got {_short(w)}")
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.positions import Positions
 from vtr.engine.request import Request, check_rows, rows_of
-from vtr.engine.rows import Passing, Row, checked_keep, joined
+from vtr.engine.rows import Passing, Row, check_route, checked_keep, joined
 from vtr.engine.scores import Reach, ahead
 from vtr.engine.trace import Clock, Trace
 
@@ -227,6 +227,7 @@ class Session:
                 look = partial(self._ahead, row, index, layer, hidden, here)
                 tokens = row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
                 answer = p.prune(index, tokens)
+                tokens._field.check(p, "prune", "tokens")  # type: ignore[attr-defined]
                 self.trace.selector_flops += tokens.flops
                 if answer is not None:
                     keep = checked_keep(answer, row.count, "prune", p, hidden.device)
@@ -268,8 +269,10 @@ class Session:
             if row.count and p is not None and p.asks("route"):
                 tokens = row.tokens(index, self.depth, here, None, _no_look_ahead)
                 answer = p.route(index, tokens)
+                tokens._field.check(p, "route", "tokens")  # type: ignore[attr-defined]
                 self.trace.selector_flops += tokens.flops
                 if answer is not None:
+                    check_route(answer, row.count, p)
                     keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
                     passes = row.passing(keep)
                     lengths[i], counts[i] = len(passes), len(keep)

@@ -99,7 +99,7 @@ def _route(layer: Any, index: int, ratio: float, policy: PMoD, vision: slice) ->
         hidden = args[0]
         weight, keep = hidden.new_ones(hidden.shape[:2]), torch.ones(hidden.shape[:2], dtype=torch.bool)
         mine = policy.weights(index, hidden[:, vision])
-        best = mine.detach().topk(int(mine.shape[1] * ratio), 1).indices
+        best = mine.detach().topk(policy.count(ratio, mine.shape[1]), 1).indices
         keep[:, vision] = torch.zeros(mine.shape, dtype=torch.bool).scatter_(1, best, True)
         weight = torch.cat([weight[:, : vision.start], mine, weight[:, vision.stop :]], 1)[..., None]
         now.update(hidden=hidden, weight=weight, keep=keep[..., None])

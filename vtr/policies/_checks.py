@@ -21,6 +21,24 @@ def check_depth(layer: int, num_hidden_layers: int) -> None:
         )
 
 
+def check_whole(value: int, name: str, minimum: int = 1) -> int:
+    """Raise unless ``value`` is an int (no bool) >= ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}={value!r}: at least {minimum}")
+    return value
+
+
+def check_number(value: float, name: str) -> float:
+    """``value``, a finite int or float (no bool), as a float; raise if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not -1e300 < value < 1e300:
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    return float(value)
+
+
 def check_on_continue(value: str) -> None:
     """Raise unless ``value`` says what to do when a later turn meets tokens kept for an earlier question."""
     if value not in ON_CONTINUE:

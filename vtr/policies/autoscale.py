@@ -16,7 +16,9 @@ from torch.nn.functional import gelu
 
 from vtr.base import Layout, Policy
 from vtr.image import scales
+from vtr.policies._checks import check_number, check_whole
 from vtr.registry import build, register_policy
+from vtr.saved import check_finite
 
 if TYPE_CHECKING:
     from vtr.base import Image
@@ -90,11 +92,13 @@ class AutoScale(Policy):
         if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
             raise ValueError(f"answer_tokens={self.answer_tokens!r}: a try looks at 1 token at least")
         if self.scales is not None:
-            self.scales = [int(count) for count in self.scales]
+            self.scales = list(self.scales)
+            for count in self.scales:
+                check_whole(count, "scales")
             if len(self.scales) < 2 or self.scales != sorted(set(self.scales)):
                 raise ValueError(f"scales={self.scales}: name at least two, from the coarsest to the finest")
         if self.calibration is not None:
-            self.calibration = [[float(number) for number in line] for line in self.calibration]
+            self.calibration = [[check_number(number, "calibration") for number in line] for line in self.calibration]
             if self.scales is None or len(self.calibration) != len(self.scales) - 1:
                 raise ValueError("calibration has one (slope, intercept) per scale but the last: name scales as well")
             if any(len(line) != 2 for line in self.calibration):
@@ -108,12 +112,23 @@ class AutoScale(Policy):
         """Take a router's weights.
 
         Raises:
-            ValueError: other tensors than a router's, or of shapes that do not fit each other or the scales.
+            ValueError: other tensors than a router's, of shapes that do not fit each other or the scales, or not
+                finite.
         """
-        if self.method != "router" or self.scales is None:
-            raise ValueError("only AutoScale(method='router', scales=[…]) has weights")
+        self.expect(tensors, about)
+        check_finite(tensors)
+        if not bool((tensors["std"] > 0).all()):
+            raise ValueError("router weights: std, which its inputs are divided by, must be above 0")
+        self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+
+    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Raise ValueError unless ``tensors`` have the names of a router's, and shapes that fit each other."""
+        if self.method != "router" or self.scales is None or about is not None:
+            raise ValueError("only AutoScale(method='router', scales=[…]) has weights, and nothing is said about them")
         if set(tensors) != set(ROUTER):
             raise ValueError(f"a router's tensors are {', '.join(ROUTER)}; got {', '.join(sorted(tensors))}")
+        if tensors["hidden.weight"].dim() != 2 or 0 in tensors["hidden.weight"].shape:
+            raise ValueError(f"router weights: hidden.weight is {list(tensors['hidden.weight'].shape)}, no matrix")
         hidden, width = tensors["hidden.weight"].shape
         outs = len(self.scales) - 1
         wanted = {"mean": (width,), "std": (width,), "hidden.weight": (hidden, width), "hidden.bias": (hidden,),
@@ -121,7 +136,8 @@ class AutoScale(Policy):
         for name, shape in wanted.items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"router weights: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
-        self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+            if not tensors[name].is_floating_point():
+                raise ValueError(f"router weights: {name} has {tensors[name].dtype} values")
 
     def estimates(self, x: torch.Tensor) -> torch.Tensor:
         """The router's estimates that each scale but the last suffices: float32 [rows, scales - 1].

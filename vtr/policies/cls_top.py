@@ -24,7 +24,8 @@ class ClsTop(Policy):
     part, and how many stay is known from the picture's size (:meth:`kept_of`).
 
     Args:
-        keep: tokens of each tile that stay: a ratio (float) of those that are there, or a count (int).
+        keep: tokens of each tile that stay: a ratio (float) of those that are there (above 0 at least
+            one of each tile), or a count (int).
 
     Raises:
         TypeError, ValueError: settings out of range.

@@ -12,9 +12,10 @@ from torch import nn
 
 from vtr.base import Keep, Token, Tokens, check_keep, keep_count, top
 from vtr.learned import Learned
-from vtr.policies._checks import check_depth, check_layer
+from vtr.policies._checks import check_depth, check_layer, check_whole
 from vtr.registry import register_policy
 
+MOST_BLOCKS = 256
 KEEP = 0
 """Which of a predictor's two outputs says "keep" (the paper's text has it the other way round, its code so)."""
 
@@ -104,7 +105,8 @@ class DynamicLLaVA(Learned):
     prompt ends; a forward by hand takes all of its text for prompt).
 
     Args:
-        keep: image tokens that stay, of each image by itself: a ratio (cut off, as in the official code) or a count.
+        keep: image tokens that stay, of each image by itself: a ratio (cut off, as in the official code,
+            but at least one token) or a count.
         layer: the decoder layer that the predictors stand in front of.
         forget: False remembers every decoded token (the paper's "I", without "|T").
         without_cache: "decision" as above; "ranked" as in the official code: as many as have the larger keep logit, but
@@ -130,10 +132,14 @@ class DynamicLLaVA(Learned):
         check_layer(self.layer)
         if self.without_cache not in ("decision", "ranked"):
             raise ValueError(f"without_cache={self.without_cache!r}: choose 'decision' or 'ranked'")
-        if self.width % 4 or self.width % self.heads or min(self.width, self.heads, self.inner, self.blocks + 1) < 1:
-            raise ValueError(
-                f"width={self.width} must be divisible by 4 and by heads={self.heads}, all of them positive"
-            )
+        if not isinstance(self.forget, bool):
+            raise TypeError(f"forget must be true or false, got {self.forget!r}")
+        for name, least in (("width", 1), ("heads", 1), ("inner", 1), ("blocks", 0)):
+            check_whole(getattr(self, name), name, least)
+        if self.blocks > MOST_BLOCKS:
+            raise ValueError(f"blocks={self.blocks}: a predictor has at most {MOST_BLOCKS}")
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(f"width={self.width} must be divisible by 4 and by heads={self.heads}")
 
     def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
         image = ImagePredictor(hidden_size, self.width, self.heads, self.inner, self.blocks)
@@ -154,7 +160,7 @@ class DynamicLLaVA(Learned):
 
     def count(self, tokens: int) -> int:
         """How many of an image's tokens stay."""
-        return int(tokens * self.keep) if isinstance(self.keep, float) else keep_count(self.keep, tokens)
+        return keep_count(self.keep, tokens, slack=0.0)
 
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
         """How many tokens of one image enter each layer."""

@@ -11,7 +11,11 @@ from torch.nn.functional import interpolate, normalize
 
 from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted, keep_count
 from vtr.image import remembered, stitch, tokens_at
+from vtr.policies._checks import check_number
 from vtr.registry import register_policy
+
+TINIEST = 1e-9
+"""Of no picture does a smaller share keep a whole token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +110,13 @@ class GlobalCom2(Policy):
     about it alone; which layer it takes is not known, ours is the projector's output). It never looks at the question.
 
     Args:
-        retention: share of the patches that stay, a float in (0, 1].
+        retention: share of the patches that stay, a float in (0, 1]; at least one of a thumbnail and of a tile without
+            crops. A crop may lose all of its own.
         placement: "true" leaves every token where it was. "official" repeats the published LLaVA-NeXT code: thumbnail
             tokens by score, crop tokens at places counted without padding, newlines for padding rows too, crop part
             rounded to float16.
         budget: "paper" rounds each crop's count down by itself. "exact" makes the crops together keep
-            ``floor(patches · retention)``: the total is known from sizes alone (:meth:`kept_of`).
+            ``floor(patches · retention)``, at least one: the total is known from sizes alone (:meth:`kept_of`).
         temperature: of the softmax over crops; ``inf`` gives every crop the same share.
 
     Raises:
@@ -130,6 +135,8 @@ class GlobalCom2(Policy):
             raise TypeError(f"retention must be a float, the share of tokens that stays, got {self.retention!r}")
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise TypeError(f"temperature must be a number, got {self.temperature!r}")
+        if isinstance(self.temperature, int):
+            check_number(self.temperature, "temperature")  # one of hundreds of digits is no float
         if not 0.0 < self.retention <= 1.0:
             raise ValueError(f"retention={self.retention}: the share of tokens that stay lies above 0 and at most at 1")
         if not self.temperature > 0:
@@ -154,7 +161,8 @@ class GlobalCom2(Policy):
         crops = crops_of(layout)
         thumbnail = tokens_at(layout)[best(scores[0], self._tile(scores.shape[1]))]
         ranked = self.rank(layout, scores)
-        counts = self.counts(ratios(scores[0], crops, self.retention, self.temperature), crops)
+        retention = max(self.retention, TINIEST)  # only their proportions matter down there
+        counts = self.counts(ratios(scores[0], crops, retention, self.temperature), crops)
         kept = [order[:k] for order, k in zip(ranked, counts, strict=True)]
         if self.placement == "official":
             return official(image, thumbnail, kept)
@@ -195,8 +203,8 @@ class GlobalCom2(Policy):
         return self._tile(n) + keep_count(self.retention, patches) + newlines
 
     def _tile(self, n: int) -> int:
-        """What a thumbnail, or a tile without crops, of n tokens keeps."""
-        return int(n * self.retention) if self.budget == "paper" else keep_count(self.retention, n)
+        """What a thumbnail, or a tile without crops, of n tokens keeps: at least one."""
+        return keep_count(self.retention, n, slack=0.0 if self.budget == "paper" else 1e-9)
 
 
 def official(image: Image, thumbnail: torch.Tensor, kept: list[torch.Tensor]) -> Pooled:

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vtr.base import Route, Tokens, top
+from vtr.base import Route, Tokens, keep_count, top
 from vtr.learned import Learned
+from vtr.policies._checks import check_number, check_whole
 from vtr.registry import register_policy
 from vtr.schedule import progressive
 
@@ -42,9 +43,10 @@ class PMoD(Learned):
     """Mixture of depths with trained routers: the better tokens pass a layer, the others go around it and come back.
 
     A layer's router reads the hidden states that enter it, w = 0.2 · tanh(router(h)) + 1 (TanhNorm), and
-    the ⌊ratio · V⌋ tokens of largest w pass, at their original positions. Symmetric reweighting (STRing): of those that
-    pass the MLP's output is scaled by w, of those that go around the whole hidden state; text is left alone. How many
-    pass falls with depth (PRD: :func:`vtr.schedule.progressive`). Decoded tokens pass every layer.
+    the ⌊ratio · V⌋ tokens of largest w (at least one) pass, at their original positions. Symmetric reweighting
+    (STRing): of those that pass the MLP's output is scaled by w, of those that go around the whole hidden state; text
+    is left alone. How many pass falls with depth (PRD: :func:`vtr.schedule.progressive`). Decoded tokens pass every
+    layer.
 
     All of it is computed in the model's dtype. w saturates, and in bfloat16 it has some tens of distinct values, so
     ties are common. By default the lower slot passes. The official code leaves it to ``torch.topk`` over the whole row,
@@ -74,18 +76,20 @@ class PMoD(Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("high", "low", "factor"):
+            check_number(getattr(self, name), name)
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"low={self.low}, high={self.high}: shares of tokens, 0 <= low <= high <= 1")
         if self.shape not in ("cosine", "linear"):
             raise ValueError(f"shape={self.shape!r}: choose 'cosine' or 'linear'")
         if self.ties not in ("lower", "official"):
             raise ValueError(f"ties={self.ties!r}: choose 'lower' or 'official'")
-        if self.period is not None and (isinstance(self.period, bool) or self.period < 1):
-            raise ValueError(f"period={self.period!r}: a decoder layer, at least 1, or None for the last one")
+        if self.period is not None:
+            check_whole(self.period, "period")
         if self.ratios is not None:
             if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence):
                 raise TypeError(f"ratios must be a list with a ratio or None for each layer, got {self.ratios!r}")
-            self.ratios = [None if r is None else float(r) for r in self.ratios]
+            self.ratios = [None if r is None else check_number(r, "ratios") for r in self.ratios]
             if any(r is not None and not 0 <= r <= 1 for r in self.ratios):
                 raise ValueError(f"ratios={self.ratios}: each lies in [0, 1], or is None for a dense layer")
         self._act, self._scale, self._bias = _parsed(self.norm)
@@ -115,9 +119,14 @@ class PMoD(Learned):
                 "for each, or None"
             )
 
+    @staticmethod
+    def count(ratio: float, total: int) -> int:
+        """How many of ``total`` vision tokens pass a layer: cut off, as in the official code, but at least one."""
+        return keep_count(float(ratio), total, slack=0.0)
+
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
         """How many vision tokens pass each layer (the others go around it, and are there again)."""
-        return [total if r is None else int(total * r) for r in self.layers(num_hidden_layers)]
+        return [total if r is None else self.count(r, total) for r in self.layers(num_hidden_layers)]
 
     def weights(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """w of vision tokens [n, hidden_size] that enter ``layer``: [n], in their dtype."""
@@ -130,7 +139,7 @@ class PMoD(Learned):
         hidden = tokens.hidden
         weights = self.weights(layer, hidden)
         tokens.flops += 2 * hidden.numel()
-        count = min(int(tokens.total * ratio), len(tokens))  # the official rounding: cut off
+        count = min(self.count(ratio, tokens.total), len(tokens))
         score = weights.detach()
         if self.ties == "lower":
             return Route(top(score, count), weights)
@@ -143,7 +152,7 @@ def _parsed(norm: str) -> tuple[str, float, float]:
     """(activation, scale, bias) of "tanh_0.2_1"; without numbers scale and bias are 1."""
     act, *numbers = norm.split("_") if isinstance(norm, str) else ("",)
     try:
-        scale, bias = map(float, numbers or (1, 1))
+        scale, bias = (check_number(float(number), "norm") for number in numbers or (1, 1))
     except ValueError:
         act, scale, bias = "", 1.0, 1.0
     if act not in ACTIVATIONS:

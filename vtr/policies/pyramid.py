@@ -20,7 +20,8 @@ class Pyramid(Policy):
     """Stages: on entering some layers, the vision tokens the last text token is about to look at most stay.
 
     Tokens are ranked by the layer that is about to run: its own norm, query and key projections, the last text token's
-    softmax over the whole row, mean over heads. Counts are ``floor(V · keep)`` of the original V (official code).
+    softmax over the whole row, mean over heads. Counts are ``floor(V · keep)`` of the original V (official code),
+    at least one.
 
     Args:
         keeps: what stays from each stage on, a ratio of the original tokens (float) or a count (int).

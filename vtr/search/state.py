@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 
 from vtr.base import Keep
+from vtr.saved import read_json
 from vtr.search.data import Example
 from vtr.search.prefix import Spent
 
 VERSION = 1
+LONGEST = 2**28
+"""Bytes of a search's state: a line for each schedule that was tried."""
 
 
 class Trials:
@@ -45,9 +49,13 @@ class Trials:
         assert self.path is not None
         away = f"move {self.path} away to begin anew, or name another state file; nothing was overwritten"
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
+            data = read_json(self.path, "the state of a search", LONGEST)
             body, version, digest = data["body"], data["version"], data["sha256"]
-            identity, scores, spent = body["identity"], body["scores"], body["spent"]
+            identity, scores, spent = body["identity"], body["scores"], Spent(**body["spent"])
+            if not isinstance(identity, dict) or not isinstance(scores, dict):
+                raise TypeError("identity and scores are no objects")
+            if strange := [k for k, v in scores.items() if v is not None and not _finite(v)]:
+                raise ValueError(f"scores that are no numbers: {', '.join(strange)[:200]}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not the state of a search, or is damaged ({error!r}): {away}") from error
         if version != VERSION:
@@ -59,7 +67,7 @@ class Trials:
         if identity != self.identity:
             other = sorted(key for key in {*identity, *self.identity} if identity.get(key) != self.identity.get(key))
             raise ValueError(f"{self.path} is of another search (not the same: {', '.join(other)}): {away}")
-        self.scores, self.spent, self.resumed = scores, Spent(**spent), len(scores)
+        self.scores, self.spent, self.resumed = scores, spent, len(scores)
 
     def save(self) -> None:
         """Write the file whole: a crash leaves the old one or the new one."""
@@ -70,6 +78,10 @@ class Trials:
         fresh = self.path.with_name(self.path.name + ".part")
         fresh.write_text(json.dumps({"version": VERSION, "sha256": _digest(body), "body": body}, indent=1) + "\n")
         os.replace(fresh, self.path)
+
+
+def _finite(score: Any) -> bool:
+    return type(score) in (int, float) and math.isfinite(score)
 
 
 def key_of(keeps: Sequence[Keep]) -> str:

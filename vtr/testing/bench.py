@@ -19,6 +19,7 @@ from vtr.accounting import Report, report
 from vtr.base import Policy
 from vtr.engine.install import patch
 from vtr.testing import tiny
+from vtr.testing.keeping import Kept
 from vtr.testing.tiny import IMAGE
 
 ROWS = [["ab", IMAGE, "what"], ["abcdefg"], [IMAGE, "cde"], ["a", IMAGE, "bc", IMAGE, "whichone"]]
@@ -64,11 +65,13 @@ class Bench:
     stock: Any
     model: Any
     must_reduce: bool
+    kept: Kept
+    """What the policy could keep something in, as it was before it was asked."""
 
     @classmethod
     def of(cls, policy: Policy, family: str, num_hidden_layers: int, must_reduce: bool) -> Bench:
         stock = getattr(tiny, family)(layers=num_hidden_layers)
-        return cls(policy, family, stock, patch(copy.deepcopy(stock)), must_reduce)
+        return cls(policy, family, stock, patch(copy.deepcopy(stock)), must_reduce, Kept(policy))
 
     @cached_property
     def eager(self) -> Any:
@@ -128,6 +131,9 @@ HINTS = {
     "wants =": "ask for it in the class body",
     "distinct indices": "answer with each index at most once, counted within the tokens handed over: 0 … "
     "len(tokens) - 1 (not slots of the prompt, and not indices into the tokens the picture once had)",
+    "are no scores": "spell it so, or answer None for layers that rank by something else",
+    "layer 0 has none": "write: return None if layer == 0 else …",
+    "writes into": "clone() what you compute with",
     "1-D int64": "answer with indices: mask.nonzero().squeeze(1) for a mask, topk(k).indices for scores",
     " keeps ": "an answer names each token once: at most len(tokens) indices",
     "out of range": "k must be at most len(tokens), and fewer may be left than tokens.total: min(k, len(tokens))",

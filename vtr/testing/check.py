@@ -52,6 +52,10 @@ def check_policy(
     ========================  ==========================================================================================
     settings                  it is registered; spec string and ``save_pretrained`` give an equal policy back
     answers                   what it answers can be used, and it reduces something
+    memory                    it answers as an equal policy that was never asked; nothing of it changes but caches
+                              (names that begin with an underscore)
+    in place                  what is handed over comes back as it was
+    counts                    ``kept_of`` and ``entering``, where they say something, say what then stays
     determinism               asked twice, it says the same; torch's global random state plays no part and is left alone
     row invariance            a row is in any batch what it is alone: left padding, other policies, a row without image
     question                  if another question keeps other tokens, the class says ``question_guided = True``

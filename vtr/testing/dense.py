@@ -50,9 +50,9 @@ class Rank:
     """Positions close up over what is dropped."""
 
     def count(self, layer: int, total: int) -> int:
-        """How many of ``total`` tokens may enter: a count, or a ratio rounded down (but 0.3 of 10 is 3)."""
+        """How many of ``total`` tokens may enter: a count, or a ratio rounded down (0.3 of 10 is 3), one at least."""
         keep = self.keeps.get(layer, 1.0)
-        return int(total * keep + 1e-9) if isinstance(keep, float) else keep
+        return max(int(total * keep + 1e-9), int(keep > 0)) if isinstance(keep, float) else keep
 
 
 @dataclass

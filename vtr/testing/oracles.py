@@ -16,6 +16,7 @@ from vtr.base import Policy
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip, seeded
+from vtr.testing.manners import counts, in_place, memory
 from vtr.testing.tiny import IMAGE
 
 
@@ -235,6 +236,9 @@ def off_is_off(bench: Bench) -> None:
 ALL: dict[str, Callable[[Bench], None]] = {
     "settings": settings,
     "answers": answers,
+    "memory": memory,
+    "in place": in_place,
+    "counts": counts,
     "determinism": determinism,
     "row invariance": row_invariance,
     "question": question,

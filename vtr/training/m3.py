@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -231,10 +232,14 @@ def _resumed(model: Any, optimizer: Any, out: Path, told: Mapping[str, Any], res
         raise FileExistsError(
             f"{folder} holds an interrupted training: resume=True goes on with it, or give another out"
         )
-    state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    if json.loads(state["told"]) != told:
+    try:
+        state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+        step, before = int(state["step"]), json.loads(state["told"])
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError) as error:
+        raise ValueError(f"{folder / STATE} is no checkpoint, or is cut off ({error}): give another out") from error
+    if before != told:
         raise ValueError(f"{folder} was made with {state['told']}, not {json.dumps(told)}: give another out")
     saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return step
