@@ -286,7 +286,7 @@ class RaggedLayer(DynamicLayer):
         return later
 
     def _make_room(self, bucket: Bucket, coming: torch.Tensor | None) -> None:
-        """A full bucket gets room for the next token of every row, at positions ``coming`` ([b]) in a window's layer."""
+        """A full bucket gets room for a token more a row, at positions ``coming`` ([b]; None without a window)."""
         if self.window is None or coming is None:
             if not bucket.equal:
                 bucket.upper = int(bucket.lens.max())
@@ -301,7 +301,7 @@ class RaggedLayer(DynamicLayer):
         bucket.shift(by, left, max(left) + 1 + block(max(left)))
 
     def _capacity(self, longest: int) -> int:
-        """Tokens a bucket whose longest row has ``longest`` gets storage for; a sliding window needs no more than that."""
+        """Tokens a bucket gets storage for, whose longest row has ``longest``; no more than a window has."""
         roomy = longest + block(longest)
         return roomy if self.window is None else max(longest, min(roomy, self.window - 1))
 

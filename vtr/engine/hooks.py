@@ -26,6 +26,7 @@ from vtr.engine.call import (
     in_use,
     is_ragged,
     last_traces,
+    refuse_replica,
     resolve,
     running,
     warn_on_continue,
@@ -245,6 +246,8 @@ class Patch:
 
     # -- the model's pre-hook: which policy, which images ----------------------------------------------------------
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module.__dict__.get("_is_replica"):
+            refuse_replica(self.key, kwargs.get("policy", self.default))
         if self.inner is not self.model and self.generation() is None:
             return args, kwargs  # its request was left by the model's own forward; by itself, it is not reduced
         args, kwargs, request = self.asked(self.names, args, kwargs)
