@@ -1,4 +1,4 @@
-"""LLaVA-1.5 as transformers has it: one tile an image, a square grid of patches."""
+"""LLaVA-1.5 as transformers has it: one tile an image, a grid of patches; Pixtral's tower gives each its own grid."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from vtr.base import Layout, UnsupportedError
 from vtr.engine.adapters import Adapter
+from vtr.engine.captures import leading_tokens
 from vtr.image import remembered
 
 
@@ -22,6 +23,32 @@ def tile_layout(height: int, width: int) -> Layout:
     return Layout(zero, y.reshape(-1), x.reshape(-1), zero, grid, shrunk=lambda k: tile_layout(height // k, width // k))
 
 
+def check_patches(tower: Any, config: Any, inputs: Mapping[str, Any]) -> None:
+    """See to it that what is taken of the tower's tokens is its patches, all of them and nothing else.
+
+    Raises:
+        UnsupportedError: a CLS token or registers would come along, or the first patch would be missing.
+    """
+    strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
+    name, leading, taken = type(tower).__name__, leading_tokens(tower), int(strategy == "default")
+    if leading == 1 and not taken:
+        raise UnsupportedError(
+            f"vision_feature_select_strategy='full' sends the CLS token of {name} along with the patches, which has no "
+            "place in the grid: use 'default'"
+        )
+    if leading > taken:
+        raise UnsupportedError(
+            f"{name} puts {leading} tokens in front of the patches (CLS, registers), and "
+            f"vision_feature_select_strategy={strategy!r} leaves {leading - taken} of them among the image's tokens, "
+            "which have no place in the grid: use a checkpoint without registers, or pass policy=None"
+        )
+    if leading < taken:
+        raise UnsupportedError(
+            f"vision_feature_select_strategy='default' takes the first token away, but {name} has no CLS token, so a "
+            "patch would be missing in the grid: use 'full' (and as many placeholders), or pass policy=None"
+        )
+
+
 class Llava(Adapter):
     """``LlavaForConditionalGeneration``."""
 
@@ -29,17 +56,18 @@ class Llava(Adapter):
     classes = ("LlavaForConditionalGeneration",)
 
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
-        """Every image is one tile: its patches in rows."""
+        """Every image is one tile: its patches in rows. Pixtral's are of ``image_sizes``, with text between rows.
+
+        Raises:
+            UnsupportedError: more or less than the tower's patches become tokens.
+        """
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return {}
         config: Any = model.config
-        strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
-        if strategy == "full" and config.vision_config.model_type == "clip_vision_model":
-            raise UnsupportedError(
-                "vision_feature_select_strategy='full' sends CLIP's CLS token along with the patches, which has no "
-                "place in the grid: use 'default'"
-            )
-        patch = config.vision_config.patch_size
-        tile = tile_layout(pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        return {config.image_token_id: [tile] * len(pixels)}
+        check_patches(self.tower(model), config, inputs)
+        patch, sizes = config.vision_config.patch_size, inputs.get("image_sizes")
+        if sizes is None:
+            sizes = [pixels.shape[-2:]] * len(pixels)
+        sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+        return {config.image_token_id: [tile_layout(int(h) // patch, int(w) // patch) for h, w in sizes]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-from vtr.integrations.llava import tile_layout
+from vtr.integrations.llava import check_patches, tile_layout
 
 from vtr.base import Layout
 from vtr.engine.adapters import Adapter
@@ -80,6 +80,7 @@ class LlavaNext(Adapter):
         if sizes is None:
             raise ValueError("LLaVA-NeXT needs image_sizes beside pixel_values: pass everything the processor returned")
         config: Any = model.config
+        check_patches(self.tower(model), config, inputs)
         pinpoints = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
         sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
         side, patch = config.vision_config.image_size, config.vision_config.patch_size

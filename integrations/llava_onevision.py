@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
-from vtr.integrations.llava import tile_layout
+from vtr.integrations.llava import check_patches, tile_layout
 from vtr.integrations.llava_next import canvas_of, window_of, with_newlines
 
 from vtr.base import Layout
@@ -86,6 +86,8 @@ class LlavaOnevision(Adapter):
         config: Any = model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         found: dict[int, list[Layout]] = {}
+        if any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
+            check_patches(self.tower(model), config, inputs)
         if inputs.get("pixel_values") is not None:
             if inputs.get("image_sizes") is None:
                 raise ValueError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 import vtr
 from tests import oracle, tiny
@@ -275,11 +276,22 @@ def test_stepping_by_hand_is_the_same(pair: Pair, policies: list[Any]) -> None:
         out = forward(pair.patched, after, past_key_values=out.past_key_values, use_cache=True)
 
 
-def live(report: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
-    """Per layer and row: the prompt tokens whose keys a cache should hold, by the report."""
-    text = (inputs["attention_mask"].bool() & (inputs["input_ids"] != tiny.IMAGE_ID)).sum(1).tolist()
-    per_row = [[t + v for v in row.vision_tokens] for t, row in zip(text, report.rows, strict=True)]
-    return [list(layer) for layer in zip(*per_row, strict=True)]
+def live(pair: Pair, inputs: dict[str, Tensor], decoded: int = 0) -> list[list[int]]:
+    """Per layer and row: the tokens whose keys a cache should hold, by the report and the layers' sliding windows."""
+    config, real = pair.stock.config.text_config, inputs["attention_mask"].bool()
+    text, out = real & (inputs["input_ids"] != tiny.IMAGE_ID), []
+    for depth in range(config.num_hidden_layers):
+        window, held = oracle.window(config, depth), []
+        for b, row in enumerate(vtr.report(pair.patched).rows):
+            start = int(real[b].nonzero()[0])
+            at = torch.cat([text[b].nonzero()[:, 0], torch.tensor(row.kept(depth))]).long() - start
+            if row.policy is not None and vtr.policy(row.policy).renumbers:
+                at = torch.arange(len(at))
+            end = int(at.max()) + 1
+            at = torch.cat([at, torch.arange(end, end + decoded)])
+            held.append(int((at > end + decoded - (window or 10**6)).sum()))  # what the next token can see
+        out.append(held)
+    return out
 
 
 @pytest.mark.parametrize("policies", MIXES)
@@ -288,12 +300,12 @@ def test_the_cache_holds_what_was_kept(pair: Pair, policies: list[Any]) -> None:
     each = 2 * config.num_key_value_heads * config.head_dim * 4
     cache = forward(pair.patched, inputs, policy=policies, use_cache=True).past_key_values
     report = vtr.report(pair.patched)
-    want = live(report, inputs)
+    want = live(pair, inputs)
     assert [layer.lengths() for layer in cache.layers] == want
     assert report.kv_bytes == sum(map(sum, want)) * each
     cache = tiny.generate(pair.patched, inputs, policy=policies, **RUN).past_key_values
     report = vtr.report(pair.patched)
-    grown = [[n + STEPS - 1 for n in layer] for layer in live(report, inputs)]  # the last token is never fed back
+    grown = live(pair, inputs, STEPS - 1)  # the last token is never fed back
     assert [layer.lengths() for layer in cache.layers] == grown
     assert report.kv_bytes == sum(map(sum, grown)) * each
 
@@ -363,3 +375,26 @@ def test_the_report_is_of_the_last_call(pair: Pair) -> None:
     rows = vtr.report(pair.patched).rows
     assert [row.policy for row in rows] == [None] * len(ROWS)
     assert all(row.vision_tokens == [row.total] * 5 for row in rows)
+
+
+def held(cache: Any) -> int:
+    """Bytes of keys and values in a cache of transformers' own."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def test_an_unreduced_report_says_what_the_cache_holds(pair: Pair) -> None:
+    inputs = tiny.batch(pair.stock, ROWS)
+    cache = tiny.generate(pair.patched, inputs, **RUN).past_key_values
+    assert vtr.report(pair.patched).kv_bytes == held(cache)
+    for mine in (None, DynamicCache()):  # one without a config knows of no window
+        cache = forward(pair.patched, inputs, use_cache=True, past_key_values=mine).past_key_values
+        assert vtr.report(pair.patched).kv_bytes == held(cache)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 4).long()], 1)
+        more = {"input_ids": torch.full((len(ROWS), 4), 9), "attention_mask": mask}
+        with FlopCounterMode(display=False) as counter:
+            forward(pair.patched, more, use_cache=True, past_key_values=cache)
+        counts = counter.get_flop_counts().items()
+        report = vtr.report(pair.patched)
+        assert report.kv_bytes == held(cache)
+        if pair.stock.config._attn_implementation == "eager":  # torch does not count sdpa on a CPU
+            assert report.flops == sum(sum(n.values()) for name, n in counts if name.endswith(".language_model"))

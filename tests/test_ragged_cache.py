@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,3 +128,50 @@ def test_an_update_without_a_plan_says_whose_cache_it_is() -> None:
     prefill(layer, [4])
     with pytest.raises(UnsupportedError, match=r"vtr\.patch"):
         layer.update(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM))
+
+
+def stepped(layer: RaggedLayer, at: int) -> None:
+    """One token at position ``at`` in each row."""
+    new = torch.full((len(layer.place), HEADS, 1, DIM), float(at))
+    layer.staged = Plan(decode=True, layers=[layer], positions=torch.full((len(layer.place),), at))
+    layer.update(new, new)
+    layer.attend_done(None)
+    layer.state.logical += 1
+    layer.state.tail += 1
+
+
+@pytest.mark.parametrize("readable", [("cpu",), ()])
+@pytest.mark.parametrize("recording", [False, True])
+def test_what_is_behind_a_window_goes(readable: tuple[str, ...], recording: bool, monkeypatch: Any) -> None:
+    """Two rows, one with gaps; whatever is dropped, the next token finds all that it can see."""
+    monkeypatch.setattr(cache, "READABLE", readable)
+    layer, buffers = RaggedLayer(CacheState([None] * 2, [0] * 2), 0, window=20), set()
+    where = [list(range(50)), list(range(0, 50, 3))]
+    packed = torch.tensor(where[0] + where[1]).float()[None, None, :, None].expand(1, HEADS, -1, DIM)
+    layer.staged = Plan(
+        decode=False, lengths=tuple(map(len, where)), layers=[layer], positions=packed[0, 0, :, 0].long()
+    )
+    layer.update(packed, packed)
+    layer.state.logical = 50
+    most = [19, 17] if not readable else [19, 6]
+    assert layer.lengths() == most and layer.allocated() <= 2 * 2 * 19 * HEADS * DIM * 4
+    if recording:
+        layer.activate_past_recording()
+    for at in range(50, 110):
+        stepped(layer, at)
+        where = [[*row, at] for row in where]
+        for b, n in enumerate(layer.lengths()):
+            held = layer.row(b, n)[0][0, 0, :, 0].tolist()
+            assert held[-min(n, 19) :] == where[b][-min(n, 19) :]
+            assert {p for p in where[b] if p > at + 1 - 20} <= set(held)
+            assert layer.positions(b, n).tolist() == held
+            assert recording or n <= 20 + 8
+        buffers.add(layer.buckets[0].keys.data_ptr())
+    if recording:
+        layer.crop(-7)
+        assert layer.positions(0, layer.lengths()[0]).tolist()[-19:] == list(range(84, 103))
+    layer.drop_unseen()
+    assert layer.lengths() == [19, 19]
+    with pytest.raises(UnsupportedError, match="activate_past_recording"):
+        layer.crop(-1)
+    assert len(buffers) <= 20

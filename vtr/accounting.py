@@ -194,13 +194,16 @@ def _dense(trace: DenseTrace) -> Report:
     """An unreduced call: transformers computes every row at the padded length, and every beam."""
     g, steps, past = trace.geometry, trace.steps, trace.past
     rows, n = trace.input_ids.shape[0] * trace.beams, trace.input_ids.shape[1]
-    per_token, depth = sum(g.linear_flops), g.num_hidden_layers
-    attention = 4 * g.heads * g.head_dim * depth
-    prefill = rows * (n * per_token + attention * n * (past + n))
+    per_token, attention = sum(g.linear_flops), 4 * g.heads * g.head_dim
+    windows = trace.windows or (None,) * g.num_hidden_layers
+    prefill = rows * (n * per_token + attention * n * sum(_held(past, w) + n for w in windows))
     if trace.cached:
-        decode = rows * (steps * per_token + attention * sum(past + n + t + 1 for t in range(steps)))
-        kv = rows * (past + n + steps) * depth * 2 * g.kv_heads * g.head_dim * trace.itemsize
+        keys = sum(_held(past + n + t, w) + 1 for t in range(steps) for w in windows)
+        decode = rows * (steps * per_token + attention * keys)
+        held = sum(_held(past + n + steps, w) for w in windows)
+        kv = rows * held * 2 * g.kv_heads * g.head_dim * trace.itemsize
     else:
+        attention *= g.num_hidden_layers
         decode = rows * sum((n + t + 1) * per_token + attention * (n + t + 1) ** 2 for t in range(steps))
         kv = 0
     return Report(
@@ -214,6 +217,11 @@ def _dense(trace: DenseTrace) -> Report:
         selector_ms=0.0,
         steps=steps,
     )
+
+
+def _held(tokens: int, window: int | None) -> int:
+    """How many of a row's tokens transformers' own cache holds: with a sliding window, those the next one can see."""
+    return tokens if window is None else min(tokens, window - 1)
 
 
 def _dense_rows(trace: DenseTrace) -> list[RowReport]:

@@ -179,7 +179,8 @@ def image_spans(model: Any, inputs: Any) -> list[tuple[int, int, Layout]]:
     from vtr.engine.install import patch_of
     from vtr.engine.prompt import read_prompt
 
-    prompt = read_prompt(patch_of(model).adapter, model, inputs["input_ids"], None, inputs)
+    patch = patch_of(model)
+    prompt = read_prompt(patch.adapter, patch.model, inputs["input_ids"], None, inputs)
     spans = []
     for row, images in enumerate(prompt.layouts):
         slots, start = prompt.is_vision[row].nonzero().squeeze(1).tolist(), 0

@@ -146,13 +146,55 @@ def families() -> dict[str, tuple[str, ...]]:
     return {a.family: a.classes for a in reversed(_ADAPTERS)}
 
 
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "PeftModel": "get_base_model()",
+    "PeftMixedModel": "base_model",
+    "BaseTuner": "model",
+}
+"""Classes that only stand around a model, by name, and where it is in them."""
+
+
+def _way_in(model: object) -> str | None:
+    """Where the model is inside of ``model``; None if that is no wrapper."""
+    return next((way for cls in type(model).__mro__ if (way := _WRAPPERS.get(cls.__name__))), None)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of ``torch.compile``'s, peft's, accelerate's and torch's parallel wrappers, however nested."""
+    while (way := _way_in(model)) is not None:
+        found = getattr(model, way.removesuffix("()"))
+        model = found() if way.endswith("()") else found
+    return model
+
+
+def _advice(model: nn.Module) -> str:
+    """What to patch instead of a wrapper or of a part of a model; empty if ``model`` is neither."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if (way := _way_in(model)) is not None:
+        return f"It stands around a {type(unwrapped(model)).__name__}: give that one, model.{way}. "
+    for whole in (cls for adapter in _ADAPTERS for cls in adapter.classes):
+        if name == whole.removesuffix("ForConditionalGeneration") + "Model":
+            return (
+                f"It is the part of a {whole} without the head: patch the whole model (load it with "
+                f"transformers.{whole} or AutoModelForImageTextToText). "
+            )
+    if config is not None and not any(hasattr(config, part) for part in ("vision_config", "mm_vision_tower", "visual")):
+        return "It sees no pictures by itself: where it is part of a vision-language model, patch that whole model. "
+    return ""
+
+
 def find_adapter(model: object) -> Adapter:
     """The adapter of ``model``'s family.
 
     Raises:
         TypeError: ``model`` is no torch module.
         UnsupportedError: no adapter knows its class (the message lists the families and says how to add one), or the
-            family is known to be impossible.
+            family is known to be impossible. Of a wrapper, or a part of a model, it names the model to give instead.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vtr.patch needs a model (a torch.nn.Module), got {type(model).__name__}")
@@ -164,6 +206,6 @@ def find_adapter(model: object) -> Adapter:
             raise UnsupportedError(f"{type(model).__name__} cannot be patched: {why}")
     known = "; ".join(f"{family} ({', '.join(classes)})" for family, classes in families().items())
     raise UnsupportedError(
-        f"{type(model).__name__} is no model family vtr knows. Known: {known}. "
+        f"{type(model).__name__} is no model family vtr knows. {_advice(model)}Known: {known}. "
         "To add one, subclass vtr.engine.adapters.Adapter and call register_adapter (see integrations/llava.py)"
     )

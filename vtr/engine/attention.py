@@ -185,6 +185,8 @@ def attention(
                     plan.sink[row] = found[-n:]
     if one_kernel is not None:
         return one_kernel(query, key, value), None
+    if window is not None and plan.past and not plan.layers[module.layer_idx].record_past:
+        plan.layers[module.layer_idx].tidy(max(plan.lengths))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
 
 

@@ -1,12 +1,14 @@
 """The ragged cache layer: every row has its own physical length, while transformers sees the logical one.
 
 Rows of similar length share a dense bucket ``[b, kv_heads, capacity, head_dim]``, so that one unreduced row does not
-make every row's cache long. Buckets grow in blocks of about a tenth, never by a copy per token.
+make every row's cache long. Buckets grow in blocks of about a tenth, never by a copy per token. Of a layer with a
+sliding window they hold no token that none to come can see, give or take such a block while a call is running.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ class CacheState:
     """Tokens appended since the last reduction, the same for every row: what ``crop`` may take back."""
     exact: bool = True
     """False once ``remember`` has refused a token: rows then end at different places."""
+    floor: int = 0
+    """Logical length that ``crop`` cannot go below: tokens that a sliding window would need are gone."""
     memos: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, sources: list[int]) -> None:
@@ -70,9 +74,28 @@ class Bucket:
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.upper] = old[:, :, : self.upper]
             setattr(self, name, new)
-        if self.positions is not None:
-            missing = capacity - self.positions.shape[1]
-            self.positions = torch.nn.functional.pad(self.positions, (0, missing))
+
+    def unseen(self, coming: torch.Tensor, window: int, slack: int = 0) -> torch.Tensor:
+        """int64 [b]: how many tokens at each row's beginning none from position ``coming`` ([b]) on can see.
+
+        Args:
+            slack: so many positions behind the window are to be seen too.
+        """
+        assert self.positions is not None
+        seen = self.positions[:, : self.upper] > (coming - window - slack)[:, None]
+        there = torch.arange(self.upper, device=self.lens.device) < self.lens[:, None]
+        return (there & (seen.cumsum(1) == 0)).sum(1)
+
+    def shift(self, by: torch.Tensor, lens: list[int], capacity: int) -> None:
+        """Take ``by`` ([b]) tokens off each row's beginning, which leaves ``lens``, into a storage of ``capacity``."""
+        assert self.positions is not None
+        device, last = self.keys.device, self.keys.shape[2] - 1
+        index = (torch.arange(capacity, device=device) + by[:, None]).clamp_(max=last)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            setattr(self, name, old.gather(2, index[:, None, :, None].expand(*old.shape[:2], -1, old.shape[3])))
+        self.positions = self.positions.gather(1, index)
+        self.lens, self.upper, self.equal = self.lens - by, max(lens), len(set(lens)) == 1
 
 
 class RaggedLayer(DynamicLayer):
@@ -83,6 +106,7 @@ class RaggedLayer(DynamicLayer):
     def __init__(self, state: CacheState, index: int, window: int | None = None) -> None:
         super().__init__()
         self.state, self.index, self.window = state, index, window
+        self.record_past, self._committed = False, 0
         self.staged: Any = None
         self.buckets: list[Bucket] = []
         self.place: dict[int, tuple[Bucket, int]] = {}
@@ -130,7 +154,11 @@ class RaggedLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.buckets, self.place, self.attended = [], {}, 0
-        self.state.logical = self.state.tail = 0
+        self.state.logical = self.state.tail = self.state.floor = self._committed = 0
+
+    def activate_past_recording(self) -> None:
+        """From now on, what comes in can be taken back: until ``crop``, no token is dropped that it may need."""
+        self.record_past, self._committed = True, self.state.logical
 
     def crop(self, tokens_to_remove: int) -> None:
         n = abs(tokens_to_remove)
@@ -141,12 +169,19 @@ class RaggedLayer(DynamicLayer):
                 f"cannot crop {n} tokens: only tokens decoded after the last reduction, all of them remembered, can be "
                 "taken back; start with a new cache instead"
             )
+        if self.index == 0 and n and self.state.logical - n < self.state.floor:
+            raise UnsupportedError(
+                f"cannot crop {n} tokens: what a sliding window would then need is gone; call "
+                "cache.activate_past_recording() before the tokens that are to be taken back, or start with a new cache"
+            )
         for bucket in self.buckets:
             bucket.lens = bucket.lens - n
             bucket.upper -= n
         if self.index == 0:
             self.state.logical -= n
             self.state.tail -= n
+        self._committed = self.state.logical
+        self.tidy()
 
     # -- what the engine asks --------------------------------------------------------------------------------------
     @property
@@ -193,35 +228,88 @@ class RaggedLayer(DynamicLayer):
         """Bytes of key and value storage."""
         return sum(t.numel() * t.element_size() for b in self.buckets for t in (b.keys, b.values))
 
+    def tidy(self, new: int = 0) -> None:
+        """:meth:`drop_unseen` where it is worth a copy."""
+        if self.window is not None and any(b.upper >= self.window + block(self.window) for b in self.buckets):
+            self.drop_unseen(new)
+
+    def drop_unseen(self, new: int = 0) -> None:
+        """Drop what is behind the sliding window for every token to come; reads the device.
+
+        Args:
+            new: tokens of each row that are cached and not yet counted in ``state.logical``.
+        """
+        if self.window is None or self.state.logical + new < self.window:
+            return
+        slack = self.state.logical + new - self._committed if self.record_past else 0
+        for bucket in self.buckets:
+            assert bucket.positions is not None
+            last = bucket.positions.gather(1, (bucket.lens - 1).clamp(min=0)[:, None])[:, 0]
+            by = bucket.unseen(last + 1, self.window, slack)
+            gone, left = torch.stack([by, bucket.lens - by]).tolist()
+            capacity = self._capacity(max(left))
+            if any(gone) or bucket.keys.shape[2] > capacity:
+                bucket.shift(by, left, capacity)
+            if any(gone):
+                self.state.floor = max(self.state.floor, self.state.logical + new - slack)
+
     # -- storage ---------------------------------------------------------------------------------------------------
     def _append_packed(
         self, keys: torch.Tensor, values: torch.Tensor, lengths: tuple[int, ...], positions: torch.Tensor | None
     ) -> None:
+        ends = list(accumulate(lengths))
         if not self.place:
+            lengths = tuple(self._seen_later(n, end, positions) for n, end in zip(lengths, ends, strict=True))
             self._allocate(list(lengths), keys, values)
             old = [0] * len(lengths)
-        else:
+        else:  # what is behind the window goes when these tokens have attended to it
             old = self.lengths()
             self._reserve([o + n for o, n in zip(old, lengths, strict=True)])
-        offset = 0
-        for row, n in enumerate(lengths):
+        for row, (n, end) in enumerate(zip(lengths, ends, strict=True)):
             bucket, i = self.place[row]
             here = slice(old[row], old[row] + n)
-            bucket.keys[i, :, here] = keys[0, :, offset : offset + n]
-            bucket.values[i, :, here] = values[0, :, offset : offset + n]
+            bucket.keys[i, :, here] = keys[0, :, end - n : end]
+            bucket.values[i, :, here] = values[0, :, end - n : end]
             if bucket.positions is not None and positions is not None:
-                bucket.positions[i, here] = positions[offset : offset + n]
-            offset += n
+                bucket.positions[i, here] = positions[end - n : end]
         self._set_lengths([o + n for o, n in zip(old, lengths, strict=True)])
+
+    def _seen_later(self, n: int, end: int, positions: torch.Tensor | None) -> int:
+        """How many of a row's first ``n`` tokens, which end at ``end``, any token to come can see."""
+        if self.window is None or self.record_past or positions is None:
+            return n
+        at, later = positions[end - n : end], min(n, self.window - 1)
+        if at.device.type in READABLE:  # with gaps between them they are fewer
+            later = n - int(((at > at[-1] + 1 - self.window).cumsum(0) == 0).sum())
+        if later < n:
+            self.state.floor = max(self.state.floor, self.state.logical + n)
+        return later
+
+    def _make_room(self, bucket: Bucket, coming: torch.Tensor | None) -> None:
+        """A full bucket gets room for a token more a row, at positions ``coming`` ([b]; None without a window)."""
+        if self.window is None or coming is None:
+            if not bucket.equal:
+                bucket.upper = int(bucket.lens.max())
+            if bucket.upper + 1 > bucket.keys.shape[2]:
+                bucket.grow(bucket.upper + 1 + block(bucket.upper))
+            return
+        slack = self.state.logical - self._committed if self.record_past else 0
+        by = bucket.unseen(coming, self.window, slack)
+        gone, left = torch.stack([by, bucket.lens - by]).tolist()
+        if any(gone):
+            self.state.floor = max(self.state.floor, self.state.logical - slack)
+        bucket.shift(by, left, max(left) + 1 + block(max(left)))
+
+    def _capacity(self, longest: int) -> int:
+        """Tokens a bucket gets storage for, whose longest row has ``longest``; no more than a window has."""
+        roomy = longest + block(longest)
+        return roomy if self.window is None else max(longest, min(roomy, self.window - 1))
 
     def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
         for bucket in self.buckets:
             if bucket.upper + 1 > bucket.keys.shape[2]:
-                if not bucket.equal:
-                    bucket.upper = int(bucket.lens.max())
-                if bucket.upper + 1 > bucket.keys.shape[2]:
-                    bucket.grow(bucket.upper + 1 + block(bucket.upper))
+                self._make_room(bucket, positions if positions is None or self.whole else positions[bucket.rows])
             new_k, new_v = (keys, values) if self.whole else (keys[bucket.rows], values[bucket.rows])
             if bucket.equal:
                 bucket.keys[:, :, bucket.upper] = new_k[:, :, 0]
@@ -264,7 +352,7 @@ class RaggedLayer(DynamicLayer):
         for rows in groups:
             rows.sort()
             longest = max(lengths[r] for r in rows)
-            capacity = longest + block(longest)
+            capacity = self._capacity(longest)
             new_k = keys.new_zeros(len(rows), keys.shape[1], capacity, keys.shape[3])
             new_v = values.new_zeros(len(rows), values.shape[1], capacity, values.shape[3])
             lens = torch.zeros(len(rows), dtype=torch.int64, device=keys.device)

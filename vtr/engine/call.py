@@ -140,6 +140,21 @@ def refuse_if_busy(key: object, what: str) -> None:
         raise RuntimeError(f"cannot {what} this model now: {whys[0]}")
 
 
+def refuse_replica(key: object, policy: Given) -> None:
+    """Refuse the reduced call of a copy that ``torch.nn.DataParallel`` made: its thread knows nothing of this context.
+
+    Raises:
+        UnsupportedError: a policy was given, is the default, or a ``vtr.use`` block is open.
+    """
+    with _lock:
+        used = bool(_busy.get(key))
+    if policy is not None or used:
+        raise UnsupportedError(
+            "torch.nn.DataParallel on several devices cannot reduce (a batch's policies and vtr.use do not reach its "
+            "copies): call model.module, use DistributedDataParallel, or pass policy=None outside of vtr.use"
+        )
+
+
 def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) -> list[Policy | None] | None:
     """One policy or one per row → a list with one entry per row; None if nothing is reduced.
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _attaching = threading.Lock()
 CLS = ("class_embedding", "cls_token")
 """What towers with a CLS token call its embedding."""
+LEADING = (*CLS, "register_tokens", "distillation_token")
+"""What towers call the embeddings of all tokens that they put in front of the patches."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
         q, k = (attention.q_norm(q), attention.k_norm(k)) if normed else (q, k)
         products = torch.matmul(k.float(), q.float().transpose(1, 2))[..., 0]
         flops += 2 * tiles * (tokens - 1) * q.shape[-1] * (width + 1)
-    heads = attention.num_heads
+    heads = heads_of(attention)
     return products / (heads * (q.shape[-1] // heads) ** 0.5), flops
 
 
@@ -181,24 +183,47 @@ def last_layer(tower: Any) -> tuple[Any, Any]:
     Raises:
         UnsupportedError: it is built otherwise.
     """
-    encoder = getattr(getattr(tower, "vision_model", tower), "encoder", None)
+    whole = getattr(tower, "vision_model", tower)
+    encoder = getattr(whole, "encoder", whole)
     layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
     last = layers[-1] if layers else None
     norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1") if (m := getattr(last, n, None))), None)
     attention = next((m for n in ("self_attn", "attention", "attn") if (m := getattr(last, n, None))), None)
     if isinstance(getattr(attention, "qkv", None), nn.Linear) and hasattr(attention, "num_heads"):
         return norm, Unfused(attention)
-    if norm is None or not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "num_heads")):
+    plain = norm is not None and all(hasattr(attention, name) for name in ("q_proj", "k_proj"))
+    if not plain or heads_of(attention) is None:
         raise UnsupportedError(
             f"{type(tower).__name__} has a CLS token, but its last layer is not built of a norm and q_proj, k_proj, so "
             "how it looks at the patches cannot be read: use a policy that needs no CLS scores"
         )
+    if any("rope" in name.rpartition(".")[2] for name, _ in tower.named_modules()):
+        raise UnsupportedError(
+            f"{type(tower).__name__} has a CLS token, but turns the queries and keys of its patches by where they are "
+            "(rope), which CLS scores leave out: use a policy that needs none"
+        )
     return norm, attention
+
+
+def heads_of(attention: Any) -> int | None:
+    """How many heads an attention module has, by itself or by its config; None if neither says."""
+    found = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads", None)
+    return found or getattr(getattr(attention, "config", None), "num_attention_heads", None)
 
 
 def has_cls(tower: Any) -> bool:
     """Whether a vision tower puts a CLS token in front of the patches."""
-    return any(name.rpartition(".")[2] in CLS for name, _ in tower.named_parameters())
+    return any(name.rpartition(".")[2] in CLS for name, _ in _embeddings(tower))
+
+
+def leading_tokens(tower: Any) -> int:
+    """How many tokens a vision tower puts in front of the patches: CLS, registers."""
+    return sum(p.numel() // p.shape[-1] for name, p in _embeddings(tower) if name.rpartition(".")[2] in LEADING)
+
+
+def _embeddings(tower: Any) -> list[tuple[str, Any]]:
+    """A tower's parameters by name, without those of a head that pools the patches (its CLS is no token of theirs)."""
+    return [(name, p) for name, p in tower.named_parameters() if "head" not in name.split(".")]
 
 
 def on_grid(scores: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from vtr.engine.call import (
     handed,
     is_ragged,
     refuse_compiled,
+    refuse_replica,
     warn_on_continue,
 )
 from vtr.engine.captures import begin
@@ -45,6 +46,8 @@ class ForwardHooks:
             if self.check_compiling(kwargs):
                 kwargs["vtr_request"] = None
             return args, kwargs
+        if module.__dict__.get("_is_replica"):
+            refuse_replica(self.patch.key, kwargs.get("policy", self.patch.default))
         if self.patch.inner is not self.patch.model:
             left = handed.get()
             if (left is not None and left[0] is self.patch.key) or self.patch.generation() is None:

@@ -40,7 +40,7 @@ from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
 from vtr.engine.resolve import check_resolvable, resolve_rows
 from vtr.engine.session import Session
 from vtr.engine.text import TextHooks
-from vtr.engine.trace import DenseTrace, Geometry, Trace
+from vtr.engine.trace import DenseTrace, Geometry, Trace, held_windows
 
 NAME = "_vtr"
 
@@ -190,6 +190,8 @@ class Patch:
             running.reset(token)
             capturing.reset(before)
         if generation.started:
+            for layer in generation.cache_layers or []:
+                layer.drop_unseen()
             note_cache(generation.trace, generation.cache_layers, generation.attended_before)
             generation.trace.tried = tried
             self.publish(generation.trace)
@@ -220,8 +222,15 @@ class Patch:
         self.adapter.check_generation(self.model, prompt)
         return prompt
 
-    def dense(self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1) -> DenseTrace | None:
-        """None for a call that this model may understand and vtr does not: there is nothing to report of it."""
+    def dense(
+        self, ids: torch.Tensor, kwargs: dict[str, Any], steps: int = 0, beams: int = 1,
+        windows: tuple[int | None, ...] | None = None,
+    ) -> DenseTrace | None:  # fmt: skip
+        """None for a call that this model may understand and vtr does not: there is nothing to report of it.
+
+        Args:
+            windows: those that the cache is cut to; None: as it says.
+        """
         cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
         try:
             merged = self.adapter.prompt(self.model, ids, kwargs.get("attention_mask"), kwargs)
@@ -238,6 +247,7 @@ class Patch:
             past=0 if cache is None else int(cache.get_seq_length()),
             steps=steps,
             beams=beams,
+            windows=held_windows(self.windows, cache) if windows is None else windows,
         )
 
     def _dense_generation(self, ids: torch.Tensor, kwargs: dict[str, Any], out: Any) -> DenseTrace | None:
@@ -247,7 +257,9 @@ class Patch:
         whole = self.inner is self.model and not self.adapter.says_answer_only  # the prompt stands in front
         new = sequences.shape[1] - (ids.shape[1] if whole else 0)
         steps = max(new - 1, 0)  # the first token comes out of the prompt's forward
-        return self.dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several))
+        full = (kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)) == "dynamic_full"
+        windows = () if full else held_windows(self.windows, cache_in(kwargs))
+        return self.dense(ids, {**kwargs, **dict.fromkeys(NAMES)}, steps, max(n or 1 for n in several), windows)
 
 
 class LayerHook:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vtr.base import Policy
-from vtr.engine.adapters import find_adapter
+from vtr.engine.adapters import find_adapter, unwrapped
 from vtr.engine.call import Given, busy, in_use, refuse_if_busy, resolve
 from vtr.engine.hooks import NAME, Patch
 
@@ -19,23 +19,25 @@ def patch(model: Any, policy: Policy | str | None = None) -> Any:
     May be called again to change the default.
 
     Args:
-        model: a model of a family vtr knows (see :func:`vtr.engine.adapters.families`).
+        model: a model of a family vtr knows (see :func:`vtr.engine.adapters.families`), or a wrapper around one
+            (peft's, ``torch.compile``'s, accelerate's, ``DataParallel`` …): then the model inside is patched.
         policy: the model's default for calls that name none, e.g. those a streamer makes in its own thread.
 
     Returns:
-        The same model.
+        What was given: the same model, or the same wrapper.
 
     Raises:
         TypeError, ValueError: not a model, or a policy that cannot work on it.
-        UnsupportedError: an unknown family or attention implementation.
+        UnsupportedError: an unknown family, a part of a model, or an attention implementation that cannot be used.
         RuntimeError: the model is already patched and in use (a ``vtr.use`` block, a running ``generate``).
     """
-    adapter = find_adapter(model)
-    known: Patch | None = model.__dict__.get(NAME)
+    inside = unwrapped(model)
+    adapter = find_adapter(inside)
+    known: Patch | None = inside.__dict__.get(NAME)
     if known is not None:
         refuse_if_busy(known.key, "patch")
-    made = known or Patch(model, adapter, None)
-    resolved = resolve(policy, 1, made.geometry.num_hidden_layers, model)
+    made = known or Patch(inside, adapter, None)
+    resolved = resolve(policy, 1, made.geometry.num_hidden_layers, inside)
     adapter.refuse(resolved or [])
     made.default = resolved[0] if resolved else None
     if known is None:
@@ -44,24 +46,24 @@ def patch(model: Any, policy: Policy | str | None = None) -> Any:
 
 
 def patch_of(model: Any) -> Patch:
-    """The patch of a patched model.
+    """The patch of a patched model, or of the one inside of a wrapper.
 
     Raises:
         ValueError: the model is not patched.
     """
-    found = getattr(model, "__dict__", {}).get(NAME)
+    found = getattr(unwrapped(model), "__dict__", {}).get(NAME)
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call vtr.patch(model) first")
     return found
 
 
 def unpatch(model: Any) -> Any:
-    """Take everything :func:`patch` installed out again; a model that is not patched is left alone. Returns the model.
+    """Take everything :func:`patch` installed out again; a model that is not patched is left alone. Returns ``model``.
 
     Raises:
         RuntimeError: the model is in use (a ``vtr.use`` block, a ``generate`` running in any thread).
     """
-    found: Patch | None = getattr(model, "__dict__", {}).get(NAME)
+    found: Patch | None = getattr(unwrapped(model), "__dict__", {}).get(NAME)
     if found is not None:
         refuse_if_busy(found.key, "unpatch")
         found.remove()
@@ -79,7 +81,7 @@ def use(model: Any, policy: Given) -> Iterator[Any]:
     """
     found = patch_of(model)
     several = policy if isinstance(policy, (list, tuple)) else [policy]
-    found.adapter.refuse(resolve(policy, len(several), found.geometry.num_hidden_layers, model) or [])
+    found.adapter.refuse(resolve(policy, len(several), found.geometry.num_hidden_layers, found.model) or [])
     token = in_use.set({**in_use.get(), found.key: policy})
     try:
         with busy(found.key, "a vtr.use block is open; leave it first"), found.using(policy):

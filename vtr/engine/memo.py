@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vtr.engine.adapters import unwrapped
+
 
 @dataclass(frozen=True)
 class Run:
@@ -119,6 +121,7 @@ def shared_features(model: Any) -> Iterator[Shared]:
     Raises:
         ValueError: the model has no vision tower of its own.
     """
+    model = unwrapped(model)
     tower = model.get_encoder(modality="image")
     if not isinstance(tower, torch.nn.Module) or tower is model:
         raise ValueError(

@@ -66,6 +66,7 @@ def read_prompt(
 
     Raises:
         ValueError: the images do not fit the placeholders.
+        UnsupportedError: the mask hides vision tokens.
     """
     if (merged := adapter.prompt(model, ids, mask, inputs)) is not None:
         return merged
@@ -74,6 +75,14 @@ def read_prompt(
     is_vision = torch.isin(ids, torch.tensor(adapter.placeholders(model)))
     valid = mask[:, -ids.shape[1] :].bool().cpu() if mask is not None and mask.dim() == 2 else None
     rows = assign_images(layouts, ids, is_vision)
+    hidden = (is_vision & ~valid).sum(1) if valid is not None else is_vision.new_zeros(len(ids))
+    if bool(hidden.any()):
+        row = int(hidden.argmax())
+        raise UnsupportedError(
+            f"attention_mask hides {int(hidden[row])} of the {int(is_vision[row].sum())} vision tokens of row {row}, "
+            "and a policy chooses among whole pictures: leave what is to be hidden out of the prompt (its placeholders "
+            "and its picture), or pass policy=None for this call"
+        )
     layouts_of, places_of = [[lay for lay, _ in row] for row in rows], [[at for _, at in row] for row in rows]
     return Prompt(is_vision, layouts_of, places_of, valid, inputs.get("labels"))
 
@@ -146,9 +155,10 @@ def _images_of(queues: dict[int, list[Located]], slots: torch.Tensor, row: int) 
         queue = queues.get(kind)
         n = len(queue[0][0]) if queue else 0
         if not queue or at + n > len(slots) or not bool((slots[at : at + n] == kind).all()):
+            there = f"the next image gives {n}" if queue else "no image is left for the rest"
             raise ValueError(
-                f"row {row} has {len(slots)} image placeholders, which is not what its images give: "
-                "tokenize text and images in one processor call, and do not truncate"
+                f"row {row} has {len(slots)} image placeholders, which is not what its images give (from its "
+                f"{at + 1}. on, {there}): tokenize text and images in one processor call, and do not truncate"
             )
         mine.append(queue.pop(0))
         at += n

@@ -82,6 +82,9 @@ class TextHooks:
             rows = embeds.shape[0]
             state = CacheState(list(request.policies), [0] * rows, [[0] * rows for _ in windows])
             layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
+            if any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ())):
+                for layer in layers:  # assisted decoding will take drafts back
+                    layer.activate_past_recording()
         valid = request.prompt.valid if request is not None else None
         if valid is None and mask is not None:
             valid = mask.bool().cpu()

@@ -182,3 +182,13 @@ class DenseTrace:
     """Tokens decoded after the prompt's forward."""
     beams: int = 1
     tried: Tried | None = None
+    windows: tuple[int | None, ...] = ()
+    """Per layer: the sliding window whose tokens alone its cache holds, or None; empty where no layer has one."""
+
+
+def held_windows(windows: tuple[int | None, ...], cache: Any) -> tuple[int | None, ...]:
+    """Of the layers' sliding ``windows``, those that ``cache`` (None: one that transformers makes) is cut to."""
+    if cache is None or not any(windows):
+        return windows
+    cut = [getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", [])]
+    return tuple(w if here else None for w, here in zip(windows, cut, strict=True)) if cut else ()

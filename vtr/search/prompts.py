@@ -75,7 +75,7 @@ class Prepared:
         self, model: Any, processor: Any, data: Any, objective: str = "kl", batch_size: int = 32,
         max_new_tokens: int = 16, tick: Callable[[int], Any] = lambda count: None,
     ) -> None:  # fmt: skip
-        patch_of(model)
+        model = patch_of(model).model
         if model.training:
             raise ValueError("a search needs the model as it is used: call model.eval() first")
         if batch_size < 1 or max_new_tokens < 1:

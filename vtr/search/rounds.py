@@ -36,6 +36,7 @@ class Search:
         batch_size: int, max_new_tokens: int, seed: int, state: str | Path | None, reuse: Reuse, progress: bool,
         settings: dict[str, Any], trials: int | None = None,
     ) -> None:  # fmt: skip
+        model = patch_of(model).model
         self.depth = len(patch_of(model).text.layers)
         if isinstance(start, bool) or not isinstance(start, int) or not 1 <= start < self.depth:
             raise ValueError(f"start={start!r}: the first layer that may cut is one of 1…{self.depth - 1}")
