@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 ON_CONTINUE = ("warn", "keep", "error")
 
 
@@ -11,6 +13,23 @@ def check_layer(layer: int, minimum: int = 0, why: str = "") -> None:
         raise TypeError(f"layer must be an int (0-based decoder layer), got {layer!r}")
     if layer < minimum:
         raise ValueError(f"layer={layer}: {why or f'decoder layers count from {minimum}'}")
+
+
+def check_count(value: int, name: str, least: int, most: int) -> None:
+    """Raise unless ``value`` is an int in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value}: choose {least}…{most}")
+
+
+def check_number(value: float, name: str) -> float:
+    """``value`` as a float; raises unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
+    return float(value)
 
 
 def check_depth(layer: int, num_hidden_layers: int) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import gelu
 
 from vtr.base import Layout, Policy
 from vtr.image import scales
+from vtr.policies._checks import check_number
 from vtr.registry import build, register_policy
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 ROUTER = ("mean", "std", "hidden.weight", "hidden.bias", "out.weight", "out.bias")
 """The router's tensors: how its inputs are normalised, and a network of one hidden layer."""
+
+
+MOST_TRIED = 1024
+"""Tokens of an answer that a try may look at."""
 
 
 def confidence(answer: Answer) -> float:
@@ -35,7 +40,8 @@ def confidence(answer: Answer) -> float:
 def calibrated(raw: float, line: Sequence[float]) -> float:
     """Platt's scaling: the sigmoid of a line of the confidence's logit. line: (slope, intercept)."""
     raw = min(max(raw, 1e-6), 1 - 1e-6)
-    return 1 / (1 + math.exp(-(line[0] * math.log(raw / (1 - raw)) + line[1])))
+    there = line[0] * math.log(raw / (1 - raw)) + line[1]
+    return 1 / (1 + math.exp(min(max(-there, -700.0), 700.0)))
 
 
 def router_input(images: Sequence[Image], question: torch.Tensor) -> torch.Tensor:
@@ -87,14 +93,19 @@ class AutoScale(Policy):
             raise ValueError(f"method={self.method!r}: choose 'cascade' or 'router'")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, float) or not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold!r}: a probability, a float above 0 and at most 1.0")
-        if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
-            raise ValueError(f"answer_tokens={self.answer_tokens!r}: a try looks at 1 token at least")
+        whole = isinstance(self.answer_tokens, int) and not isinstance(self.answer_tokens, bool)
+        if not whole or not 1 <= self.answer_tokens <= MOST_TRIED:
+            raise ValueError(
+                f"answer_tokens={self.answer_tokens!r}: a try looks at 1 token at least, at {MOST_TRIED} at most"
+            )
         if self.scales is not None:
-            self.scales = [int(count) for count in self.scales]
+            if isinstance(self.scales, str) or any(type(count) is not int or count < 1 for count in self.scales):
+                raise ValueError(f"scales={self.scales!r}: counts of tokens per tile, ints of at least 1")
+            self.scales = list(self.scales)
             if len(self.scales) < 2 or self.scales != sorted(set(self.scales)):
                 raise ValueError(f"scales={self.scales}: name at least two, from the coarsest to the finest")
         if self.calibration is not None:
-            self.calibration = [[float(number) for number in line] for line in self.calibration]
+            self.calibration = [[check_number(number, "calibration") for number in line] for line in self.calibration]
             if self.scales is None or len(self.calibration) != len(self.scales) - 1:
                 raise ValueError("calibration has one (slope, intercept) per scale but the last: name scales as well")
             if any(len(line) != 2 for line in self.calibration):

@@ -12,7 +12,7 @@ from torch import nn
 
 from vtr.base import Keep, Token, Tokens, check_keep, keep_count, top
 from vtr.learned import Learned
-from vtr.policies._checks import check_depth, check_layer
+from vtr.policies._checks import check_count, check_depth, check_layer
 from vtr.registry import register_policy
 
 KEEP = 0
@@ -130,10 +130,12 @@ class DynamicLLaVA(Learned):
         check_layer(self.layer)
         if self.without_cache not in ("decision", "ranked"):
             raise ValueError(f"without_cache={self.without_cache!r}: choose 'decision' or 'ranked'")
-        if self.width % 4 or self.width % self.heads or min(self.width, self.heads, self.inner, self.blocks + 1) < 1:
-            raise ValueError(
-                f"width={self.width} must be divisible by 4 and by heads={self.heads}, all of them positive"
-            )
+        check_count(self.width, "width", 4, 2**14)
+        check_count(self.heads, "heads", 1, self.width)
+        check_count(self.inner, "inner", 1, 2**16)
+        check_count(self.blocks, "blocks", 0, 64)
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(f"width={self.width} must be divisible by 4 and by heads={self.heads}")
 
     def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
         image = ImagePredictor(hidden_size, self.width, self.heads, self.inner, self.blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,8 @@ from torch import nn
 
 from vtr.base import Route, Tokens, top
 from vtr.learned import Learned
+from vtr.limits import MOST_LAYERS
+from vtr.policies._checks import check_count, check_number
 from vtr.registry import register_policy
 from vtr.schedule import progressive
 
@@ -74,18 +77,19 @@ class PMoD(Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.low <= self.high <= 1:
+        check_number(self.factor, "factor")
+        if not 0 <= check_number(self.low, "low") <= check_number(self.high, "high") <= 1:
             raise ValueError(f"low={self.low}, high={self.high}: shares of tokens, 0 <= low <= high <= 1")
         if self.shape not in ("cosine", "linear"):
             raise ValueError(f"shape={self.shape!r}: choose 'cosine' or 'linear'")
         if self.ties not in ("lower", "official"):
             raise ValueError(f"ties={self.ties!r}: choose 'lower' or 'official'")
-        if self.period is not None and (isinstance(self.period, bool) or self.period < 1):
-            raise ValueError(f"period={self.period!r}: a decoder layer, at least 1, or None for the last one")
+        if self.period is not None:
+            check_count(self.period, "period", 1, MOST_LAYERS)
         if self.ratios is not None:
             if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence):
                 raise TypeError(f"ratios must be a list with a ratio or None for each layer, got {self.ratios!r}")
-            self.ratios = [None if r is None else float(r) for r in self.ratios]
+            self.ratios = [None if r is None else check_number(r, "ratios") for r in self.ratios]
             if any(r is not None and not 0 <= r <= 1 for r in self.ratios):
                 raise ValueError(f"ratios={self.ratios}: each lies in [0, 1], or is None for a dense layer")
         self._act, self._scale, self._bias = _parsed(self.norm)
@@ -146,6 +150,6 @@ def _parsed(norm: str) -> tuple[str, float, float]:
         scale, bias = map(float, numbers or (1, 1))
     except ValueError:
         act, scale, bias = "", 1.0, 1.0
-    if act not in ACTIVATIONS:
+    if act not in ACTIVATIONS or not math.isfinite(scale) or not math.isfinite(bias):
         raise ValueError(f"norm={norm!r}: write activation_scale_bias, e.g. tanh_0.2_1, with {', '.join(ACTIVATIONS)}")
     return act, scale, bias
