@@ -207,6 +207,8 @@ def _first(name: str) -> str | None:
 
 def _split(text: str, separator: str) -> list[str]:
     """Split at ``separator`` outside of brackets and quotes."""
+    if separator not in text:
+        return [text]
     parts, depth, quoted, start = [], 0, False, 0
     for i, char in enumerate(text):
         quoted ^= char == '"'

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from vtr.integrations.vllm import metrics
+from vtr.integrations.vllm import bodies, metrics
 from vtr.integrations.vllm.specs import RequestError, read
 
 from vtr.limits import short
@@ -39,10 +39,6 @@ OPTIONS, MEDIA, KEY = "mm_processor_kwargs", "media_io_kwargs", "vtr"
 IMAGES = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 LARGEST = 64 * 2**20
 """Bytes a request may have."""
-MOST_COMMAS, MOST_BRACKETS = 2**19, 2**17
-"""How many of these characters a request may have: what reading it costs grows with them, not with its pictures."""
-DEEPEST = 100
-"""Lists and objects within each other."""
 MOST_OPEN = 2048
 """Requests under way at a time. One more is told to come again."""
 MOST_HELD = 2**30
@@ -77,20 +73,6 @@ def images_in(messages: Any) -> int:
     )
 
 
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _too_deep(request: Any) -> bool:
-    here = [request]
-    for _ in range(DEEPEST):
-        parts = (part for one in here for part in (one.values() if isinstance(one, dict) else one))
-        here = [part for part in parts if isinstance(part, (dict, list))]
-        if not here:
-            return False
-    return True
-
-
 def checked(body: bytes | bytearray, depth: int) -> bytes:
     """A request's body as the server gets it: ``vtr`` checked and moved to where vLLM looks for it.
 
@@ -98,13 +80,13 @@ def checked(body: bytes | bytearray, depth: int) -> bytes:
         Refused: no JSON object, an option that is not open to clients, or a policy that cannot be served.
     """
     try:
-        request = json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise Refused("json", f"the body is no JSON: {error}") from error
+        request, taken = bodies.read(body)
+    except bodies.TooLarge as error:
+        raise Refused("size", f"the body has {error}", 413) from error
+    except ValueError as error:
+        raise Refused("json", f"the body is no JSON that is taken here: {error}") from error
     if not isinstance(request, dict):
         raise Refused("json", f"the body must be a JSON object, got {type(request).__name__}")
-    if _too_deep(request):
-        raise Refused("json", f"the body has lists and objects in each other, more than {DEEPEST} deep")
     if request.pop(MEDIA, None):
         raise Refused("option", f"{MEDIA} is not open to clients here")
     given = request.pop(OPTIONS, None)
@@ -129,7 +111,7 @@ def checked(body: bytes | bytearray, depth: int) -> bytes:
         if images:
             request[OPTIONS] = {KEY: asked[0]}
     try:
-        return json.dumps(request, allow_nan=False).encode()
+        return bodies.write(request, taken)
     except ValueError as error:
         raise Refused("json", "the body has a number larger than JSON's readers take") from error
 
@@ -191,7 +173,7 @@ class Gateway:
         return passed, _once(body, receive)
 
     async def _body(self, receive: Receive, held: list[int]) -> bytearray:
-        body, commas, brackets, more = bytearray(), 0, 0, True
+        body, more = bytearray(), True
         end = asyncio.get_running_loop().time() + BODY_SECONDS
         while more:
             message = await _in_time(receive, end)
@@ -201,11 +183,8 @@ class Gateway:
             body += part
             held[0] += len(part)
             self.held += len(part)
-            commas, brackets = commas + part.count(b","), brackets + part.count(b"[") + part.count(b"{")
             if len(body) > LARGEST:
                 raise Refused("size", f"a request has at most {LARGEST} bytes", 413)
-            if commas > MOST_COMMAS or brackets > MOST_BRACKETS:
-                raise Refused("size", f"a request has at most {MOST_COMMAS} commas and {MOST_BRACKETS} brackets", 413)
             if self.held > MOST_HELD:
                 raise Refused("busy", "too much is on its way here: come again", 503)
             more = message.get("more_body", False)
