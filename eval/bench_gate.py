@@ -1,9 +1,9 @@
 """The gate under load, some of it hostile: `python -m vtr.eval.bench_gate`. No model, no GPU, 127.0.0.1 only.
 
 A stand-in for the server, the gate (`vtr serve --upstream`) and the clients are a process each. Nine in ten clients
-send a picture, wait for the answer and send again; one in thirty each sends its body too slowly, hangs up, or sends what
-is no request. Meanwhile /health is asked all the time. Said at the end: answers by status, wrong ones, the wait for
-/health, the gate's memory. Needs Linux or another system that forks, and a machine that does nothing else.
+send a picture, wait for the answer and send again; one in thirty each sends its body too slowly, hangs up, or sends
+what is no request. Meanwhile /health is asked all the time. Said at the end: answers by status, wrong ones, the wait
+for /health, the gate's memory. Needs Linux or another system that forks, and a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
-from vtr.integrations.vllm.gateway import MOST_OPEN, Gateway, Receive, Refused, Scope, Send
+from vtr.integrations.vllm.gateway import ALWAYS, MOST_OPEN, Gateway, Receive, Refused, Scope, Send
 from vtr.integrations.vllm.metrics import REFUSED
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def proxy(upstream: str, depth: int, timeout: float = 600.0, transport: Any = No
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
-        await patient.transport.aclose()
-        await quick.transport.aclose()
+        if transport is not None:
+            await transport.aclose()
 
     routes = [Route("/metrics", metrics)]
     behind = Router(routes, redirect_slashes=False, default=passed_on, lifespan=lifespan)
@@ -81,16 +81,34 @@ def most_open() -> int:
 
 
 class Upstream:
-    """Sends requests to a server as they came, and its answers back. As many at a time as are asked for."""
+    """Sends requests to a server as they came, and its answers back: as many at a time as are asked for."""
 
     def __init__(self, address: str, timeout: float, transport: Any) -> None:
         import httpx
 
         self.address, self.base = address, httpx.URL(address)
-        unbounded = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self.transport = transport or httpx.AsyncHTTPTransport(limits=unbounded)  # no client: it would share cookies
+        self.given, self.tls = transport, httpx.create_ssl_context()
         waits = {"connect": min(CONNECT, timeout), "read": timeout, "write": min(STALLED, timeout), "pool": None}
         self.extensions = {"timeout": waits}
+
+    @asynccontextmanager
+    async def sent(self, request: Any) -> AsyncIterator[Any]:
+        """The answer to a request, over a connection of its own, closed at the end.
+
+        No client, which would share cookies; no pool, which looks through all its connections at every request.
+        """
+        import httpx
+
+        transport = self.given or httpx.AsyncHTTPTransport(verify=self.tls)
+        try:
+            got = await transport.handle_async_request(request)
+            try:
+                yield got
+            finally:
+                await got.aclose()
+        finally:
+            if self.given is None:
+                await transport.aclose()
 
     def request(self, scope: Scope, body: bytes) -> Any:
         """What is sent for the request of ``scope``: its path, as the gate saw it, its query and its headers.
@@ -118,39 +136,40 @@ class Upstream:
         """
         import httpx
 
+        begun = False
         try:
-            got = await self.transport.handle_async_request(self.request(scope, body))
-        except httpx.LocalProtocolError as error:
-            raise Refused("header", f"this request cannot be passed on: {error}") from error
-        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
-            status = 503 if scope["path"] == "/health" else 504
-            raise Refused("upstream", f"{self.address} did not answer in time", status) from error
-        except httpx.RemoteProtocolError as error:
-            raise Refused("upstream", f"{self.address} gave no whole answer: {error}", 502) from error
-        except httpx.HTTPError as error:
-            raise Refused("upstream", f"{self.address} does not answer: {error}", 503) from error
-        try:
-            headers = [(name.lower(), value) for name, value in kept(got.headers.raw, (b"content-length",))]
-            await send({"type": "http.response.start", "status": got.status_code, "headers": headers})
-            async for part in got.aiter_raw():
-                async with asyncio.timeout(STALLED):
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-        except (httpx.HTTPError, TimeoutError) as error:  # begun, and not to be finished: the server closes it
-            logger.warning("an answer of %s broke off (%s)", self.address, type(error).__name__)
-        finally:
-            await got.aclose()
+            async with self.sent(self.request(scope, body)) as got:
+                headers = [(name.lower(), value) for name, value in kept(got.headers.raw, (b"content-length",))]
+                begun = True
+                await send({"type": "http.response.start", "status": got.status_code, "headers": headers})
+                async for part in got.aiter_raw():
+                    async with asyncio.timeout(STALLED):
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except (httpx.HTTPError, TimeoutError) as error:
+            if not begun:
+                raise self._said(scope, error) from error
+            logger.warning("an answer of %s broke off (%s)", self.address, type(error).__name__)  # uvicorn closes it
+
+    def _said(self, scope: Scope, error: Exception) -> Refused:
+        """What the client is told where there is no answer."""
+        import httpx
+
+        if isinstance(error, httpx.LocalProtocolError):
+            return Refused("header", f"this request cannot be passed on: {error}")
+        if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
+            return Refused(
+                "upstream", f"{self.address} did not answer in time", 503 if scope["path"] in ALWAYS else 504
+            )
+        if isinstance(error, httpx.RemoteProtocolError):
+            return Refused("upstream", f"{self.address} gave no whole answer: {error}", 502)
+        return Refused("upstream", f"{self.address} does not answer: {error}", 503)
 
     async def text(self, path: str) -> str:
         """What is there to read at ``path``; nothing where the answer is no 200."""
         async with asyncio.timeout(QUICK):
-            got = await self.transport.handle_async_request(
-                self.request({"method": "GET", "path": path, "headers": []}, b"")
-            )
-            try:
+            async with self.sent(self.request({"method": "GET", "path": path, "headers": []}, b"")) as got:
                 text = (await got.aread()).decode("utf-8", "replace") if got.status_code == 200 else ""
-            finally:
-                await got.aclose()
         return text if text.endswith("\n") or not text else text + "\n"
 
 
