@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import random
@@ -77,6 +78,7 @@ def serve_gate(upstream: int, tell: Connection) -> None:
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)  # whoever connects now waits until the gate is ready
     app = proxy(f"http://127.0.0.1:{upstream}", 32)
+    gc.freeze()
     config = uvicorn.Config(app, log_level="critical", http=protocol(), backlog=1024)  # type: ignore[arg-type]
     tell.send(listening.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listening])

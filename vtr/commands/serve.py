@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -92,6 +93,7 @@ def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:
         app = proxy(upstream, depth)
     except ImportError as error:
         raise ImportError(f"the gate needs {error.name}: pip install 'vision-token-reduction[serve]'") from error
+    gc.freeze()  # what was imported is looked through no more: with torch in it, that takes longer than a request
     uvicorn.run(app, host=host, port=port, http=protocol())  # type: ignore[arg-type]
 
 
