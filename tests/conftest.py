@@ -17,11 +17,20 @@ from tests import tiny
 
 torch.set_num_threads(1)
 
-# `pytest tests/test_properties.py --hypothesis-profile=long --hypothesis-seed=1` draws 10,000 cases
+# `pytest tests/test_properties.py --hypothesis-profile=long --hypothesis-seed=1` draws 10,000 cases. The default
+# profile draws the same ones every time, unless a seed is given; .ci/full gives the fuzz targets 2,000 of a fresh seed
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=170, print_blob=True)
+settings.register_profile("seeded", deadline=None, max_examples=170, print_blob=True)
+settings.register_profile("fuzz", deadline=None, max_examples=2000, print_blob=True)
 settings.register_profile("more", deadline=None, max_examples=400, print_blob=True)
 settings.register_profile("long", deadline=None, max_examples=3334, print_blob=True)
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A seed counts for nothing in a profile that always draws the same: then take the one that does not."""
+    if config.getoption("--hypothesis-seed", None) is not None and not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("seeded")
 
 
 class Pair(NamedTuple):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vtr.base import Policy, Scores, Wanted
 from vtr.learned import Learned
+from vtr.limits import check_bounds, short
 from vtr.pocket import POLICIES as SHIPPED
 from vtr.saved import CONFIG_NAME, WEIGHTS_NAME
 
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
     from vtr.engine.resolve import Tries
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
-LONGEST = 16
-"""Policies that a chain may join; each question may be answered by one of them only."""
+LONGEST = 20_000
+"""Characters a spec string may have."""
+MOST_PARTS = 16
+"""Policies a spec string may join."""
+LONGEST_MESSAGE = 1000
+"""Characters of what is said about settings that are refused."""
 
 _POLICIES: dict[str, type[Policy]] = {}
 _QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
@@ -65,18 +70,22 @@ def policy_class(name: str) -> type[Policy]:
         ValueError: no such policy; the message lists the known ones.
     """
     if name not in _POLICIES:
-        raise ValueError(f"unknown policy {name!r}; known: {', '.join(list_policies())} (see `vtr list`)")
+        raise ValueError(f"unknown policy {short(str(name))!r}; known: {', '.join(list_policies())} (see `vtr list`)")
     return _POLICIES[name]
 
 
 def build(name: str, settings: dict[str, Any]) -> Policy:
     """Make the policy ``name`` with ``settings``; unknown settings raise ValueError naming the known ones.
 
+    Settings come from spec strings and files: their sizes are bounded before anything is made of them, and whatever a
+    policy class stumbles over in them is a ValueError or a TypeError.
+
     A policy that owns weights may be given the folder they are in (``weights``, and ``allow_mismatch``): the settings
     saved there hold unless others are named. ``weights=pocket`` and ``weights=pocket-joint`` are
     those shipped for the embedded models.
     """
     cls = policy_class(name)
+    check_bounds(settings, f"policy {name!r}")
     if issubclass(cls, Learned) and "weights" in settings:
         given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
         allow = settings.get("allow_mismatch", False)
@@ -93,7 +102,8 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     unknown = sorted(set(settings) - set(known))
     if unknown:
-        raise ValueError(f"policy {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+        shown = short(", ".join(map(repr, unknown)))
+        raise ValueError(f"policy {name!r} has no setting {shown}; it has: {', '.join(known)}")
     required = {
         f.name
         for f in dataclasses.fields(cls)
@@ -101,7 +111,16 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
     }
     if missing := sorted(required - set(settings)):
         raise ValueError(f"policy {name!r} needs {', '.join(missing)}, e.g. {name}:{missing[0]}=…")
-    return cls(**settings)
+    try:
+        return cls(**settings)
+    except (ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        said = f"policy {name!r} cannot be made of these settings ({type(error).__name__}: {short(str(error))})"
+        raise ValueError(said) from error
+    except (ValueError, TypeError) as error:
+        if len(str(error)) > LONGEST_MESSAGE:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(short(str(error), LONGEST_MESSAGE)) from error
+        raise
 
 
 def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
@@ -149,9 +168,15 @@ def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, settings) of each policy that a spec string joins; nothing is made or read.
 
     Raises:
-        ValueError: not written as a spec string; a value without a key of an unknown policy.
+        ValueError: not written as a spec string, too long, or of too many policies; a value without a key of an unknown
+            policy.
     """
-    return [_one(part.strip()) for part in _split(spec, "+")]
+    if len(spec) > LONGEST:
+        raise ValueError(f"a policy spec has at most {LONGEST} characters, this one {len(spec)}: {short(spec)}")
+    parts = _split(spec, "+")
+    if len(parts) > MOST_PARTS:
+        raise ValueError(f"a policy spec joins at most {MOST_PARTS} policies, this one {len(parts)}: {short(spec)}")
+    return [_one(part.strip()) for part in parts]
 
 
 def _one(spec: str) -> tuple[str, dict[str, Any]]:
@@ -162,12 +187,23 @@ def _one(spec: str) -> tuple[str, dict[str, Any]]:
         if i == 0 and not equals and (first := _first(name.strip())) and item.strip():
             key, equals, value = first, "=", item
         if not equals or not key.strip():
-            raise ValueError(f"cannot read {item!r} in policy spec {spec!r}: write name:key=value,key=value")
-        try:
-            settings[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key.strip()] = value.strip()
+            raise ValueError(
+                f"cannot read {short(item)!r} in policy spec {short(spec)!r}: write name:key=value,key=value"
+            )
+        settings[key.strip()] = _value(value)
     return name.strip(), settings
+
+
+def _value(text: str) -> Any:
+    """What stands behind a key: JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text.strip()
+    except (ValueError, RecursionError) as error:  # more digits, or deeper, than Python reads
+        raise ValueError(
+            f"cannot read the value {short(text)!r} in a policy spec: too long a number, or too deep"
+        ) from error
 
 
 def _first(name: str) -> str | None:
@@ -180,6 +216,8 @@ def _first(name: str) -> str | None:
 
 def _split(text: str, separator: str) -> list[str]:
     """Split at ``separator`` outside of brackets and quotes."""
+    if separator not in text:
+        return [text]
     parts, depth, quoted, start = [], 0, False, 0
     for i, char in enumerate(text):
         quoted ^= char == '"'
@@ -199,8 +237,8 @@ class Chain(Policy):
 
     def __post_init__(self) -> None:
         flat: list[Policy] = []
-        if not isinstance(self.policies, Sequence) or len(self.policies) > LONGEST:
-            raise ValueError(f"a chain is a list of at most {LONGEST} policies")
+        if not isinstance(self.policies, Sequence) or len(self.policies) > MOST_PARTS:
+            raise ValueError(f"a chain is a list of at most {MOST_PARTS} policies")
         for item in self.policies:
             if not isinstance(item, (Policy, dict)):
                 raise TypeError(f"a chain joins policies, got {item!r}")

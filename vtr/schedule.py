@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vtr.base import Keep, check_keep, keep_count
+from vtr.limits import MOST_LAYERS, short
 from vtr.saved import read_json
 
 PRESETS = Path(__file__).parent / "presets"
@@ -26,15 +27,17 @@ class Schedule(Sequence[Keep]):
 
     Raises:
         TypeError: not a sequence of ints and floats.
-        ValueError: empty, a ratio outside (0, 1], a count below 1, or keeps of one kind that grow with depth
-            (a token that is gone does not come back).
+        ValueError: empty, more than 1024 entries, a ratio outside (0, 1], a count below 1, or keeps of one kind that
+            grow with depth (a token that is gone does not come back).
     """
 
     def __init__(self, keeps: Sequence[Keep]) -> None:
         if isinstance(keeps, (str, bytes)) or not isinstance(keeps, Sequence):
-            raise TypeError(f"a schedule is a list with one keep per decoder layer, got {keeps!r}")
+            raise TypeError(f"a schedule is a list with one keep per decoder layer, got {short(repr(keeps))}")
         if not keeps:
             raise ValueError("a schedule needs one keep per decoder layer, got none")
+        if len(keeps) > MOST_LAYERS:
+            raise ValueError(f"a schedule of {len(keeps)} entries: decoders have at most {MOST_LAYERS} layers")
         last: dict[type, Keep] = {}
         for layer, keep in enumerate(keeps):
             check_keep(keep, f"schedule[{layer}]")
@@ -87,10 +90,10 @@ class Schedule(Sequence[Keep]):
         a model needs layer by layer differs; in G-Search's Table 4 a borrowed schedule costs up to 1.7 points).
 
         Raises:
-            ValueError: less than 1 layer, or counts and ratios mixed (they cannot be interpolated).
+            ValueError: less than 1 layer, more than 1024, or counts and ratios mixed (they cannot be interpolated).
         """
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-            raise ValueError(f"layers={layers!r}: a decoder has at least 1 layer")
+        if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+            raise ValueError(f"layers={short(repr(layers))}: a decoder has at least 1 layer, and at most {MOST_LAYERS}")
         if layers == len(self):
             return self
         kinds = {type(keep) for keep in self._keeps if keep != 1.0 or isinstance(keep, int)}

@@ -101,5 +101,5 @@ def rehearsed(spec: str, layout: Layout) -> int:
     )
     try:
         return len(compressed(made, image)[0])
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a policy raises on this image, it is the request's
         raise RequestError(f"{spec}: {error}") from error

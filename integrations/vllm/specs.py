@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from vtr.base import Layout, Policy
+from vtr.limits import MOST_LAYERS, short
 from vtr.policies import GlobalCom2, GSearch, Matryoshka, Random, UniformGrid
 from vtr.registry import Chain, parse, policy, policy_class
 from vtr.schedule import presets
@@ -20,12 +21,23 @@ from vtr.schedule import presets
 NONE = "none"
 LONGEST = 500
 """Characters a spec may have."""
+MOST_IMAGES = 1024
+"""Images of a request that may have policies of their own."""
+LONGEST_MESSAGE = 600
+"""Characters of what is said about a request."""
 VERSION = "vtr-vllm-1"
 """Changes whenever the same spec would give other embeddings: it is part of the cache identity of an image."""
 
 
+INSIDE = "acts inside the decoder, where vLLM keeps one set of cached tokens for all layers"
+TRIES = "{} tries answers before it chooses, which vLLM cannot: name a scale, e.g. m3:tokens=36"
+
+
 class RequestError(ValueError):
-    """Something in a request's ``vtr`` that cannot be served; the message says what to write instead."""
+    """Something in a request's ``vtr`` that cannot be served; the message, never a long one, says what to write."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(short(message, LONGEST_MESSAGE))
 
 
 def read(value: Any, images: int, depth: int) -> list[str]:
@@ -47,6 +59,8 @@ def read(value: Any, images: int, depth: int) -> list[str]:
         raise RequestError(
             f'vtr must be a spec string like "m3:tokens=36" or a list, one for each image, got {type(value).__name__}'
         )
+    if len(value) > MOST_IMAGES:
+        raise RequestError(f"vtr names {len(value)} policies: a request has at most {MOST_IMAGES}")
     if len(value) != images:
         raise RequestError(f"vtr names {len(value)} policies, but the request has {images} images: one for each image")
     return [_of_image(spec_of(one, depth), 0, 1) for one in value]
@@ -73,7 +87,7 @@ def spec_of(text: Any, depth: int) -> str:
     if text is None:
         return NONE
     if not isinstance(text, str):
-        raise RequestError(f'a policy is a spec string like "m3:tokens=36", got {json.dumps(text, default=str)[:80]}')
+        raise RequestError(f'a policy is a spec string like "m3:tokens=36", got {reprlib.repr(text)}')
     if len(text) > LONGEST:
         raise RequestError(f"a spec has at most {LONGEST} characters, this one {len(text)}")
     if text.strip().lower() in ("", NONE):
@@ -84,16 +98,33 @@ def spec_of(text: Any, depth: int) -> str:
 @lru_cache(maxsize=4096)
 def _checked(text: str, depth: int) -> str:
     try:
-        parts = parse(text)
-        for name, settings in parts:
-            _check_no_file(name, settings)
+        for name, settings in parse(text):
+            _check_before_made(name, settings, depth)
         made = policy(text)
     except RequestError:
         raise
-    except (ValueError, TypeError, OSError) as error:
-        raise RequestError(str(error)) from error
+    except Exception as error:  # whatever a policy stumbles over is in the request
+        raise RequestError(_said(error)) from error
     _check_place(made, depth)
     return made.spec
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: {error}"
+
+
+def _check_before_made(name: str, settings: Mapping[str, Any], depth: int) -> None:
+    """What can be refused without making the policy: files, trials of answers, schedules for another depth."""
+    _check_no_file(name, settings)
+    cls = policy_class(name)
+    if cls.resolve is not Policy.resolve:
+        raise RequestError(TRIES.format(name))
+    layers = settings.get("layers")
+    if issubclass(cls, GSearch) and layers is not None and (type(layers) is not int or layers != depth):
+        raise RequestError(
+            f"{name} with layers={reprlib.repr(layers)}: this model has {depth} decoder layers; and {INSIDE}: use a "
+            f"policy before it, e.g. m3:tokens=36 or {same_budget(0.25)}"
+        )
 
 
 def _check_no_file(name: str, settings: Mapping[str, Any]) -> None:
@@ -124,11 +155,11 @@ def _check_place(made: Policy, depth: int) -> None:
 
 def refusal(made: Policy, depth: int) -> str:
     """Why a policy that acts in the decoder is not served, and which one before it has the same mean budget."""
-    says = f"{made.spec} acts inside the decoder, where vLLM keeps one set of cached tokens for all layers"
+    says = f"{short(made.spec)} {INSIDE}"
     if isinstance(made, (UniformGrid, Random)) and made.layer == 0:
         return f"{says}: use {dataclasses.replace(made, before_decoder=True).spec}"
     if made.asks("resolve"):
-        return f"{made.spec} tries answers before it chooses, which vLLM cannot: name a scale, e.g. m3:tokens=36"
+        return TRIES.format(made.spec)
     if isinstance(made, Chain) and (before := [p.spec for p in made.policies if p.asks("compress")]):  # type: ignore[union-attr]
         return f"{says}: ask for {before[0]} alone, which acts before it"
     share = mean_keep(made, depth)
@@ -142,11 +173,11 @@ def refusal(made: Policy, depth: int) -> str:
 
 def mean_keep(made: Policy, depth: int, tokens: int = 2880) -> float | None:
     """The mean over layers of the share of an image's tokens that enters, by its own account; None: unknown."""
-    if isinstance(made, GSearch) and len(made.schedule) != depth:
+    if not 1 <= depth <= MOST_LAYERS or (isinstance(made, GSearch) and len(made.schedule) != depth):
         return None
     try:
         return sum(made.entering(depth, tokens)) / (depth * tokens)
-    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+    except Exception:  # a policy that cannot say without a model
         return None
 
 
@@ -197,8 +228,8 @@ def promised(spec: str, layout: Layout) -> int:
         return len(layout)
     try:
         count = made.kept_of(layout)
-    except (ValueError, RuntimeError) as error:
-        raise RequestError(str(error)) from error
+    except Exception as error:  # of a policy of the server's own, perhaps
+        raise RequestError(_said(error)) from error
     if count < 1:
         raise RequestError(f"{spec} leaves nothing of an image of {len(layout)} tokens: at least one must stay")
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -10,6 +11,8 @@ from typing import Annotated
 import typer
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+FILES = 8192
+"""Open files of the gate alone: two for each request under way, and some to spare."""
 GATE = "vtr.integrations.vllm.gateway.Gateway"
 
 
@@ -83,9 +86,24 @@ def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:
     try:
         import uvicorn
 
+        from vtr.integrations.vllm.patience import protocol
         from vtr.integrations.vllm.proxy import proxy
 
+        _more_files()
         app = proxy(upstream, depth)
     except ImportError as error:
         raise ImportError(f"the gate needs {error.name}: pip install 'vision-token-reduction[serve]'") from error
-    uvicorn.run(app, host=host, port=port)  # type: ignore[arg-type]
+    gc.freeze()  # what was imported is looked through no more: with torch in it, that takes longer than a request
+    uvicorn.run(app, host=host, port=port, http=protocol())  # type: ignore[arg-type]
+
+
+def _more_files() -> None:
+    """Let this process have as many open files as it may and the gate can use: each request takes two."""
+    try:
+        import resource
+    except ImportError:  # no such limit here
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -13,21 +13,20 @@ def check_layer(layer: int, minimum: int = 0, why: str = "") -> None:
         raise ValueError(f"layer={layer}: {why or f'decoder layers count from {minimum}'}")
 
 
+def check_count(value: int, name: str, least: int, most: int) -> None:
+    """Raise unless ``value`` is an int in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value}: choose {least}…{most}")
+
+
 def check_depth(layer: int, num_hidden_layers: int) -> None:
     """Raise unless decoder layer ``layer`` exists."""
     if layer >= num_hidden_layers:
         raise ValueError(
             f"layer={layer}, but the model has {num_hidden_layers} decoder layers: choose 0…{num_hidden_layers - 1}"
         )
-
-
-def check_whole(value: int, name: str, minimum: int = 1) -> int:
-    """Raise unless ``value`` is an int (no bool) >= ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}={value!r}: at least {minimum}")
-    return value
 
 
 def check_number(value: float, name: str) -> float:

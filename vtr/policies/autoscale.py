@@ -16,7 +16,7 @@ from torch.nn.functional import gelu
 
 from vtr.base import Layout, Policy
 from vtr.image import scales
-from vtr.policies._checks import check_number, check_whole
+from vtr.policies._checks import check_count, check_number
 from vtr.registry import build, register_policy
 from vtr.saved import check_finite
 
@@ -28,6 +28,12 @@ ROUTER = ("mean", "std", "hidden.weight", "hidden.bias", "out.weight", "out.bias
 """The router's tensors: how its inputs are normalised, and a network of one hidden layer."""
 
 
+MOST_TOKENS = 2**20
+"""Tokens per tile that a scale may have."""
+MOST_TRIED = 1024
+"""Tokens of an answer that a try may look at."""
+
+
 def confidence(answer: Answer) -> float:
     """The smallest probability that a token of the answer was given."""
     chosen = answer.logits.float().softmax(-1).gather(1, answer.ids[:, None])
@@ -37,7 +43,8 @@ def confidence(answer: Answer) -> float:
 def calibrated(raw: float, line: Sequence[float]) -> float:
     """Platt's scaling: the sigmoid of a line of the confidence's logit. line: (slope, intercept)."""
     raw = min(max(raw, 1e-6), 1 - 1e-6)
-    return 1 / (1 + math.exp(-(line[0] * math.log(raw / (1 - raw)) + line[1])))
+    there = line[0] * math.log(raw / (1 - raw)) + line[1]
+    return 1 / (1 + math.exp(min(max(-there, -700.0), 700.0)))
 
 
 def router_input(images: Sequence[Image], question: torch.Tensor) -> torch.Tensor:
@@ -89,12 +96,17 @@ class AutoScale(Policy):
             raise ValueError(f"method={self.method!r}: choose 'cascade' or 'router'")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, float) or not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold!r}: a probability, a float above 0 and at most 1.0")
-        if isinstance(self.answer_tokens, bool) or not isinstance(self.answer_tokens, int) or self.answer_tokens < 1:
-            raise ValueError(f"answer_tokens={self.answer_tokens!r}: a try looks at 1 token at least")
+        whole = isinstance(self.answer_tokens, int) and not isinstance(self.answer_tokens, bool)
+        if not whole or not 1 <= self.answer_tokens <= MOST_TRIED:
+            raise ValueError(
+                f"answer_tokens={self.answer_tokens!r}: a try looks at 1 token at least, at {MOST_TRIED} at most"
+            )
         if self.scales is not None:
+            if isinstance(self.scales, str):
+                raise TypeError(f"scales={self.scales!r}: a list of tokens per tile, e.g. [9, 36]")
             self.scales = list(self.scales)
             for count in self.scales:
-                check_whole(count, "scales")
+                check_count(count, "scales", 1, MOST_TOKENS)
             if len(self.scales) < 2 or self.scales != sorted(set(self.scales)):
                 raise ValueError(f"scales={self.scales}: name at least two, from the coarsest to the finest")
         if self.calibration is not None:

@@ -12,10 +12,9 @@ from torch import nn
 
 from vtr.base import Keep, Token, Tokens, check_keep, keep_count, top
 from vtr.learned import Learned
-from vtr.policies._checks import check_depth, check_layer, check_whole
+from vtr.policies._checks import check_count, check_depth, check_layer
 from vtr.registry import register_policy
 
-MOST_BLOCKS = 256
 KEEP = 0
 """Which of a predictor's two outputs says "keep" (the paper's text has it the other way round, its code so)."""
 
@@ -134,10 +133,10 @@ class DynamicLLaVA(Learned):
             raise ValueError(f"without_cache={self.without_cache!r}: choose 'decision' or 'ranked'")
         if not isinstance(self.forget, bool):
             raise TypeError(f"forget must be true or false, got {self.forget!r}")
-        for name, least in (("width", 1), ("heads", 1), ("inner", 1), ("blocks", 0)):
-            check_whole(getattr(self, name), name, least)
-        if self.blocks > MOST_BLOCKS:
-            raise ValueError(f"blocks={self.blocks}: a predictor has at most {MOST_BLOCKS}")
+        check_count(self.width, "width", 4, 2**14)
+        check_count(self.heads, "heads", 1, self.width)
+        check_count(self.inner, "inner", 1, 2**16)
+        check_count(self.blocks, "blocks", 0, 64)
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width={self.width} must be divisible by 4 and by heads={self.heads}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,8 @@ from torch import nn
 
 from vtr.base import Route, Tokens, keep_count, top
 from vtr.learned import Learned
-from vtr.policies._checks import check_number, check_whole
+from vtr.limits import MOST_LAYERS
+from vtr.policies._checks import check_count, check_number
 from vtr.registry import register_policy
 from vtr.schedule import progressive
 
@@ -85,7 +87,7 @@ class PMoD(Learned):
         if self.ties not in ("lower", "official"):
             raise ValueError(f"ties={self.ties!r}: choose 'lower' or 'official'")
         if self.period is not None:
-            check_whole(self.period, "period")
+            check_count(self.period, "period", 1, MOST_LAYERS)
         if self.ratios is not None:
             if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence):
                 raise TypeError(f"ratios must be a list with a ratio or None for each layer, got {self.ratios!r}")
@@ -155,6 +157,6 @@ def _parsed(norm: str) -> tuple[str, float, float]:
         scale, bias = (check_number(float(number), "norm") for number in numbers or (1, 1))
     except ValueError:
         act, scale, bias = "", 1.0, 1.0
-    if act not in ACTIVATIONS:
+    if act not in ACTIVATIONS or not math.isfinite(scale) or not math.isfinite(bias):
         raise ValueError(f"norm={norm!r}: write activation_scale_bias, e.g. tanh_0.2_1, with {', '.join(ACTIVATIONS)}")
     return act, scale, bias
