@@ -15,17 +15,13 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from vtr.base import Policy, UnsupportedError
+from vtr.engine.bucket import Bucket, block
 
 SIMILAR = 0.92
 """Rows at least this fraction of a bucket's longest row may share the bucket."""
 
 READABLE = ("cpu",)
 """Devices whose tensors can be read without waiting for them."""
-
-
-def block(length: int) -> int:
-    """By how many tokens a bucket of ``length`` grows."""
-    return max(8, length // 10)
 
 
 @dataclass(eq=False)
@@ -50,52 +46,6 @@ class CacheState:
         self.policies = [self.policies[s] for s in sources]
         self.dropped = [self.dropped[s] for s in sources]
         self.shift = [[layer[s] for s in sources] for layer in self.shift]
-
-
-@dataclass(eq=False)
-class Bucket:
-    """Rows of similar length. keys, values: [b, kv_heads, capacity, head_dim], left aligned."""
-
-    rows: list[int]
-    keys: torch.Tensor
-    values: torch.Tensor
-    lens: torch.Tensor
-    """int64 [b] on the device: tokens really there."""
-    upper: int
-    """An upper bound of ``lens`` known without asking the device."""
-    equal: bool
-    """True if every row has exactly ``upper`` tokens."""
-    positions: torch.Tensor | None = None
-    """int64 [b, capacity]: of the cached tokens; only where a sliding window asks for them."""
-
-    def grow(self, capacity: int) -> None:
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : self.upper] = old[:, :, : self.upper]
-            setattr(self, name, new)
-
-    def unseen(self, coming: torch.Tensor, window: int, slack: int = 0) -> torch.Tensor:
-        """int64 [b]: how many tokens at each row's beginning none from position ``coming`` ([b]) on can see.
-
-        Args:
-            slack: so many positions behind the window are to be seen too.
-        """
-        assert self.positions is not None
-        seen = self.positions[:, : self.upper] > (coming - window - slack)[:, None]
-        there = torch.arange(self.upper, device=self.lens.device) < self.lens[:, None]
-        return (there & (seen.cumsum(1) == 0)).sum(1)
-
-    def shift(self, by: torch.Tensor, lens: list[int], capacity: int) -> None:
-        """Take ``by`` ([b]) tokens off each row's beginning, which leaves ``lens``, into a storage of ``capacity``."""
-        assert self.positions is not None
-        device, last = self.keys.device, self.keys.shape[2] - 1
-        index = (torch.arange(capacity, device=device) + by[:, None]).clamp_(max=last)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            setattr(self, name, old.gather(2, index[:, None, :, None].expand(*old.shape[:2], -1, old.shape[3])))
-        self.positions = self.positions.gather(1, index)
-        self.lens, self.upper, self.equal = self.lens - by, max(lens), len(set(lens)) == 1
 
 
 class RaggedLayer(DynamicLayer):
