@@ -44,8 +44,8 @@ class Said:
 
     logits: Tensor
     kept: list[list[int]]
-    held: list[int]
-    """Keys that a cache of each layer holds."""
+    held: list[tuple[int, int]]
+    """Keys that a cache of each layer holds: at least, at most."""
 
 
 @torch.no_grad()
@@ -56,7 +56,8 @@ def reference(model: Any, row: oracle.Row, policy: Any, images: list[int], asked
     """
     config, text = model.config.text_config, model.get_decoder()
     x, n, vision = row.embeds, len(row.vision), row.slots
-    positions, alive, kept, held = torch.arange(n), torch.ones(n).bool(), [], []
+    positions, alive, kept = torch.arange(n), torch.ones(n).bool(), []
+    held: list[tuple[int, int]] = []
     positions = positions if row.positions is None else row.positions
     for depth, layer in enumerate(text.layers):
         here, weights = vision, None
@@ -82,7 +83,10 @@ def reference(model: Any, row: oracle.Row, policy: Any, images: list[int], asked
         x = torch.where((forgotten & row.vision)[:, None], around, after)
         if depth < len(row.behind):
             x = x.index_add(0, row.vision.nonzero().squeeze(1), row.behind[depth])
-        held.append(int(alive.sum()))
+        window, most = oracle.window(config, depth), int(alive.sum())
+        least = int((alive & (torch.arange(n) > n - (window or 10**6))).sum())  # what the next token can see
+        forgets = isinstance(policy, vtr.DynamicLLaVA)  # a row's last word may be forgotten, and with it how far it got
+        held.append((least, most if forgets else least))
     standing = alive if isinstance(policy, vtr.DynamicLLaVA) else torch.ones(n).bool()
     standing = standing | ~row.vision  # a forgotten word still says its own next one
     return Said(model.lm_head(oracle.norm(text.norm, x))[oracle.standing_in(standing)], kept, held)

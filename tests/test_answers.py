@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import vtr
 from tests import learned, tiny
@@ -16,7 +18,6 @@ from tests.tiny import IMAGE
 
 STEPS = 4
 ROWS = [["ab", IMAGE, "what"], ["abcdef"], [IMAGE, "cde"], ["a", IMAGE, "bc", IMAGE, "whichone"]]
-FORGETS = {"dynamic-llava"}
 LEARNT = sorted(set(POLICIES) - {"autoscale"})
 
 
@@ -61,8 +62,7 @@ def test_answers_have_the_probabilities_that_generate_gave_them(models: Models, 
     ids, logits, _ = family.generate(model, inputs, policy=policies, max_new_tokens=STEPS)
     want, slots = kept(model), [row.kept(4) for row in vtr.report(model).rows]
     whole, starts = answered(inputs, ids, padding)
-    cached = {"use_cache": False} if name in FORGETS else {}
-    got = family.logits(model, whole, policy=policies, **cached)
+    got = family.logits(model, whole, policy=policies)
     assert kept(model) == want
     pads = (inputs["attention_mask"] == 0).sum(1).tolist()
     moved = [pad if padding == "right" else 0 for pad in pads]
@@ -163,12 +163,20 @@ def test_several_turns_end_at_the_first_answer_behind_the_last_image(llava: Any)
     assert kept_slots(llava) == want
 
 
-def test_answers_without_a_question_are_refused_where_something_ranks(llava: Any) -> None:
+def test_labels_that_leave_no_question_warn_where_something_ranks(llava: Any) -> None:
+    """Plain language modeling labels all text: it says nothing of answers, so all ranks, as without labels."""
     inputs = tiny.batch(llava, ROWS)
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"no text after its last image.*labels or vtr_queries_end"):
+        llava(**inputs, policy="fastv")
+        want = kept_slots(llava)
+        with pytest.warns(UserWarning, match=r"do not tell the answer from the question.*vtr_queries_end"):
             llava(**inputs, labels=inputs["input_ids"], policy="fastv")
-        llava(**inputs, labels=inputs["input_ids"], policy="uniform")  # nothing ranks
+        assert kept_slots(llava) == want
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            llava(**inputs, labels=inputs["input_ids"], policy="uniform")  # nothing ranks
+        with pytest.raises(ValueError, match=r"no text after its last image.*vtr_queries_end"):
+            llava(**inputs, vtr_queries_end=0, policy="fastv")
 
 
 @pytest.mark.parametrize(
@@ -193,11 +201,12 @@ def test_labels_of_another_length_are_refused(llava: Any) -> None:
         llava(**inputs, labels=labels, policy="fastv")
 
 
-def test_forgetting_policies_ask_for_no_cache(llava: Any) -> None:
+def test_forgetting_policies_run_without_a_cache(llava: Any) -> None:
     inputs, ids, _ = said(llava, None)
     whole, _ = answered(inputs, ids, "left")
-    with pytest.raises(vtr.UnsupportedError, match="use_cache=False"):
-        llava(**whole, policy=learned.dynamic())
+    assert llava(**whole, policy=learned.dynamic()).past_key_values is None
+    with pytest.raises(vtr.UnsupportedError, match="pass none"):
+        llava(**whole, policy=learned.dynamic(), past_key_values=DynamicCache())
 
 
 def test_gradients_flow_and_the_loss_is_that_of_the_logits(llava: Any) -> None:

@@ -14,7 +14,7 @@ import vtr
 from tests import learned, oracle, tiny
 from tests.alone import check_beams, check_decoding, check_no_cache
 from tests.conftest import Pair
-from tests.test_oracles import RUN, STEPS, close, counted, forward, kept, live
+from tests.test_oracles import RUN, STEPS, UNKNOWN, close, counted, forward, kept, live
 from tests.tiny import IMAGE
 
 LAYERS = 5
@@ -72,7 +72,8 @@ def test_equals_the_dense_reference(pair: Pair, policy: Any) -> None:
         whole = oracle.Row(torch.cat([row.embeds, table[said].detach()]), torch.cat([row.vision, said < 0]))
         want = learned.reference(pair.stock, whole, policy, images, asked)
         close(torch.stack([step[b] for step in out.logits]), want.logits[asked - 1 :])
-        assert [layer.lengths()[b] for layer in out.past_key_values.layers] == want.held
+        held = [layer.lengths()[b] for layer in out.past_key_values.layers]
+        assert all(least <= n <= most for n, (least, most) in zip(held, want.held, strict=True))
 
 
 def test_words_are_forgotten_and_remembered(pair: Pair) -> None:
@@ -80,9 +81,8 @@ def test_words_are_forgotten_and_remembered(pair: Pair) -> None:
     inputs = tiny.batch(pair.stock, ROWS)
     grown = []
     for policy in (DYNAMIC, OTHER):
-        cache = tiny.generate(pair.patched, inputs, policy=policy, **RUN).past_key_values
-        before = live(vtr.report(pair.patched), inputs)[-1]
-        grown += [after - n for after, n in zip(cache.layers[-1].lengths(), before, strict=True)]
+        tiny.generate(pair.patched, inputs, policy=policy, **RUN)
+        grown += [sum(row.remembered(4)) for row in vtr.report(pair.patched).rows]
     assert 0 < sum(grown) < 2 * len(ROWS) * (STEPS - 1) and len(set(grown)) > 1
 
 
@@ -180,8 +180,8 @@ def test_the_cache_holds_what_was_kept(pair: Pair, policies: list[Any]) -> None:
     config, inputs = pair.stock.config.text_config, tiny.batch(pair.stock, ROWS)
     each = 2 * config.num_key_value_heads * config.head_dim * 4
     cache = forward(pair.patched, inputs, policy=policies, use_cache=True).past_key_values
-    want = live(vtr.report(pair.patched), inputs)
-    assert [layer.lengths() for layer in cache.layers] == want
+    for layer, want in zip(cache.layers, live(pair.patched, inputs), strict=True):
+        assert [n if w == UNKNOWN else w for n, w in zip(layer.lengths(), want, strict=True)] == layer.lengths()
     cache = tiny.generate(pair.patched, inputs, policy=policies, **RUN).past_key_values
     assert vtr.report(pair.patched).kv_bytes == sum(sum(layer.lengths()) for layer in cache.layers) * each
 

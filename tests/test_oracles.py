@@ -276,20 +276,25 @@ def test_stepping_by_hand_is_the_same(pair: Pair, policies: list[Any]) -> None:
         out = forward(pair.patched, after, past_key_values=out.past_key_values, use_cache=True)
 
 
-def live(pair: Pair, inputs: dict[str, Tensor], decoded: int = 0) -> list[list[int]]:
+UNKNOWN = -1
+
+
+def live(model: Any, inputs: dict[str, Tensor], decoded: int = 0) -> list[list[int]]:
     """Per layer and row: the tokens whose keys a cache should hold, by the report and the layers' sliding windows."""
-    config, real = pair.stock.config.text_config, inputs["attention_mask"].bool()
+    config, real = model.config.text_config, inputs["attention_mask"].bool()
     text, out = real & (inputs["input_ids"] != tiny.IMAGE_ID), []
     for depth in range(config.num_hidden_layers):
         window, held = oracle.window(config, depth), []
-        for b, row in enumerate(vtr.report(pair.patched).rows):
+        for b, row in enumerate(vtr.report(model).rows):
             start = int(real[b].nonzero()[0])
             at = torch.cat([text[b].nonzero()[:, 0], torch.tensor(row.kept(depth))]).long() - start
             if row.policy is not None and vtr.policy(row.policy).renumbers:
                 at = torch.arange(len(at))
             end = int(at.max()) + 1
             at = torch.cat([at, torch.arange(end, end + decoded)])
-            held.append(int((at > end + decoded - (window or 10**6)).sum()))  # what the next token can see
+            seen = int((at > end + decoded - (window or 10**6)).sum())  # what the next token can see
+            pooled = row.vision_tokens[depth] - len(row.kept(depth))  # they stand nowhere in the prompt
+            held.append(seen + pooled if window is None or not pooled else UNKNOWN)
         out.append(held)
     return out
 
@@ -300,12 +305,12 @@ def test_the_cache_holds_what_was_kept(pair: Pair, policies: list[Any]) -> None:
     each = 2 * config.num_key_value_heads * config.head_dim * 4
     cache = forward(pair.patched, inputs, policy=policies, use_cache=True).past_key_values
     report = vtr.report(pair.patched)
-    want = live(pair, inputs)
+    want = live(pair.patched, inputs)
     assert [layer.lengths() for layer in cache.layers] == want
     assert report.kv_bytes == sum(map(sum, want)) * each
     cache = tiny.generate(pair.patched, inputs, policy=policies, **RUN).past_key_values
     report = vtr.report(pair.patched)
-    grown = live(pair, inputs, STEPS - 1)  # the last token is never fed back
+    grown = live(pair.patched, inputs, STEPS - 1)  # the last token is never fed back
     assert [layer.lengths() for layer in cache.layers] == grown
     assert report.kv_bytes == sum(map(sum, grown)) * each
 
@@ -351,7 +356,7 @@ def test_flops_of_decoding_a_batch(eager: Any, policies: list[Any]) -> None:
     inputs, config = tiny.batch(eager, ROWS), eager.config.text_config
     got = counted(lambda: tiny.generate(eager, inputs, policy=policies, **RUN))
     report = vtr.report(eager)
-    attended = sum(n + t for layer in live(report, inputs) for n in layer for t in range(1, STEPS))
+    attended = sum(n + t for layer in live(eager, inputs) for n in layer for t in range(1, STEPS))
     slack = 0.08 * attended * 4 * config.num_attention_heads * config.head_dim if any(policies) else 0
     assert 0 <= got - (report.flops + report.selector_flops) <= slack
 

@@ -128,6 +128,28 @@ def test_the_model_inside_by_its_forward_is_refused() -> None:
                 call()
 
 
+def test_several_sequences_in_a_row_are_refused() -> None:
+    """Padding-free batches say by position ids alone where a sequence begins."""
+    model = vtr.patch(tiny.llava())
+    one = tiny.batch(model, [["ab", IMAGE, "what"]])
+    ids, length = one["input_ids"], one["input_ids"].shape[1]
+    joined = {"input_ids": torch.cat([ids, ids], 1), "pixel_values": one["pixel_values"].repeat(2, 1, 1, 1)}
+    places = torch.arange(length)[None]
+    with torch.no_grad():
+        model(**joined, position_ids=torch.cat([places, places], 1), policy=None)
+        with pytest.raises(vtr.UnsupportedError, match="several sequences"):
+            model(**joined, position_ids=torch.cat([places, places], 1), policy=SPEC)
+        padded = tiny.batch(model, ROWS)
+        mask = padded["attention_mask"]
+        for pad in (0, 1):  # what transformers has given padding, now and before
+            places = (mask.cumsum(1) - 1).masked_fill(mask == 0, pad)
+            torch.testing.assert_close(
+                model(**padded, position_ids=places, policy=SPEC).logits[:, -1],
+                model(**padded, policy=SPEC).logits[:, -1],
+                atol=1e-5, rtol=1e-4,
+            )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- torch.compile
 def whole(model: Any) -> Any:
     return torch.compile(model, backend="eager", fullgraph=True)

@@ -174,11 +174,18 @@ def test_parts_name_the_model_to_patch(family: str) -> None:
     vtr.patch(model)
 
 
+def replicated(model: Any) -> Any:
+    """As torch.nn.parallel.replicate makes it: copies that know that they are."""
+    inner, copied = copy.copy(model.model), copy.copy(model)
+    inner.__dict__ = {**model.model.__dict__, "_is_replica": True}
+    copied.__dict__ = {**model.__dict__, "_is_replica": True, "_modules": {**model._modules, "model": inner}}
+    return copied
+
+
 def test_copies_that_data_parallel_makes_are_refused(inputs: Any) -> None:
     """On several devices its copies run in threads that know nothing of ``vtr.use``."""
     model = vtr.patch(tiny.llava())
-    copied = copy.copy(model)  # as torch.nn.parallel.replicate makes it
-    copied.__dict__ = {**model.__dict__, "_is_replica": True}
+    copied = replicated(model)
     with torch.no_grad():
         assert torch.equal(copied(**inputs).logits, model(**inputs).logits)
         with pytest.raises(vtr.UnsupportedError, match="DistributedDataParallel"):

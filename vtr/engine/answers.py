@@ -72,18 +72,24 @@ def _labels_of(caller: type) -> torch.Tensor | None:
     return None
 
 
-def answer_starts(labels: torch.Tensor | None, is_vision: torch.Tensor, valid: torch.Tensor | None) -> list[int]:
-    """Per row the column of the first answer behind its last image; the row's length where none is.
+def answer_starts(
+    labels: torch.Tensor | None, is_vision: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[list[int], list[int]]:
+    """Per row the column of the first answer behind its last image, the row's length where none is.
 
     Args:
         labels: int64 [rows, L] or None (no answers). is_vision, valid: bool [rows, L]; None: no padding. On the CPU.
+
+    Returns:
+        The columns, and the rows with an image but no text between it and its answer: no question, by the labels.
     """
     rows, length = is_vision.shape
     if labels is None:
-        return [length] * rows
-    column = torch.arange(length)
+        return [length] * rows, []
+    column, there = torch.arange(length), torch.ones_like(is_vision) if valid is None else valid
     last = torch.where(is_vision, column, -1).amax(1, keepdim=True)
-    answer = (labels != IGNORED) & (column > last)
-    if valid is not None:
-        answer &= valid
-    return torch.where(answer, column, length).amin(1).tolist()
+    behind = there & (column > last)
+    starts = torch.where(behind & (labels != IGNORED), column, length).amin(1)
+    asked = (behind & (column < starts[:, None])).any(1)
+    lacking = (starts < length) & (last[:, 0] >= 0) & ~asked
+    return starts.tolist(), lacking.nonzero().squeeze(1).tolist()

@@ -339,3 +339,14 @@ def warn_on_continue(policies: Sequence[Policy]) -> None:
             raise UnsupportedError(text + "; on_continue='keep' accepts that")
         if how == "warn":
             warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def warn_on_labels(policies: Sequence[Policy | None]) -> None:
+    """Say that labels leave no question, so that the whole text ranks for these policies."""
+    for spec in dict.fromkeys(p.spec for p in policies if p is not None and p.question_guided):
+        text = (
+            f"labels mark all text behind a row's last image, so they do not tell the answer from the question: all of "
+            f"it ranks for {spec!r}, which a generate would not do. Set the question's labels to -100, or say with "
+            "vtr_queries_end where the answer begins"
+        )
+        warnings.warn(text, UserWarning, stacklevel=2)

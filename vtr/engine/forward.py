@@ -24,11 +24,12 @@ from vtr.engine.call import (
     refuse_compiled,
     refuse_replica,
     warn_on_continue,
+    warn_on_labels,
 )
 from vtr.engine.captures import begin
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.request import Request
+from vtr.engine.request import Request, hides_words
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -124,10 +125,17 @@ class ForwardHooks:
         labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
         given = {**kwargs, "labels": labels}
         prompt = read_prompt(self.patch.adapter, self.patch.model, ids, kwargs.get("attention_mask"), given)
+        starts, lacking = prompt.answer_starts()
+        if ends is None and lacking:  # labels of plain language modeling
+            starts = [prompt.is_vision.shape[1] if b in lacking else start for b, start in enumerate(starts)]
+            warn_on_labels([policies[b] for b in lacking])
         captures = self.patch.vision.wanted(policies, prompt)
         if captures is not None:
             begin(captures)
-        return Request(policies, prompt, prompt.answer_starts(), None, captures)
+        request = Request(policies, prompt, starts, None, captures)
+        if cache is None and hides_words(request):
+            kwargs["use_cache"] = False
+        return request
 
     def _step(self, generation: Generation, kwargs: dict[str, Any], shape: Sequence[int]) -> Request:
         """Of the first forward of a generate, or any without a cache. shape: rows, tokens."""

@@ -18,8 +18,8 @@ def patch(model: Any, policy: Policy | str | None = None) -> Any:
     Changes nothing until a call carries a policy: without one, outputs are bit-identical to the unpatched model's.
     May be called again to change the default.
 
-    A forward over question and answer (``labels`` with -100 in front of the answer, or ``vtr_queries_end=``, the column of
-    ``input_ids`` where it begins: an int, or one a row as a list or int64 tensor [rows]) keeps the tokens that
+    A forward over question and answer (``labels`` with -100 in front of the answer, or ``vtr_queries_end=``, the column
+    of ``input_ids`` where it begins: an int, or one a row as a list or int64 tensor [rows]) keeps the tokens that
     ``generate`` keeps for the question.
 
     Args:

@@ -33,8 +33,8 @@ class Prompt:
     valid: torch.Tensor | None
     labels: torch.Tensor | None = None
 
-    def answer_starts(self) -> list[int]:
-        """Per row the column behind which nothing ranks: where its answer begins, or its end."""
+    def answer_starts(self) -> tuple[list[int], list[int]]:
+        """As :func:`vtr.engine.answers.answer_starts`."""
         return answer_starts(self.labels, self.is_vision, self.valid)
 
     def repeated(self, times: int) -> Prompt:

@@ -36,6 +36,15 @@ class Request:
     offset: int = 0
 
 
+def hides_words(request: Request) -> bool:
+    """Whether some row's given answer has words that its policy may forget: they are not to be cached."""
+    length = request.prompt.is_vision.shape[1]
+    return any(
+        p is not None and end < length and p.asks("remember")
+        for p, end in zip(request.policies, request.ends, strict=True)
+    )
+
+
 def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tensor | None) -> list[Row]:
     """The rows of a forward; text only where there is no request. valid: bool [batch, length] on the CPU, or None."""
     everything = torch.arange(length)
@@ -77,13 +86,13 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> No
             )
         if cached and row.answered and p.asks("remember"):
             raise UnsupportedError(
-                f"{p.spec!r} forgets words, and a forward over question and answer would cache all of them: pass "
-                "use_cache=False with it"
+                f"{p.spec!r} forgets words, and a forward over question and answer would cache them all: "
+                "pass none (it is run without, and returns none)"
             )
         ranks = row.count and (p.question_guided or any(map(p.needs, range(depth))))
         if ranks and not row.rankable:
             raise ValueError(
                 f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
                 f"{p.spec!r}: put the question behind the image, or use a policy that needs no question"
-                + (" (text that labels or vtr_queries_end mark as the answer does not count)" if row.answered else "")
+                + (" (what stands behind vtr_queries_end does not count)" if row.answered else "")
             )

@@ -53,7 +53,10 @@ class TextHooks:
             ids = kwargs.pop("input_ids", None)
             embeds = module.get_input_embeddings()(args[0] if ids is None else ids)
             args = ()
+        given = kwargs.get("position_ids") is not None
         mask, positions, past = _checked(cache, embeds, kwargs, many_axes(module.rotary_emb))
+        if given and request is not None and request.generation is None:
+            _check_one_sequence(positions, mask)
         kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
         one_each = past > 0 and embeds.shape[1] == 1 and (request is None or not any(request.prompt.layouts))
         generation = self._generation(cache) if request is None else request.generation
@@ -188,6 +191,24 @@ def _checked(
             f"this model's positions have one axis: pass position_ids as [rows, tokens], got {tuple(positions.shape)}"
         )
     return None if mask is None else mask[:, -length:], positions, past
+
+
+def _check_one_sequence(positions: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Refuse rows that hold several sequences one behind the other, told by their positions alone (reads the device).
+
+    Raises:
+        UnsupportedError: positions that fall within a row.
+    """
+    if positions.dim() != 2 or positions.shape[1] < 2:
+        return
+    falls = positions[:, 1:] < positions[:, :-1]
+    if mask is not None:  # padding may have any position
+        falls = falls & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if bool(falls.any()):
+        raise UnsupportedError(
+            "position_ids start anew within a row, so it holds several sequences (padding-free batches), which "
+            "a reduced call would let see each other: give each sequence a row of its own, or pass policy=None"
+        )
 
 
 def _wants_cache(module: Any, kwargs: dict[str, Any]) -> bool:

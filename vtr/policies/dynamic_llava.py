@@ -101,7 +101,7 @@ class DynamicLLaVA(Learned):
     positions. Text of the prompt always stays. Every decoded token sees the cache and itself; its key and value stay in
     the cache of layers >= ``layer`` only if the text predictor's keep logit is the larger one. Decoding without a cache
     drops the same tokens when it meets them again, so that it says the same. So does a forward over question and answer
-    (``labels``, ``use_cache=False``); one that does not say where the answer begins takes all of its text for prompt.
+    (``labels``), which has no cache; one that does not say where the answer begins takes all of its text for prompt.
 
     Args:
         keep: image tokens that stay, of each image by itself: a ratio (cut off, as in the official code,
