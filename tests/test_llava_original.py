@@ -292,3 +292,23 @@ def test_other_code_of_that_name_is_refused() -> None:
     stranger = type("LlavaLlamaForCausalLM", (torch.nn.Module,), {})()
     with pytest.raises(vtr.UnsupportedError, match="vtr knows llava-torch"):
         vtr.patch(stranger)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("how", ["labels", "column"])
+def test_an_answer_that_is_given_ranks_nothing(model: Any, row: int, how: str) -> None:
+    """Labels and columns are those of input_ids, where an image is one word; the model merges them itself."""
+    inputs = package.batch(ROWS[row : row + 1], kind_of(model))
+    said = generate(model, inputs, policy=vtr.FastV(0.25, 2))
+    want = counts(model), [r.kept(4) for r in vtr.report(model).rows]
+    start = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], said[:, -RUN["max_new_tokens"] :]], 1)
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = ids.clone()
+    labels[:, :start] = -100
+    given: dict[str, Any] = {"labels": labels} if how == "labels" else {"vtr_queries_end": start}
+    with torch.no_grad():
+        model(**whole, **given, policy=vtr.FastV(0.25, 2))
+        assert (counts(model), [r.kept(4) for r in vtr.report(model).rows]) == want
+        model(**whole, policy=vtr.FastV(0.25, 2))
+        assert [r.kept(4) for r in vtr.report(model).rows] != want[1]
