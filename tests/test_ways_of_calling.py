@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,6 +149,14 @@ def test_several_sequences_in_a_row_are_refused() -> None:
                 model(**padded, policy=SPEC).logits[:, -1],
                 atol=1e-5, rtol=1e-4,
             )  # fmt: skip
+
+
+def test_a_copy_made_inside_a_block_is_in_no_block() -> None:
+    model = vtr.patch(tiny.llava())
+    with vtr.use(model, SPEC):
+        copied = copy.deepcopy(model)
+    users = [vtr.engine.install.patch_of(one).users for one in (model, copied)]
+    assert users == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------- torch.compile

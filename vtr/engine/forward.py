@@ -100,6 +100,8 @@ class ForwardHooks:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
+        if is_ragged(cache):
+            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is not None and not by_hand:
             return args, kwargs, self._step(generation, kwargs, source.shape)  # type: ignore[union-attr]
         return args, kwargs, self._request(policies, ids, embeds, kwargs, ends, generation)
@@ -113,9 +115,6 @@ class ForwardHooks:
         Args:
             ends: the call's ``vtr_queries_end``. around: the generate inside which it is made by hand.
         """
-        cache = cache_in(kwargs)
-        if is_ragged(cache):
-            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if ids is None:
             assert embeds is not None
             ids = ids_of(self.patch.adapter, self.patch.model, embeds)
@@ -133,7 +132,7 @@ class ForwardHooks:
         if captures is not None:
             begin(captures)
         request = Request(policies, prompt, starts, None, captures)
-        if cache is None and hides_words(request):
+        if cache_in(kwargs) is None and hides_words(request):
             kwargs["use_cache"] = False
         return request
 
@@ -141,9 +140,7 @@ class ForwardHooks:
         """Of the first forward of a generate, or any without a cache. shape: rows, tokens."""
         assert generation.prompt is not None and generation.policies is not None
         rows, length = shape[:2]
-        mask, cache, asked = kwargs.get("attention_mask"), cache_in(kwargs), generation.prompt.is_vision.shape[1]
-        if is_ragged(cache):
-            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
+        mask, asked = kwargs.get("attention_mask"), generation.prompt.is_vision.shape[1]
         beams = rows // len(generation.policies)  # beam search and num_return_sequences repeat each prompt
         prompt = generation.prompt.repeated(beams).extended(length)
         if prompt.valid is None and mask is not None and mask.dim() == 2:  # transformers derived it from pad tokens

@@ -7,6 +7,7 @@ images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Geometry, Trace, held_windows
 
 NAME = "_vtr"
+_counting = threading.Lock()
 
 
 class Key:
@@ -147,11 +149,17 @@ class Patch:
     @contextmanager
     def using(self, policy: Any) -> Iterator[None]:
         """While the block runs, compiled calls of the model may be meant to be reduced."""
-        self.users += policy is not None
+        with _counting:
+            self.users += policy is not None
         try:
             yield
         finally:
-            self.users -= policy is not None
+            with _counting:
+                self.users -= policy is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, made inside such a block: nobody uses it yet."""
+        return {**self.__dict__, "users": 0}
 
     # -- generate --------------------------------------------------------------------------------------------------
     def generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
