@@ -6,7 +6,6 @@ A few cases in every run; `.ci/full` draws 2,000 of each with a fresh seed. By h
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import tracemalloc
@@ -24,7 +23,7 @@ from vtr.integrations.vllm.gateway import Gateway
 from vtr.integrations.vllm.specs import RequestError, read, spec_of
 
 import vtr
-from tests.test_gateway import JSON
+from tests.test_gateway import exchanged
 from tests.test_limits import EXTREME, settings
 
 SECONDS, BYTES = 0.5, 64 * 2**20
@@ -108,15 +107,7 @@ bodies = whole | cut | st.binary(max_size=200)
 
 def through(body: bytes, chunk: int) -> tuple[int, Any, list[Any]]:
     """(status, answer of the gate, bodies that the server got)."""
-    seen, sent = [], []
-    pieces = [body[i : i + chunk] for i in range(0, len(body), chunk)] or [b""]
-    coming = [{"type": "http.request", "body": p, "more_body": i < len(pieces) - 1} for i, p in enumerate(pieces)]
-
-    async def receive() -> Any:
-        return coming.pop(0)
-
-    async def send(message: Any) -> None:
-        sent.append(message)
+    seen: list[Any] = []
 
     async def server(scope: Any, receive: Any, send: Any) -> None:
         got = await receive()
@@ -127,8 +118,7 @@ def through(body: bytes, chunk: int) -> tuple[int, Any, list[Any]]:
 
     gate = Gateway(server, 32)
     try:
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": JSON}
-        asyncio.run(gate(scope, receive, send))
+        sent = exchanged(gate, body, chunk)
     finally:
         gate.readers.shutdown()
     assert (gate.open, gate.held) == (0, 0)

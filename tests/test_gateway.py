@@ -34,24 +34,31 @@ class Server:
         await send({"type": "http.response.body", "body": b"{}"})
 
 
-def ask(
-    body: Any, path: str = "/v1/chat/completions", method: str = "POST", headers: Any = JSON, parts: int = 1
-) -> tuple[int, Any, list[Any]]:
-    """(status, what was answered, what the server saw)."""
-    server, sent = Server(), []
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    step = max(len(raw) // parts, 1)
-    chunks = [raw[i : i + step] for i in range(0, len(raw), step)] or [b""]
-    messages = [{"type": "http.request", "body": c, "more_body": i < len(chunks) - 1} for i, c in enumerate(chunks)]
+def exchanged(
+    gate: Gateway, body: bytes, step: int, path: str = "/v1/chat/completions", method: str = "POST", headers: Any = JSON
+) -> list[Any]:
+    """What ``gate`` sends to a request whose body comes in parts of ``step`` bytes."""
+    sent: list[Any] = []
+    parts = [body[at : at + step] for at in range(0, len(body), step)] or [b""]
+    coming = [{"type": "http.request", "body": p, "more_body": at < len(parts) - 1} for at, p in enumerate(parts)]
 
     async def receive() -> Any:
-        return messages.pop(0)
+        return coming.pop(0)
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": path, "headers": headers}
-    asyncio.run(Gateway(server, depth=10)(scope, receive, send))
+    asyncio.run(gate({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
+    return sent
+
+
+def ask(
+    body: Any, path: str = "/v1/chat/completions", method: str = "POST", headers: Any = JSON, parts: int = 1
+) -> tuple[int, Any, list[Any]]:
+    """(status, what was answered, what the server saw)."""
+    server = Server()
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = exchanged(Gateway(server, depth=10), raw, max(len(raw) // parts, 1), path, method, headers)
     return sent[0]["status"], json.loads(sent[1]["body"]), server.seen
 
 
