@@ -4,7 +4,7 @@
 #   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
 # Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
-# that are no longer shipped) and docs/results/apart.* (python -m vtr.eval.apart, on backbones to be trained first).
+# that are no longer shipped) and docs/results/apart.* (python -m vtr.eval.studies.apart, on backbones to be trained first).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
@@ -29,10 +29,10 @@ accuracy() {
   evaluate scales 480 m3:tokens={36,9,1} globalcom2:retention={0.75,0.5,0.25,0.1} random:keep=0.1 uniform:keep=0.1 \
     pool:grid=4 fastv:keep=0.1,layer=1
   cp "$runs/scales/results.json" eval/results/scales.json
-  python -m vtr.eval.oracle "$runs/scales" -p "none;m3:tokens=36;m3:tokens=9;m3:tokens=1" --out docs/results
+  python -m vtr.eval.studies.oracle "$runs/scales" -p "none;m3:tokens=36;m3:tokens=9;m3:tokens=1" --out docs/results
   evaluate m3 480 m3:tokens={36,9,1} uniform:keep={0.25,0.0625,0.0069},layer=0
   cp "$runs/m3/results.json" docs/results/m3-trained.json
-  python -m vtr.eval.kinds before=docs/results/m3-before.json trained=docs/results/m3-trained.json --out docs/results/m3
+  python -m vtr.eval.accuracy.kinds before=docs/results/m3-before.json trained=docs/results/m3-trained.json --out docs/results/m3
   local contenders=()
   for kept in 0.75 0.5 0.25 0.1; do
     contenders+=("globalcom2:retention=$kept" "globalcom2:retention=$kept,temperature=Infinity")
@@ -41,14 +41,14 @@ accuracy() {
   evaluate globalcom2 240 "${contenders[@]}" fastv:keep={0.6875,0.375,0.0625} fastv:keep=0.02,layer=1 \
     pool:grid={10,8,6,4} downsample:scale={0.87,0.71,0.5,0.32}
   cp "$runs/globalcom2/results.json" docs/results/globalcom2.json
-  python -m vtr.eval.kinds docs/results/globalcom2.json --out docs/results/globalcom2
-  python -m vtr.eval.autoscale --out docs/results
-  python -m vtr.eval.schedules --out docs/results --n 2000 --test-seed 1 --presets vtr/presets/pocket.json
-  python -m vtr.eval.budgets --out docs/results
-  python -m vtr.eval.budgets --out docs/results/low --keep 0.02 --keep 0.01
+  python -m vtr.eval.accuracy.kinds docs/results/globalcom2.json --out docs/results/globalcom2
+  python -m vtr.eval.studies.autoscale --out docs/results
+  python -m vtr.eval.studies.schedules --out docs/results --n 2000 --test-seed 1 --presets vtr/presets/pocket.json
+  python -m vtr.eval.studies.budgets --out docs/results
+  python -m vtr.eval.studies.budgets --out docs/results/low --keep 0.02 --keep 0.01
 }
 cost() {
-  python -m vtr.eval.trained --out docs/results
+  python -m vtr.eval.studies.trained --out docs/results
   vtr bench engine --repeats 2 --json eval/results/engine.json
   vtr bench policies --small --budget 0.5 --budget 0.25 --budget 0.1 --json eval/results/policies.json
   vtr bench policies --shapes llava-next-mid --budget 0.25 --json eval/results/policies-anyres.json
@@ -58,7 +58,7 @@ cost() {
 serve() {
   export PATH=${VTR_VLLM_VENV:-$PWD/.venv-vllm}/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
   export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-  python -m vtr.eval.servable "$runs/mid" --layers 6
+  python -m vtr.eval.cost.servable "$runs/mid" --layers 6
   behind serve pocket
   behind serve-mid "$runs/mid" --served-model-name "random LLaVA-1.5 of 6 layers × 512" --num-gpu-blocks-override 64
 }
@@ -78,4 +78,4 @@ case ${1:-} in
   serve) serve && exit ;;
   *) grep '^# ' "$0" | cut -c3- && exit 2 ;;
 esac
-python -m vtr.eval.readme
+python -m vtr.eval.report.readme

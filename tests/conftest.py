@@ -17,7 +17,7 @@ from tests import tiny
 
 torch.set_num_threads(1)
 
-# `pytest tests/test_properties.py --hypothesis-profile=long --hypothesis-seed=1` draws 10,000 cases. The default
+# `pytest tests/engine/test_properties.py --hypothesis-profile=long --hypothesis-seed=1` draws 10,000 cases. The default
 # profile draws the same ones every time, unless a seed is given; .ci/full gives the fuzz targets 2,000 of a fresh seed
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=170, print_blob=True)
 settings.register_profile("seeded", deadline=None, max_examples=170, print_blob=True)
@@ -91,7 +91,7 @@ def result_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def site(result_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The HTML page made of them."""
-    from vtr.eval import page
+    from vtr.eval.report import page
 
     out = tmp_path_factory.mktemp("site")
     page.write([result_folder], out)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vtr.eval import bench_engine as engine
-from vtr.eval import midsize, results
+from vtr.eval.cost import engine, midsize
+from vtr.eval.report import results
 
 NOTE = "fixture: numbers drawn by a seed, not measured"
 KINDS = ["color", "shape", "count", "where", "letter", "find", "digit", "word"]

@@ -1,4 +1,4 @@
-"""Which policy works on which family: the cells of ``tests/test_support.py`` and of the README's table.
+"""Which policy works on which family: the cells of ``tests/integrations/test_support.py`` and of the README's table.
 
 ``python -m tests.support`` runs the tests and prints the table made of their outcomes; ``--write`` puts it into the
 README. A cell is green only if its test passed; the others say why not, in the adapter's words.
@@ -115,7 +115,7 @@ def compressed(
         if isinstance(policy, vtr.Matryoshka):
             with torch.no_grad():
                 return shorter.row(models.twin, single, shorter.matryoshka(models.twin, single, list(policy.tokens)))  # type: ignore[arg-type]
-        return merged(row, made_of)  # tests/test_pool.py and tests/test_compress.py derive these
+        return merged(row, made_of)  # tests/policies/test_pool.py and tests/engine/test_compress.py derive these
     want, slots = [], row.slots
     for i, (height, width) in enumerate(grids):
         mine, slots = slots[: height * width], slots[height * width :]
@@ -248,7 +248,7 @@ def main(
 ) -> None:
     """Run the oracles of every policy on every family (minutes), and make the README's table of their outcomes."""
     outcomes = Outcomes()
-    file = str(Path(__file__).parent / "test_support.py")
+    file = str(Path(__file__).parent / "integrations" / "test_support.py")
     pytest.main(
         [file, "-q", "-k", " or ".join(TESTS), "-m", "slow or not slow", "-p", "no:cacheprovider"], plugins=[outcomes]
     )

@@ -21,7 +21,7 @@ from tests.official import IMG, close
 from tests.spy import Spy
 from vtr.base import Image, top
 from vtr.image import arrange
-from vtr.policies.globalcom2 import best, crops_of, ratios
+from vtr.policies.picture.globalcom2 import best, crops_of, ratios
 
 META = official.meta("globalcom2")
 UNIT, E2E = (official.tensors("globalcom2", name) for name in ("unit", "e2e"))

@@ -18,7 +18,7 @@ from tests import official
 from tests.official import IMG, close
 from vtr.base import Image, Layout
 from vtr.image import arrange, scales
-from vtr.policies.matryoshka import pool
+from vtr.policies.blind.matryoshka import pool
 
 META = official.meta("m3")
 POOL, ANYRES, MODEL = (official.tensors("m3", name) for name in ("pool", "anyres", "model"))

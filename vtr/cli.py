@@ -81,7 +81,7 @@ def run(
 
     * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
     """
-    from vtr import demo
+    from vtr.commands import run as demo
 
     try:
         asked = demo.prepare(image, question, sample, model, device)

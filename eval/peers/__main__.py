@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from vtr.eval import results
 from vtr.eval.peers import data, venvs
 from vtr.eval.peers.catalogue import ALL_PEERS, HERE, Peer
 from vtr.eval.peers.channel import PeerError
 from vtr.eval.peers.driver import Plan, Row, Side, budget_of, calls, compare, failed
+from vtr.eval.report import results
 
 import vtr
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from vtr.eval.bench_engine import merged
-from vtr.eval.budgets import tokenize
+from vtr.eval.cost.engine import merged
+from vtr.eval.studies.budgets import tokenize
 
 import vtr
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtr.eval.interleave import median_ratio
+from vtr.eval.accuracy.stats import paired
+from vtr.eval.cost.interleave import median_ratio
 from vtr.eval.peers.catalogue import Method, Peer
 from vtr.eval.peers.channel import PeerError, Worker
-from vtr.eval.stats import paired
 
 from vtr.base import keep_count
 

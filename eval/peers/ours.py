@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from channel import serve
 from meter import spans
-from vtr.eval import blind  # noqa: F401  (registers the question-blind selector)
-from vtr.eval.budgets import tokenize
+from vtr.eval.accuracy import blind  # noqa: F401  (registers the question-blind selector)
+from vtr.eval.studies.budgets import tokenize
 
 import vtr
 from vtr.data.pictures import upright

@@ -66,8 +66,8 @@ def bench_engine(
     """
 
     from vtr.cli import console, fail
-    from vtr.eval import bench_engine as engine
-    from vtr.eval import results
+    from vtr.eval.cost import engine
+    from vtr.eval.report import results
 
     try:
         size, precision, times = engine.choose(small, device, dtype, repeats)
@@ -130,8 +130,8 @@ def bench_policies(
     * `vtr bench policies --device cuda --shapes llava-next-7b --out results`
     """
     from vtr.cli import console, fail
-    from vtr.eval import bench_policies as measure
-    from vtr.eval.bench_engine import choose as precision_of
+    from vtr.eval.cost import policies as measure
+    from vtr.eval.cost.engine import choose as precision_of
 
     try:
         precision = precision_of(small, device, dtype, repeats)[1]
@@ -167,7 +167,7 @@ def bench_batch(
     * `vtr bench batch --small --json batch.json`
     """
     from vtr.cli import fail
-    from vtr.eval import bench_batch as measure
+    from vtr.eval.cost import batch as measure
 
     try:
         size, precision, times = measure.choose(small, device, dtype, repeats)
@@ -200,8 +200,8 @@ def bench_scale(
     * `vtr bench scale --small --out results`
     """
     from vtr.cli import fail
-    from vtr.eval import bench_scale as measure
-    from vtr.eval.bench_engine import choose
+    from vtr.eval.cost import scale as measure
+    from vtr.eval.cost.engine import choose
 
     try:
         precision = choose(small, device, dtype, repeats)[1]
@@ -240,7 +240,7 @@ def bench_serve(
     from tqdm import tqdm
 
     from vtr.cli import console, fail
-    from vtr.eval import bench_serve as measure
+    from vtr.eval.cost import serve as measure
 
     steps = measure.loads(small)
     try:
@@ -258,7 +258,7 @@ def bench_serve(
 
 def write(body: Mapping[str, Any], kind: Any, json_file: Path | None, out: Path | None, seed: int, device: str) -> None:
     """The result file and its plot, where they were asked for."""
-    from vtr.eval import plots, results
+    from vtr.eval.report import plots, results
 
     for path in {json_file, None if out is None else out / f"{kind}.json"} - {None}:
         assert path is not None

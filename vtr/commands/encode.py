@@ -31,8 +31,8 @@ def encode_command(
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from vtr import demo
     from vtr.cli import console, fail
+    from vtr.commands import run as demo
     from vtr.data.pictures import upright
     from vtr.encode import encode
 

@@ -84,8 +84,8 @@ def eval_command(
     from vtr.cli import console, fail
 
     try:
-        from vtr.eval.data import settings_of
-        from vtr.eval.run import Settings, evaluate
+        from vtr.eval.accuracy.data import settings_of
+        from vtr.eval.accuracy.run import Settings, evaluate
 
         chosen = Settings(
             policies=tuple(policies or ["all"]), budget=budget, model=model, base_lm=base_lm, data=data,
@@ -118,7 +118,7 @@ def show(body: dict[str, Any]) -> None:
     from rich.table import Table
 
     from vtr.cli import console
-    from vtr.eval.summary import caption, used_columns
+    from vtr.eval.accuracy.summary import caption, used_columns
 
     columns, lines = used_columns(body)
     if console.width < WIDE:

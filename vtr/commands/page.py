@@ -39,11 +39,11 @@ def page_command(
 
     try:
         if readme is not None:
-            from vtr.eval import readme as tables
+            from vtr.eval.report import readme as tables
 
             console.print(tables.update(readme, results or []))
             return
-        from vtr.eval import page
+        from vtr.eval.report import page
 
         written = page.write(
             results or [],

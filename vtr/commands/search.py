@@ -153,8 +153,8 @@ def _run(
     source: tuple[str, Path | None, str], sizes: tuple[int, int], latency: int,
 ) -> None:  # fmt: skip
     """Load, split, search, save, measure, show."""
-    from vtr import demo
     from vtr.cli import console, fail
+    from vtr.commands import run as demo
     from vtr.search.prefix import Spent
 
     try:
@@ -208,7 +208,7 @@ def _draw_ranks(found: Found, out: Path) -> None:
 
 
 def _report(model: Any, processor: Any, found: Found, sides: Split, latency: int, out: Path) -> str:
-    from vtr.eval import equal_flops, schedule_report
+    from vtr.eval.studies import equal_flops, schedule_report
     from vtr.search import Cost
     from vtr.search.data import refuse_overlap
 

@@ -60,8 +60,8 @@ def train_command(
         import torch
 
         import vtr
+        from vtr.commands.run import load
         from vtr.data.sources import settings_of
-        from vtr.demo import load
         from vtr.learned import Learned
         from vtr.training import loop, state
         from vtr.training.data import Collate, read_samples

@@ -9,9 +9,9 @@ import torch
 
 from vtr.base import Policy
 from vtr.convert.settings import flag, real, whole, word
-from vtr.policies.dynamic_llava import DynamicLLaVA
-from vtr.policies.matryoshka import Matryoshka
-from vtr.policies.pmod import PMoD
+from vtr.policies.blind.matryoshka import Matryoshka
+from vtr.policies.trained.dynamic_llava import DynamicLLaVA
+from vtr.policies.trained.pmod import PMoD
 
 State = dict[str, torch.Tensor]
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vtr.policies.dynamic_llava import DynamicLLaVA
-from vtr.policies.pmod import PMoD, Routers
+from vtr.policies.trained.dynamic_llava import DynamicLLaVA
+from vtr.policies.trained.pmod import PMoD, Routers
 from vtr.training.dynamic_llava import DynamicLLaVATraining, Masking, temperature
 from vtr.training.m3 import backward_nested
 

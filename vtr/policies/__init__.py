@@ -1,17 +1,17 @@
 """The policies: one file a method, one class a method."""
 
-from vtr.policies.autoscale import AutoScale
-from vtr.policies.cls_top import ClsTop
-from vtr.policies.dynamic_llava import DynamicLLaVA
-from vtr.policies.fastv import FastV
-from vtr.policies.globalcom2 import GlobalCom2
-from vtr.policies.gsearch import GSearch
-from vtr.policies.matryoshka import Matryoshka
-from vtr.policies.pmod import PMoD
-from vtr.policies.pool import Pool
-from vtr.policies.pyramid import Pyramid
-from vtr.policies.random_keep import Random
-from vtr.policies.uniform_grid import UniformGrid
+from vtr.policies.blind.matryoshka import Matryoshka
+from vtr.policies.blind.pool import Pool
+from vtr.policies.blind.random_keep import Random
+from vtr.policies.blind.uniform_grid import UniformGrid
+from vtr.policies.decoder.fastv import FastV
+from vtr.policies.decoder.gsearch import GSearch
+from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.picture.cls_top import ClsTop
+from vtr.policies.picture.globalcom2 import GlobalCom2
+from vtr.policies.trained.autoscale import AutoScale
+from vtr.policies.trained.dynamic_llava import DynamicLLaVA
+from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
     "AutoScale",

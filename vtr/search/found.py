@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtr.base import Keep
-from vtr.policies.gsearch import GSearch
+from vtr.policies.decoder.gsearch import GSearch
 from vtr.schedule import SCHEDULE_NAME, Schedule
 from vtr.search.curve import fit, plot
 

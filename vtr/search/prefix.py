@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vtr.base import Keep, Scores
-from vtr.policies.gsearch import GSearch
+from vtr.policies.decoder.gsearch import GSearch
 from vtr.schedule import Schedule
 from vtr.search.prompts import Prepared, answer_logits
 

@@ -11,7 +11,7 @@ import torch
 from vtr import chat
 from vtr.engine.install import patch_of
 from vtr.engine.midway import Midway, enter
-from vtr.policies.gsearch import GSearch
+from vtr.policies.decoder.gsearch import GSearch
 from vtr.search.data import Example, examples
 from vtr.search.metrics import Objective, objective_of
 

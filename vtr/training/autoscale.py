@@ -26,7 +26,7 @@ from vtr.accounting import Report
 from vtr.base import Policy
 from vtr.chat import decode, encode
 from vtr.engine.resolve import Answer, answers_in
-from vtr.policies.autoscale import AutoScale, calibrated, confidence, router_input
+from vtr.policies.trained.autoscale import AutoScale, calibrated, confidence, router_input
 
 if TYPE_CHECKING:
     from vtr.engine.resolve import Tries

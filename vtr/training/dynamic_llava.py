@@ -23,7 +23,7 @@ from vtr.engine.adapters import find_adapter
 from vtr.engine.attention import AttentionConfig, attention
 from vtr.engine.compat import check_checkpointing
 from vtr.engine.prompt import read_prompt
-from vtr.policies.dynamic_llava import KEEP, DynamicLLaVA
+from vtr.policies.trained.dynamic_llava import KEEP, DynamicLLaVA
 
 EPS = 1e-6
 BLOCK = 256

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vtr.base import UnsupportedError
 from vtr.engine.install import patch_of
-from vtr.policies.matryoshka import Matryoshka
+from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.training.data import Collate, as_sample
 from vtr.training.loop import warmed_cosine
 

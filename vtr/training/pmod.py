@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vtr.engine.install import patch_of
-from vtr.policies.pmod import PMoD
+from vtr.policies.trained.pmod import PMoD
 
 
 class PModTraining(nn.Module):

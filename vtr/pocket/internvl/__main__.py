@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vtr.policies.matryoshka import pool
+from vtr.policies.blind.matryoshka import pool
 
 from .. import load
 from .. import scenes as S

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vtr.image import scales
-from vtr.policies.matryoshka import pool
+from vtr.policies.blind.matryoshka import pool
 
 from .. import scenes as S
 from ..language import Batch, keep_random

@@ -1,0 +1,1 @@
+"""``vtr eval``: what policies keep of a model's answers."""

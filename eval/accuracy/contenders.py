@@ -1,0 +1,143 @@
+"""What is compared: policies by spec string, no reduction, input downsampling; and one of each at a common budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtr.eval import spend
+from vtr.eval.accuracy import blind  # noqa: F401  (registers the question-blind selector)
+from vtr.eval.accuracy.downsample import NAME, Downsample
+
+import vtr
+from vtr.learned import Learned
+from vtr.registry import policy_class
+
+NONE = "none"
+ALL = "all"
+BUDGET = 0.25
+FIRST = (NONE, "random", "uniform", "pool", NAME)
+"""What ``all`` begins with: no reduction and the baselines every policy has to beat."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        policy: None for no reduction. downsample: what happens to pictures before the processor, or None.
+    """
+
+    spec: str
+    name: str
+    policy: vtr.Policy | None = None
+    downsample: Downsample | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What budgets depend on: decoder layers, and patches along a tile's side."""
+
+    layers: int
+    side: int
+
+    @classmethod
+    def of(cls, model: Any) -> Shapes:
+        """Of a model whose vision tower has square patches."""
+        vision = model.config.vision_config
+        size, patch = (n[0] if isinstance(n, (list, tuple)) else n for n in (vision.image_size, vision.patch_size))
+        shrink = getattr(model.config, "downsample_ratio", 1)
+        return cls(len(model.get_decoder().layers), int(size // patch * shrink))
+
+
+def contender(spec: str) -> Contender:
+    """The contender of a spec: ``none``, a policy's, ``downsample:scale=0.5``, or ``downsample:scale=0.5+POLICY``.
+
+    Raises:
+        TypeError, ValueError: no such policy, or settings it refuses.
+    """
+    spec = spec.strip()
+    if spec == NONE:
+        return Contender(NONE, NONE)
+    head, _, rest = spec.partition("+")
+    name, _, settings = head.partition(":")
+    if name != NAME:
+        policy = vtr.policy(spec)
+        return Contender(policy.spec, policy.name, policy)
+    key, _, value = settings.partition("=")
+    if settings and key != "scale":
+        raise ValueError(f"{NAME} has no setting {key!r}; it has: scale, e.g. {NAME}:scale=0.5")
+    try:
+        smaller = Downsample(float(value)) if settings else Downsample()
+    except ValueError as error:
+        raise ValueError(f"{head!r}: {error}") from error
+    more = vtr.policy(rest) if rest else None
+    return Contender(smaller.spec + (f"+{more.spec}" if more else ""), NAME, more, smaller)
+
+
+def contenders(
+    specs: Sequence[str], shapes: Shapes, budget: float = BUDGET, weights: str | None = None
+) -> tuple[list[Contender], list[Contender], dict[str, str]]:
+    """No reduction first, then what ``specs`` name.
+
+    Args:
+        specs: each one or several specs joined by ``;``; ``all`` is one per registered policy, at ``budget``.
+        weights: what trained policies of ``all`` get as theirs; without, they are left out.
+
+    Returns:
+        All of them; those of them that only ``all`` named; and why registered policies were left out of ``all``.
+
+    Raises:
+        TypeError, ValueError: an unknown policy, one that cannot work on this model, the same one twice.
+    """
+    found, left_out = [Contender(NONE, NONE)], dict[str, str]()
+    only_all: list[Contender] = []
+    for spec in (part.strip() for text in specs for part in text.split(";") if part.strip()):
+        if spec == ALL:
+            more, left_out = at_budget(budget, shapes, weights)
+            more = [one for one in more if one not in found]
+            only_all += more
+        else:
+            more = [contender(spec)] if spec != NONE else []
+        found += more
+    for one in found:
+        if one.policy is not None:
+            one.policy.check(shapes.layers)
+    names = [one.spec for one in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice} is there twice: name each policy once")
+    return found, only_all, left_out
+
+
+def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tuple[list[Contender], dict[str, str]]:
+    """One contender per registered policy, and why others are left out.
+
+    A policy that has none of the settings :mod:`vtr.eval.spend` knows gets its defaults: the table shows what it keeps.
+    A budget of 1 or more is a count of tokens, of those of one tile.
+
+    Raises:
+        ValueError: no such budget.
+    """
+    budget = budget / shapes.side**2 if budget >= 1 and budget == int(budget) else budget
+    spend.check_budget(budget)
+    registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
+    order = [name for name in FIRST if name in registered or name == NAME]
+    made, left_out = [], {}
+    for name in order + [name for name in registered if name not in FIRST]:
+        try:
+            if name == NAME:
+                one = contender(Downsample(round(budget**0.5, 4)).spec)
+            elif weights is not None and issubclass(policy_class(name), Learned):
+                one = contender(spend.trained(name, weights, budget, shapes.layers).spec)
+            elif spend.setter_of(name) is None:
+                one = contender(name)
+            else:
+                policy = spend.at_budget(name, budget, shapes.layers, shapes.side)
+                one = Contender(policy.spec, policy.name, policy)
+            if one.policy is not None:
+                one.policy.check(shapes.layers)
+            made.append(one)
+        except (TypeError, ValueError, OSError) as error:
+            left_out[name] = str(error)
+    return made, left_out

@@ -1,0 +1,1 @@
+"""``vtr bench``: what policies cost, in time, memory and FLOPs."""

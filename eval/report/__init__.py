@@ -1,0 +1,1 @@
+"""Result files, and the tables, plots and pages made of them."""

@@ -1,0 +1,102 @@
+"""The README's tables, made from result files: ``python -m vtr.eval.report.readme`` writes them, ``--check`` compares.
+
+Between ``<!-- vtr:table NAME -->`` and ``<!-- /vtr:table -->`` stands the main table of NAME.json, or with NAME:TABLE
+another of its tables (``pocket:kinds``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from vtr.eval.report.page import markdown, tables
+from vtr.eval.report.page.data import files, per_file, read
+
+OPEN, CLOSE = re.compile(r"<!-- vtr:table (\S+) -->\n"), "<!-- /vtr:table -->"
+RESULTS = Path("eval/results")
+"""Where result files are kept, beside the README."""
+
+
+def render(text: str, results: dict[str, Path]) -> str:
+    """``text`` with every marked table made anew from ``results`` (by name, without ``.json``).
+
+    Raises:
+        ValueError: a marker without its end, or one that names no result or no table.
+    """
+    out, at = [], 0
+    while start := OPEN.search(text, at):
+        end, following = text.find(CLOSE, start.end()), OPEN.search(text, start.end())
+        if end < 0 or (following and following.start() < end):
+            raise ValueError(f"the marker of table {start[1]} has no end: put {CLOSE} behind the table")
+        out += [text[at : start.end()], table(start[1], results)]
+        at = end
+    return "".join(out) + text[at:]
+
+
+def table(name: str, results: dict[str, Path]) -> str:
+    """The Markdown of table NAME or NAME:TABLE.
+
+    Raises:
+        ValueError: no such result, or it has no such table.
+    """
+    stem, _, part = name.partition(":")
+    if stem not in results:
+        raise ValueError(f"table {name} needs {stem}.json, and there is only {', '.join(results) or 'no result file'}")
+    result = read(results[stem])
+    made = {one.name: one for one in per_file(tables.of, [result])[0]}
+    if part and part not in made:
+        raise ValueError(f"{results[stem]} has no table {part!r}: choose one of {', '.join(made)}")
+    shown = made[part] if part else next(iter(made.values()))
+    return f"\n{markdown.table(shown)}\nMeasured by `{result.data['command']}`.\n\n"
+
+
+def update(readme: Path, paths: Sequence[Path] = (), check: bool = False) -> str:
+    """Write the README's tables, or with ``check`` only compare them; says what was done.
+
+    Args:
+        paths: result files or folders; by default ``eval/results`` beside the README.
+
+    Raises:
+        FileNotFoundError: no README.
+        ValueError: a table has drifted from its results (``check``), two results of one name, or a bad marker.
+    """
+    text = readme.read_text(encoding="utf-8")
+    marked = len(OPEN.findall(text))
+    found = files(paths or [readme.parent / RESULTS]) if marked else []
+    results = {path.stem: path for path in found}
+    if len(results) < len(found):
+        raise ValueError("two result files have the same name: a marker could mean either")
+    fresh = render(text, results)
+    if check and fresh != text:
+        raise ValueError(
+            f"tables of {readme} are not those of its results: run python -m vtr.eval.report.readme {readme}"
+        )
+    if fresh != text:
+        readme.write_text(fresh, encoding="utf-8")
+    return f"{readme}: {marked} tables " + ("are those of the results" if fresh == text else "written")
+
+
+def main(
+    readme: Annotated[Path, typer.Argument(help="the file with markers")] = Path("README.md"),
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="result files or folders; default: eval/results", show_default=False)
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit with 1 where a table differs")] = False,
+) -> None:
+    """Write the README's tables from result files.
+
+    Between <!-- vtr:table NAME --> and <!-- /vtr:table --> comes the table of eval/results/NAME.json, or with
+    NAME:TABLE another of its tables, e.g. pocket:kinds.
+    """
+    try:
+        print(update(readme, results or [], check))
+    except (ValueError, OSError) as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Committed studies, each one command."""

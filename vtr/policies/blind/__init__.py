@@ -1,0 +1,1 @@
+"""Policies that look at nothing: the same tokens whatever the picture shows and the question asks."""

@@ -1,0 +1,1 @@
+"""Policies that look at the picture, through the vision tower."""

@@ -1,0 +1,1 @@
+"""Policies with weights or thresholds fitted to a model."""
