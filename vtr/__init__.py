@@ -23,8 +23,8 @@ from vtr.policies import (
     Random,
     UniformGrid,
 )
-from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
+from vtr.settings import Chain, list_policies, policy, register_policy
 
 __all__ = [
     "AutoScale",

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from vtr import saved
+from vtr import files
 from vtr.image import Image, Layout, Pooled
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ class Policy:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``vtr_policy.json`` (and ``vtr_policy.safetensors``, if there are weights) into ``folder``."""
-        saved.save_policy(self, folder)
+        files.save_policy(self, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path, allow_mismatch: bool = False) -> Policy:
@@ -348,11 +348,11 @@ class Policy:
                 cannot be, or its tensors are not those of the policy (all that are missing, unknown or of another shape
                 are listed) or not finite. Sizes are compared before anything of that size is made.
         """
-        return saved.load_policy(folder, allow_mismatch)
+        return files.load_policy(folder, allow_mismatch)
 
     def __add__(self, other: Policy) -> Policy:
         """``compressor + pruner``: both act, the left one first. Each question may be answered by one of them only."""
-        from vtr.registry import Chain
+        from vtr.settings import Chain
 
         return Chain([self, other])
 

@@ -15,7 +15,7 @@ from vtr.base import Layout, Policy
 from vtr.engine.adapters import find_adapter
 from vtr.image import scales
 from vtr.learned import Learned
-from vtr.registry import Chain, policy, policy_class
+from vtr.settings import Chain, policy, policy_class
 
 CUT = 2
 """The layer at which policies that cut once do so (FastV's): the same tokens enter the same layers. Earlier where the

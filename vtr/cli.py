@@ -117,7 +117,7 @@ def list_command() -> None:
 
     import vtr
     from vtr.engine.adapters import families
-    from vtr.registry import policy_class
+    from vtr.settings import policy_class
 
     table = Table("policy", "settings and defaults", "looks at the question", "what it does", title="Policies")
     for name in vtr.list_policies():

@@ -13,7 +13,7 @@ from vtr.base import Policy, UnsupportedError
 from vtr.data.pictures import upright
 from vtr.engine.midway import enter
 from vtr.policies import UniformGrid
-from vtr.registry import policy as policy_of
+from vtr.settings import policy as policy_of
 
 if TYPE_CHECKING:
     from PIL import Image

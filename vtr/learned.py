@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vtr.base import Policy
-from vtr.saved import check_finite, whole
+from vtr.files import check_finite, whole
 
 SAMPLED = (0.31, 0.77)
 """Where each matrix of the decoder is sampled for a fingerprint, as parts of its length."""

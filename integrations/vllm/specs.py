@@ -15,8 +15,8 @@ from typing import Any
 from vtr.base import Layout, Policy
 from vtr.limits import MOST_LAYERS, short
 from vtr.policies import GlobalCom2, GSearch, Matryoshka, Random, UniformGrid
-from vtr.registry import Chain, parse, policy, policy_class
 from vtr.schedule import presets
+from vtr.settings import Chain, parse, policy, policy_class
 
 NONE = "none"
 LONGEST = 500

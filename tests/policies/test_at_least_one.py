@@ -22,7 +22,7 @@ from tests.tiny import IMAGE
 from vtr.base import Tokens, keep_count
 from vtr.engine.rows import compressed
 from vtr.policies import ClsTop
-from vtr.registry import policy_class
+from vtr.settings import policy_class
 
 SMALLEST = 5e-324
 ratios = st.one_of(st.floats(0, 1, exclude_min=True), st.floats(0, 0.3, exclude_min=True), st.just(1e-12))

@@ -28,7 +28,7 @@ from vtr.base import Policy, UnsupportedError
 from vtr.engine.call import refuse_if_busy
 from vtr.engine.hooks import NAME, Key
 from vtr.engine.install import patch, unpatch
-from vtr.registry import policy as as_policy
+from vtr.settings import policy as as_policy
 
 __all__ = ["VARIABLE", "disable", "enable", "history", "patched"]
 VARIABLE = "VTR_POLICY"

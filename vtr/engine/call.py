@@ -25,7 +25,7 @@ from vtr.engine.captures import Captures
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import DenseTrace, Trace
-from vtr.registry import policy as as_policy
+from vtr.settings import policy as as_policy
 
 Given = Policy | str | None | Sequence[Policy | str | None]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vtr.base import Keep
-from vtr.saved import read_json
+from vtr.files import read_json
 from vtr.search.data import Example
 from vtr.search.prefix import Spent
 

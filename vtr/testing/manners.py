@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtr import registry
+from vtr import settings
 from vtr.base import Policy, Pooled
 from vtr.engine.rows import IMAGE_TENSORS
 from vtr.testing import tiny
@@ -26,7 +26,7 @@ def fresh(policy: Policy) -> Policy:
     """An equal policy that has never been asked."""
     if any(part.tensors() for part in getattr(policy, "policies", [policy])):
         return copy.deepcopy(policy)  # weights are not in the settings
-    return registry.build(policy.name, policy.config())
+    return settings.build(policy.name, policy.config())
 
 
 def memory(bench: Bench) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from vtr.base import Image, Layout, Policy, Pooled
 from vtr.image import remembered
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 
 @dataclass(frozen=True, eq=False)

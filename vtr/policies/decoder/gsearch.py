@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vtr.base import SCORES, Keep, Policy, Scores, Tokens, keep_count, top
 from vtr.policies._checks import check_on_continue
-from vtr.registry import register_policy
 from vtr.schedule import Schedule
+from vtr.settings import register_policy
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import torch
 
 from vtr.base import Image, Keep, Layout, Policy, Wanted, check_keep, keep_count, top
 from vtr.image import cell
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 
 @register_policy("cls")

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, normalize
 from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted, keep_count
 from vtr.image import remembered, stitch, tokens_at
 from vtr.policies._checks import check_number
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 TINIEST = 1e-9
 """Of no picture does a smaller share keep a whole token."""

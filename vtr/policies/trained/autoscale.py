@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import gelu
 
 from vtr.base import Layout, Policy
+from vtr.files import check_finite
 from vtr.image import scales
 from vtr.policies._checks import check_count, check_number
-from vtr.registry import build, register_policy
-from vtr.saved import check_finite
+from vtr.settings import build, register_policy
 
 if TYPE_CHECKING:
     from vtr.base import Image

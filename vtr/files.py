@@ -155,11 +155,11 @@ def load_policy(folder: str | Path, allow_mismatch: bool = False) -> Policy:
 
 def _built(name: str, settings: Any, path: Path) -> Policy:
     """The policy that a file's settings make, without its weights."""
-    from vtr import registry
+    from vtr import settings
 
     try:
         _check_names_no_file(name, settings)
-        return registry.build(name, settings)
+        return settings.build(name, settings)
     except WRONG as error:
         raise ValueError(f"{path}: settings that {_short(name)} cannot have: {_told(error)}") from error
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vtr.base import Policy, Scores, Wanted
+from vtr.files import CONFIG_NAME, WEIGHTS_NAME
 from vtr.learned import Learned
 from vtr.limits import check_bounds, short
 from vtr.pocket import POLICIES as SHIPPED
-from vtr.saved import CONFIG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import torch
