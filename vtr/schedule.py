@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from vtr.base import Keep, check_keep, keep_count
 from vtr.files import read_json
+from vtr.keep import Keep, check_keep, keep_count
 from vtr.limits import MOST_LAYERS, short
 
 PRESETS = Path(__file__).parent / "presets"

@@ -1,27 +1,24 @@
-"""Policies by name: registration, spec strings (``"fastv:keep=0.25,layer=2"``) and chains (``a + b``)."""
+"""Policies' settings as data: names, spec strings (``"fastv:keep=0.25,layer=2"``), JSON, and folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from vtr.base import Policy, Scores, Wanted
-from vtr.files import CONFIG_NAME, WEIGHTS_NAME
-from vtr.learned import Learned
+from vtr.files import WRONG, echo, read_header, read_json, read_tensors, told
 from vtr.limits import check_bounds, short
-from vtr.pocket import POLICIES as SHIPPED
 
 if TYPE_CHECKING:
     import torch
 
-    from vtr.engine.resolve import Tries
+    from vtr.base import Policy
 
-FILES = (CONFIG_NAME, WEIGHTS_NAME)
+CONFIG_NAME = "vtr_policy.json"
+WEIGHTS_NAME = "vtr_policy.safetensors"
 LONGEST = 20_000
 """Characters a spec string may have."""
 MOST_PARTS = 16
@@ -30,11 +27,136 @@ LONGEST_MESSAGE = 1000
 """Characters of what is said about settings that are refused."""
 
 _POLICIES: dict[str, type[Policy]] = {}
-_QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
 
-P = TypeVar("P", bound=type[Policy])
+P = TypeVar("P", bound="type[Policy]")
 
 
+class Settings:
+    """What :class:`vtr.Policy` is as data. A subclass is a dataclass whose fields are its settings."""
+
+    name: ClassVar[str] = ""
+
+    # -- from data -------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Policy:
+        """Make one of settings that are data; :func:`build` has bounded their sizes.
+
+        Raises:
+            ValueError: a setting that it does not have, or one that it needs is missing.
+        """
+        given = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        if unknown := sorted(set(settings) - set(given)):
+            shown = short(", ".join(map(repr, unknown)))
+            hint = _similar(unknown[0], given)
+            raise ValueError(f"policy {cls.name!r} has no setting {shown}{hint}; it has: {', '.join(given)}")
+        missing = dataclasses.MISSING
+        required = {n for n, f in given.items() if f.default is missing and f.default_factory is missing}
+        if lacking := sorted(required - set(settings)):
+            raise ValueError(f"policy {cls.name!r} needs {', '.join(lacking)}, e.g. {cls.name}:{lacking[0]}=…")
+        return cls(**settings)  # type: ignore[return-value]
+
+    @classmethod
+    def first_setting(cls) -> str | None:
+        """The setting that a value without a key is, in a spec string; None: there is none."""
+        return next((f.name for f in dataclasses.fields(cls) if f.init), None)  # type: ignore[arg-type]
+
+    @classmethod
+    def names_file(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether these settings name a file: a spec string may do so, a policy file that was sent may not."""
+        return "weights" in settings
+
+    # -- to data ---------------------------------------------------------------------------------------------------
+    def config(self) -> dict[str, Any]:
+        """The settings as plain JSON data."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def spec(self) -> str:
+        """The spec string of an equal policy: ``vtr.policy(p.spec) == p``. Defaults (but the first) are left out."""
+        defaults = {f.name: _plain(f.default) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        items = self.config().items()
+        shown = [f"{k}={_compact(v)}" for i, (k, v) in enumerate(items) if i == 0 or repr(v) != repr(defaults[k])]
+        return self.name + (":" + ",".join(shown) if shown else "")
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Learned weights to save beside the settings; none for a training-free policy."""
+        return {}
+
+    def about(self) -> dict[str, Any] | None:
+        """What has to be known of :meth:`tensors` to load them again, as JSON data; None without weights."""
+        return None
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Take the weights that :meth:`tensors` and :meth:`about` gave.
+
+        Raises:
+            ValueError: this policy has no weights.
+        """
+        if tensors or about is not None:
+            raise ValueError(f"{type(self).__name__} has no weights, but the folder holds {sorted(tensors)}")
+
+    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        """Raise ValueError if :meth:`load_tensors` cannot take tensors like these, which have no values yet (they are
+        on the meta device): asked before a file is read."""
+        if type(self).load_tensors is Settings.load_tensors:
+            self.load_tensors(tensors, about)
+
+    def loaded_from(self, folder: str | None, allow_mismatch: bool) -> None:
+        """Told after loading: where from, and whether its weights may act on another model than their own."""
+
+    # -- folders ---------------------------------------------------------------------------------------------------
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``vtr_policy.json`` (and ``vtr_policy.safetensors``, if there are weights) into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"policy": self.name, "settings": self.config()}
+        tensors, about = self.tensors(), self.about()
+        if about is not None:
+            data["weights"] = about
+        if tensors:
+            from safetensors.torch import save_file
+
+            save_file(tensors, str(folder / WEIGHTS_NAME))
+        else:
+            (folder / WEIGHTS_NAME).unlink(missing_ok=True)  # of a policy that was there before
+        (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, allow_mismatch: bool = False) -> Policy:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            allow_mismatch: let learned weights act on another model than the one they were trained with.
+
+        Raises:
+            FileNotFoundError: no ``vtr_policy.json`` in ``folder``, or not the weights it speaks of.
+            ValueError: a file is not a policy's, is cut off, names an unknown policy, other files or settings that
+                cannot be, or its tensors are not those of the policy (all that are missing, unknown or of another shape
+                are listed) or not finite. Sizes are compared before anything of that size is made.
+        """
+        path, weights = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; policy.save_pretrained(folder) writes one")
+        data = read_json(path, "a policy file")
+        if not isinstance(data, dict) or not isinstance(data.get("policy"), str):
+            raise ValueError(f'{path} is not a policy file: it needs {{"policy": …, "settings": {{…}}}}')
+        name, about = data["policy"], data.get("weights")
+        loaded = _built(name, data.get("settings"), path)
+        if about is not None and not weights.is_file():
+            raise FileNotFoundError(f"{folder} lacks {WEIGHTS_NAME}, the weights of {name!r}: copy it there as well")
+        if weights.is_file():
+            said = [] if about is None else [about]
+            try:
+                loaded.expect(read_header(weights), *said)
+                loaded.load_tensors(read_tensors(weights), *said)
+            except (*WRONG, RuntimeError) as error:
+                raise ValueError(f"{folder} does not hold the weights of {name!r}: {told(error)}") from error
+        loaded.loaded_from(str(folder), allow_mismatch)
+        return loaded
+
+
+# -- policies by name --------------------------------------------------------------------------------------------------
 def register_policy(name: str) -> Callable[[P], P]:
     """Class decorator: make a :class:`~vtr.Policy` known as ``name`` (for spec strings, saving and ``vtr list``).
 
@@ -44,7 +166,7 @@ def register_policy(name: str) -> Callable[[P], P]:
     """
 
     def register(cls: P) -> P:
-        if not (isinstance(cls, type) and issubclass(cls, Policy) and "__dataclass_fields__" in cls.__dict__):
+        if not (isinstance(cls, type) and issubclass(cls, Settings) and "__dataclass_fields__" in cls.__dict__):
             raise TypeError(f"{cls!r} must be a vtr.Policy subclass decorated with @dataclass (below this decorator)")
         if not name or set(name) & set(":,+=[] "):
             raise ValueError(f"{name!r} cannot be a policy's name: use letters, digits, '-' and '_'")
@@ -67,10 +189,11 @@ def policy_class(name: str) -> type[Policy]:
     """The class registered as ``name``.
 
     Raises:
-        ValueError: no such policy; the message lists the known ones.
+        ValueError: no such policy; the message names similar ones and lists all.
     """
     if name not in _POLICIES:
-        raise ValueError(f"unknown policy {short(str(name))!r}; known: {', '.join(list_policies())} (see `vtr list`)")
+        said = f"unknown policy {short(str(name))!r}{_similar(str(name), _POLICIES)}"
+        raise ValueError(f"{said}; known: {', '.join(list_policies())} (see `vtr list`)")
     return _POLICIES[name]
 
 
@@ -79,40 +202,11 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
 
     Settings come from spec strings and files: their sizes are bounded before anything is made of them, and whatever a
     policy class stumbles over in them is a ValueError or a TypeError.
-
-    A policy that owns weights may be given the folder they are in (``weights``, and ``allow_mismatch``): the settings
-    saved there hold unless others are named. ``weights=pocket`` and ``weights=pocket-joint`` are
-    those shipped for the embedded models.
     """
     cls = policy_class(name)
     check_bounds(settings, f"policy {name!r}")
-    if issubclass(cls, Learned) and "weights" in settings:
-        given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
-        allow = settings.get("allow_mismatch", False)
-        if not isinstance(allow, bool):
-            raise ValueError(f"allow_mismatch={allow!r}: say true or false")
-        found = _loaded(name, str(settings["weights"]), allow)
-        if type(found) is not cls:
-            raise ValueError(
-                f"{settings['weights']} holds a policy {found.name!r}, not {name!r}: name a folder of that one's"
-            )
-        made = build(name, {**found.config(), **given})
-        made.share(found)  # type: ignore[attr-defined]
-        return made
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        shown = short(", ".join(map(repr, unknown)))
-        raise ValueError(f"policy {name!r} has no setting {shown}; it has: {', '.join(known)}")
-    required = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - set(settings)):
-        raise ValueError(f"policy {name!r} needs {', '.join(missing)}, e.g. {name}:{missing[0]}=…")
     try:
-        return cls(**settings)
+        return cls.from_settings(settings)
     except (ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         said = f"policy {name!r} cannot be made of these settings ({type(error).__name__}: {short(str(error))})"
         raise ValueError(said) from error
@@ -123,47 +217,24 @@ def build(name: str, settings: dict[str, Any]) -> Policy:
         raise
 
 
-def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
-    """The policy in ``folder``, read again only if its files have changed."""
-    if folder in SHIPPED:
-        shipped = _loaded(name, str(SHIPPED[folder] / name), allow_mismatch)
-        shipped.folder = folder  # type: ignore[attr-defined]
-        return shipped
+def _built(name: str, settings: Any, path: Path) -> Policy:
+    """The policy that a file's settings make, without its weights."""
     try:
-        there = Path(folder).exists()
-    except (OSError, ValueError) as error:  # too long for a path, or no path at all
-        raise FileNotFoundError(f"weights={folder[:80]}: there is no such folder ({error})") from error
-    if not there and len(Path(folder).parts) == 1:
-        raise FileNotFoundError(f"weights={folder}: there is no such folder; shipped are {', '.join(SHIPPED)}")
-    stamps = tuple((Path(folder) / file).stat().st_mtime_ns for file in FILES if (Path(folder) / file).is_file())
-    return _read(folder, allow_mismatch, stamps)
+        check_names_no_file(name, settings)
+        return build(name, settings)
+    except WRONG as error:
+        raise ValueError(f"{path}: settings that {echo(name)} cannot have: {told(error)}") from error
 
 
-@lru_cache(maxsize=16)
-def _read(folder: str, allow_mismatch: bool, stamps: tuple[int, ...]) -> Policy:
-    return Policy.from_pretrained(folder, allow_mismatch)
+def check_names_no_file(name: Any, settings: Any) -> None:
+    """Raise ValueError for the settings of a policy file that name other files."""
+    if not isinstance(name, str) or not isinstance(settings, dict):
+        raise ValueError(f'a policy is {{"policy": name, "settings": {{…}}}}, not {echo(name)}, {echo(settings)}')
+    if "weights" in settings or policy_class(name).names_file(settings):
+        raise ValueError(f"the settings of {name!r} name another file, which a policy file may not: write it in full")
 
 
-def policy(spec: str | Policy) -> Policy:
-    """Make a policy from a spec string; a policy passes through.
-
-    ``name`` or ``name:key=value,key=value``, joined by ``+`` to let several act. Values are JSON (``0.5`` is a ratio,
-    ``64`` a count, ``[1.0,0.5]`` a list) or plain text. The first may stand without a key: it is the policy's first
-    setting (``m3:36``, ``gsearch:llava-1.5-7b``), or the folder of its weights (``pmod:FOLDER``).
-
-    Raises:
-        TypeError: neither a string nor a policy.
-        ValueError: unknown name or setting, or a value the policy refuses.
-        FileNotFoundError: it names a folder of weights or a schedule that is not there.
-    """
-    if isinstance(spec, Policy):
-        return spec
-    if not isinstance(spec, str):
-        raise TypeError(f"a policy is a vtr.Policy, a spec string like 'fastv:keep=0.25,layer=2' or None, got {spec!r}")
-    parts = [build(name, settings) for name, settings in parse(spec)]
-    return parts[0] if len(parts) == 1 else Chain(parts)
-
-
+# -- spec strings ------------------------------------------------------------------------------------------------------
 def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, settings) of each policy that a spec string joins; nothing is made or read.
 
@@ -181,10 +252,11 @@ def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _one(spec: str) -> tuple[str, dict[str, Any]]:
     name, colon, rest = spec.partition(":")
+    _check_colon(name.strip(), spec)
     settings: dict[str, Any] = {}
     for i, item in enumerate(_split(rest, ",") if colon else []):
         key, equals, value = item.partition("=")
-        if i == 0 and not equals and (first := _first(name.strip())) and item.strip():
+        if i == 0 and not equals and item.strip() and (first := policy_class(name.strip()).first_setting()):
             key, equals, value = first, "=", item
         if not equals or not key.strip():
             raise ValueError(
@@ -192,6 +264,14 @@ def _one(spec: str) -> tuple[str, dict[str, Any]]:
             )
         settings[key.strip()] = _value(value)
     return name.strip(), settings
+
+
+def _check_colon(name: str, spec: str) -> None:
+    """Raise ValueError for ``fastv keep=0.25`` or ``fastv,layer=2``: a known name, and settings without a colon."""
+    for i, char in enumerate(name):
+        if char in " ,=" and name[:i] in _POLICIES and "=" in spec:
+            rest = spec[i + 1 :].strip()
+            raise ValueError(f"a colon stands between a policy and its settings: write {name[:i]}:{short(rest)}")
 
 
 def _value(text: str) -> Any:
@@ -204,14 +284,6 @@ def _value(text: str) -> Any:
         raise ValueError(
             f"cannot read the value {short(text)!r} in a policy spec: too long a number, or too deep"
         ) from error
-
-
-def _first(name: str) -> str | None:
-    """What a value without a key is to policy ``name``."""
-    cls = policy_class(name)
-    if issubclass(cls, Learned):
-        return "weights"
-    return None if cls is Chain else next((f.name for f in dataclasses.fields(cls) if f.init), None)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -228,119 +300,20 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-@register_policy("chain")
-@dataclass
-class Chain(Policy):
-    """Several policies acting together, e.g. a compressor before the decoder and a pruner in it. Written ``a + b``."""
+def _similar(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean …?" where one of ``known`` is spelt much like ``name``, else nothing."""
+    found = get_close_matches(name[:80].lower(), list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
-    policies: Sequence[Policy | dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        flat: list[Policy] = []
-        if not isinstance(self.policies, Sequence) or len(self.policies) > MOST_PARTS:
-            raise ValueError(f"a chain is a list of at most {MOST_PARTS} policies")
-        for item in self.policies:
-            if not isinstance(item, (Policy, dict)):
-                raise TypeError(f"a chain joins policies, got {item!r}")
-            made = build(item["policy"], item["settings"]) if isinstance(item, dict) else item
-            flat += made.policies if isinstance(made, Chain) else [made]  # type: ignore[arg-type]
-        self.policies = flat
-        self._answers: dict[str, Policy] = {}
-        for question in _QUESTIONS:
-            askable = [p for p in flat if p.asks(question)]
-            if len(askable) > 1:
-                both = " and ".join(type(p).__name__ for p in askable)
-                raise ValueError(f"{both} both {question}: only one policy of a chain may, drop one of them")
-            if askable:
-                self._answers[question] = askable[0]
-                if question != "resolve":
-                    setattr(self, question, getattr(askable[0], question))
-        if "remember" in self._answers:
-            self.remember_all = self._answers["remember"].remember_all  # type: ignore[method-assign]
-            self.recall = self._answers["remember"].recall  # type: ignore[method-assign]
-        pruner = self._answers.get("prune")
-        if "resolve" in self._answers and "compress" in self._answers:
-            raise ValueError(
-                "a policy that chooses the scale of pictures cannot act together with one that compresses: drop one"
-            )
-        if "route" in self._answers and pruner is not None and pruner.question_guided:
-            raise ValueError("a policy that ranks by attention cannot act together with one that routes: drop one")
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
-    @property
-    def question_guided(self) -> bool:  # type: ignore[override]
-        return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
 
-    @property
-    def wants(self) -> tuple[Wanted, ...]:  # type: ignore[override]
-        return self._answers["compress"].wants if "compress" in self._answers else ()
-
-    @property
-    def renumbers(self) -> bool:
-        return any(p.renumbers for p in self.policies)  # type: ignore[union-attr]
-
-    @property
-    def on_continue(self) -> str:
-        return next((p.on_continue for p in self.policies if hasattr(p, "on_continue")), "warn")
-
-    def asks(self, question: str) -> bool:
-        return question in self._answers
-
-    def needs(self, layer: int) -> Scores | None:
-        pruner = self._answers.get("prune")
-        return pruner.needs(layer) if pruner else None
-
-    def resolve(self, tries: Tries) -> list[Policy | None]:
-        """What the choosing member chooses (its tries are made without the others), together with the others."""
-        chooser = self._answers["resolve"]
-        rest: list[Policy] = [p for p in self.policies if p is not chooser]  # type: ignore[misc]
-        return [Chain([*([] if one is None else [one]), *rest]) for one in chooser.resolve(tries)]
-
-    def check(self, num_hidden_layers: int) -> None:
-        for p in self.policies:
-            p.check(num_hidden_layers)  # type: ignore[union-attr]
-
-    def check_model(self, model: Any) -> None:
-        for p in self.policies:
-            p.check_model(model)  # type: ignore[union-attr]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"{i}.{n}": t for i, p in enumerate(self.policies) for n, t in p.tensors().items()}  # type: ignore[union-attr]
-
-    def about(self) -> dict[str, Any] | None:
-        found = {str(i): p.about() for i, p in enumerate(self.policies) if p.about() is not None}  # type: ignore[union-attr]
-        return found or None
-
-    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        for p, mine, said in self._shared_out(tensors, about):
-            p.load_tensors(mine, *said)
-
-    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        for p, mine, said in self._shared_out(tensors, about):
-            p.expect(mine, *said)
-
-    def _shared_out(
-        self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None
-    ) -> list[tuple[Any, dict[str, torch.Tensor], list[Any]]]:
-        """Each policy of the chain, its tensors, and what is known about them (none or one).
-
-        Raises:
-            ValueError: something belongs to none of them.
-        """
-        known = about if isinstance(about, dict) else {} if about is None else {"weights": about}
-        places = [str(i) for i in range(len(self.policies))]
-        if foreign := sorted({n for n in tensors if n.partition(".")[0] not in places} | {*known} - {*places}):
-            raise ValueError(f"these tensors belong to no policy of the chain: {', '.join(foreign)}")
-        out = []
-        for i, p in zip(places, self.policies, strict=True):
-            mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == i}
-            said = [known[i]] if known.get(i) is not None else []
-            if mine or said:
-                out.append((p, mine, said))
-        return out
-
-    def config(self) -> dict[str, Any]:
-        return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]
-
-    @property
-    def spec(self) -> str:
-        return "+".join(p.spec for p in self.policies)  # type: ignore[union-attr]
+def _plain(value: Any) -> Any:
+    """A setting as JSON data (schedules and nested policies know how to say themselves)."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

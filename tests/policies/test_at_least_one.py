@@ -19,8 +19,9 @@ from vtr.integrations.vllm.layouts import count_of
 import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
-from vtr.base import Tokens, keep_count
+from vtr.base import Tokens
 from vtr.engine.rows import compressed
+from vtr.keep import keep_count
 from vtr.policies import ClsTop
 from vtr.settings import policy_class
 

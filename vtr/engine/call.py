@@ -20,12 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from vtr.base import SCORES, Policy, UnsupportedError, Wanted
+from vtr.chain import policy as as_policy
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.captures import Captures
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import DenseTrace, Trace
-from vtr.settings import policy as as_policy
 
 Given = Policy | str | None | Sequence[Policy | str | None]
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from vtr.base import Image, Layout, Policy, UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.call import check_wishes, last_traces
 from vtr.engine.compat import cache_in
 from vtr.engine.memo import shared_features
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import Clock, Tried
+from vtr.image import Image, Layout
 
 ABSENT = "absent"
 

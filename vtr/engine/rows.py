@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtr.base import Image, Layout, Policy, Pooled, Route, Tokens
+from vtr.base import Policy, Route, Tokens
 from vtr.engine.captures import Captures, Place
 from vtr.engine.trace import RowTrace, Sources
+from vtr.image import Image, Layout, Pooled
 
 _FIELDS = ("tile", "y", "x", "newline")
 IMAGE_TENSORS = ("features", "tiles", "newline", *(f"layout.{name}" for name in _FIELDS))

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vtr import settings as known
 from vtr.accounting import Report, RowReport, report
 from vtr.base import Policy
+from vtr.chain import policy as policy_of
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip, seeded
@@ -34,7 +35,7 @@ def settings(bench: Bench) -> None:
     )
     try:
         spec = policy.spec
-        if known.policy(spec) != policy:
+        if policy_of(spec) != policy:
             raise Fault(f"vtr.policy({spec!r}) is not equal to the policy it was made from", mend)
         with tempfile.TemporaryDirectory() as folder:
             policy.save_pretrained(folder)

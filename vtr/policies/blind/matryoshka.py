@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import avg_pool2d
 
-from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted
-from vtr.image import arrange, scales
+from vtr.base import Policy, UnsupportedError, Wanted
+from vtr.image import Image, Layout, Pooled, arrange, scales
 from vtr.settings import register_policy
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vtr.base import Image, Layout, Policy, Pooled
-from vtr.image import remembered
+from vtr.base import Policy
+from vtr.image import Image, Layout, Pooled, remembered
 from vtr.settings import register_policy
 
 

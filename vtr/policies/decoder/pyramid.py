@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from vtr.base import Keep, Policy, Tokens, check_keep, keep_count, top
+from vtr.base import Policy, Tokens
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.policies._checks import check_depth, check_layer, check_on_continue
 from vtr.settings import register_policy
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vtr.base import Keep, Token, Tokens, check_keep, keep_count, top
+from vtr.base import Token, Tokens
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.learned import Learned
 from vtr.policies._checks import check_count, check_depth, check_layer
 from vtr.settings import register_policy

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vtr.base import Route, Tokens, keep_count, top
+from vtr.base import Route, Tokens
+from vtr.keep import keep_count, top
 from vtr.learned import Learned
 from vtr.limits import MOST_LAYERS
 from vtr.policies._checks import check_count, check_number
