@@ -1,6 +1,6 @@
 """vtr: vision-token reduction for multimodal LLMs, patched into a running model, chosen per request."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vtr.integrations  # noqa: F401  (makes the model families known)
 from vtr import pocket
@@ -64,13 +64,16 @@ __all__ = [
     "use",
     "visualize",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
+if TYPE_CHECKING:
+    from vtr import chat, search, testing, visualize
+else:
 
-def __getattr__(name: str) -> Any:
-    """Modules that are loaded when they are first asked for."""
-    if name in ("chat", "search", "testing", "visualize"):
-        import importlib
+    def __getattr__(name: str) -> Any:
+        """Modules that are loaded when they are first asked for."""
+        if name in ("chat", "search", "testing", "visualize"):
+            import importlib
 
-        return importlib.import_module(f"vtr.{name}")
-    raise AttributeError(f"module 'vtr' has no attribute {name!r}")
+            return importlib.import_module(f"vtr.{name}")
+        raise AttributeError(f"module 'vtr' has no attribute {name!r}")

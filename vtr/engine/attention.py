@@ -200,7 +200,7 @@ def _reach(plan: Plan, module: Any, row: int, here: slice, keys: int, window: in
 
 def _one_row(
     base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach | None,
-    lone: torch.Tensor | None, kwargs: dict,
+    lone: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """One row's queries on all its keys. [1, heads, n, d] → [1, n, heads, d]."""
     n, m, mask = q.shape[2], k.shape[2], None
@@ -218,7 +218,13 @@ def _one_row(
 
 
 def _decode(
-    base: str, module: Any, query: torch.Tensor, cache: RaggedLayer, plan: Plan, window: int | None, kwargs: dict
+    base: str,
+    module: Any,
+    query: torch.Tensor,
+    cache: RaggedLayer,
+    plan: Plan,
+    window: int | None,
+    kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """One new token per row, query [rows, heads, 1, d]: one call per bucket of rows of similar length."""
     if window is not None and base.startswith("flash"):

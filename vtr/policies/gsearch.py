@@ -47,6 +47,13 @@ class GSearch(Policy):
 
     question_guided: ClassVar[bool] = True
 
+    if TYPE_CHECKING:  # the name of a schedule is taken too; the attribute is always a schedule
+
+        def __init__(
+            self, schedule: Sequence[Keep] | str | Path = ..., queries: Scores = ..., layers: int | None = None,
+            on_continue: str = ...,
+        ) -> None: ...  # fmt: skip
+
     def __post_init__(self) -> None:
         if isinstance(self.schedule, (str, Path)):
             self.schedule = Schedule.named(self.schedule)
