@@ -69,6 +69,7 @@ def policies() -> list[vtr.Policy]:
         vtr.Pool(grid=4),
         vtr.ClsTop(),
         vtr.Random(),
+        vtr.UniformGrid(keep=0.5),
         vtr.AutoScale(),
         vtr.PMoD(),
         vtr.DynamicLLaVA(),

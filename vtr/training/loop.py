@@ -87,7 +87,7 @@ def run(
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import set_seed
     except ImportError as error:
-        raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
+        raise ImportError("training runs on accelerate: pip install 'accelerate>=1'") from error
     folder = Path(out)
     _check(batches)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)  # a rank's batch may have no image
