@@ -155,7 +155,8 @@ def attention(
     """Attention as transformers asks for it; with a plan, row by row. query [1, heads, T, d] → [1, T, heads, d]."""
     plan: Plan | None = kwargs.pop("vtr_plan", None)
     if plan is None:
-        return base_function(base, module)(query, key, value, attention_mask, **kwargs)
+        as_ever: tuple[torch.Tensor, Any] = base_function(base, module)(query, key, value, attention_mask, **kwargs)
+        return as_ever
     # rope is applied already; a flash wrapper would read gaps between kept positions as separate sequences
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
@@ -214,7 +215,8 @@ def _one_row(
     elif n > 1 and (n < m or base == "eager") and not base.startswith("flash"):  # flash kernels align it by themselves
         causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mask = _as_mask(base, causal[None, None], q.dtype)
-    return base_function(base, module)(q, k, v, mask, **kwargs)[0]
+    out: torch.Tensor = base_function(base, module)(q, k, v, mask, **kwargs)[0]
+    return out
 
 
 def _decode(
