@@ -184,7 +184,7 @@ def _hub(name: str, settings: dict[str, str], sampled: Sampled) -> Read:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, **settings, streaming=True)  # type: ignore[arg-type]
+            found = datasets.load_dataset(name, **settings, streaming=True)
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(f"cannot load data set {name}: {one_line(error)}") from error
     data = undecoded(_split(name, found, wanted))
