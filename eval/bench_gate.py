@@ -145,7 +145,7 @@ class Load:
 
 
 async def ask_health(ports: list[int], seconds: float) -> tuple[list[list[float]], list[str]]:
-    """How long each of these servers let wait for /health (seconds), asked at fixed times; what was answered but 200."""
+    """How long each server let wait for /health (seconds), asked at fixed times; what was answered but 200."""
     waits: list[list[float]] = [[] for _ in ports]
     wrong: list[str] = []
 
