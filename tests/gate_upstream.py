@@ -13,7 +13,7 @@ class Upstream:
     """Answers every request in its own way; notes (head, body) of each.
 
     ``"wait"`` in a body: answers after ``wait`` seconds, unless the client goes before. ``"stream"``: a part every
-    0.05 s, for ``wait`` seconds. ``"break"``: half of an answer. ``"half a head"``; ``"early hint"``: before the answer.
+    0.05 s, for ``wait`` seconds. ``"break"``: half of an answer. ``"half a head"``; ``"early hint"``: before an answer.
     ``"garbage"``: no HTTP. A header ``x-refuse``: answers before the body came, and closes.
     """
 
