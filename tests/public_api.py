@@ -25,7 +25,8 @@ class Norm(vtr.ScorePolicy):
     layer: int = 1
 
     def score(self, tokens: vtr.Tokens) -> torch.Tensor:
-        return tokens.hidden.float().norm(dim=-1)
+        norms: torch.Tensor = tokens.hidden.float().norm(dim=-1)
+        return norms
 
 
 @vtr.register_policy("public-api-half")
