@@ -148,7 +148,7 @@ def test_a_chain_of_nothing_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match="name one or more, or use policy=None"):
         vtr.policy(spec)
     with pytest.raises(ValueError, match="name one or more, or use policy=None"):
-        vtr.settings.Chain([])
+        vtr.Chain([])
 
 
 def test_a_chain_lets_each_question_be_answered_once() -> None:
