@@ -21,7 +21,7 @@ SPEC = "fastv:keep=0.2,layer=1"
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.kind)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models.of(request.param)
+    return Models.from_family(request.param)
 
 
 def inputs_of(models: Models) -> dict[str, Any]:

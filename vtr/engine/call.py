@@ -65,7 +65,7 @@ class Generation:
     cache_layers: list[RaggedLayer] | None = None
     attended_before: list[Any] | None = None
 
-    def runs_on(self, layers: list[RaggedLayer] | None) -> None:
+    def note_forward(self, layers: list[RaggedLayer] | None) -> None:
         """Note that a forward is under way, and on which cache (counted from what it had attended to before)."""
         self.started, self.cache_layers = True, layers
         if self.attended_before is None and layers is not None:
@@ -82,16 +82,16 @@ class Generation:
         if self.cache_layers is not None:
             return self.owns_cache(cache)
         brings_images = any(kwargs.get(name) is not None for name in PIXELS)
-        return cache is None and not brings_images and self.goes_on_in(ids)
+        return cache is None and not brings_images and self.starts_with_prompt(ids)
 
-    def goes_on_in(self, ids: torch.Tensor | None) -> bool:
+    def starts_with_prompt(self, ids: torch.Tensor | None) -> bool:
         """Whether ``ids`` begin with this generate's prompt in every row (reads the device)."""
         if self.ids is None or ids is None or ids.shape[1] < self.ids.shape[1] or ids.shape[0] % self.ids.shape[0]:
             return False
         prompts = self.ids.repeat_interleave(ids.shape[0] // self.ids.shape[0], 0).to(ids.device)
         return torch.equal(ids[:, : prompts.shape[1]], prompts)
 
-    def inherited(self, rows: int) -> list[Policy | None]:
+    def policies_for(self, rows: int) -> list[Policy | None]:
         """The policies of a forward of ``rows`` rows that is made by hand and names none.
 
         Raises:
@@ -113,8 +113,9 @@ PIXELS = ("pixel_values", "pixel_values_videos", "images")
 
 running: ContextVar[Generation | None] = ContextVar("vtr_running", default=None)
 
-handed: ContextVar[tuple[object, Any] | None] = ContextVar("vtr_handed", default=None)
-"""(whose model, its request or None), between the pre-hooks of model and text model, where forward hands nothing on."""
+pending_request: ContextVar[tuple[object, Any] | None] = ContextVar("vtr_pending_request", default=None)
+"""(whose model, its request or None), between the pre-hooks of model and text model, where forward passes no keyword
+arguments on."""
 
 _lock = threading.Lock()
 _busy: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
@@ -155,7 +156,7 @@ def refuse_replica(key: object, policy: Given) -> None:
         )
 
 
-def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) -> list[Policy | None] | None:
+def policies_per_row(given: Given, rows: int | None, num_hidden_layers: int, model: Any) -> list[Policy | None] | None:
     """One policy or one per row → a list with one entry per row; None if nothing is reduced.
 
     Raises:
@@ -170,7 +171,7 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) 
     made = [None if p is None else as_policy(p) for p in entries]
     for p in {id(p): p for p in made if p is not None}.values():
         p.check(num_hidden_layers)
-        check_wishes(p, num_hidden_layers)
+        check_needs_and_wants(p, num_hidden_layers)
         p.check_model(model)
     if several and rows is not None and len(made) != rows:
         raise ValueError(
@@ -182,7 +183,7 @@ def resolve(given: Given, rows: int | None, num_hidden_layers: int, model: Any) 
     return None if all(p is None for p in made) else made if several else made * rows
 
 
-def check_wishes(p: Policy, num_hidden_layers: int) -> None:
+def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
     """Refuse a policy that asks for scores or captures that there are none of, before anything runs.
 
     Raises:

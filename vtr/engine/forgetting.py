@@ -14,7 +14,7 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.decode import answers, as_tensor
-from vtr.engine.rows import Row, changed, joined, version
+from vtr.engine.rows import Row, packed_indices, version, write_error
 from vtr.engine.trace import Trace
 
 
@@ -30,7 +30,7 @@ class Forgetting:
         self.memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in rows]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], given: bool, trace: Trace) -> Forgetting | None:
+    def from_rows(cls, rows: Sequence[Row], given: bool, trace: Trace) -> Forgetting | None:
         """None if no word of any row may be forgotten."""
         may = any(len(row.decoded) and row.policy is not None and row.policy.asks("remember") for row in rows)
         return cls(rows, given, trace) if may else None
@@ -39,30 +39,30 @@ class Forgetting:
         """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""
         if self.given:
             return None
-        stays: list[torch.Tensor | None] = []
+        kept: list[torch.Tensor | None] = []
         before, start = [row.length for row in rows], 0
         for row, n in zip(rows, before, strict=True):
-            stay = None
+            keep = None
             answer = self._remembered(index, row, hidden[0, start : start + n])
             if answer is not None and not bool(answer.all()):
-                stay = row.forget(answer)
-                kept = answer.tolist()
-                self.memos[row.index] = [m for m, k in zip(self.memos[row.index], kept, strict=True) if k]
-            stays.append(stay)
+                keep = row.forget(answer)
+                memos = zip(self.memos[row.index], answer.tolist(), strict=True)
+                self.memos[row.index] = [memo for memo, remembered in memos if remembered]
+            kept.append(keep)
             start += n
-        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
+        return None if all(keep is None for keep in kept) else packed_indices(kept, before, hidden.device)
 
-    def lone(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
+    def masked_keys(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
         """Words of a given answer: bool [T], those that layer ``index`` hides from all others; None for none."""
         if not self.given:
             return None
         parts, start, found = [], 0, False
         for row in rows:
-            lone = torch.zeros(row.length, dtype=torch.bool, device=hidden.device)
+            masked = torch.zeros(row.length, dtype=torch.bool, device=hidden.device)
             answer = self._remembered(index, row, hidden[0, start : start + row.length])
             if answer is not None:
-                lone, found = lone.index_copy(0, row.decoded, ~answer), True
-            parts.append(lone)
+                masked, found = masked.index_copy(0, row.decoded, ~answer), True
+            parts.append(masked)
             start += row.length
         return torch.cat(parts) if found else None
 
@@ -76,6 +76,6 @@ class Forgetting:
         tokens, before = [Token(state, memo) for state, memo in zip(words, memos, strict=True)], version(words)
         said = answers(p, (p.remember_all if self.given else p.recall)(index, tokens), len(tokens))
         if version(words) != before:
-            raise changed(p, "remember", "token.hidden")
+            raise write_error(p, "remember", "token.hidden")
         self.trace.selector_flops += sum(token.flops for token in tokens)
         return torch.stack([as_tensor(a, states.device) for a in said])

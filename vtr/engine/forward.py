@@ -19,8 +19,8 @@ from vtr.engine.call import (
     Generation,
     check_call,
     check_pixels,
-    handed,
     is_ragged,
+    pending_request,
     refuse_compiled,
     refuse_replica,
     warn_on_continue,
@@ -29,7 +29,7 @@ from vtr.engine.call import (
 from vtr.engine.captures import begin
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.request import Request, hides_words
+from vtr.engine.request import Request, may_forget_answer
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -50,17 +50,17 @@ class ForwardHooks:
         if module.__dict__.get("_is_replica"):
             refuse_replica(self.patch.key, kwargs.get("policy", self.patch.default))
         if self.patch.inner is not self.patch.model:
-            left = handed.get()
+            left = pending_request.get()
             if (left is not None and left[0] is self.patch.key) or self.patch.generation() is None:
                 return args, kwargs  # the model's own forward has asked; by itself, the inner one is not reduced
-        args, kwargs, request = self.asked(self.names, args, kwargs, steps=True)
-        if self.patch.hands_on:
-            handed.set((self.patch.key, request))
+        args, kwargs, request = self.make_request(self.names, args, kwargs, steps=True)
+        if self.patch.request_by_context:
+            pending_request.set((self.patch.key, request))
         elif request is not None or self.patch.applies():
             kwargs["vtr_request"] = request
         return args, kwargs
 
-    def asked(
+    def make_request(
         self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], steps: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any], Request | None]:
         """A forward's arguments without what is ours, and what it asks of the text model.
@@ -89,7 +89,7 @@ class ForwardHooks:
         else:  # a callback of that generate runs the model
             if ids is not None and not bool(torch.isin(ids.cpu(), self.marks()).any()):
                 return args, kwargs, None  # text without pictures
-            by_hand, policies = True, generation.inherited(rows or 0)
+            by_hand, policies = True, generation.policies_for(rows or 0)
         if policies is None:
             if not is_ragged(cache):
                 self.patch.publish(None if ids is None else self.patch.dense(ids, kwargs))
@@ -103,10 +103,10 @@ class ForwardHooks:
         if is_ragged(cache):
             warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is not None and not by_hand:
-            return args, kwargs, self._step(generation, kwargs, source.shape)  # type: ignore[union-attr]
-        return args, kwargs, self._request(policies, ids, embeds, kwargs, ends, generation)
+            return args, kwargs, self._generation_request(generation, kwargs, source.shape)  # type: ignore[union-attr]
+        return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation)
 
-    def _request(
+    def _direct_request(
         self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
         kwargs: dict[str, Any], ends: Any, around: Generation | None,
     ) -> Request:  # fmt: skip
@@ -119,7 +119,7 @@ class ForwardHooks:
             assert embeds is not None
             ids = ids_of(self.patch.adapter, self.patch.model, embeds)
         check_pixels(kwargs)
-        if ends is None and around is not None and around.goes_on_in(ids):
+        if ends is None and around is not None and around.starts_with_prompt(ids):
             ends = around.ids.shape[1]  # type: ignore[union-attr]
         labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
         given = {**kwargs, "labels": labels}
@@ -132,11 +132,11 @@ class ForwardHooks:
         if captures is not None:
             begin(captures)
         request = Request(policies, prompt, starts, None, captures)
-        if cache_in(kwargs) is None and hides_words(request):
+        if cache_in(kwargs) is None and may_forget_answer(request):
             kwargs["use_cache"] = False
         return request
 
-    def _step(self, generation: Generation, kwargs: dict[str, Any], shape: Sequence[int]) -> Request:
+    def _generation_request(self, generation: Generation, kwargs: dict[str, Any], shape: Sequence[int]) -> Request:
         """Of the first forward of a generate, or any without a cache. shape: rows, tokens."""
         assert generation.prompt is not None and generation.policies is not None
         rows, length = shape[:2]

@@ -24,16 +24,16 @@ from vtr.engine.call import (
     busy,
     check_call,
     check_generation,
-    handed,
     in_use,
     last_traces,
-    resolve,
+    pending_request,
+    policies_per_row,
     running,
     windows,
 )
 from vtr.engine.captures import VisionHooks, begin, capturing
 from vtr.engine.compat import NAMES, cache_in
-from vtr.engine.decode import Step, note_cache
+from vtr.engine.decode import DecodeStep, note_cache
 from vtr.engine.forward import ForwardHooks
 from vtr.engine.outer import install_outer
 from vtr.engine.positions import many_axes
@@ -58,14 +58,14 @@ class Patch:
         self.model, self.adapter, self.default = model, adapter, default
         self.text = adapter.text_model(model)
         self.key = Key()
-        self.geometry = Geometry.of(self.text)
+        self.geometry = Geometry.from_text_model(self.text)
         self.last: Trace | DenseTrace | None = None
         self.inner = adapter.inner(model)
         parameters = inspect.signature(type(self.inner).forward).parameters
         self.names = list(parameters)[1:]
         closed = all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
-        self.hands_on = closed or self.inner is not model
-        self.entry = self.inner if self.hands_on else adapter.merger(model)
+        self.request_by_context = closed or self.inner is not model
+        self.entry = self.inner if self.request_by_context else adapter.multimodal_module(model)
         """Where a call's request is made."""
         self.users = 0
         """Open ``vtr.use`` blocks and running ``generate`` calls that reduce, in whatever thread."""
@@ -88,9 +88,9 @@ class Patch:
             *self.vision.install(),
             *self.adapter.own_hooks(model),
         ]
-        if self.hands_on:
+        if self.request_by_context:
             ends = [model] if self.inner is model else [model, self.inner]
-            self.handles += [module.register_forward_hook(forget, always_call=True) for module in ends]
+            self.handles += [module.register_forward_hook(clear_pending_request, always_call=True) for module in ends]
         for index, layer in enumerate(text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
@@ -116,7 +116,7 @@ class Patch:
         """Argument of the call > ``vtr.use`` > the model's default."""
         if given is MISSING:
             given = in_use.get().get(self.key, self.default)
-        found = resolve(given, rows, self.geometry.num_hidden_layers, self.model)
+        found = policies_per_row(given, rows, self.geometry.num_hidden_layers, self.model)
         self.adapter.refuse(found or [])
         return found
 
@@ -130,15 +130,15 @@ class Patch:
         given = in_use.get().get(self.key, self.default)
         return any(p is not None for p in given) if isinstance(given, (list, tuple)) else given is not None
 
-    def taken(self) -> Any:
+    def pop_request(self) -> Any:
         """What the model's pre-hook left for the text model's, where the model passes no keyword arguments on.
 
         A request, or None for an unreduced call; ``MISSING`` if no pre-hook was asked.
         """
-        left = handed.get() if self.hands_on else None
+        left = pending_request.get() if self.request_by_context else None
         if left is None or left[0] is not self.key:
             return MISSING
-        handed.set(None)
+        pending_request.set(None)
         return left[1]
 
     def publish(self, trace: Trace | DenseTrace | None) -> None:
@@ -176,7 +176,7 @@ class Patch:
         tried = None
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
             check_resolvable(kwargs, self.inner.generation_config, ids)
-            if self.adapter.says_answer_only:
+            if self.adapter.returns_new_tokens_only:
                 raise UnsupportedError(
                     f"policies that try answers before they choose do not run on {self.adapter.family}: give a fixed "
                     "policy (e.g. m3:tokens=36), or convert the checkpoint to transformers' own LLaVA (`vtr convert`)"
@@ -218,7 +218,7 @@ class Patch:
         check_generation(kwargs, self.inner.generation_config, policies)
         embeds = kwargs.get("inputs_embeds")
         given = embeds is not None and (ids is None or ids.shape != embeds.shape[:2])
-        if kwargs.get("use_cache") is False and (given or self.adapter.says_answer_only):
+        if kwargs.get("use_cache") is False and (given or self.adapter.returns_new_tokens_only):
             raise UnsupportedError(
                 "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
             )
@@ -262,8 +262,8 @@ class Patch:
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
         config = kwargs.get("generation_config") or self.inner.generation_config
         several = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-        whole = self.inner is self.model and not self.adapter.says_answer_only  # the prompt stands in front
-        new = sequences.shape[1] - (ids.shape[1] if whole else 0)
+        has_prompt = self.inner is self.model and not self.adapter.returns_new_tokens_only
+        new = sequences.shape[1] - (ids.shape[1] if has_prompt else 0)
         steps = max(new - 1, 0)  # the first token comes out of the prompt's forward
         full = (kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)) == "dynamic_full"
         windows = () if full else held_windows(self.windows, cache_in(kwargs))
@@ -277,7 +277,7 @@ class LayerHook:
         self.index = index
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        session: Session | Step | None = kwargs.pop("vtr_session", None)
+        session: Session | DecodeStep | None = kwargs.pop("vtr_session", None)
         if session is None:
             if kwargs.get("policy") is not None:
                 raise UnsupportedError(
@@ -292,10 +292,10 @@ class LayerHook:
         return args, kwargs
 
 
-def forget(module: Any, args: tuple[Any, ...], out: Any) -> None:
+def clear_pending_request(module: Any, args: tuple[Any, ...], out: Any) -> None:
     """A forward is over, whatever became of it: leave no request behind."""
     if not torch.compiler.is_compiling():
-        handed.set(None)
+        pending_request.set(None)
 
 
 def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vtr.base import Policy
 from vtr.engine.adapters import find_adapter, unwrapped
-from vtr.engine.call import Given, busy, in_use, refuse_if_busy, resolve
+from vtr.engine.call import Given, busy, in_use, policies_per_row, refuse_if_busy
 from vtr.engine.hooks import NAME, Patch
 
 
@@ -41,7 +41,7 @@ def patch(model: Any, policy: Policy | str | None = None) -> Any:
     if known is not None:
         refuse_if_busy(known.key, "patch")
     made = known or Patch(inside, adapter, None)
-    resolved = resolve(policy, 1, made.geometry.num_hidden_layers, inside)
+    resolved = policies_per_row(policy, 1, made.geometry.num_hidden_layers, inside)
     adapter.refuse(resolved or [])
     made.default = resolved[0] if resolved else None
     if known is None:
@@ -85,7 +85,7 @@ def use(model: Any, policy: Given) -> Iterator[Any]:
     """
     found = patch_of(model)
     several = policy if isinstance(policy, (list, tuple)) else [policy]
-    found.adapter.refuse(resolve(policy, len(several), found.geometry.num_hidden_layers, found.model) or [])
+    found.adapter.refuse(policies_per_row(policy, len(several), found.geometry.num_hidden_layers, found.model) or [])
     token = in_use.set({**in_use.get(), found.key: policy})
     try:
         with busy(found.key, "a vtr.use block is open; leave it first"), found.using(policy):

@@ -11,7 +11,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vtr.engine.call import handed
+from vtr.engine.call import pending_request
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -24,6 +24,6 @@ def install_outer(patch: Patch) -> list[Any]:
 
 
 def _before(patch: Patch, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs, request = patch.forward_hooks.asked(names, args, kwargs, steps=False)
-    handed.set((patch.key, request))
+    args, kwargs, request = patch.forward_hooks.make_request(names, args, kwargs, steps=False)
+    pending_request.set((patch.key, request))
     return args, kwargs

@@ -34,10 +34,10 @@ class Positions:
         if not self.rope:
             self.rope = kwargs["position_embeddings"]
 
-    def select(self, stay: torch.Tensor) -> None:
+    def select(self, kept: torch.Tensor) -> None:
         """Only the packed tokens ``stay`` (int64 [t]) are left."""
-        self.rope = tuple(t.index_select(1, stay) for t in self.rope)
-        self.ids = self.ids.index_select(1, stay)
+        self.rope = tuple(t.index_select(1, kept) for t in self.rope)
+        self.ids = self.ids.index_select(1, kept)
 
     def to(self, device: torch.device) -> None:
         self.rope, self.ids = tuple(t.to(device) for t in self.rope), self.ids.to(device)

@@ -22,7 +22,7 @@ class Request:
 
     Attributes:
         policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
-        ends: per row, the slot from which on text was decoded (or given as the answer), not asked.
+        answer_starts: per row, the slot from which on text was decoded (or given as the answer), not asked.
         generation: the running ``generate`` this forward is part of, or None.
         captures: what policies want of the vision tower, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
@@ -30,18 +30,18 @@ class Request:
 
     policies: list[Policy | None]
     prompt: Prompt
-    ends: list[int]
+    answer_starts: list[int]
     generation: Generation | None
     captures: Captures | None = None
     offset: int = 0
 
 
-def hides_words(request: Request) -> bool:
+def may_forget_answer(request: Request) -> bool:
     """Whether some row's given answer has words that its policy may forget: they are not to be cached."""
     length = request.prompt.is_vision.shape[1]
     return any(
-        p is not None and end < length and p.asks("remember")
-        for p, end in zip(request.policies, request.ends, strict=True)
+        p is not None and start < length and p.asks("remember")
+        for p, start in zip(request.policies, request.answer_starts, strict=True)
     )
 
 
@@ -56,7 +56,7 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
             continue
         prompt = request.prompt
         images = prompt.layouts[b], prompt.places[b]
-        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.ends[b]))
+        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.answer_starts[b]))
     return rows
 
 

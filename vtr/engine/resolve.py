@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vtr.base import Image, Layout, Policy, UnsupportedError
-from vtr.engine.call import check_wishes, last_traces
+from vtr.engine.call import check_needs_and_wants, last_traces
 from vtr.engine.compat import cache_in
 from vtr.engine.memo import shared_features
 from vtr.engine.prompt import Prompt
@@ -101,8 +101,8 @@ class Tries:
         entries: list[Policy | None] = [Absent() for _ in self.prompt.layouts]
         for i, policy in policies.items():
             entries[self.rows[i]] = policy
-        whole = self.patch.inner is self.patch.model  # else its generate gives back what is new, without the prompt
-        names = self.patch.names if whole else ("attention_mask", *self.patch.adapter.image_inputs)
+        has_prompt = self.patch.inner is self.patch.model  # else its generate returns new tokens only
+        names = self.patch.names if has_prompt else ("attention_mask", *self.patch.adapter.image_inputs)
         given = {name: self.kwargs[name] for name in names if name in self.kwargs}
         given |= {"input_ids": self.ids, "policy": entries, "max_new_tokens": tokens, "do_sample": False}
         out = self.patch.generate(
@@ -112,7 +112,7 @@ class Tries:
         assert trace is not None  # the try was a call of this context
         self.tried.traces.append((trace, {self.rows[i] for i in policies}))
         ends = self.patch.inner.generation_config.eos_token_id
-        said = answers_in(out, self.ids.shape[1] if whole else 0, ends)
+        said = answers_in(out, self.ids.shape[1] if has_prompt else 0, ends)
         return {i: said[self.rows[i]] for i in policies}
 
 
@@ -178,6 +178,6 @@ def resolve_rows(
         patch.adapter.refuse(out)
         for one in {id(p): p for p in out if p is not None}.values():
             one.check(patch.geometry.num_hidden_layers)
-            check_wishes(one, patch.geometry.num_hidden_layers)
+            check_needs_and_wants(one, patch.geometry.num_hidden_layers)
             one.check_model(patch.model)
     return out, tried

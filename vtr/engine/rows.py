@@ -123,14 +123,14 @@ class Row:
                 sources.append(Sources(slots, pooled.sources))
                 pieces.append((at, pooled.features.to(image.features)))
                 made_of.append((local, pooled.sources))
-        stay = (~gone).nonzero().squeeze(1)
-        self.pieces = [(torch.searchsorted(stay, at), f) for at, f in pieces]
+        kept = (~gone).nonzero().squeeze(1)
+        self.pieces = [(torch.searchsorted(kept, at), f) for at, f in pieces]
         self.merged = [(at, *made) for (at, _), made in zip(self.pieces, made_of, strict=True)]
-        self.stay = stay
-        self.dropped = self.length - len(stay)
-        self.slots, self.is_vision, self.length = self.slots[stay], self.is_vision[stay], len(stay)
-        self.text = torch.searchsorted(stay, self.text)
-        self.decoded = torch.searchsorted(stay, self.decoded)
+        self.kept = kept
+        self.dropped = self.length - len(kept)
+        self.slots, self.is_vision, self.length = self.slots[kept], self.is_vision[kept], len(kept)
+        self.text = torch.searchsorted(kept, self.text)
+        self.decoded = torch.searchsorted(kept, self.decoded)
         self.per_image = tuple(map(len, fields["image"]))
         self.vision = self.is_vision.nonzero().squeeze(1)
         self.total = self.count = len(self.vision)
@@ -143,7 +143,7 @@ class Row:
 
         Integers are rounded down; a pooled token made of nothing has what belongs to the slot it took.
         """
-        out = values.index_select(0, self.stay.to(values.device, non_blocking=True))
+        out = values.index_select(0, self.kept.to(values.device, non_blocking=True))
         for new, old, made_of in self.merged:
             flat = old[torch.tensor([s for some in made_of for s in some], dtype=torch.int64)]
             into = torch.arange(len(new)).repeat_interleave(torch.tensor([len(some) for some in made_of]))
@@ -181,8 +181,8 @@ class Row:
         """What the policy sees. hidden: [n, D], the row's tokens entering the layer; scores: [n] or None."""
 
         ranked = None if scores is None else scores.index_select(0, self.vision)
-        handed = Handed(partial(self._field, hidden))
-        return Tokens(layer, depth, self.total, self.count, handed, ranked, ahead, self.per_image, self.length)
+        fields = GuardedFields(partial(self._field, hidden))
+        return Tokens(layer, depth, self.total, self.count, fields, ranked, ahead, self.per_image, self.length)
 
     def _field(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         if name == "hidden":
@@ -191,8 +191,8 @@ class Row:
             return self.vision
         if name == "text":
             return hidden.index_select(0, self.text[: self._asked])
-        whole = self._fields[name]
-        return whole if self.alive is None else whole.index_select(0, self.alive)
+        field = self._fields[name]
+        return field if self.alive is None else field.index_select(0, self.alive)
 
     def queries(self, kind: str) -> torch.Tensor:
         """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""
@@ -200,29 +200,29 @@ class Row:
         return self.text.index_select(0, chosen)
 
     def cut(self, keep: torch.Tensor) -> torch.Tensor:
-        """Drop all vision tokens but ``keep`` (ascending); returns the row-local indices that stay, ascending."""
-        kept = self.vision.index_select(0, keep)
-        stay = torch.cat([self.text, kept]).sort().values
-        self.text, self.vision = torch.searchsorted(stay, self.text), torch.searchsorted(stay, kept)
-        self.decoded = torch.searchsorted(stay, self.decoded)
+        """Drop all vision tokens but ``keep`` (ascending); returns the row-local indices that are kept, ascending."""
+        vision = self.vision.index_select(0, keep)
+        kept = torch.cat([self.text, vision]).sort().values
+        self.text, self.vision = torch.searchsorted(kept, self.text), torch.searchsorted(kept, vision)
+        self.decoded = torch.searchsorted(kept, self.decoded)
         self.alive = self.alive_of(keep)
-        self._stays(stay)
+        self._keep(kept)
         self.count = len(keep)
-        return stay
+        return kept
 
     def forget(self, remembered: torch.Tensor) -> torch.Tensor:
-        """Drop the ``decoded`` tokens that are not ``remembered`` (bool [n]); returns what stays, as :meth:`cut`."""
+        """Drop the ``decoded`` tokens that are not ``remembered`` (bool [n]); returns what is kept, as :meth:`cut`."""
         gone = torch.zeros(self.length, dtype=torch.bool, device=self.text.device)
         gone[self.decoded] = ~remembered
-        stay = (~gone).nonzero().squeeze(1)
-        self.decoded = torch.searchsorted(stay, self.decoded[remembered])
-        self.text, self.vision = (torch.searchsorted(stay, t[~gone[t]]) for t in (self.text, self.vision))
-        self._stays(stay)
-        return stay
+        kept = (~gone).nonzero().squeeze(1)
+        self.decoded = torch.searchsorted(kept, self.decoded[remembered])
+        self.text, self.vision = (torch.searchsorted(kept, t[~gone[t]]) for t in (self.text, self.vision))
+        self._keep(kept)
+        return kept
 
-    def _stays(self, stay: torch.Tensor) -> None:
-        self._here = stay if self._here is None else self._here.index_select(0, stay)
-        self.length = len(stay)
+    def _keep(self, kept: torch.Tensor) -> None:
+        self._here = kept if self._here is None else self._here.index_select(0, kept)
+        self.length = len(kept)
 
     def alive_of(self, keep: torch.Tensor) -> torch.Tensor:
         """``keep``, an index into the vision tokens still there, as one into those that entered the text model."""
@@ -262,7 +262,7 @@ class Passing(NamedTuple):
     weights: torch.Tensor | None
 
 
-class Handed:
+class GuardedFields:
     """Tensors on their way to a policy; what it sees of the engine's own must come back as it was.
 
     ``hidden`` and ``text`` are copies, made whenever they are read: a write to them is lost, and harms nobody
@@ -285,7 +285,7 @@ class Handed:
         """Raise ValueError if a tensor was changed in place."""
         for name, (tensor, before) in self.seen.items():
             if version(tensor) != before:
-                raise changed(policy, question, f"{what}.{name}")
+                raise write_error(policy, question, f"{what}.{name}")
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -293,7 +293,7 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def changed(policy: Policy, question: str, what: str) -> ValueError:
+def write_error(policy: Policy, question: str, what: str) -> ValueError:
     return ValueError(
         f"{type(policy).__name__}.{question} writes into {what}: what is handed over is not changed in place, since "
         "the write is lost or reaches what other layers, rows and calls see. Work on a clone(); to merge tokens, "
@@ -301,7 +301,7 @@ def changed(policy: Policy, question: str, what: str) -> ValueError:
     )
 
 
-def joined(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
+def packed_indices(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:
     """Row-local indices (None = the whole row) as indices into the packed sequence."""
     out, start = [], 0
     for part, n in zip(parts, before, strict=True):
@@ -344,11 +344,11 @@ def compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | Non
     Raises:
         TypeError, ValueError: the policy's answer is none that ``compress`` may give.
     """
-    n, handed = len(image), Handed(partial(_of_image, image))
+    n, guarded = len(image), GuardedFields(partial(_of_image, image))
     for name in IMAGE_TENSORS:
-        handed(name)
+        guarded(name)
     answer = policy.compress(image)
-    handed.check(policy, "compress", "image")
+    guarded.check(policy, "compress", "image")
     if answer is None:
         return torch.arange(n), None
     if not isinstance(answer, Pooled):

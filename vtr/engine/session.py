@@ -23,8 +23,8 @@ from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.positions import Positions
 from vtr.engine.request import Request, check_rows, rows_of
-from vtr.engine.rows import Passing, Row, check_route, checked_keep, joined
-from vtr.engine.scores import Reach, ahead
+from vtr.engine.rows import Passing, Row, check_route, checked_keep, packed_indices
+from vtr.engine.scores import WindowMask, ahead
 from vtr.engine.trace import Clock, Trace
 
 
@@ -55,13 +55,13 @@ class Session:
         check_rows(self.rows, layers is not None, self.depth, rotary)
         self.positions = Positions(rotary, self.batch)
         self._scores: dict[int, torch.Tensor] = {}
-        self._reach = self.logical + (state.logical if state is not None else 0)
+        self._max_distance = self.logical + (state.logical if state is not None else 0)
         self.generation: Generation | None = None
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
         self._offset = request.offset if request else 0
         given = request is not None and request.generation is None
-        self._forgetting = None if layers is not None else Forgetting.of(self.rows, given, trace)
+        self._forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
         self.is_vision = request.prompt.is_vision if request else None
         self._adding = 0
         """Behind how many of the first layers something is added to vision tokens."""
@@ -117,7 +117,7 @@ class Session:
         with self.clock:
             row.compress(embeds, captures)
         compress_features(row, vision)
-        embeds = embeds.index_select(0, row.stay.to(device, non_blocking=True))
+        embeds = embeds.index_select(0, row.kept.to(device, non_blocking=True))
         for local, features in row.pieces or []:
             embeds = embeds.index_copy(0, local.to(device, non_blocking=True), features)
         if at.dim() == 2:
@@ -136,17 +136,17 @@ class Session:
             hidden = add_features(self.rows, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self.positions.shift:
             self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
-        lone = None
+        masked_keys = None
         if self._forgetting is not None:
             with self.clock:
                 remembered = self._forgetting.drop(index, self.rows, hidden)
-                lone = self._forgetting.lone(index, self.rows, hidden)
+                masked_keys = self._forgetting.masked_keys(index, self.rows, hidden)
             hidden = self._select(hidden, remembered)
         with self.clock:
-            stay = self._prune(index, layer, hidden)
-        hidden = self._select(hidden, stay)
-        lone = lone if lone is None or stay is None else lone.index_select(0, stay)
-        if stay is not None and any(row.lost for row in self.rows):
+            kept = self._prune(index, layer, hidden)
+        hidden = self._select(hidden, kept)
+        masked_keys = masked_keys if masked_keys is None or kept is None else masked_keys.index_select(0, kept)
+        if kept is not None and any(row.lost for row in self.rows):
             self.positions.close_up(self.rows, hidden)
         if self.state is not None:
             self.state.shift[index] = [old + row.lost for old, row in zip(self.positions.shift, self.rows, strict=True)]
@@ -165,21 +165,21 @@ class Session:
             hidden = hidden.index_select(1, through)
             rope = tuple(t.index_select(1, through) for t in rope)
             positions = positions.index_select(1, through)
-            lone = None if lone is None else lone.index_select(0, through)
+            masked_keys = None if masked_keys is None else masked_keys.index_select(0, through)
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         self._note(index, lengths, counts, alive)
-        plan = self._plan(index, lengths, positions, scale, routing, lone)
+        plan = self._plan(index, lengths, positions, scale, routing, masked_keys)
         if self.layers is not None:
             self.layers[index].staged = plan
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
 
-    def _select(self, hidden: torch.Tensor, stay: torch.Tensor | None) -> torch.Tensor:
-        """[1, T, D] of the packed tokens that stay, positions likewise; None: all."""
-        if stay is None:
+    def _select(self, hidden: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """[1, T, D] of the packed tokens that are kept, positions likewise; None: all."""
+        if kept is None:
             return hidden
-        self.positions.select(stay)
-        return hidden.index_select(1, stay)
+        self.positions.select(kept)
+        return hidden.index_select(1, kept)
 
     def _move(self, device: torch.device) -> None:
         """The layers from here on are on another device: bring what indexes their tokens."""
@@ -198,7 +198,7 @@ class Session:
 
     def _plan(
         self, index: int, lengths: list[int], positions: torch.Tensor, scale: torch.Tensor | None,
-        routing: Routing | None, lone: torch.Tensor | None,
+        routing: Routing | None, masked_keys: torch.Tensor | None,
     ) -> Plan:  # fmt: skip
         past = self._cached(index)
         return Plan(
@@ -212,15 +212,15 @@ class Session:
             scale=scale,
             routing=routing,
             positions=None if self.windows[index] is None else positions[0],
-            reach=self._reach,
-            lone=lone,
+            max_distance=self._max_distance,
+            masked_keys=masked_keys,
         )
 
     def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
-        stays: list[torch.Tensor | None] = []
+        kept: list[torch.Tensor | None] = []
         before, start = [row.length for row in self.rows], 0
         for row, n in zip(self.rows, before, strict=True):
-            stay = None
+            keep = None
             p = row.policy
             if row.count and p is not None and p.asks("prune"):
                 here = slice(start, start + n)
@@ -230,13 +230,13 @@ class Session:
                 tokens._field.check(p, "prune", "tokens")  # type: ignore[attr-defined]
                 self.trace.selector_flops += tokens.flops
                 if answer is not None:
-                    keep = checked_keep(answer, row.count, "prune", p, hidden.device)
-                    stay = row.cut(keep) if len(keep) < row.count else None
+                    vision = checked_keep(answer, row.count, "prune", p, hidden.device)
+                    keep = row.cut(vision) if len(vision) < row.count else None
                     row.lost += n - row.length if p.renumbers else 0
-            stays.append(stay)
+            kept.append(keep)
             start += n
         self._scores = {}
-        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
+        return None if all(keep is None for keep in kept) else packed_indices(kept, before, hidden.device)
 
     def _ahead(self, row: Row, index: int, layer: Any, hidden: torch.Tensor, here: slice) -> torch.Tensor:
         """What ``Tokens.ahead`` gives: float32 [vision tokens of the row]."""
@@ -247,9 +247,9 @@ class Session:
             keys = self.layers[index].row(row.index, past[row.index])[0]  # type: ignore[index]
             if window is not None:
                 known = torch.cat([self.layers[index].positions(row.index, past[row.index]), positions])  # type: ignore[index]
-        reach = None if window is None else Reach(positions.index_select(0, query), known, window)
+        sliding = None if window is None else WindowMask(positions.index_select(0, query), known, window)
         rope = tuple(t[:, here] for t in self.positions.rope)
-        found = ahead(layer, hidden[0, here], rope, query, keys, reach)
+        found = ahead(layer, hidden[0, here], rope, query, keys, sliding)
         g, width = self.trace.geometry, hidden.shape[-1]
         self.trace.selector_flops += 2 * g.head_dim * (width * (n * g.kv_heads + g.heads) + g.heads * len(found))
         return found[-n:].index_select(0, row.vision)
@@ -284,7 +284,7 @@ class Session:
             weights.append(scale)
         if all(p is None for p in through):
             return None
-        packed = joined(through, before, hidden.device)
+        packed = packed_indices(through, before, hidden.device)
         return Passing(packed, lengths, counts, alive, torch.cat(weights) if weighted else None)
 
     def _cached(self, index: int) -> list[int]:
@@ -330,7 +330,7 @@ class Session:
         made.rows = [self.rows[old].again(new, policy) for new, (old, policy) in enumerate(picks)]
         made.batch, made.positions = len(picks), self.positions.fork(index, len(picks))
         made.clock, made.trace = Clock(self.device), Trace(self.trace.geometry)
-        made._forgetting = Forgetting.of(made.rows, True, made.trace)
+        made._forgetting = Forgetting.from_rows(made.rows, True, made.trace)
         made.lengths, made.past, made.noted = [], [], [row.trace(self._offset) for row in made.rows]
         made._scores = {new: self._scores[old] for new, (old, _) in enumerate(picks) if old in self._scores}
         check_rows(made.rows, False, made.depth, made.positions.rotary)

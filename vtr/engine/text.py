@@ -11,7 +11,7 @@ from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import CacheState, RaggedLayer
 from vtr.engine.call import MISSING, Generation, check_cache, is_ragged, refuse_compiled
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
-from vtr.engine.decode import Step, note_cache
+from vtr.engine.decode import DecodeStep, note_cache
 from vtr.engine.positions import many_axes
 from vtr.engine.request import Request
 from vtr.engine.session import Session
@@ -38,7 +38,7 @@ class TextHooks:
             if asked is MISSING:
                 self.patch.forward_hooks.check_compiling(kwargs)
             return None
-        asked = self.patch.taken() if asked is MISSING else asked
+        asked = self.patch.pop_request() if asked is MISSING else asked
         request: Request | None = None if asked is MISSING else asked
         if mlp_scale.get() is not None:  # an interrupted forward left it
             mlp_scale.set(None)
@@ -106,7 +106,7 @@ class TextHooks:
             cache.layers, cache.layer_class_to_replicate = layers, None
             put_cache(module, kwargs, cache)
         if generation is not None:
-            generation.runs_on(layers)
+            generation.note_forward(layers)
         session.generation = generation
         kwargs["vtr_session"] = session
         return kwargs
@@ -122,15 +122,15 @@ class TextHooks:
         kwargs["position_ids"], kwargs["inputs_embeds"] = positions, embeds
         positions = positions[0] if positions.dim() == 3 else positions
         at = positions.expand(rows, -1)[:, 0] if any(self.patch.windows) else None
-        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, reach=state.logical + 1)
+        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, max_distance=state.logical + 1)
         for layer in layers:
             layer.staged = plan
         kwargs["vtr_plan"] = plan
-        step = Step(state, positions.expand(rows, -1), module.rotary_emb, trace)
+        step = DecodeStep(state, positions.expand(rows, -1), module.rotary_emb, trace)
         if step.asks or step.renumbers:
             kwargs["vtr_session"] = step
         if generation is not None:
-            generation.runs_on(layers)
+            generation.note_forward(layers)
         trace.note_decode(rows)
         return kwargs
 

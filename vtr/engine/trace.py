@@ -25,7 +25,7 @@ class Geometry:
     """Per decoder layer: FLOPs of all its Linear modules for one token (2 · in · out each)."""
 
     @classmethod
-    def of(cls, text: Any) -> Geometry:
+    def from_text_model(cls, text: Any) -> Geometry:
         config = text.config
         heads = config.num_attention_heads
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]

@@ -28,7 +28,7 @@ class Cost:
     sizes: Sequence[tuple[int, int]]
 
     @classmethod
-    def of(cls, model: Any, sizes: Sequence[tuple[int, int]]) -> Cost:
+    def from_model(cls, model: Any, sizes: Sequence[tuple[int, int]]) -> Cost:
         """For a patched model."""
         return cls(patch_of(model).geometry, tuple(sizes))
 

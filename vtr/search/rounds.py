@@ -62,7 +62,7 @@ class Search:
         self.trials, self.asked_for = Trials(state, identity), trials
         self.scorer = Scorer(data, queries, reuse, self.bar.update)
         self.scorer.spent = self.trials.spent
-        self.cost = Cost.of(model, self.scorer.sizes)
+        self.cost = Cost.from_model(model, self.scorer.sizes)
         self.tried: list[dict[str, Any]] = []
         self.warnings: list[str] = []
 
