@@ -8,7 +8,7 @@ from vtr.accounting import Report, report
 from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
 from vtr.engine.install import patch, unpatch, use
-from vtr.engine.memo import shared_features
+from vtr.engine.resolve import shared_features
 from vtr.policies import (
     AutoScale,
     ClsTop,

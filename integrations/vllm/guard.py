@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vtr.base import Image, Policy, UnsupportedError
-from vtr.engine.rows import compressed
+from vtr.engine.compression import compressed
 
 logger = logging.getLogger(__name__)
 

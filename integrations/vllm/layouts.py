@@ -14,7 +14,7 @@ from vtr.integrations.llava_onevision import anyres_max_layout
 from vtr.integrations.vllm.specs import NONE, RequestError, made_of, promised
 
 from vtr.base import Image, Layout
-from vtr.engine.rows import compressed
+from vtr.engine.compression import compressed
 
 ANYRES_MAX = 9
 """Tiles that a canvas of LLaVA-OneVision has at most before it is scaled down; vLLM reads no other from the config."""

@@ -20,7 +20,7 @@ import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
 from vtr.base import Tokens, keep_count
-from vtr.engine.rows import compressed
+from vtr.engine.compression import compressed
 from vtr.policies import ClsTop
 from vtr.registry import policy_class
 

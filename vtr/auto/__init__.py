@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.call import refuse_if_busy
-from vtr.engine.hooks import NAME, Key
+from vtr.engine.choice import Key
+from vtr.engine.hooks import NAME
 from vtr.engine.install import patch, unpatch
 from vtr.registry import policy as as_policy
 

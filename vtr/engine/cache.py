@@ -350,3 +350,9 @@ class RaggedLayer(DynamicLayer):
             if bucket.positions is not None and was.positions is not None:
                 bucket.positions[i, :n] = was.positions[j, :n]
         self._set_lengths([lengths[s] for s in sources])
+
+
+def is_ragged(cache: Any) -> bool:
+    """True for a cache whose layers are vtr's."""
+    layers = getattr(cache, "layers", None) or [None]
+    return isinstance(layers[0], RaggedLayer)

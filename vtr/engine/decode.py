@@ -10,7 +10,7 @@ import torch
 from vtr.base import Policy, Token
 from vtr.engine.attention import Plan
 from vtr.engine.cache import CacheState, RaggedLayer
-from vtr.engine.rows import version, write_error
+from vtr.engine.checks import version, write_error
 from vtr.engine.trace import Trace
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vtr.base import UnsupportedError
+
+if TYPE_CHECKING:
+    from vtr.engine.captures import Captures
+    from vtr.engine.rows import Row
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,44 @@ class Trace:
         """Add one decoded token per row (its attention is counted from what the cache says it attended to)."""
         self.decode_steps += 1
         self.decode_flops += rows * sum(self.geometry.linear_flops)
+
+
+class PackedTrace:
+    """What is noted of one packed forward until it has run.
+
+    Args:
+        trace: of the call, which gets it then. offset: where this forward's slots start in the rows the caller passed.
+
+    Attributes:
+        lengths, past: per layer and row, the tokens that passed it, and those that its cache held before.
+    """
+
+    def __init__(self, trace: Trace, device: torch.device, offset: int) -> None:
+        self.trace, self.clock, self.offset = trace, Clock(device), offset
+        self.rows: list[RowTrace] = []
+        self.lengths: list[list[int]] = []
+        self.past: list[list[int]] = []
+
+    def begin(self, rows: Sequence[Row], captures: Captures | None) -> None:
+        """The rows are packed. captures: what their images were compressed by, if anything."""
+        self.rows = [row.trace(self.offset) for row in rows]
+        if captures is not None:
+            self.trace.selector_flops += captures.flops
+            captures.flops = 0
+
+    def note(
+        self, lengths: list[int], past: list[int], counts: list[int], alive: list[torch.Tensor | None]
+    ) -> None:  # fmt: skip
+        """Add a layer. counts, alive: the vision tokens of each row that passed it, and which ones these are."""
+        for row, count, kept in zip(self.rows, counts, alive, strict=True):
+            row.counts.append(count)
+            row.alive.append(kept)
+        self.lengths.append(lengths)
+        self.past.append(past or [0] * len(lengths))
+
+    def finish(self) -> None:
+        self.trace.note_packed(self.rows, self.lengths, self.past)
+        self.trace.clocks.append(self.clock)
 
 
 @dataclass

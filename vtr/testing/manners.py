@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtr import registry
 from vtr.base import Policy, Pooled
-from vtr.engine.rows import IMAGE_TENSORS
+from vtr.engine.compression import IMAGE_TENSORS
 from vtr.testing import tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip
 from vtr.testing.keeping import Kept
