@@ -51,18 +51,15 @@ class PolicyChoice:
             TypeError, ValueError, UnsupportedError: as :func:`policies_per_row`, or not on this family.
         """
         if given is MISSING:
-            given = self._without_argument()
+            given = in_use.get().get(self.key, self.default)
         found = policies_per_row(given, rows, self.num_hidden_layers, self.model)
         self.adapter.refuse(found or [])
         return found
 
     def applies(self) -> bool:
         """Whether a call that names no policy has one here: by ``vtr.use``, or the model's default."""
-        given = self._without_argument()
+        given = in_use.get().get(self.key, self.default)
         return any(p is not None for p in given) if isinstance(given, (list, tuple)) else given is not None
-
-    def _without_argument(self) -> Given:
-        return in_use.get().get(self.key, self.default)
 
     def generation(self) -> Generation | None:
         """The ``generate`` of this model that is running in this context."""

@@ -81,4 +81,4 @@ class Forgetting:
 
 
 def _may_forget(row: Row) -> bool:
-    return len(row.text.decoded) > 0 and row.policy is not None and row.policy.asks("remember")
+    return len(row.text.decoded) > 0 and row.asks("remember")

@@ -43,6 +43,7 @@ class Questions:
 
     Attributes:
         scores: row → float32 [tokens of the row], from the layer before. The attention function fills it.
+        pruned, routed: per row, whether its policy answers ``prune`` and ``route``.
     """
 
     def __init__(
@@ -51,17 +52,22 @@ class Questions:
         self.rows, self.positions, self.layers = rows, positions, layers
         self.decoder, self.trace = decoder, trace
         self.scores: dict[int, torch.Tensor] = {}
+        self.pruned = [row.asks("prune") for row in rows]
+        self.routed = [row.asks("route") for row in rows]
 
     def to(self, device: torch.device) -> None:
         self.scores = {row: found.to(device) for row, found in self.scores.items()}
 
     def prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
         """Cut the rows; packed indices of the tokens that enter layer ``index``, None for all. hidden: [1, T, D]."""
+        if not any(self.pruned):
+            self.scores = {}
+            return None
         kept: list[torch.Tensor | None] = []
         before = [row.length for row in self.rows]
         for i, (row, here) in enumerate(spans(self.rows)):
             keep = None
-            if row.asks("prune"):
+            if self.pruned[i] and row.vision.count:
                 assert row.policy is not None
                 look = partial(self._ahead, row, index, layer, hidden, here)
                 answer = self._ask("prune", row, index, hidden[0, here], self.scores.get(row.index), look)
@@ -77,13 +83,13 @@ class Questions:
         """Who passes layer ``index``; the rows stay as they are. hidden: [1, T, D]."""
         rows = self.rows
         passing = Passing([r.length for r in rows], [r.vision.count for r in rows], [r.vision.alive for r in rows])
-        if not any(row.asks("route") for row in rows):
+        if not any(self.routed):
             return passing
         lengths, counts, alive = passing[:3]
         before, through, weights, weighted = lengths[:], [], [], False
         for i, (row, here) in enumerate(spans(rows)):
             passes, scale = None, hidden.new_ones(row.length)
-            answer = self._ask("route", row, index, hidden[0, here]) if row.asks("route") else None
+            answer = self._ask("route", row, index, hidden[0, here]) if self.routed[i] and row.vision.count else None
             if answer is not None:
                 assert row.policy is not None
                 vision = row.vision

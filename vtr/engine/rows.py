@@ -7,7 +7,7 @@ counted anew whenever something is cut.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -145,8 +145,8 @@ class Row:
         return row
 
     def asks(self, question: str) -> bool:
-        """Whether the row has vision tokens, and a policy that answers ``question`` about them."""
-        return self.vision.count > 0 and self.policy is not None and self.policy.asks(question)
+        """Whether the row has a policy that answers ``question``."""
+        return self.policy is not None and self.policy.asks(question)
 
     def to(self, device: torch.device) -> None:
         """Move the index tensors to the device, once, before the first layer; nobody waits for them to arrive."""
@@ -236,13 +236,14 @@ class Row:
         return RowTrace(spec, slots, sources, original=vision.original)
 
 
-def spans(rows: Sequence[Row]) -> Iterator[tuple[Row, slice]]:
-    """Each row and where it lies in the packed sequence; rows may be cut on the way."""
-    start = 0
+def spans(rows: Sequence[Row]) -> list[tuple[Row, slice]]:
+    """Each row and where it lies in the packed sequence."""
+    found, start = [], 0
     for row in rows:
         end = start + row.length
-        yield row, slice(start, end)
+        found.append((row, slice(start, end)))
         start = end
+    return found
 
 
 def packed_indices(parts: Sequence[torch.Tensor | None], before: list[int], device: torch.device) -> torch.Tensor:

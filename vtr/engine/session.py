@@ -15,7 +15,7 @@ import torch
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, Routing
-from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.cache import RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.compression import compress_row
@@ -37,6 +37,8 @@ class Session:
         valid: bool [rows, columns] on the CPU, or None (no padding). layers: of the ragged cache, or None.
 
     Attributes:
+        state: of the ragged cache, or None.
+        offset: where this forward's slots start in the rows that the caller passed.
         generation: the running ``generate`` that this forward is part of, or None.
     """
 
@@ -51,6 +53,7 @@ class Session:
         trace: Trace,
     ) -> None:
         self.decoder, self.layers, self.device = decoder, layers, device
+        self.state = None if layers is None else layers[0].state
         self.batch, self.logical = shape
         self.rows = rows_of(request, self.batch, self.logical, valid)
         check_rows(self.rows, layers is not None, decoder.depth, decoder.text.rotary_emb)
@@ -58,14 +61,10 @@ class Session:
         self.questions = Questions(self.rows, self.positions, layers, decoder, trace)
         given = request is not None and request.generation is None
         self.forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
-        self.log = PackedTrace(trace, device, request.offset if request else 0)
+        self.log = PackedTrace(trace, device)
+        self.offset = request.offset if request else 0
         self.generation: Generation | None = None
         self.max_distance = self.logical + (0 if self.state is None else self.state.logical)
-
-    @property
-    def state(self) -> CacheState | None:
-        """Of the ragged cache."""
-        return None if self.layers is None else self.layers[0].state
 
     # -- into the decoder ------------------------------------------------------------------------------------------
     def pack(
@@ -90,7 +89,7 @@ class Session:
         for i, row in enumerate(self.rows):
             slots = row.slots.to(embeds.device, non_blocking=True)
             here, at = embeds[i].index_select(0, slots), position_ids[..., i, :].index_select(-1, slots)
-            if row.given.layouts and row.policy is not None and row.policy.asks("compress"):
+            if row.given.layouts and row.asks("compress"):
                 here, at = self._compress(row, here, at, captures)
             dropped.append(0 if several else len(slots) - row.length)  # positions of one axis close up
             at = at if self.state is None else at - self.state.dropped[i]
@@ -100,7 +99,10 @@ class Session:
             row.to(embeds.device)
         if self.state is not None:
             self.state.dropped = [old + new for old, new in zip(self.state.dropped, dropped, strict=True)]
-        self.log.begin(self.rows, captures)
+        self.log.rows = [row.trace(self.offset) for row in self.rows]
+        if captures is not None:
+            self.log.trace.selector_flops += captures.flops
+            captures.flops = 0
         where = torch.cat(positions, -1)
         self.positions.ids = where if several else where[None]
         return torch.cat(parts)[None], where[:, None] if several else where[None]
@@ -130,7 +132,7 @@ class Session:
             positions = positions.index_select(1, passing.through)
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, passing.through)
         positions = positions[:1]  # of several axes, which rope has seen already, the first
-        past = self._cached(index)
+        past = [] if self.layers is None else self.layers[index].lengths()
         self.log.note(passing.lengths, past, passing.counts, passing.alive)
         plan = Plan(
             decode=False,
@@ -193,10 +195,6 @@ class Session:
         self.positions.select(kept)
         return hidden.index_select(1, kept)
 
-    def _cached(self, index: int) -> list[int]:
-        """Tokens each row already has in this layer's cache; empty when there are none."""
-        return [] if self.layers is None else self.layers[index].lengths()
-
     # -- the same rows again ---------------------------------------------------------------------------------------
     def fork(self, picks: Sequence[tuple[int, Policy | None]]) -> tuple[Session, torch.Tensor]:
         """A session that goes on from where this one is, with rows of its own.
@@ -224,8 +222,8 @@ class Session:
         scores = self.questions.scores
         made.questions.scores = {new: scores[old] for new, (old, _) in enumerate(picks) if old in scores}
         made.forgetting = Forgetting.from_rows(made.rows, True, trace)
-        made.log = PackedTrace(trace, self.device, self.log.offset)
-        made.log.begin(made.rows, None)
+        made.log = PackedTrace(trace, self.device)
+        made.log.rows = [row.trace(self.offset) for row in made.rows]
         check_rows(made.rows, False, decoder.depth, decoder.text.rotary_emb)
         return made, index
 

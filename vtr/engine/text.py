@@ -30,7 +30,8 @@ class TextCall:
 
     Attributes:
         request: what the call asks; None where a ragged cache goes on with text only.
-        embeds: [rows, L, D]. mask: this forward's part of the 2-D mask, or None.
+        past: tokens that its ragged cache holds, as transformers counts them. embeds: [rows, L, D].
+        mask: this forward's part of the 2-D mask, or None.
         positions: int64 [1 or rows, L], or [axes, 1 or rows, L].
         generation: the running ``generate`` that it is part of, or None. kwargs: its arguments, to be changed.
     """
@@ -38,6 +39,7 @@ class TextCall:
     module: Any
     request: Request | None
     cache: Any
+    past: int
     embeds: torch.Tensor
     mask: torch.Tensor | None
     positions: torch.Tensor
@@ -47,8 +49,8 @@ class TextCall:
     @property
     def one_token_each(self) -> bool:
         """Whether it is a decode step: one text token behind every row's cache."""
-        past = is_ragged(self.cache) and self.cache.get_seq_length() > 0
-        if not past or self.embeds.shape[1] != 1 or (self.request is not None and any(self.request.prompt.layouts)):
+        new_images = self.request is not None and any(self.request.prompt.layouts)
+        if self.past == 0 or self.embeds.shape[1] != 1 or new_images:
             return False
         return self.mask is None or self.generation is not None or bool(self.mask[:, -1].all())
 
@@ -118,13 +120,14 @@ class TextHooks:
         UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
         """
         embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
-        mask = _checked_mask(cache, embeds.shape, kwargs.get("attention_mask"))
-        positions = _checked_positions(cache, embeds, given, many_axes(module.rotary_emb))
+        past = cache.get_seq_length() if is_ragged(cache) else 0
+        mask = _checked_mask(cache, past, embeds.shape, kwargs.get("attention_mask"))
+        positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
         if given is not None and request is not None and request.generation is None:
             _check_one_sequence(positions, mask)
         kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
         generation = self._generation(cache) if request is None else request.generation
-        return TextCall(module, request, cache, embeds, mask, positions, generation, kwargs)
+        return TextCall(module, request, cache, past, embeds, mask, positions, generation, kwargs)
 
     def _generation(self, cache: Any) -> Generation | None:
         """The ``generate`` that goes on with ``cache``; None for a call by hand, also inside a generate."""
@@ -201,20 +204,20 @@ class TextHooks:
         return out
 
 
-def _checked_mask(cache: Any, shape: torch.Size, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """This forward's part of the 2-D mask, or None. shape: [rows, L, D] of the embeddings.
+def _checked_mask(cache: Any, past: int, shape: torch.Size, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """This forward's part of the 2-D mask, or None. past: tokens cached. shape: [rows, L, D] of the embeddings.
 
     Raises:
         UnsupportedError, ValueError: a cache or mask that a reduced call cannot take.
     """
-    if not is_ragged(cache):
+    if not past:
         check_cache(cache)
     if mask is not None and mask.dim() != 2:
         raise UnsupportedError(
             f"a reduced call takes a 2-D attention_mask [rows, tokens], got {tuple(mask.shape)}: custom masks are "
             "not supported, pass policy=None"
         )
-    if is_ragged(cache) and cache.get_seq_length() and len(cache.layers[0].place) != shape[0]:
+    if past and len(cache.layers[0].place) != shape[0]:
         raise ValueError(
             f"{shape[0]} rows for a cache of {len(cache.layers[0].place)}: go on with the rows it was filled "
             "by, or start with a new cache"
@@ -223,7 +226,7 @@ def _checked_mask(cache: Any, shape: torch.Size, mask: torch.Tensor | None) -> t
 
 
 def _checked_positions(
-    cache: Any, embeds: torch.Tensor, positions: torch.Tensor | None, axes: bool
+    past: int, embeds: torch.Tensor, positions: torch.Tensor | None, axes: bool
 ) -> torch.Tensor:  # fmt: skip
     """Position ids of this forward, counted where none are given.
 
@@ -233,7 +236,7 @@ def _checked_positions(
     Raises:
         UnsupportedError: positions of several axes for a model of one.
     """
-    length, past = embeds.shape[1], cache.get_seq_length() if is_ragged(cache) else 0
+    length = embeds.shape[1]
     if positions is None:
         positions = torch.arange(past, past + length, device=embeds.device)[None]
     if axes:  # by hand, transformers gives those of all tokens there have been

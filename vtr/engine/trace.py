@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vtr.base import UnsupportedError
-
-if TYPE_CHECKING:
-    from vtr.engine.captures import Captures
-    from vtr.engine.rows import Row
 
 
 @dataclass(frozen=True)
@@ -173,24 +169,18 @@ class PackedTrace:
     """What is noted of one packed forward until it has run.
 
     Args:
-        trace: of the call, which gets it then. offset: where this forward's slots start in the rows the caller passed.
+        trace: of the call, which gets it then.
 
     Attributes:
+        rows: what is noted of each; filled when they are packed.
         lengths, past: per layer and row, the tokens that passed it, and those that its cache held before.
     """
 
-    def __init__(self, trace: Trace, device: torch.device, offset: int) -> None:
-        self.trace, self.clock, self.offset = trace, Clock(device), offset
+    def __init__(self, trace: Trace, device: torch.device) -> None:
+        self.trace, self.clock = trace, Clock(device)
         self.rows: list[RowTrace] = []
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
-
-    def begin(self, rows: Sequence[Row], captures: Captures | None) -> None:
-        """The rows are packed. captures: what their images were compressed by, if anything."""
-        self.rows = [row.trace(self.offset) for row in rows]
-        if captures is not None:
-            self.trace.selector_flops += captures.flops
-            captures.flops = 0
 
     def note(
         self, lengths: list[int], past: list[int], counts: list[int], alive: list[torch.Tensor | None]
