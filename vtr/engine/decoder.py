@@ -12,10 +12,12 @@ from vtr.engine.trace import Geometry
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """Attributes:
-    text: the module: it has ``.layers``, ``.rotary_emb`` and ``.config``.
-    geometry: its sizes.
-    windows: the sliding window of every layer, in positions; None where attention is causal over everything.
+    """The text model of a patched model.
+
+    Attributes:
+        text: the module; it has ``.layers``, ``.rotary_emb`` and ``.config``.
+        geometry: its sizes.
+        windows: the sliding window of every layer, in positions; None where attention is causal over everything.
     """
 
     text: Any
@@ -24,8 +26,10 @@ class Decoder:
 
     @classmethod
     def from_text_model(cls, text: Any) -> Decoder:
-        """Raises:
-        UnsupportedError: layers or positions that the packed engine cannot run.
+        """Read it off the module.
+
+        Raises:
+            UnsupportedError: layers or positions that the packed engine cannot run.
         """
         made = cls(text, Geometry.from_text_model(text), windows(text))
         if any(made.windows) and many_axes(text.rotary_emb):

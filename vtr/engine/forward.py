@@ -106,19 +106,19 @@ class ForwardHooks:
 
     def _direct_request(
         self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
-        kwargs: dict[str, Any], ends: Any, around: Generation | None,
+        kwargs: dict[str, Any], ends: Any, generation: Generation | None,
     ) -> Request:  # fmt: skip
         """Of a forward that is no step of a generate.
 
         Args:
-            ends: the call's ``vtr_queries_end``. around: the generate inside which it is made by hand.
+            ends: the call's ``vtr_queries_end``. generation: the one inside which it is made by hand, or None.
         """
         if ids is None:
             assert embeds is not None
             ids = ids_of(self.patch.adapter, self.patch.model, embeds)
         check_pixels(kwargs)
-        if ends is None and around is not None and around.starts_with_prompt(ids):
-            ends = around.ids.shape[1]  # type: ignore[union-attr]
+        if ends is None and generation is not None and generation.starts_with_prompt(ids):
+            ends = generation.ids.shape[1]  # type: ignore[union-attr]
         labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
         given = {**kwargs, "labels": labels}
         prompt = read_prompt(self.patch.adapter, self.patch.model, ids, kwargs.get("attention_mask"), given)

@@ -36,7 +36,7 @@ class Positions:
             self.rope = kwargs["position_embeddings"]
 
     def select(self, kept: torch.Tensor) -> None:
-        """Only the packed tokens ``stay`` (int64 [t]) are left."""
+        """Only the packed tokens ``kept`` (int64 [t]) are left."""
         self.rope = tuple(t.index_select(1, kept) for t in self.rope)
         self.ids = self.ids.index_select(1, kept)
 

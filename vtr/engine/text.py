@@ -116,8 +116,10 @@ class TextHooks:
         return args, self._decode(call) if call.one_token_each else self._pack(call)
 
     def _call(self, module: Any, request: Request | None, cache: Any, kwargs: dict[str, Any]) -> TextCall:
-        """Raises:
-        UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
+        """The call with its arguments checked.
+
+        Raises:
+            UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
         """
         embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
         past = cache.get_seq_length() if is_ragged(cache) else 0
