@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import vtr
 from vtr.budget import LEAST, nearest_side, setter_of, settings_for
-from vtr.registry import policy_class
+from vtr.settings import policy_class
 
 __all__ = ["at_budget", "check_budget", "nearest_side", "setter_of", "trained"]
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import vtr
-from vtr.commands.run import load
 from vtr.data.pictures import upright
+from vtr.models import load
 
 POCKET = "pocket"
 DEFAULT_NEW_TOKENS = 1024

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from vtr.integrations.llava import tile_layout
 
-from vtr.base import Layout
 from vtr.engine.adapters import Adapter
+from vtr.image import Layout
 
 
 class Idefics3(Adapter):

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 from vtr.integrations.llava import tile_layout
 
-from vtr.base import Layout
 from vtr.engine.adapters import Adapter
+from vtr.image import Layout
 
 SMALL = (48, 48)
 """Pixels that are enough to tell arrangements of crops apart."""

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from vtr.integrations.internvl import InternVL
 
-from vtr.base import Layout, UnsupportedError
+from vtr.base import UnsupportedError
+from vtr.image import Layout
 
 PARTS = ("vision_model", "mlp1", "language_model", "extract_feature")
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtr.base import Layout, UnsupportedError
+from vtr.base import UnsupportedError
 from vtr.engine.adapters import Adapter
 from vtr.engine.captures import leading_tokens
-from vtr.image import remembered
+from vtr.image import Layout, remembered
 
 
 @remembered(64)

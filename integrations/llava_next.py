@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 from vtr.integrations.llava import check_patches, tile_layout
 
-from vtr.base import Layout
 from vtr.engine.adapters import Adapter
+from vtr.image import Layout
 
 
 @lru_cache(maxsize=1024)

@@ -14,8 +14,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import get_any
 from vtr.integrations.llava import check_patches, tile_layout
 from vtr.integrations.llava_next import canvas_of, window_of, with_newlines
 
-from vtr.base import Layout
 from vtr.engine.adapters import Adapter
+from vtr.image import Layout
 
 
 @lru_cache(maxsize=1024)

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vtr.integrations.llava_next import canvas_of
 
-from vtr.base import Layout, UnsupportedError
+from vtr.base import UnsupportedError
 from vtr.engine.adapters import Adapter
 from vtr.engine.captures import Place
 from vtr.engine.prompt import Prompt
-from vtr.image import remembered
+from vtr.image import Layout, remembered
 
 IMAGE = -200
 """What the package puts into ``input_ids`` for a whole image."""

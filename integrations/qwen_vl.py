@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from vtr.integrations.llava import tile_layout
 
-from vtr.base import Layout
 from vtr.engine.adapters import Adapter
+from vtr.image import Layout
 
 
 @lru_cache(maxsize=256)

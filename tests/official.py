@@ -29,8 +29,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vtr.integrations.llava import Llava, tile_layout
 
 import vtr
-from vtr.base import Layout
 from vtr.engine.adapters import register_adapter
+from vtr.image import Layout
 
 GOLDEN = Path(os.environ.get("VTR_GOLDEN", Path(__file__).parent / "golden"))
 IMG = -200

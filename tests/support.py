@@ -21,10 +21,10 @@ import vtr
 from tests import learned, oracle, shorter
 from tests.families import FAMILIES, Chat, Family, Inputs
 from tests.tiny import IMAGE, IMAGE_ID, NEVER
-from vtr.base import Layout, Policy
+from vtr.base import Policy
 from vtr.engine.adapters import find_adapter
 from vtr.engine.prompt import read_prompt
-from vtr.image import scales
+from vtr.image import Layout, scales
 
 __all__ = ["IMAGE_ID", "NEVER", "POLICIES", "REFUSED", "ROWS", "STEPS", "Models"]
 STEPS = 4

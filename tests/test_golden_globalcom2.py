@@ -19,8 +19,8 @@ import vtr
 from tests import official
 from tests.official import IMG, close
 from tests.spy import Spy
-from vtr.base import Image, top
-from vtr.image import arrange
+from vtr.image import Image, arrange
+from vtr.keep import top
 from vtr.policies.picture.globalcom2 import best, crops_of, ratios
 
 META = official.meta("globalcom2")

@@ -16,8 +16,7 @@ from vtr.integrations.llava_onevision import frames_layout
 import vtr
 from tests import official
 from tests.official import IMG, close
-from vtr.base import Image, Layout
-from vtr.image import arrange, scales
+from vtr.image import Image, Layout, arrange, scales
 from vtr.policies.blind.matryoshka import pool
 
 META = official.meta("m3")

@@ -2,13 +2,26 @@
 
 from typing import Any
 
-import vtr.integrations  # noqa: F401  (makes the model families known)
-from vtr import pocket
+try:
+    import vtr.integrations  # noqa: F401  (makes the model families known)
+except ModuleNotFoundError as error:
+    if error.name != "vtr.integrations":
+        raise
+    raise ModuleNotFoundError(
+        "vtr is not installed: its model families stand beside it in the repository. Run pip install -e . there",
+        name=error.name,
+    ) from None
+from vtr import (
+    _moved,  # noqa: F401  (old names of modules)
+    pocket,
+)
 from vtr.accounting import Report, report
-from vtr.base import Image, Policy, Pooled, Route, Token, Tokens, UnsupportedError
+from vtr.base import Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
+from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.resolve import shared_features
+from vtr.image import Image, Pooled
 from vtr.policies import (
     AutoScale,
     ClsTop,
@@ -23,8 +36,8 @@ from vtr.policies import (
     Random,
     UniformGrid,
 )
-from vtr.registry import Chain, list_policies, policy, register_policy
 from vtr.schedule import Schedule
+from vtr.settings import list_policies, register_policy
 
 __all__ = [
     "AutoScale",

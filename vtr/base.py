@@ -17,30 +17,17 @@ question        asked                                            answer
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from vtr import saved
 from vtr.image import Image, Layout, Pooled
+from vtr.settings import Settings, policy_class
 
 if TYPE_CHECKING:
     import torch
 
     from vtr.engine.resolve import Tries
-
-__all__ = [
-    "SCORES",
-    "Image", "Keep", "Layout", "Policy", "Pooled", "Route", "Scores", "Token", "Tokens", "UnsupportedError", "Wanted",
-    "check_keep", "keep_count", "top",
-]  # fmt: skip
-
-Keep = int | float
-"""``int``: a count of tokens (at most that many). ``float`` in [0, 1]: a ratio of what it is taken of (the row's vision
-tokens, an image, a tile). A ratio above 0 leaves at least one of them; an int or 0.0 means what it says."""
 
 Wanted = Literal["tiles", "cls"]
 """What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
@@ -51,43 +38,12 @@ over heads; with ``-max`` each query's strongest head instead."""
 SCORES: tuple[Scores, ...] = get_args(Scores)
 
 
+QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
+"""What a policy may be asked; ``needs`` belongs to ``prune``."""
+
+
 class UnsupportedError(RuntimeError):
     """Something about the model, its cache or the call that vtr cannot do; the message says what to do instead."""
-
-
-def check_keep(keep: Keep, name: str = "keep") -> Keep:
-    """Validate a keep: an int count >= 0 or a float ratio in [0, 1] (``1`` is one token, ``1.0`` is all of them).
-
-    Raises:
-        TypeError: not an int or float (a bool is neither).
-        ValueError: out of range.
-    """
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise TypeError(f"{name} must be an int (a count) or a float (a ratio in [0, 1]), got {keep!r}")
-    if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
-        raise ValueError(
-            f"{name}={keep!r}: a float is the ratio of tokens that stay and lies in [0, 1]; "
-            f"for a count of tokens pass an int, e.g. {name}=64"
-        )
-    if isinstance(keep, int) and keep < 0:
-        raise ValueError(f"{name}={keep!r}: a count of tokens that stay cannot be negative")
-    return keep
-
-
-def keep_count(keep: Keep, total: int, slack: float = 1e-9) -> int:
-    """How many of ``total`` tokens a keep leaves: a ratio ``floor(total * keep + slack)``, a count itself at most.
-
-    A ratio above 0 leaves at least one token, however few there are. Where official code cuts off, ``slack`` is 0.
-    """
-    if isinstance(keep, float):
-        return min(max(int(total * keep + slack), int(keep > 0)), total)
-    return min(keep, total)
-
-
-def top(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the ``k`` largest of ``scores`` ([n]), ascending; of equal scores the lower index wins."""
-    best = scores.argsort(descending=True, stable=True)[:k]
-    return best.sort().values
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,14 +146,13 @@ class Token:
 
 
 @dataclass
-class Policy:
+class Policy(Settings):
     """Base class of every reduction policy: a dataclass whose fields are its settings.
 
     Subclass it, decorate with ``@dataclass`` and ``@vtr.register_policy("name")``, and define any of ``compress``,
     ``prune``, ``route``, ``remember`` (and ``needs``, if ``prune`` ranks by attention).
     """
 
-    name: ClassVar[str] = ""
     question_guided: ClassVar[bool] = False
     """True if what is kept depends on the question of this turn (a later turn may miss something)."""
     wants: ClassVar[tuple[Wanted, ...]] = ()
@@ -295,76 +250,6 @@ class Policy:
         """
         return self.remember_all(layer, tokens)
 
-    # -- settings as data -------------------------------------------------------------------------------------------
-    def config(self) -> dict[str, Any]:
-        """The settings as plain JSON data."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    @property
-    def spec(self) -> str:
-        """The spec string of an equal policy: ``vtr.policy(p.spec) == p``. Defaults (but the first) are left out."""
-        defaults = {f.name: _plain(f.default) for f in dataclasses.fields(self)}
-        items = self.config().items()
-        shown = [f"{k}={_compact(v)}" for i, (k, v) in enumerate(items) if i == 0 or repr(v) != repr(defaults[k])]
-        return self.name + (":" + ",".join(shown) if shown else "")
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Learned weights to save beside the settings; none for a training-free policy."""
-        return {}
-
-    def about(self) -> dict[str, Any] | None:
-        """What has to be known of :meth:`tensors` to load them again, as JSON data; None without weights."""
-        return None
-
-    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        """Take the weights that :meth:`tensors` and :meth:`about` gave.
-
-        Raises:
-            ValueError: this policy has no weights.
-        """
-        if tensors or about is not None:
-            raise ValueError(f"{type(self).__name__} has no weights, but the folder holds {sorted(tensors)}")
-
-    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        """Raise ValueError if :meth:`load_tensors` cannot take tensors like these, which have no values yet (they are
-        on the meta device): asked before a file is read."""
-        if type(self).load_tensors is Policy.load_tensors:
-            self.load_tensors(tensors, about)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``vtr_policy.json`` (and ``vtr_policy.safetensors``, if there are weights) into ``folder``."""
-        saved.save_policy(self, folder)
-
-    @staticmethod
-    def from_pretrained(folder: str | Path, allow_mismatch: bool = False) -> Policy:
-        """Load what :meth:`save_pretrained` wrote.
-
-        Args:
-            allow_mismatch: let learned weights act on another model than the one they were trained with.
-
-        Raises:
-            FileNotFoundError: no ``vtr_policy.json`` in ``folder``, or not the weights it speaks of.
-            ValueError: a file is not a policy's, is cut off, names an unknown policy, other files or settings that
-                cannot be, or its tensors are not those of the policy (all that are missing, unknown or of another shape
-                are listed) or not finite. Sizes are compared before anything of that size is made.
-        """
-        return saved.load_policy(folder, allow_mismatch)
-
     def __add__(self, other: Policy) -> Policy:
         """``compressor + pruner``: both act, the left one first. Each question may be answered by one of them only."""
-        from vtr.registry import Chain
-
-        return Chain([self, other])
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON data (schedules and nested policies know how to say themselves)."""
-    if hasattr(value, "to_json"):
-        return value.to_json()
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
+        return policy_class("chain")([self, other])  # type: ignore[call-arg]

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vtr.base import Layout, Policy
+from vtr.base import Policy
+from vtr.chain import Chain, policy
 from vtr.engine.adapters import find_adapter
-from vtr.image import scales
+from vtr.image import Layout, scales
 from vtr.learned import Learned
-from vtr.registry import Chain, policy, policy_class
+from vtr.settings import policy_class
 
 CUT = 2
 """The layer at which policies that cut once do so (FastV's): the same tokens enter the same layers. Earlier where the

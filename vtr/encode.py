@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
+from vtr.chain import policy as policy_of
 from vtr.data.pictures import upright
 from vtr.engine.midway import enter
 from vtr.policies import UniformGrid
-from vtr.registry import policy as policy_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,7 +6,8 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -14,7 +15,11 @@ import torch
 from torch import nn
 
 from vtr.base import Policy
-from vtr.saved import check_finite, whole
+from vtr.files import check_finite, check_int
+from vtr.settings import CONFIG_NAME, WEIGHTS_NAME
+
+SHIPPED: dict[str, Path] = {}
+"""What may stand as ``weights=`` instead of a folder, and the folder that holds one folder a policy (vtr.pocket's)."""
 
 SAMPLED = (0.31, 0.77)
 """Where each matrix of the decoder is sampled for a fingerprint, as parts of its length."""
@@ -93,8 +98,8 @@ def checked_sizes(about: Any, name: str) -> dict[str, int]:
     if not (base is None or isinstance(base, dict)) or not all(map(_is_sample, samples)):
         raise ValueError(f"the fingerprint (base) of these {name} weights is not two numbers for each matrix")
     return {
-        "hidden_size": whole(about["hidden_size"], "hidden_size", 1, WIDEST),
-        "num_hidden_layers": whole(about["num_hidden_layers"], "num_hidden_layers", 1, DEEPEST),
+        "hidden_size": check_int(about["hidden_size"], "hidden_size", 1, WIDEST),
+        "num_hidden_layers": check_int(about["num_hidden_layers"], "num_hidden_layers", 1, DEEPEST),
     }
 
 
@@ -126,6 +131,28 @@ class Learned(Policy):
         self.folder: str | None = None
         self._copies: dict[Any, nn.Module] = {}
         self._listed: list[nn.Parameter] = []
+
+    @classmethod
+    def first_setting(cls) -> str:
+        return "weights"
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Policy:
+        """Make one. ``weights`` is the folder that its weights are in, or a name of ``SHIPPED``: the settings saved
+        there hold unless others are named. ``allow_mismatch``: see :meth:`vtr.Policy.from_pretrained`."""
+        if "weights" not in settings:
+            return super().from_settings(settings)
+        given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
+        allow, folder = settings.get("allow_mismatch", False), str(settings["weights"])
+        if not isinstance(allow, bool):
+            raise ValueError(f"allow_mismatch={allow!r}: say true or false")
+        found = _loaded(cls.name, folder, allow)
+        if type(found) is not cls:
+            raise ValueError(f"{folder} holds a policy {found.name!r}, not {cls.name!r}: name a folder of that one's")
+        made = super().from_settings({**found.config(), **given})
+        assert isinstance(made, Learned)
+        made.share(found)
+        return made
 
     def make(self, hidden_size: int, num_hidden_layers: int) -> nn.Module:
         """A new module of these settings, as training begins with it."""
@@ -241,6 +268,9 @@ class Learned(Policy):
         """What is saved beside the settings to load the weights again: sizes and fingerprint."""
         return None if self.module is None else {**(self.sizes or {}), "base": self.base}
 
+    def loaded_from(self, folder: str | None, allow_mismatch: bool) -> None:
+        self.folder, self.allow_mismatch = folder, allow_mismatch
+
     def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
         """Take the weights that :meth:`tensors` and :meth:`about` gave; they do not learn unless asked to.
 
@@ -286,3 +316,24 @@ class Learned(Policy):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}, "_listed": []}
+
+
+def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:
+    """The policy in ``folder``, read again only if its files have changed."""
+    if folder in SHIPPED:
+        shipped = _loaded(name, str(SHIPPED[folder] / name), allow_mismatch)
+        shipped.loaded_from(folder, allow_mismatch)
+        return shipped
+    try:
+        there = Path(folder).exists()
+    except (OSError, ValueError) as error:  # too long for a path, or no path at all
+        raise FileNotFoundError(f"weights={folder[:80]}: there is no such folder ({error})") from error
+    if not there and len(Path(folder).parts) == 1:
+        raise FileNotFoundError(f"weights={folder}: there is no such folder; shipped are {', '.join(SHIPPED)}")
+    files = (Path(folder) / file for file in (CONFIG_NAME, WEIGHTS_NAME))
+    return _read(folder, allow_mismatch, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
+
+
+@lru_cache(maxsize=16)
+def _read(folder: str, allow_mismatch: bool, stamps: tuple[int, ...]) -> Policy:
+    return Policy.from_pretrained(folder, allow_mismatch)

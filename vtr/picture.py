@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtr.accounting import RowReport
-from vtr.base import Layout
+from vtr.image import Layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from vtr.base import Keep, check_keep, keep_count
+from vtr.files import read_json
+from vtr.keep import Keep, check_keep, keep_count
 from vtr.limits import MOST_LAYERS, short
-from vtr.saved import read_json
 
 PRESETS = Path(__file__).parent / "presets"
 SCHEDULE_NAME = "schedule.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import vtr
-from vtr.base import keep_count
+from vtr.keep import keep_count
 
 
 @vtr.register_policy("diverse")

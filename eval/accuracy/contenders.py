@@ -12,7 +12,7 @@ from vtr.eval.accuracy.downsample import NAME, Downsample
 
 import vtr
 from vtr.learned import Learned
-from vtr.registry import policy_class
+from vtr.settings import policy_class
 
 NONE = "none"
 ALL = "all"

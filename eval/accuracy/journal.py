@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtr.saved import read_json
+from vtr.files import read_json
 
 ROWS, SETTINGS = "samples.jsonl", "settings.json"
 PART = re.compile(r"samples(\.\d+)?\.jsonl")

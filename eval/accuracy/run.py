@@ -24,7 +24,7 @@ from vtr.eval.cost.timing import milliseconds
 from vtr.eval.report import results
 
 import vtr
-from vtr.commands.run import load
+from vtr.models import load
 
 RESULTS, MARKDOWN, CSV = "results.json", "table.md", "table.csv"
 WORTH_A_PROCESS = 8

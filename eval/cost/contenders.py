@@ -11,7 +11,7 @@ from vtr.eval.cost.shapes import Shape
 from vtr.eval.spend import at_budget, check_budget, nearest_side
 
 import vtr
-from vtr.registry import policy_class
+from vtr.settings import policy_class
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from vtr.eval.cost.interleave import median_ratio
 from vtr.eval.peers.catalogue import Method, Peer
 from vtr.eval.peers.channel import PeerError, Worker
 
-from vtr.base import keep_count
+from vtr.keep import keep_count
 
 NONE = "none"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from vtr.saved import read_json
+from vtr.files import read_json
 
 Kind = Literal["eval", "policies", "batch", "scale", "engine", "peers", "quality", "trained", "apart", "serve"]
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")

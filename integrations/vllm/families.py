@@ -13,7 +13,7 @@ from vtr.integrations.vllm import layouts
 from vtr.integrations.vllm.processor import Reduced
 from vtr.integrations.vllm.worker import Reducing
 
-from vtr.base import Layout
+from vtr.image import Layout
 
 
 def clip_layer(config: Any) -> nn.Module:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from vtr.base import Image, Policy, UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.compression import compressed
+from vtr.image import Image
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from vtr.integrations.llava_next import anyres_layout
 from vtr.integrations.llava_onevision import anyres_max_layout
 from vtr.integrations.vllm.specs import NONE, RequestError, made_of, promised
 
-from vtr.base import Image, Layout
 from vtr.engine.compression import compressed
+from vtr.image import Image, Layout
 
 ANYRES_MAX = 9
 """Tiles that a canvas of LLaVA-OneVision has at most before it is scaled down; vLLM reads no other from the config."""

@@ -14,7 +14,7 @@ from vtr.integrations.vllm import metrics
 from vtr.integrations.vllm.layouts import LayoutOf, check_tower, count_of
 from vtr.integrations.vllm.specs import NONE, RequestError, identity, packed, read
 
-from vtr.base import Layout
+from vtr.image import Layout
 
 KEY = "vtr"
 DEFAULT = "vtr_default"

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from vtr.base import Layout, Policy
+from vtr.base import Policy
+from vtr.chain import Chain, policy
+from vtr.image import Layout
 from vtr.limits import MOST_LAYERS, short
 from vtr.policies import GlobalCom2, GSearch, Matryoshka, Random, UniformGrid
-from vtr.registry import Chain, parse, policy, policy_class
 from vtr.schedule import presets
+from vtr.settings import parse, policy_class
 
 NONE = "none"
 LONGEST = 500

@@ -13,8 +13,8 @@ from torch import nn
 from vtr.integrations.vllm import guard
 from vtr.integrations.vllm.specs import made_of, unpacked
 
-from vtr.base import Layout
 from vtr.engine.captures import Captures, Place
+from vtr.image import Layout
 
 LAST = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?encoder\.layers?\.(\d+)\.(.+)")
 SHORT = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)")

@@ -26,6 +26,7 @@ from transformers import (
 
 import vtr
 from tests import tiny
+from vtr import autopatch
 
 ROWS = [["ab", tiny.IMAGE, "cde"], ["a", tiny.IMAGE, "b", tiny.IMAGE, "cd"]]
 F = "fastv:keep=0.25,layer=2"
@@ -58,13 +59,13 @@ def test_built_models_take_policies(auto: Any, family: str) -> None:
 def test_every_way_to_load(auto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is patched once, when its weights are in place."""
     tiny.llava(layers=3).save_pretrained(tmp_path)
-    seen, patch = [], auto.patch
+    seen, patch = [], autopatch.patch
 
     def spy(model: Any, policy: Any) -> Any:
         seen.append((type(model).__name__, any(p.is_meta for p in model.parameters())))
         return patch(model, policy)
 
-    monkeypatch.setattr(auto, "patch", spy)
+    monkeypatch.setattr(autopatch, "patch", spy)
     own, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     made = [
         own,

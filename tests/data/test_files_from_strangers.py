@@ -22,11 +22,11 @@ from vtr.eval.report import page, results
 
 import vtr
 from tests import learned
+from vtr.files import read_json
 from vtr.pocket import POLICIES
 from vtr.policies.trained.autoscale import ROUTER
-from vtr.registry import build
-from vtr.saved import read_json
 from vtr.search.state import Trials
+from vtr.settings import build
 
 SECONDS, MIB = 5, 300
 CONFIG, WEIGHTS = "vtr_policy.json", "vtr_policy.safetensors"

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import vtr
 from vtr.cli import app
-from vtr.commands import run as demo
+from vtr.commands.run import prepare
 from vtr.data.pictures import ORIENTATION, BadPictureError, check, upright
 
 WIDTH, HEIGHT = 96, 60
@@ -223,7 +223,7 @@ def kit(path: Path, opened: bool) -> Image.Image:
 
 
 DOORS: dict[str, Callable[[Path], Image.Image]] = {
-    "run": lambda path: demo.prepare(path, "what", None, "pocket", "cpu").picture,
+    "run": lambda path: prepare(path, "what", None, "pocket", "cpu").picture,
     "eval": evaluated,
     **{
         f"eval of a data set, {d}, {n}": lambda p, d=d, n=n: saved(p, d, n)

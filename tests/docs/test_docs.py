@@ -17,7 +17,7 @@ import torch
 import typer.main
 
 import vtr
-from vtr import registry
+from vtr import settings
 from vtr.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         monkeypatch.setitem(sys.modules, name, module)
     for name in [name for name in sys.modules if name.startswith("vtr.integrations.vlmevalkit")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))
     monkeypatch.chdir(tmp_path)
     model, processor = vtr.pocket.load()
     samples = [vtr.pocket.sample(i) for i in range(3)]

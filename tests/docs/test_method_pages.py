@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vtr.registry import policy_class
+from vtr.settings import policy_class
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

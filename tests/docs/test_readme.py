@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import vtr
 from tests import tiny
-from vtr import registry
+from vtr import settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_policy_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "register_policy" in block)
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))  # what it registers goes again
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))  # what it registers goes again
     module = types.ModuleType("readme")
     monkeypatch.setitem(sys.modules, "readme", module)
     exec(code, module.__dict__)

@@ -18,9 +18,9 @@ from tests.conftest import Pair
 from tests.engine.test_oracles import everything, same, snapshot
 from tests.loads import forward
 from tests.tiny import IMAGE, VIDEO
-from vtr.base import Layout
 from vtr.engine.adapters import find_adapter
 from vtr.engine.prompt import read_prompt
+from vtr.image import Layout
 
 NOISE = 1e-5
 STEPS = 6

@@ -107,7 +107,7 @@ def test_all_is_one_of_each_registered_policy_at_the_budget() -> None:
 def test_a_new_policy_takes_part_without_a_word_here() -> None:
     from dataclasses import dataclass
 
-    from vtr import registry
+    from vtr import settings
 
     @vtr.register_policy("test-tiles")
     @dataclass
@@ -123,7 +123,7 @@ def test_a_new_policy_takes_part_without_a_word_here() -> None:
         found, _, left_out = contenders.contenders(["all"], POCKET)
     finally:
         for name in ("test-tiles", "test-needs-weights"):
-            registry._POLICIES.pop(name)
+            settings._POLICIES.pop(name)
     assert "test-tiles:grid=6" in [one.spec for one in found]
     assert "needs weights" in left_out["test-needs-weights"]
 

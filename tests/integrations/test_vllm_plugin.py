@@ -199,7 +199,7 @@ def test_a_policy_that_gives_another_number_is_noticed_beforehand() -> None:
         with pytest.raises(RequestError, match="promises 3 embeddings of this image and gives 4"):
             layouts.count_of(spec_of("test-more", 5), layout)
     finally:
-        vtr.registry._POLICIES.pop("test-more")
+        vtr.settings._POLICIES.pop("test-more")
 
 
 @pytest.mark.parametrize("spec", ["cls:keep=0", "uniform:keep=0.0,before_decoder=true"])

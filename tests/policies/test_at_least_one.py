@@ -19,10 +19,11 @@ from vtr.integrations.vllm.layouts import count_of
 import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
-from vtr.base import Tokens, keep_count
+from vtr.base import Tokens
 from vtr.engine.compression import compressed
+from vtr.keep import keep_count
 from vtr.policies import ClsTop
-from vtr.registry import policy_class
+from vtr.settings import policy_class
 
 SMALLEST = 5e-324
 ratios = st.one_of(st.floats(0, 1, exclude_min=True), st.floats(0, 0.3, exclude_min=True), st.just(1e-12))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vtr
-from vtr import registry
+from vtr import settings
 from vtr.testing import PolicyError, check_policy, dense, oracles, tiny
 
 SLOW = [vtr.GSearch([1.0, 0.8, 0.5, 0.5, 0.2]), vtr.Random(0.3), vtr.UniformGrid(0.25, layer=1), vtr.Pool(3)]
@@ -427,7 +427,7 @@ BROKEN = [
 def test_broken_policies_are_told_what_is_wrong(
     cls: type[vtr.Policy], oracle: str, what: str, mend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))
     monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("settings", "answers", oracle)})
     made = dataclass(cls) if "__dataclass_fields__" not in cls.__dict__ else cls
     policy = vtr.register_policy("broken")(made)()
@@ -454,7 +454,7 @@ class KeepsCaches(Prunes):
 
 
 def test_caches_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))
     monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("answers", "memory")})
     policy = vtr.register_policy("caches")(dataclass(KeepsCaches))()
     assert "memory" in check_policy(policy, families=("llava",)).passed
@@ -462,7 +462,7 @@ def test_caches_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_policy_that_was_used_before_has_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A count from an earlier call, before check_policy was there to see it change."""
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))
     monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("answers", "memory")})
     policy = vtr.register_policy("used")(dataclass(FirstSeen))()
     policy.count = 5
@@ -508,7 +508,7 @@ def test_a_class_will_do_and_the_question_flag_is_enough(monkeypatch: pytest.Mon
     class Said(QuestionUnsaid):
         question_guided: ClassVar[bool] = True
 
-    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))
     monkeypatch.setattr(oracles, "ALL", {"question": oracles.question})
     assert check_policy(vtr.register_policy("said")(dataclass(Said)), families=("llava",)).passed == ["question"]
 

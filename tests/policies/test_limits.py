@@ -16,10 +16,10 @@ import vtr.eval.accuracy.blind  # "diverse"
 from vtr.integrations.vllm.specs import RequestError, spec_of
 
 import vtr
-from vtr import registry
+from vtr import settings as known
 from vtr.limits import MOST_ENTRIES, MOST_LAYERS, check_bounds, short
 from vtr.policies.trained.autoscale import calibrated
-from vtr.registry import LONGEST, MOST_PARTS, build, policy_class
+from vtr.settings import LONGEST, MOST_PARTS, build, policy_class
 
 SECONDS, BYTES = 0.2, 50 * 2**20
 EXTREME: list[str] = [
@@ -139,7 +139,7 @@ def test_what_a_policy_stumbles_over_is_a_value_error() -> None:
             with pytest.raises(ValueError, match="'stumbles-for-test' cannot be made of these settings"):
                 build("stumbles-for-test", {"how": how})
     finally:
-        del registry._POLICIES["stumbles-for-test"]  # others list and make all policies
+        del known._POLICIES["stumbles-for-test"]  # others list and make all policies
 
 
 def test_classes_that_can_never_serve_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

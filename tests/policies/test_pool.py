@@ -20,7 +20,7 @@ from tests import oracle, pooling, tiny
 from tests.tiny import IMAGE, VIDEO
 from vtr import picture
 from vtr.accounting import RowReport
-from vtr.base import Image, Layout
+from vtr.image import Image, Layout
 from vtr.policies.blind.pool import cells_of
 
 NOISE = 1e-5

@@ -17,8 +17,7 @@ from vtr.integrations.llava_next import anyres_layout
 from vtr.integrations.llava_onevision import anyres_max_layout, frames_layout
 
 import vtr
-from vtr.base import Image, Layout
-from vtr.image import arrange, scales
+from vtr.image import Image, Layout, arrange, scales
 from vtr.policies.blind.matryoshka import made_of, pool
 from vtr.policies.picture.globalcom2 import apportion, crops_of
 

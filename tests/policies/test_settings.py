@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vtr
-from vtr.base import check_keep, keep_count, top
+from vtr.keep import check_keep, keep_count, top
 from vtr.policies.blind.uniform_grid import dither_rank
 
 

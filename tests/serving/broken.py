@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import vtr
-from vtr.base import Layout
+from vtr.image import Layout
 
 
 @dataclass

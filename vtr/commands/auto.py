@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["VTR_POLICY"] = made.policy  # processes that import vtr.auto have the same
     if not made.module and not Path(made.target).exists():
         _stop(f"there is no script {made.target!r}; to run a module put -m in front of it")
+    from vtr import autopatch
+
     try:
-        import vtr.auto
+        autopatch.enable_from_environment()
     except ValueError as error:
         _stop(str(error))
     log = _talk(made.quiet)
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         finished = not done.code and not {"-h", "--help"} & set(made.args)
         raise
     finally:
-        _conclude(log, vtr.auto.history, finished)
+        _conclude(log, autopatch.history, finished)
 
 
 def _parsed(app: typer.Typer, argv: list[str]) -> Job:

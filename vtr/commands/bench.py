@@ -65,7 +65,7 @@ def bench_engine(
     * `vtr bench engine --device cuda --repeats 20`
     """
 
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
     from vtr.eval.cost import engine
     from vtr.eval.report import results
 
@@ -129,7 +129,7 @@ def bench_policies(
 
     * `vtr bench policies --device cuda --shapes llava-next-7b --out results`
     """
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
     from vtr.eval.cost import policies as measure
     from vtr.eval.cost.engine import choose as precision_of
 
@@ -166,7 +166,7 @@ def bench_batch(
 
     * `vtr bench batch --small --json batch.json`
     """
-    from vtr.cli import fail
+    from vtr.commands._console import fail
     from vtr.eval.cost import batch as measure
 
     try:
@@ -199,7 +199,7 @@ def bench_scale(
 
     * `vtr bench scale --small --out results`
     """
-    from vtr.cli import fail
+    from vtr.commands._console import fail
     from vtr.eval.cost import scale as measure
     from vtr.eval.cost.engine import choose
 
@@ -239,7 +239,7 @@ def bench_serve(
     """
     from tqdm import tqdm
 
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
     from vtr.eval.cost import serve as measure
 
     steps = measure.loads(small)
@@ -272,7 +272,7 @@ def show(fixed: Sequence[str], others: Sequence[str], rows: Sequence[Sequence[st
     from rich import box
     from rich.table import Table
 
-    from vtr.cli import console
+    from vtr.commands._console import console
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for name in fixed:

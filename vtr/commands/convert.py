@@ -34,7 +34,7 @@ def convert_command(
 
     * `vtr run cat.jpg "What is this?" --model out/model --policy pmod:weights=out/policy`
     """
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
 
     try:
         from vtr.convert import convert_checkpoint

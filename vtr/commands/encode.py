@@ -31,14 +31,14 @@ def encode_command(
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from vtr.cli import console, fail
-    from vtr.commands import run as demo
+    from vtr.commands._console import console, fail
     from vtr.data.pictures import upright
     from vtr.encode import encode
+    from vtr.models import load
 
     try:
         files = found_in(pictures)
-        loaded, processor = demo.load(model, device, dtype)
+        loaded, processor = load(model, device, dtype)
         out.mkdir(parents=True, exist_ok=True)
         total = 0
         for file in tqdm(files, desc="encode", unit="picture"):

@@ -81,7 +81,7 @@ def eval_command(
     """
     import tempfile
 
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
 
     try:
         from vtr.eval.accuracy.data import settings_of
@@ -117,7 +117,7 @@ def show(body: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from vtr.cli import console
+    from vtr.commands._console import console
     from vtr.eval.accuracy.summary import caption, used_columns
 
     columns, lines = used_columns(body)

@@ -35,7 +35,7 @@ def page_command(
 
     * `vtr page eval/results --readme README.md` — fill `<!-- vtr:table NAME -->` … `<!-- /vtr:table -->` from NAME.json
     """
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
 
     try:
         if readme is not None:

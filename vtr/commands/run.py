@@ -1,25 +1,107 @@
-"""What ``vtr run`` does: one picture, one question, one or several policies."""
+"""``vtr run``: one picture, one question, one or several policies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import typer
+from rich.table import Table
 
 import vtr
 from vtr.accounting import Report
 from vtr.chat import encode
+from vtr.commands._console import console, fail
 from vtr.data.pictures import upright
 from vtr.engine.adapters import find_adapter
+from vtr.models import load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+def run_command(
+    image: Annotated[Path | None, typer.Argument(help="a picture file; leave out with --sample")] = None,
+    question: Annotated[str | None, typer.Argument(help="what to ask about it")] = None,
+    policy: Annotated[str, typer.Option(help="how to reduce, e.g. `fastv:keep=0.25,layer=2` or `none`")] = "none",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="set the policy to a mean of so many vision tokens a layer (192), or a share (0.25)"),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="also run: no reduction, random, uniform grid")] = False,
+    show: Annotated[
+        Path | None,
+        typer.Option(help="write the picture with the kept tokens here (PNG, PDF, …; .gif: layer by layer)"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
+    ] = None,
+    sample: Annotated[int | None, typer.Option(help="use shipped sample picture 0, 1 or 2")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="length of the answer")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs; the median is shown")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+) -> None:
+    """Ask a question about a picture, with fewer vision tokens.
+
+    Prints the answer, the vision tokens entering each decoder layer, prefill and decode time, FLOPs and KV bytes.
+
+    * `vtr run --sample 0 --policy fastv:keep=0.1 --compare --show kept.png`
+
+    * `vtr run --sample 0 --policy fastv --budget 192` — of this prompt's vision tokens, in the mean over layers
+
+    * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
+    """
+    try:
+        asked = prepare(image, question, sample, model, device)
+        chosen_spec = at_budget(asked, policy, budget)
+        rows = run_all(asked, chosen_spec, compare, max_new_tokens, repeats)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    console.print(f"[bold]{asked.question}[/]" + (f"   (expected: {asked.answer})" if asked.answer else ""))
+    console.print(_table(rows))
+    chosen = next(row for row in rows if row.spec == chosen_spec)
+    counts = chosen.report.rows[0].vision_tokens
+    per_layer = " ".join(map(str, counts))
+    console.print(f"vision tokens into each decoder layer with [bold]{chosen.spec}[/]: {per_layer}", highlight=False)
+    if chosen.report.selector_ms:
+        console.print(f"choosing them took {chosen.report.selector_ms:.1f} ms of the prefill", highlight=False)
+    if show is not None:
+        try:
+            save_picture(asked, chosen, show)
+        except (ValueError, OSError) as error:
+            raise fail(error) from error
+        console.print(f"kept tokens drawn to [bold]{show}[/]")
+
+
+def _table(rows: list[Any]) -> Table:
+    from rich import box
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column("policy", overflow="fold")
+    table.add_column("answer", overflow="fold")
+    wide = console.width >= 100
+    names = ["kept", "prefill\nms", "speed-\nup", *["1st token\nms"] * wide, "decode\nms/token", "GFLOPs", "KV\nKiB"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    base = rows[0]
+    for row in rows:
+        r, t = row.report, row.timing
+        table.add_row(
+            row.spec,
+            row.answer,
+            f"{r.rows[0].mean_keep:.0%}",
+            f"{t.prefill_ms:.1f}",
+            f"{base.timing.prefill_ms / t.prefill_ms:.2f}×",
+            *[f"{t.first_token_ms:.1f}"] * wide,
+            "–" if t.decode_ms is None else f"{t.decode_ms:.1f}",
+            f"{r.flops / 1e9:.3g}",
+            f"{r.kv_bytes / 1024:.0f}",
+        )
+    return table
 
 
 @dataclass
@@ -42,42 +124,6 @@ class Outcome:
     answer: str
     report: Report
     timing: Any
-
-
-def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, Any]:
-    """A pocket model, or any checkpoint transformers can load, patched and in evaluation mode.
-
-    Args:
-        name: a folder or hub name, or one of ``vtr.pocket.NAMES``; None is "pocket". device: "auto" is cuda where there
-            is one.
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on the CPU and for pocket models, else the
-            checkpoint's own.
-
-    Raises:
-        ValueError: a checkpoint that is not there, cut short, or of no image-text model; an unknown dtype.
-    """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = None if dtype is None else getattr(torch, dtype)
-    if name is None or name in vtr.pocket.NAMES:
-        model, processor = vtr.pocket.load(vtr.pocket.NAMES[name or "pocket"], wanted)
-    else:
-        from safetensors import SafetensorError
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        try:
-            chosen = wanted or (torch.float32 if device == "cpu" else "auto")
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen).eval()
-            processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ValueError(
-                f"cannot load {name}: {reason} — it must be a complete checkpoint of an image-text model with its "
-                "processor (a family that `vtr list` shows); if a file was cut short, fetch it again"
-            ) from error
-    return vtr.patch(model.to(device)), processor
 
 
 def prepare(image: Path | None, question: str | None, sample: int | None, name: str | None, device: str) -> Asked:
@@ -150,7 +196,7 @@ def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) ->
     return Outcome(policy, text.strip(), report, timing)
 
 
-def compare(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int, repeats: int) -> list[Outcome]:
+def run_all(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int, repeats: int) -> list[Outcome]:
     """No reduction first, then the policy, then (if asked for) the baselines at its budget."""
     from tqdm import tqdm
 

@@ -153,13 +153,13 @@ def _run(
     source: tuple[str, Path | None, str], sizes: tuple[int, int], latency: int,
 ) -> None:  # fmt: skip
     """Load, split, search, save, measure, show."""
-    from vtr.cli import console, fail
-    from vtr.commands import run as demo
+    from vtr.commands._console import console, fail
+    from vtr.models import load
     from vtr.search.prefix import Spent
 
     try:
         sides = _sides(source, sizes, shared["seed"])
-        model, processor = demo.load(*which)
+        model, processor = load(*which)
         out.mkdir(parents=True, exist_ok=True)
         found = find(model, processor, list(sides.calibration), {**shared, "state": out / "state.json"})
         found.save_pretrained(out)

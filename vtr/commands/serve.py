@@ -59,7 +59,7 @@ def serve_command(
     """
     from transformers import AutoConfig
 
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
     from vtr.integrations.vllm.gateway import LAYERS_ENV
     from vtr.integrations.vllm.specs import spec_of
 

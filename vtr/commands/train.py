@@ -54,15 +54,15 @@ def train_command(
 
     * `vtr train pmod:weights=pocket data.jsonl out` — on from the shipped routers
     """
-    from vtr.cli import console, fail
+    from vtr.commands._console import console, fail
 
     try:
         import torch
 
         import vtr
-        from vtr.commands.run import load
         from vtr.data.sources import settings_of
         from vtr.learned import Learned
+        from vtr.models import load
         from vtr.training import loop, state
         from vtr.training.data import Collate, read_samples
         from vtr.training.dynamic_llava import DynamicLLaVATraining

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vtr.base import Layout, Policy, UnsupportedError
+from vtr.base import Policy, UnsupportedError
+from vtr.image import Layout
 
 if TYPE_CHECKING:
     from vtr.engine.prompt import Prompt

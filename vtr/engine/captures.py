@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
 
-from vtr.base import Image, Layout, Policy, UnsupportedError
-from vtr.image import tokens_at
+from vtr.base import Policy, UnsupportedError
+from vtr.image import Image, Layout, tokens_at
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch

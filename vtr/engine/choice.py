@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from vtr.base import SCORES, Policy, UnsupportedError, Wanted
+from vtr.chain import policy as as_policy
 from vtr.engine.adapters import Adapter
 from vtr.engine.call import Generation, running
-from vtr.registry import policy as as_policy
 
 Given = Policy | str | None | Sequence[Policy | str | None]
 

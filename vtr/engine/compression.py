@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from vtr.base import Image, Layout, Policy, Pooled
+from vtr.base import Policy
 from vtr.engine.captures import Captures
 from vtr.engine.checks import GuardedFields, checked_keep
 from vtr.engine.rows import FIELDS, Row
 from vtr.engine.trace import Sources
+from vtr.image import Image, Layout, Pooled
 
 IMAGE_TENSORS = ("features", "tiles", "newline", *(f"layout.{name}" for name in FIELDS))
 NOTHING = torch.empty(0)

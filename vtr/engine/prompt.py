@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from vtr.base import Layout, UnsupportedError
+from vtr.base import UnsupportedError
 from vtr.engine.adapters import Adapter
 from vtr.engine.answers import answer_starts
 from vtr.engine.captures import Place
 from vtr.engine.compat import cache_in
+from vtr.image import Layout
 
 
 @dataclass(eq=False)

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtr.base import Image, Layout, Policy, UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.adapters import Adapter, unwrapped
 from vtr.engine.call import last_traces
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import Clock, Tried
+from vtr.image import Image, Layout
 
 if TYPE_CHECKING:
     from vtr.engine.generate import Generate

@@ -13,10 +13,11 @@ from functools import partial
 
 import torch
 
-from vtr.base import Layout, Policy, Tokens
+from vtr.base import Policy, Tokens
 from vtr.engine.captures import Place
 from vtr.engine.checks import GuardedFields
 from vtr.engine.trace import RowTrace, Sources
+from vtr.image import Layout
 
 FIELDS = ("tile", "y", "x", "newline")
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtr.base import Policy
+from vtr.learned import SHIPPED
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-
-    from vtr.base import Policy
 
 _HERE = Path(__file__).parent
 WEIGHTS, SAMPLES = _HERE / "weights", _HERE / "samples"
@@ -26,6 +27,7 @@ NAMES = {"pocket": "llava-next", "pocket-joint": "joint", "pocket-internvl": "in
 """What a pocket model is called where a folder or a hub name may stand (``--model``)."""
 POLICIES = {"pocket": _HERE / "policies", "pocket-joint": _HERE / "joint" / "policies"}
 """What the trained policies of a pocket model are called as ``weights=``, and where they are."""
+SHIPPED.update(POLICIES)
 
 __all__ = ["MODELS", "NAMES", "POLICIES", "SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
 
@@ -64,8 +66,6 @@ def autoscale(method: str = "cascade") -> Policy:
     Raises:
         ValueError: no such method.
     """
-    from vtr.base import Policy
-
     if method not in ("cascade", "router"):
         raise ValueError(f"method={method!r}: choose 'cascade' or 'router'")
     return Policy.from_pretrained(POLICIES["pocket"] / method)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vtr.base import Keep
 from vtr.engine.install import patch_of
 from vtr.engine.trace import Geometry
+from vtr.keep import Keep
 from vtr.schedule import Schedule
 
 Measure = Literal["keep", "flops", "kv"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtr.base import Keep
+from vtr.keep import Keep
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.schedule import SCHEDULE_NAME, Schedule
 from vtr.search.curve import fit, plot

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from vtr.base import Keep, Scores
+from vtr.base import Scores
+from vtr.keep import Keep
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.schedule import Schedule
 from vtr.search.prompts import Prepared, answer_logits

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vtr.base import SCORES, Keep, Scores
+from vtr.base import SCORES, Scores
 from vtr.engine.install import patch_of
+from vtr.keep import Keep
 from vtr.search.cost import Cost
 from vtr.search.found import Found
 from vtr.search.prefix import Reuse, Scorer

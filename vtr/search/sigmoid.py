@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtr.base import Keep, Scores
+from vtr.base import Scores
+from vtr.keep import Keep
 from vtr.schedule import presets
 from vtr.search.cost import Measure, check_measure
 from vtr.search.curve import Sigmoid, fit, project

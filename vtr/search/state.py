@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from vtr.base import Keep
-from vtr.saved import read_json
+from vtr.files import read_json
+from vtr.keep import Keep
 from vtr.search.data import Example
 from vtr.search.prefix import Spent
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtr import registry
-from vtr.base import Policy, Pooled
+from vtr import settings
+from vtr.base import Policy
 from vtr.engine.compression import IMAGE_TENSORS
+from vtr.image import Pooled
 from vtr.testing import tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip
 from vtr.testing.keeping import Kept
@@ -26,7 +27,7 @@ def fresh(policy: Policy) -> Policy:
     """An equal policy that has never been asked."""
     if any(part.tensors() for part in getattr(policy, "policies", [policy])):
         return copy.deepcopy(policy)  # weights are not in the settings
-    return registry.build(policy.name, policy.config())
+    return settings.build(policy.name, policy.config())
 
 
 def memory(bench: Bench) -> None:

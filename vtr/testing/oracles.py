@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtr import registry
+from vtr import settings as known
 from vtr.accounting import Report, RowReport, report
 from vtr.base import Policy
+from vtr.chain import policy as policy_of
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip, seeded
@@ -23,7 +24,7 @@ from vtr.testing.tiny import IMAGE
 def settings(bench: Bench) -> None:
     """Registered, and the same again from its spec string and from a folder."""
     policy, cls = bench.policy, type(bench.policy)
-    if registry._POLICIES.get(policy.name) is not cls:
+    if known._POLICIES.get(policy.name) is not cls:
         raise Fault(
             f"{cls.__name__} is not registered, so it has no name for spec strings and files",
             'decorate it: @vtr.register_policy("my-name") above @dataclass',
@@ -34,7 +35,7 @@ def settings(bench: Bench) -> None:
     )
     try:
         spec = policy.spec
-        if registry.policy(spec) != policy:
+        if policy_of(spec) != policy:
             raise Fault(f"vtr.policy({spec!r}) is not equal to the policy it was made from", mend)
         with tempfile.TemporaryDirectory() as folder:
             policy.save_pretrained(folder)

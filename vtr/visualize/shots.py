@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from vtr.accounting import RowReport, report
-from vtr.base import Layout, Policy
+from vtr.base import Policy
 from vtr.data.pictures import upright
+from vtr.image import Layout
 from vtr.picture import image_spans, kept_pixels, seen, views
 
 if TYPE_CHECKING:

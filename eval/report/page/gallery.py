@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import vtr
-from vtr.commands import run as demo
+from vtr.chat import encode
+from vtr.models import load
 from vtr.picture import image_spans, kept_pixels, seen, views
 
 POLICIES = ("fastv:keep=0.05,layer=2", "random:keep=37,layer=2", "uniform:keep=37,layer=2")
@@ -83,7 +84,7 @@ def show(n: int, policies: Sequence[str] = (), rows: Sequence[dict[str, Any]] = 
     Raises:
         ValueError: a policy that does not run on the pocket model.
     """
-    model, processor = demo.load(None, "cpu")
+    model, processor = load(None, "cpu")
     layers = len(model.get_decoder().layers)
     for policy in policies:
         vtr.policy(policy).check(layers)
@@ -92,7 +93,7 @@ def show(n: int, policies: Sequence[str] = (), rows: Sequence[dict[str, Any]] = 
     with tqdm(total=n * len(policies), desc="gallery") as bar:
         for picture, question, answer in pictures(n):
             kept = []
-            inputs = demo.tokenize(processor, picture, question, "cpu")
+            inputs = encode(processor, [question], [picture])
             for policy in policies:
                 try:
                     kept.append(keep(model, processor, inputs, picture, answer, policy))

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import avg_pool2d
 
-from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted
-from vtr.image import arrange, scales
-from vtr.registry import register_policy
+from vtr.base import Policy, UnsupportedError, Wanted
+from vtr.image import Image, Layout, Pooled, arrange, scales
+from vtr.settings import register_policy
 
 
 def pool(tiles: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:

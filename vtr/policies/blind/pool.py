@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vtr.base import Image, Layout, Policy, Pooled
-from vtr.image import remembered
-from vtr.registry import register_policy
+from vtr.base import Policy
+from vtr.image import Image, Layout, Pooled, remembered
+from vtr.settings import register_policy
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vtr.base import Image, Keep, Layout, Policy, Tokens, check_keep, keep_count
+from vtr.base import Policy, Tokens
+from vtr.image import Image, Layout
+from vtr.keep import Keep, check_keep, keep_count
 from vtr.policies._checks import check_before, check_depth, check_layer
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 
 @register_policy("random")

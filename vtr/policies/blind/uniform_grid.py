@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vtr.base import Image, Keep, Layout, Policy, Tokens, check_keep, keep_count, top
+from vtr.base import Policy, Tokens
+from vtr.image import Image, Layout
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.policies._checks import check_before, check_depth, check_layer
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 if TYPE_CHECKING:
     import torch

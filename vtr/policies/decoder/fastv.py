@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.base import Keep, Policy, Scores, Tokens, check_keep, keep_count, top
+from vtr.base import Policy, Scores, Tokens
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.policies._checks import check_depth, check_layer, check_on_continue
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 if TYPE_CHECKING:
     import torch

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtr.base import SCORES, Keep, Policy, Scores, Tokens, keep_count, top
+from vtr.base import SCORES, Policy, Scores, Tokens
+from vtr.keep import Keep, keep_count, top
 from vtr.policies._checks import check_on_continue
-from vtr.registry import register_policy
-from vtr.schedule import Schedule
+from vtr.schedule import Schedule, presets
+from vtr.settings import register_policy
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,11 @@ class GSearch(Policy):
     on_continue: str = "warn"
 
     question_guided: ClassVar[bool] = True
+
+    @classmethod
+    def names_file(cls, settings: Mapping[str, Any]) -> bool:
+        schedule = settings.get("schedule")
+        return isinstance(schedule, str) and schedule.lower() not in presets()
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, (str, Path)):

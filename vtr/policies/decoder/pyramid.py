@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from vtr.base import Keep, Policy, Tokens, check_keep, keep_count, top
+from vtr.base import Policy, Tokens
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.policies._checks import check_depth, check_layer, check_on_continue
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 if TYPE_CHECKING:
     import torch

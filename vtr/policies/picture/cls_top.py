@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vtr.base import Image, Keep, Layout, Policy, Wanted, check_keep, keep_count, top
-from vtr.image import cell
-from vtr.registry import register_policy
+from vtr.base import Policy, Wanted
+from vtr.image import Image, Layout, cell
+from vtr.keep import Keep, check_keep, keep_count, top
+from vtr.settings import register_policy
 
 
 @register_policy("cls")

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import interpolate, normalize
 
-from vtr.base import Image, Layout, Policy, Pooled, UnsupportedError, Wanted, keep_count
-from vtr.image import remembered, stitch, tokens_at
+from vtr.base import Policy, UnsupportedError, Wanted
+from vtr.image import Image, Layout, Pooled, remembered, stitch, tokens_at
+from vtr.keep import keep_count
 from vtr.policies._checks import check_number
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 TINIEST = 1e-9
 """Of no picture does a smaller share keep a whole token."""

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import gelu
 
-from vtr.base import Layout, Policy
-from vtr.image import scales
+from vtr.base import Policy
+from vtr.files import check_finite
+from vtr.image import Layout, scales
 from vtr.policies._checks import check_count, check_number
-from vtr.registry import build, register_policy
-from vtr.saved import check_finite
+from vtr.settings import build, register_policy
 
 if TYPE_CHECKING:
-    from vtr.base import Image
     from vtr.engine.resolve import Answer, Tries
+    from vtr.image import Image
 
 ROUTER = ("mean", "std", "hidden.weight", "hidden.bias", "out.weight", "out.bias")
 """The router's tensors: how its inputs are normalised, and a network of one hidden layer."""

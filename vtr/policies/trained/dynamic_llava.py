@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vtr.base import Keep, Token, Tokens, check_keep, keep_count, top
+from vtr.base import Token, Tokens
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.learned import Learned
 from vtr.policies._checks import check_count, check_depth, check_layer
-from vtr.registry import register_policy
+from vtr.settings import register_policy
 
 KEEP = 0
 """Which of a predictor's two outputs says "keep" (the paper's text has it the other way round, its code so)."""

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vtr.base import Route, Tokens, keep_count, top
+from vtr.base import Route, Tokens
+from vtr.keep import keep_count, top
 from vtr.learned import Learned
 from vtr.limits import MOST_LAYERS
 from vtr.policies._checks import check_count, check_number
-from vtr.registry import register_policy
 from vtr.schedule import progressive
+from vtr.settings import register_policy
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,

@@ -1,12 +1,8 @@
-"""``import vtr.auto``: from here on every model of a family vtr knows is patched as soon as it is built or loaded.
-
-For code that is not yours to edit. ``VTR_POLICY`` in the environment is the policy of calls that name none::
-
-    VTR_POLICY="gsearch:llava-1.5-7b" python -m vtr.auto their_script.py --their-option 1
+"""Models are patched as they are built: what ``import vtr.auto`` switches on.
 
 A model is patched when it is complete: at the end of ``from_pretrained`` or ``from_config`` (weights in place), or of
 the outermost ``__init__``. Models of other families are left alone, and the logger ``vtr.auto`` says so once per class.
-Models that were there before the import, and other processes, are not concerned. :func:`disable` undoes everything.
+Models that were there before, and other processes, are not concerned.
 """
 
 from __future__ import annotations
@@ -25,13 +21,12 @@ from weakref import WeakSet
 from transformers import PreTrainedModel
 
 from vtr.base import Policy, UnsupportedError
+from vtr.chain import policy as as_policy
 from vtr.engine.call import refuse_if_busy
 from vtr.engine.choice import Key
 from vtr.engine.hooks import NAME
 from vtr.engine.install import patch, unpatch
-from vtr.registry import policy as as_policy
 
-__all__ = ["VARIABLE", "disable", "enable", "history", "patched"]
 VARIABLE = "VTR_POLICY"
 """The environment variable that names the default policy."""
 NOTHING = object()
@@ -51,7 +46,7 @@ history: list[tuple[str, Key]] = []
 
 
 def enable(policy: Policy | str | None = None) -> None:
-    """Patch models as they are built; importing this module does it, with the policy of the environment.
+    """Patch models as they are built; ``import vtr.auto`` does it, with the policy of the environment.
 
     Args:
         policy: the default of models built from now on; a string is a spec, or a folder that
@@ -217,8 +212,9 @@ def _leave_alone(model: Any, why: str) -> None:
     log.log(logging.WARNING if sees else logging.INFO, "%s is left alone and runs unreduced: %s", name, why)
 
 
-def _enable_from_environment() -> None:
-    """
+def enable_from_environment() -> None:
+    """:func:`enable` with the policy that ``VTR_POLICY`` names.
+
     Raises:
         ValueError: ``VTR_POLICY`` is no policy.
     """
@@ -227,11 +223,3 @@ def _enable_from_environment() -> None:
         enable(given or None)
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{VARIABLE}={given!r}: {error}") from error
-
-
-if __name__ == "__main__":  # python -m vtr.auto: the command imports this module under its own name
-    from vtr.commands.auto import main
-
-    main()
-else:
-    _enable_from_environment()

@@ -1,0 +1,167 @@
+"""Policies from spec strings, and several that act together (``a + b``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vtr.base import QUESTIONS, Policy, Scores, Wanted
+from vtr.settings import MOST_PARTS, build, check_names_no_file, parse, register_policy
+
+if TYPE_CHECKING:
+    import torch
+
+    from vtr.engine.resolve import Tries
+
+
+def policy(spec: str | Policy) -> Policy:
+    """Make a policy from a spec string; a policy passes through.
+
+    ``name`` or ``name:key=value,key=value``, joined by ``+`` to let several act. Values are JSON (``0.5`` is a ratio,
+    ``64`` a count, ``[1.0,0.5]`` a list) or plain text. The first may stand without a key: it is the policy's first
+    setting (``m3:36``, ``gsearch:llava-1.5-7b``), or the folder of its weights (``pmod:FOLDER``).
+
+    Raises:
+        TypeError: neither a string nor a policy.
+        ValueError: unknown name or setting, or a value the policy refuses.
+        FileNotFoundError: it names a folder of weights or a schedule that is not there.
+    """
+    if isinstance(spec, Policy):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"a policy is a vtr.Policy, a spec string like 'fastv:keep=0.25,layer=2' or None, got {spec!r}")
+    parts = [build(name, settings) for name, settings in parse(spec)]
+    return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+@register_policy("chain")
+@dataclass
+class Chain(Policy):
+    """Several policies acting together, e.g. a compressor before the decoder and a pruner in it. Written ``a + b``."""
+
+    policies: Sequence[Policy | dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        flat: list[Policy] = []
+        if not isinstance(self.policies, Sequence) or len(self.policies) > MOST_PARTS:
+            raise ValueError(f"a chain is a list of at most {MOST_PARTS} policies")
+        for item in self.policies:
+            if not isinstance(item, (Policy, dict)):
+                raise TypeError(f"a chain joins policies, got {item!r}")
+            made = build(item["policy"], item["settings"]) if isinstance(item, dict) else item
+            flat += made.policies if isinstance(made, Chain) else [made]  # type: ignore[arg-type]
+        self.policies = flat
+        self._answers: dict[str, Policy] = {}
+        for question in QUESTIONS:
+            askable = [p for p in flat if p.asks(question)]
+            if len(askable) > 1:
+                both = " and ".join(type(p).__name__ for p in askable)
+                raise ValueError(f"{both} both {question}: only one policy of a chain may, drop one of them")
+            if askable:
+                self._answers[question] = askable[0]
+                if question != "resolve":
+                    setattr(self, question, getattr(askable[0], question))
+        if "remember" in self._answers:
+            self.remember_all = self._answers["remember"].remember_all  # type: ignore[method-assign]
+            self.recall = self._answers["remember"].recall  # type: ignore[method-assign]
+        pruner = self._answers.get("prune")
+        if "resolve" in self._answers and "compress" in self._answers:
+            raise ValueError(
+                "a policy that chooses the scale of pictures cannot act together with one that compresses: drop one"
+            )
+        if "route" in self._answers and pruner is not None and pruner.question_guided:
+            raise ValueError("a policy that ranks by attention cannot act together with one that routes: drop one")
+
+    @property
+    def question_guided(self) -> bool:  # type: ignore[override]
+        return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
+
+    @property
+    def wants(self) -> tuple[Wanted, ...]:  # type: ignore[override]
+        return self._answers["compress"].wants if "compress" in self._answers else ()
+
+    @property
+    def renumbers(self) -> bool:
+        return any(p.renumbers for p in self.policies)  # type: ignore[union-attr]
+
+    @property
+    def on_continue(self) -> str:
+        return next((p.on_continue for p in self.policies if hasattr(p, "on_continue")), "warn")
+
+    def asks(self, question: str) -> bool:
+        return question in self._answers
+
+    def needs(self, layer: int) -> Scores | None:
+        pruner = self._answers.get("prune")
+        return pruner.needs(layer) if pruner else None
+
+    def resolve(self, tries: Tries) -> list[Policy | None]:
+        """What the choosing member chooses (its tries are made without the others), together with the others."""
+        chooser = self._answers["resolve"]
+        rest: list[Policy] = [p for p in self.policies if p is not chooser]  # type: ignore[misc]
+        return [Chain([*([] if one is None else [one]), *rest]) for one in chooser.resolve(tries)]
+
+    def check(self, num_hidden_layers: int) -> None:
+        for p in self.policies:
+            p.check(num_hidden_layers)  # type: ignore[union-attr]
+
+    def check_model(self, model: Any) -> None:
+        for p in self.policies:
+            p.check_model(model)  # type: ignore[union-attr]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{i}.{n}": t for i, p in enumerate(self.policies) for n, t in p.tensors().items()}  # type: ignore[union-attr]
+
+    def about(self) -> dict[str, Any] | None:
+        found = {str(i): p.about() for i, p in enumerate(self.policies) if p.about() is not None}  # type: ignore[union-attr]
+        return found or None
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        for p, mine, said in self._shared_out(tensors, about):
+            p.load_tensors(mine, *said)
+
+    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
+        for p, mine, said in self._shared_out(tensors, about):
+            p.expect(mine, *said)
+
+    def _shared_out(
+        self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None
+    ) -> list[tuple[Any, dict[str, torch.Tensor], list[Any]]]:
+        """Each policy of the chain, its tensors, and what is known about them (none or one).
+
+        Raises:
+            ValueError: something belongs to none of them.
+        """
+        known = about if isinstance(about, dict) else {} if about is None else {"weights": about}
+        places = [str(i) for i in range(len(self.policies))]
+        if foreign := sorted({n for n in tensors if n.partition(".")[0] not in places} | {*known} - {*places}):
+            raise ValueError(f"these tensors belong to no policy of the chain: {', '.join(foreign)}")
+        out = []
+        for i, p in zip(places, self.policies, strict=True):
+            mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == i}
+            said = [known[i]] if known.get(i) is not None else []
+            if mine or said:
+                out.append((p, mine, said))
+        return out
+
+    @classmethod
+    def first_setting(cls) -> None:
+        return None
+
+    @classmethod
+    def names_file(cls, settings: Mapping[str, Any]) -> bool:
+        for part in settings.get("policies", []):
+            check_names_no_file(part["policy"], part["settings"])
+        return False
+
+    def loaded_from(self, folder: str | None, allow_mismatch: bool) -> None:
+        for p in self.policies:
+            p.loaded_from(None, allow_mismatch)  # type: ignore[union-attr]
+
+    def config(self) -> dict[str, Any]:
+        return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]
+
+    @property
+    def spec(self) -> str:
+        return "+".join(p.spec for p in self.policies)  # type: ignore[union-attr]
