@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import vtr
+from vtr import pocket
 from vtr.data import files
 from vtr.data.pictures import one_line
 from vtr.data.records import COLUMNS, Bad, Sample, samples_of
@@ -119,7 +119,7 @@ def _pocket(count: int, seed: int, settings: dict[str, str]) -> Read:
             "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions or listing "
             "(all objects of a picture; --metric listing)"
         )
-    draw = vtr.pocket.samples if task == "questions" else vtr.pocket.listings
+    draw = pocket.samples if task == "questions" else pocket.listings
 
     def read() -> Iterator[Sample | Bad]:
         groups: dict[int, int] = {}
