@@ -45,7 +45,7 @@ class Models:
     """For InternVL's remote code: transformers' class with the same weights, patched."""
 
     @classmethod
-    def of(cls, family: Family, attn: str = "sdpa") -> Models:
+    def from_family(cls, family: Family, attn: str = "sdpa") -> Models:
         stock = family.make(attn)
         native = vtr.patch(copy.deepcopy(family.twin(stock))) if isinstance(family, Chat) else None
         return cls(family, stock, vtr.patch(copy.deepcopy(stock)), native)
