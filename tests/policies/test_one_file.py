@@ -64,7 +64,7 @@ def test_it_takes_part_in_everything() -> None:
 def test_it_has_a_column_in_the_table_of_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "POLICIES", support.policies())
     assert f"`{NAME}`" in support.table(support.declared()).splitlines()[0]
-    models = support.Models.of(FAMILIES[0])
+    models = support.Models.from_family(FAMILIES[0])
     inputs = models.inputs()
     with torch.no_grad():
         models.patched(**inputs, policy=models.mixed(NAME, inputs))
