@@ -44,7 +44,7 @@ class FastV(Policy):
         check_on_continue(self.on_continue)
 
     def check(self, num_hidden_layers: int) -> None:
-        check_depth(self.layer, num_hidden_layers)
+        check_depth(self.layer, num_hidden_layers, 1)
 
     def needs(self, layer: int) -> Scores | None:
         return "last" if layer == self.layer else None
