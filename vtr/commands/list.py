@@ -119,7 +119,7 @@ def meanings_of(cls: type[vtr.Policy]) -> dict[str, str]:
         return {}
     said = " ".join(text[1].split())
     parts = re.split(rf"(?:^|(?<=[.;] ))((?:{name})(?:, (?:{name}))*): ", said)[1:]
-    found = {}
+    found: dict[str, str] = {}
     for names, meaning in zip(parts[::2], parts[1::2], strict=True):
         found |= dict.fromkeys(names.split(", "), _plain(meaning.strip()))
     return found
