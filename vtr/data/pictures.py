@@ -99,7 +99,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 def one_line(error: BaseException) -> str:
     """An error's kind and message, 200 characters at most; of files what is wrong, in words."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{error.strerror}: {str(error.filename)[:150]}"
+        return f"{type(error).__name__}: {error.strerror}: {str(error.filename)[:150]}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
