@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtr.accounting import RowReport
-from vtr.picture import crop_lines, show_kept
-from vtr.visualize.look import COLORS, SIDE, frame, shortened
+from vtr.picture import crop_lines, points, show_kept
+from vtr.visualize.look import COLORS, SIDE, frame, shortened, wrapped
 from vtr.visualize.shots import Shot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LETTER_WIDTH = 0.56
+"""Of a letter, as a share of the font size."""
+MOST_POINTS = 18.0
+"""Of the labels above one picture of many: larger ones would not fit."""
 LETTER = 0.077
 """Inches that a letter of an answer is wide."""
 
@@ -24,12 +28,13 @@ def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = No
 
     Args:
         layers: by default those at which the number of tokens changes (at most four).
-        title: above it; None for the policy and the answer.
+        title: above it; None for the policy and the question. The answer stands below, marked ✓ or ✗ where the right
+            one is known.
     """
     if title is None:
-        title = shot.label + (f"  →  {shot.answer}" if shot.answer else "")
+        title = wrapped(shot.label, 60) + (f"\n{shot.question}" if shot.question else "")
     chosen = None if layers is None else [shot.layer(layer) for layer in layers]
-    return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title)
+    return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title, shot.verdict)
 
 
 def side_by_side(shots: Sequence[Shot], layer: int = -1) -> Figure:
@@ -42,7 +47,11 @@ def side_by_side(shots: Sequence[Shot], layer: int = -1) -> Figure:
 
     _check_same_picture(shots)
     kinds = shots[0].tiles
-    figure = Figure(figsize=(SIDE * len(shots) + 0.3, SIDE * len(kinds) + 0.7), layout="constrained", dpi=110)
+    width = SIDE * len(shots) + 0.3
+    size = min(points(width), MOST_POINTS)
+    labels = [wrapped(shot.label, round(SIDE * 72 / size / LETTER_WIDTH)) for shot in shots]
+    lines = 5 + max(label.count("\n") for label in labels)
+    figure = Figure(figsize=(width, SIDE * len(kinds) + lines * 1.5 * size / 72), layout="constrained", dpi=110)
     axes = figure.subplots(len(kinds), len(shots), squeeze=False)
     for column, shot in enumerate(shots):
         color = COLORS[column % len(COLORS)]
@@ -53,15 +62,18 @@ def side_by_side(shots: Sequence[Shot], layer: int = -1) -> Figure:
             if kind == "crops":
                 crop_lines(axis, shot.layout, shot.picture)
             if column == 0:
-                axis.set_ylabel(kind, fontsize=9)
+                axis.set_ylabel(kind, fontsize=size)
         entered = shot.row.vision_tokens[shot.layer(layer)]
-        cost = f" · {shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
+        cost = f"\n{shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
         axes[0][column].set_title(
-            f"{shortened(shot.label)}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
-            fontsize=8, color=color,
+            f"{labels[column]}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
+            fontsize=size, color=color,
         )  # fmt: skip
         if shot.answer:
-            axes[-1][column].set_xlabel(f"→ {shot.answer}", fontsize=10)
+            said, mark = shot.verdict
+            axes[-1][column].set_xlabel(said.replace("  (", "\n("), fontsize=1.1 * size, color=mark, fontweight="bold")
+    if len({shot.question for shot in shots}) == 1 and shots[0].question:
+        figure.suptitle(shots[0].question, fontsize=1.1 * size)
     return figure
 
 
@@ -98,7 +110,7 @@ def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:
     axis.set_ylabel("vision tokens that enter")
     axis.grid(axis="y", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles=lines, frameon=False, fontsize=8, loc="outside lower center", ncols=1)
+    figure.legend(handles=lines, frameon=False, fontsize=points(7.2, 11), loc="outside lower center", ncols=1)
     return figure
 
 

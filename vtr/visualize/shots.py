@@ -13,7 +13,7 @@ from vtr.accounting import RowReport, report
 from vtr.base import Policy
 from vtr.data.pictures import upright
 from vtr.image import Layout
-from vtr.picture import image_spans, kept_pixels, seen, views
+from vtr.picture import image_spans, kept_pixels, seen, verdict, views
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +26,7 @@ class Shot:
     Attributes:
         picture: as given to the processor. layout: of its tokens. first_slot: the prompt's slot of its first token.
         row: the report's row. answer: what the model said, where that is known. flops: of the call.
+        question: that was asked; "" where that is not known. expected: the right answer; None where nobody knows.
     """
 
     picture: Image.Image
@@ -34,11 +35,18 @@ class Shot:
     row: RowReport
     answer: str = ""
     flops: int = 0
+    question: str = ""
+    expected: str | None = None
 
     @property
     def label(self) -> str:
         """The policy's spec string."""
         return self.row.policy or "none"
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """What the model said, with ✓ or ✗ where the right answer is known, and the color to write it in."""
+        return verdict(self.answer, self.expected) if self.answer else ("", "black")
 
     @property
     def tiles(self) -> list[str]:
@@ -108,8 +116,12 @@ def ask(
     question: str,
     policies: Sequence[Policy | str | None],
     max_new_tokens: int = 8,
+    expected: str | None = None,
 ) -> list[Shot]:
     """Ask one question under each of several policies, ``None`` among them for no reduction.
+
+    Args:
+        expected: the right answer, if it is known: figures then mark right and wrong ones.
 
     Returns:
         A shot a policy, with the answer; the vision tower has run once.
@@ -125,5 +137,5 @@ def ask(
         for policy in policies:
             out = model.generate(**inputs, policy=policy, max_new_tokens=max_new_tokens, do_sample=False)
             done, said = report(model), decode(processor, out, inputs["input_ids"].shape[1])[0]
-            shots.append(Shot(picture, layout, first_slot, done.rows[0], said, done.flops))
+            shots.append(Shot(picture, layout, first_slot, done.rows[0], said, done.flops, question, expected))
     return shots
