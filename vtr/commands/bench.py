@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vtr.commands._options import shared
+
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
-Small = Annotated[bool, typer.Option("--small", help="small sizes: done in minutes on two cores")]
-Json = Annotated[Path | None, typer.Option("--json", help="write the result here, and its plot beside it")]
-Out = Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")]
-Repeats = Annotated[int | None, typer.Option(help="timed runs of each; default: the model's own")]
-Seed = Annotated[int, typer.Option(help="of weights and prompts")]
 WIDE = 100
 SERVED = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the benches of random models are told."""
+
+    small: Annotated[bool, typer.Option("--small", help="small sizes: done in minutes on two cores")] = False
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here, and its plot beside it")] = (
+        None
+    )
+    out: Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")] = None
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")] = "cpu"
+    dtype: Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")] = None
+    repeats: Annotated[int | None, typer.Option(help="timed runs of each; default: the model's own")] = None
+    seed: Annotated[int, typer.Option(help="of weights and prompts")] = 0
 
 
 @bench.callback()
@@ -37,8 +48,8 @@ def bench_main() -> None:
 def bench_engine(
     small: Annotated[bool, typer.Option("--small", help="a small model: done in three minutes on two cores")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, a flat result file")] = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")] = None,
     repeats: Annotated[int | None, typer.Option(help="timed runs of each prefill; default: the model's own")] = None,
 ) -> None:
     """Show how near the engine comes to its limit, on a LLaVA-1.5 with random weights.
@@ -85,12 +96,9 @@ def bench_engine(
 
 
 @bench.command("policies")
+@shared(Bench)
 def bench_policies(
-    small: Small = False,
-    json_file: Json = None,
-    out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
+    given: Bench,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -101,8 +109,6 @@ def bench_policies(
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="a mean keep; may be given again")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="measure these specs instead of all policies")] = None,
-    repeats: Repeats = None,
-    seed: Seed = 0,
 ) -> None:
     """Show what every policy costs at equal budgets, beside no reduction and input downsampling.
 
@@ -137,11 +143,11 @@ def bench_policies(
     from vtr.eval.cost.engine import choose as precision_of
 
     try:
-        _check_targets(json_file, out)
-        precision = precision_of(small, device, dtype, repeats)[1]
-        setup = measure.choose(small, device, shape)
-        body = measure.measure(setup, device, precision, repeats, seed, budget or (), policy or ())
-        write(body, "policies", json_file, out, seed, device)
+        _check_targets(given.json_file, given.out)
+        precision = precision_of(given.small, given.device, given.dtype, given.repeats)[1]
+        setup = measure.choose(given.small, given.device, shape)
+        body = measure.measure(setup, given.device, precision, given.repeats, given.seed, budget or (), policy or ())
+        write(body, "policies", given.json_file, given.out, given.seed, given.device)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error
     columns, rows = measure.table(body, wide=console.width >= 110)
@@ -152,15 +158,8 @@ def bench_policies(
 
 
 @bench.command("batch")
-def bench_batch(
-    small: Small = False,
-    json_file: Json = None,
-    out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    repeats: Repeats = None,
-    seed: Seed = 0,
-) -> None:
+@shared(Bench)
+def bench_batch(given: Bench) -> None:
     """Show what it costs that the requests of one batch have different policies.
 
     Prefill of eight rows in one batch ÷ the sum of the rows run alone, and ÷ the unpatched model on the padded batch;
@@ -174,25 +173,18 @@ def bench_batch(
     from vtr.eval.cost import batch as measure
 
     try:
-        _check_targets(json_file, out)
-        size, precision, times = measure.choose(small, device, dtype, repeats)
-        body = measure.measure(size, device, precision, times, seed)
-        write(body, "batch", json_file, out, seed, device)
+        _check_targets(given.json_file, given.out)
+        size, precision, times = measure.choose(given.small, given.device, given.dtype, given.repeats)
+        body = measure.measure(size, given.device, precision, times, given.seed)
+        write(body, "batch", given.json_file, given.out, given.seed, given.device)
     except (ValueError, RuntimeError, OSError) as error:
         raise fail(error) from error
     show(["eight rows"], ["ms", "÷ its rows alone", "÷ unpatched, padded"], measure.table(body), right=True)
 
 
 @bench.command("scale")
-def bench_scale(
-    small: Small = False,
-    json_file: Json = None,
-    out: Out = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    repeats: Repeats = None,
-    seed: Seed = 0,
-) -> None:
+@shared(Bench)
+def bench_scale(given: Bench) -> None:
     """Show how cost grows with vision tokens, batch size and length of the answer.
 
     One axis grows at a time: pictures of 576 tokens in one row, as a video's frames (576 to 30 thousand tokens;
@@ -209,11 +201,11 @@ def bench_scale(
     from vtr.eval.cost.engine import choose
 
     try:
-        _check_targets(json_file, out)
-        precision = choose(small, device, dtype, repeats)[1]
-        ladder = measure.SMALL if small else measure.CUDA if device == "cuda" else measure.CPU
-        body = measure.measure(ladder, device, precision, repeats, seed)
-        write(body, "scale", json_file, out, seed, device)
+        _check_targets(given.json_file, given.out)
+        precision = choose(given.small, given.device, given.dtype, given.repeats)[1]
+        ladder = measure.SMALL if given.small else measure.CUDA if given.device == "cuda" else measure.CPU
+        body = measure.measure(ladder, given.device, precision, given.repeats, given.seed)
+        write(body, "scale", given.json_file, given.out, given.seed, given.device)
     except (ValueError, RuntimeError, OSError) as error:
         raise fail(error) from error
     show(["what grows", "policy"], ["from", "to", "slope"], measure.table(body), right=True)
@@ -223,9 +215,11 @@ def bench_scale(
 def bench_serve(
     url: Annotated[str, typer.Option(help="the server, started by `vtr serve`")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="its name there; default: the first the server lists")] = None,
-    small: Small = False,
-    json_file: Json = None,
-    out: Out = None,
+    small: Annotated[bool, typer.Option("--small", help="small loads: done in minutes")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the result here, and its plot beside it")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="timed rounds of each, after one that warms up")] = 3,
     side: Annotated[int, typer.Option(help="side of the pictures in pixels")] = 192,
     seed: Annotated[int, typer.Option(help="of the pictures")] = 0,

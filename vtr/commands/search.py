@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from vtr.commands._options import shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,27 +17,43 @@ if TYPE_CHECKING:
 
 search = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
-Model = Annotated[
-    str | None, typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket")
-]
-Data = Annotated[
-    str, typer.Option(help="`pocket:split=val`, a JSON file (lines, array, conversations), a folder, `hf:NAME,split=…`")
-]
-Images = Annotated[Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")]
-Columns = Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")]
-Out = Annotated[Path, typer.Option(help="the folder for schedule, policy, plots and report")]
-Calibration = Annotated[int, typer.Option(min=1, help="questions to search on")]
-Evaluation = Annotated[int, typer.Option(min=0, help="other questions (other pictures) to measure on; 0: no report")]
-Objective = Annotated[str, typer.Option(help="kl, agreement (both need no answers), accuracy, likelihood")]
-Start = Annotated[int, typer.Option(min=1, help="the first layer that may cut, from 0")]
-Queries = Annotated[str, typer.Option(help="whose attention ranks: text, last, text-max, last-max")]
-Batch = Annotated[int, typer.Option(min=1, help="rows (questions × candidates) a call")]
-Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
-Seed = Annotated[int, typer.Option(help="of the split and of the search")]
-Latency = Annotated[int, typer.Option(min=0, help="time the prefill of so many held-out prompts, in turns")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16", show_default="float32 on the CPU")]
 POCKET = "pocket:split=val"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What both searches are told."""
+
+    out: Annotated[Path, typer.Option(help="the folder for schedule, policy, plots and report")] = Path("schedule")
+    model: Annotated[
+        str | None, typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket")
+    ] = None
+    data: Annotated[
+        str,
+        typer.Option(help="`pocket:split=val`, a JSON file (lines, array, conversations), a folder, `hf:NAME,split=…`"),
+    ] = POCKET
+    images: Annotated[Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")] = None
+    columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = ""
+    calibration: Annotated[int, typer.Option(min=1, help="questions to search on")] = 32
+    evaluation: Annotated[
+        int, typer.Option(min=0, help="other questions (other pictures) to measure on; 0: no report")
+    ] = 64
+    objective: Annotated[str, typer.Option(help="kl, agreement (both need no answers), accuracy, likelihood")] = "kl"
+    start: Annotated[int, typer.Option(min=1, help="the first layer that may cut, from 0")] = 2
+    queries: Annotated[str, typer.Option(help="whose attention ranks: text, last, text-max, last-max")] = "text"
+    batch_size: Annotated[int, typer.Option(min=1, help="rows (questions × candidates) a call")] = 32
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 16
+    seed: Annotated[int, typer.Option(help="of the split and of the search")] = 0
+    latency: Annotated[int, typer.Option(min=0, help="time the prefill of so many held-out prompts, in turns")] = 2
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto"
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16", show_default="float32 on the CPU")] = (
+        None
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """As the search functions take them."""
+        names = ("objective", "start", "queries", "batch_size", "seed", "max_new_tokens")
+        return {**{name: getattr(self, name) for name in names}, "state": self.out / "state.json"}
 
 
 @search.callback()
@@ -48,26 +67,12 @@ def search_main() -> None:
 
 
 @search.command("gsearch")
+@shared(Search)
 def gsearch_command(
-    out: Out = Path("schedule"),
-    model: Model = None,
-    data: Data = POCKET,
-    images: Images = None,
-    columns: Columns = "",
-    calibration: Calibration = 32,
-    evaluation: Evaluation = 64,
+    given: Search,
     tolerance: Annotated[float, typer.Option(min=0, help="how far the mean score may fall")] = 0.01,
-    objective: Objective = "kl",
     method: Annotated[str, typer.Option(help="bisect (hard tolerance), or bayes (the paper's kind)")] = "bisect",
     trials: Annotated[int, typer.Option(min=1, help="of bayes: keeps to try in each layer")] = 8,
-    start: Start = 2,
-    queries: Queries = "text",
-    batch_size: Batch = 32,
-    max_new_tokens: Tokens = 16,
-    seed: Seed = 0,
-    latency: Latency = 2,
-    device: Device = "auto",
-    dtype: Dtype = None,
 ) -> None:
     """Find the cheapest schedule that loses (almost) nothing: G-Search.
 
@@ -89,39 +94,21 @@ def gsearch_command(
     """
     from vtr.search import gsearch
 
-    def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
+    def find(loaded: Any, processor: Any, examples: list[Example]) -> Found:
         how = {"tolerance": tolerance, "method": method, "trials": trials}
-        return gsearch(loaded, processor, examples, **how, **shared)  # type: ignore[arg-type]
+        return gsearch(loaded, processor, examples, **how, **given.settings())  # type: ignore[arg-type]
 
-    shared = {"objective": objective, "start": start, "queries": queries, "batch_size": batch_size, "seed": seed}
-    _run(
-        find, {**shared, "max_new_tokens": max_new_tokens}, out, (model, device, dtype), (data, images, columns),
-        (calibration, evaluation), latency,
-    )  # fmt: skip
+    _run(find, given)
 
 
 @search.command("psigmoid")
+@shared(Search)
 def psigmoid_command(
+    given: Search,
     budget: Annotated[float, typer.Option(help="what may be spent, as a ratio to no reduction")] = 0.3,
     measure: Annotated[str, typer.Option(help="of: keep (mean share of tokens), flops, kv")] = "flops",
     trials: Annotated[int, typer.Option(min=1, help="schedules to try")] = 16,
     curve: Annotated[Path | None, typer.Option(help="a schedule whose fitted sigmoid is tried first")] = None,
-    out: Out = Path("schedule"),
-    model: Model = None,
-    data: Data = POCKET,
-    images: Images = None,
-    columns: Columns = "",
-    calibration: Calibration = 32,
-    evaluation: Evaluation = 64,
-    objective: Objective = "kl",
-    start: Start = 2,
-    queries: Queries = "text",
-    batch_size: Batch = 32,
-    max_new_tokens: Tokens = 16,
-    seed: Seed = 0,
-    latency: Latency = 2,
-    device: Device = "auto",
-    dtype: Dtype = None,
 ) -> None:
     """Find the best sigmoid schedule for a budget: P-Sigmoid.
 
@@ -142,43 +129,35 @@ def psigmoid_command(
     except (ValueError, TypeError, OSError) as error:
         raise fail(error) from error
 
-    def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
+    def find(loaded: Any, processor: Any, examples: list[Example]) -> Found:
         how = {"budget": budget, "measure": measure, "trials": trials, "curve": first}
-        return psigmoid(loaded, processor, examples, **how, **shared)  # type: ignore[arg-type]
+        return psigmoid(loaded, processor, examples, **how, **given.settings())  # type: ignore[arg-type]
 
-    shared = {"objective": objective, "start": start, "queries": queries, "batch_size": batch_size, "seed": seed}
-    _run(
-        find, {**shared, "max_new_tokens": max_new_tokens}, out, (model, device, dtype), (data, images, columns),
-        (calibration, evaluation), latency,
-    )  # fmt: skip
+    _run(find, given)
 
 
-def _run(
-    find: Callable[..., Found], shared: dict[str, Any], out: Path, which: tuple[str | None, str, str | None],
-    source: tuple[str, Path | None, str], sizes: tuple[int, int], latency: int,
-) -> None:  # fmt: skip
+def _run(find: Callable[..., Found], given: Search) -> None:
     """Load, split, search, save, measure, show."""
     from vtr.commands._console import check_folder, console, fail
     from vtr.models import check_name, find_device, load
     from vtr.search.metrics import objective_of
     from vtr.search.prefix import Spent
 
+    out = given.out
     try:
         check_folder(out)
-        check_name(which[0])
-        find_device(which[1])
-        objective_of(shared["objective"])
-        sides = _sides(source, sizes, shared["seed"])
-        model, processor = load(*which)
-        found = find(model, processor, list(sides.calibration), {**shared, "state": out / "state.json"})
+        check_name(given.model)
+        find_device(given.device)
+        objective_of(given.objective)
+        sides = _sides(given)
+        model, processor = load(given.model, given.device, given.dtype)
+        found = find(model, processor, list(sides.calibration))
         found.save_pretrained(out)
         _draw_ranks(found, out)
         console.print(Spent(**found.record["spent"]).table(), highlight=False)
         console.print(f"schedule: {list(found)}", highlight=False)
-        if sizes[1]:
-            console.print(
-                _report(model, processor, found, sides, latency, out), highlight=False, markup=False, soft_wrap=True
-            )
+        if given.evaluation:
+            console.print(_report(model, processor, found, sides, given), highlight=False, markup=False, soft_wrap=True)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error
     except KeyboardInterrupt as error:
@@ -186,7 +165,7 @@ def _run(
     console.print(f"written to [bold]{out}[/]; use it: vtr.GSearch.from_pretrained({str(out)!r})", highlight=False)
 
 
-def _sides(source: tuple[str, Path | None, str], sizes: tuple[int, int], seed: int) -> Split:
+def _sides(given: Search) -> Split:
     """Calibration and evaluation examples of the data, with no picture on both sides.
 
     Raises:
@@ -196,13 +175,13 @@ def _sides(source: tuple[str, Path | None, str], sizes: tuple[int, int], seed: i
     from vtr.search import Split, split
     from vtr.search.data import as_examples
 
-    data, images, columns = source
-    limit = sum(sizes) if sizes[1] else sizes[0] + 8  # some more for another side, since a split has two
+    wanted = given.calibration + (given.evaluation or 8)  # some more for another side, since a split has two
     found = open_data(
-        data, limit=limit, seed=seed, columns=settings_of(columns), images=images, answers_needed=bool(sizes[1])
-    )
-    sides = split(as_examples(usable(found, data)), sizes[0], seed)
-    return Split(sides.calibration, sides.evaluation[: sizes[1] or None])
+        given.data, limit=wanted, seed=given.seed, columns=settings_of(given.columns), images=given.images,
+        answers_needed=bool(given.evaluation),
+    )  # fmt: skip
+    sides = split(as_examples(usable(found, given.data)), given.calibration, given.seed)
+    return Split(sides.calibration, sides.evaluation[: given.evaluation or None])
 
 
 def _draw_ranks(found: Found, out: Path) -> None:
@@ -216,7 +195,7 @@ def _draw_ranks(found: Found, out: Path) -> None:
         ranks.plot().savefig(out / "ranks.png", dpi=110)
 
 
-def _report(model: Any, processor: Any, found: Found, sides: Split, latency: int, out: Path) -> str:
+def _report(model: Any, processor: Any, found: Found, sides: Split, given: Search) -> str:
     from vtr.eval.studies import equal_flops, schedule_report
     from vtr.search import Cost
     from vtr.search.data import refuse_overlap
@@ -226,5 +205,5 @@ def _report(model: Any, processor: Any, found: Found, sides: Split, latency: int
     others = equal_flops.baselines(found.record["ratios"]["flops"], cost)
     policies = {"none": None, found.record["method"]: found.policy(), **others}
     tokens = found.record["max_new_tokens"]
-    lines = schedule_report.measure(model, processor, policies, sides.evaluation, latency, tokens)
-    return schedule_report.write(out, found, found.record, lines, sides.evaluation)
+    lines = schedule_report.measure(model, processor, policies, sides.evaluation, given.latency, tokens)
+    return schedule_report.write(given.out, found, found.record, lines, sides.evaluation)
