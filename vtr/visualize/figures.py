@@ -9,7 +9,7 @@ import numpy as np
 
 from vtr.accounting import RowReport
 from vtr.picture import crop_lines, show_kept
-from vtr.visualize.look import COLORS, SIDE, frame, shortened
+from vtr.visualize.look import COLORS, SIDE, asked, frame, shortened, verdict
 from vtr.visualize.shots import Shot
 
 if TYPE_CHECKING:
@@ -24,45 +24,72 @@ def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = No
 
     Args:
         layers: by default those at which the number of tokens changes (at most four).
-        title: above it; None for the policy and the answer.
+        title: above it; None for the policy and what was asked.
+
+    Below it stands the answer, where it is known, green with a ✓ or red with a ✗ if the right one is known as well.
     """
     if title is None:
-        title = shot.label + (f"  →  {shot.answer}" if shot.answer else "")
+        title = "\n".join(filter(None, [shot.label, asked(shot.question, shot.expected)]))
     chosen = None if layers is None else [shot.layer(layer) for layer in layers]
-    return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title)
+    figure = show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title)
+    if shot.answer:
+        said, shade = verdict(shot.answer, shot.expected)
+        figure.supxlabel(said, fontsize=13, color=shade, weight="bold")
+    return figure
 
 
-def side_by_side(shots: Sequence[Shot], layer: int = -1) -> Figure:
+def side_by_side(shots: Sequence[Shot], layer: int = -1, columns: int = 3) -> Figure:
     """The same picture under several policies: what is left on entering ``layer``, with tokens, FLOPs and answer.
 
+    Above it stands the question with its right answer, where they are known; right answers are green with a ✓, wrong
+    ones red with a ✗.
+
+    Args:
+        columns: so many policies in a line.
+
     Raises:
-        ValueError: no shots, or of different pictures.
+        ValueError: no shots, or of different pictures; no columns.
     """
     from matplotlib.figure import Figure
 
     _check_same_picture(shots)
-    kinds = shots[0].tiles
-    figure = Figure(figsize=(SIDE * len(shots) + 0.3, SIDE * len(kinds) + 0.7), layout="constrained", dpi=110)
-    axes = figure.subplots(len(kinds), len(shots), squeeze=False)
-    for column, shot in enumerate(shots):
-        color = COLORS[column % len(COLORS)]
-        for line, kind in enumerate(kinds):
-            axis = axes[line][column]
-            axis.imshow(shot.pixels(layer, kind))
-            frame(axis, color)
-            if kind == "crops":
-                crop_lines(axis, shot.layout, shot.picture)
-            if column == 0:
-                axis.set_ylabel(kind, fontsize=9)
-        entered = shot.row.vision_tokens[shot.layer(layer)]
-        cost = f" · {shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
-        axes[0][column].set_title(
-            f"{shortened(shot.label)}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
-            fontsize=8, color=color,
-        )  # fmt: skip
-        if shot.answer:
-            axes[-1][column].set_xlabel(f"→ {shot.answer}", fontsize=10)
+    if columns < 1:
+        raise ValueError(f"columns={columns}: at least one policy stands in a line")
+    kinds, columns = shots[0].tiles, min(columns, len(shots))
+    lines = -(-len(shots) // columns)
+    size = (SIDE * columns + 0.3, lines * (SIDE * len(kinds) + 0.9) + 0.3)
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    axes = figure.subplots(lines * len(kinds), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for n, shot in enumerate(shots):
+        line, column = divmod(n, columns)
+        mine = [axes[line * len(kinds) + k][column] for k in range(len(kinds))]
+        _one_of_several(mine, shot, layer, COLORS[n % len(COLORS)], named=column == 0)
+    if title := asked(shots[0].question, shots[0].expected):
+        figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _one_of_several(axes: Sequence[Any], shot: Shot, layer: int, color: str, named: bool) -> None:
+    """One shot on its axes, one above the other. named: the tiles' names stand beside them."""
+    for axis, kind in zip(axes, shot.tiles, strict=True):
+        axis.set_axis_on()
+        axis.imshow(shot.pixels(layer, kind))
+        frame(axis, color)
+        if kind == "crops":
+            crop_lines(axis, shot.layout, shot.picture)
+        if named:
+            axis.set_ylabel(kind, fontsize=10)
+    entered = shot.row.vision_tokens[shot.layer(layer)]
+    cost = f" · {shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
+    axes[0].set_title(
+        f"{shortened(shot.label)}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
+        fontsize=9.5, color=color,
+    )  # fmt: skip
+    if shot.answer:
+        said, shade = verdict(shot.answer, shot.expected)
+        axes[-1].set_xlabel(said, fontsize=12, color=shade, weight="bold")
 
 
 def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:

@@ -26,6 +26,7 @@ class Shot:
     Attributes:
         picture: as given to the processor. layout: of its tokens. first_slot: the prompt's slot of its first token.
         row: the report's row. answer: what the model said, where that is known. flops: of the call.
+        question: what was asked, and expected: the right answer, where they are known.
     """
 
     picture: Image.Image
@@ -34,6 +35,8 @@ class Shot:
     row: RowReport
     answer: str = ""
     flops: int = 0
+    question: str = ""
+    expected: str | None = None
 
     @property
     def label(self) -> str:
@@ -108,8 +111,12 @@ def ask(
     question: str,
     policies: Sequence[Policy | str | None],
     max_new_tokens: int = 8,
+    expected: str | None = None,
 ) -> list[Shot]:
     """Ask one question under each of several policies, ``None`` among them for no reduction.
+
+    Args:
+        max_new_tokens: the longest answer. expected: the right answer, by which figures mark those given.
 
     Returns:
         A shot a policy, with the answer; the vision tower has run once.
@@ -125,5 +132,5 @@ def ask(
         for policy in policies:
             out = model.generate(**inputs, policy=policy, max_new_tokens=max_new_tokens, do_sample=False)
             done, said = report(model), decode(processor, out, inputs["input_ids"].shape[1])[0]
-            shots.append(Shot(picture, layout, first_slot, done.rows[0], said, done.flops))
+            shots.append(Shot(picture, layout, first_slot, done.rows[0], said, done.flops, question, expected))
     return shots
