@@ -25,6 +25,7 @@ from vtr.base import Policy
 from vtr.engine.adapters import find_adapter
 from vtr.engine.prompt import read_prompt
 from vtr.image import Layout, scales
+from vtr.settings import policy_class
 
 __all__ = ["IMAGE_ID", "NEVER", "POLICIES", "REFUSED", "ROWS", "STEPS", "Models"]
 STEPS = 4
@@ -79,21 +80,39 @@ def _pyramid(models: Models) -> Policy:
 
 
 PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
-POLICIES: dict[str, Callable[[Models, Inputs, int], Policy]] = {
+OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "autoscale": lambda m, i, b: vtr.AutoScale(threshold=1.0 if b else 0.01),
-    "cls": lambda m, i, b: vtr.ClsTop(0.5),
     "dynamic-llava": lambda m, i, b: DYNAMIC,
-    "fastv": lambda m, i, b: vtr.FastV(0.4),
-    "globalcom2": lambda m, i, b: vtr.GlobalCom2(0.5),
     "gsearch": lambda m, i, b: vtr.GSearch([1.0, 0.8, 0.5, 0.5, 0.2], queries="last" if b else "text"),
     "m3": lambda m, i, b: vtr.Matryoshka(_scales(m, i, b) or [1]),
     "pmod": lambda m, i, b: PMOD,
-    "pool": lambda m, i, b: vtr.Pool(2),
     "pyramid": lambda m, i, b: _pyramid(m),
     "random": lambda m, i, b: vtr.Random(0.4, seed=b),
     "uniform": lambda m, i, b: vtr.UniformGrid(0.4, layer=2 if b else 0),
 }
-"""What stands for each policy in the tests, for row b of a batch."""
+"""What stands for a policy in the tests, for row b of a batch, where its settings depend on row, weights or family."""
+
+
+def _derived(name: str) -> Callable[[Models, Inputs, int], Policy]:
+    """A policy set to a mean budget as its class says, or as it is by default."""
+    cls = policy_class(name)
+
+    def make(models: Models, inputs: Inputs, b: int) -> Policy:
+        side = min((min(layout.grid) for row in models.layouts(inputs) for layout in row), default=6)
+        try:
+            return cls(**cls.settings_at(0.5, 5, side))
+        except NotImplementedError:
+            return cls()
+
+    return make
+
+
+POLICIES = {
+    name: OWN.get(name) or _derived(name)
+    for name in vtr.list_policies()
+    if policy_class(name).__module__.startswith("vtr.policies.")
+}
+"""What stands for each policy of vtr in the tests, for row b of a batch."""
 
 
 def image_lengths(models: Models, inputs: Inputs, b: int) -> list[int]:
@@ -135,7 +154,7 @@ def derived(policy: Any, i: int, height: int, width: int, features: Tensor) -> l
         share = policy.retention if isinstance(policy, vtr.GlobalCom2) else policy.keep
         return [[at] for at in sorted(score.argsort(descending=True)[: int(height * width * share)].tolist())]
     if isinstance(policy, vtr.Pool):
-        down, across = 2, 2
+        down = across = policy.grid
     else:
         k = round((height * width / policy.tokens[i]) ** 0.5)
         down, across = height // k, width // k

@@ -22,6 +22,7 @@ from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.memo import shared_features
 from vtr.image import Image, Pooled
+from vtr.keep import keep_count, top
 from vtr.policies import (
     AutoScale,
     ClsTop,
@@ -37,7 +38,8 @@ from vtr.policies import (
     UniformGrid,
 )
 from vtr.schedule import Schedule
-from vtr.settings import list_policies, register_policy
+from vtr.score import ScorePolicy
+from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
     "AutoScale",
@@ -58,12 +60,14 @@ __all__ = [
     "Report",
     "Route",
     "Schedule",
+    "ScorePolicy",
     "Token",
     "Tokens",
     "UniformGrid",
     "UnsupportedError",
     "at_budget",
     "chat",
+    "keep_count",
     "list_policies",
     "patch",
     "pocket",
@@ -73,6 +77,7 @@ __all__ = [
     "search",
     "shared_features",
     "testing",
+    "top",
     "unpatch",
     "use",
     "visualize",
@@ -81,9 +86,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Modules that are loaded when they are first asked for."""
+    """Modules that are loaded when they are first asked for, and policies of ``vtr.policies`` that are not above."""
     if name in ("chat", "search", "testing", "visualize"):
         import importlib
 
         return importlib.import_module(f"vtr.{name}")
+    for policy_name in list_policies():
+        cls = policy_class(policy_name)
+        if cls.__name__ == name and cls.__module__.startswith("vtr.policies."):
+            return cls
     raise AttributeError(f"module 'vtr' has no attribute {name!r}")

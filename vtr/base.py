@@ -17,12 +17,14 @@ question        asked                                            answer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from vtr.image import Image, Layout, Pooled
 from vtr.settings import Settings, policy_class
+from vtr.shares import one_cut, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -202,6 +204,29 @@ class Policy(Settings):
         """Raise ValueError if what this policy has learned cannot be used with ``model``."""
 
     # -- how many stay, before anything has run -----------------------------------------------------------------------
+    @classmethod
+    def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
+        """The settings with which ``share`` of the vision tokens enters a decoder layer, in the mean over layers.
+
+        Derived here for classes with a ``keep``: with a ``layer`` they cut where they do by default, or as much earlier
+        as the budget asks for; without, they keep the share itself. Other classes say it themselves.
+
+        Args:
+            share: in (0, 1). side: of a typical tile, in tokens. layer: cut there; None: where it suits the budget.
+
+        Raises:
+            NotImplementedError: this class does not say how it is set to a budget.
+            ValueError: it cannot be set to this one.
+        """
+        known: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}
+        if "keep" not in known:
+            raise NotImplementedError(f"{cls.name} has no keep, so its settings_at must say how it is set to a budget")
+        if "layer" not in known:
+            return {"keep": ratio(share)}
+        earliest, latest = int(cls.question_guided), known["layer"]
+        keep, at = one_cut(share, num_hidden_layers, [layer] if layer is not None else range(latest, earliest - 1, -1))
+        return {"keep": keep, "layer": at}
+
     def kept_of(self, layout: Layout) -> int:
         """How many tokens ``compress`` makes of an image of this layout, newlines included: from its size alone.
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtr.eval import spend
 from vtr.eval.accuracy import blind  # noqa: F401  (registers the question-blind selector)
 from vtr.eval.accuracy.downsample import NAME, Downsample
 
 import vtr
+from vtr.budget import at_share
 from vtr.learned import Learned
 from vtr.settings import policy_class
 
@@ -113,14 +113,15 @@ def contenders(
 def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tuple[list[Contender], dict[str, str]]:
     """One contender per registered policy, and why others are left out.
 
-    A policy that has none of the settings :mod:`vtr.eval.spend` knows gets its defaults: the table shows what it keeps.
+    A policy that does not say how it is set to a budget gets its defaults: the table shows what it keeps.
     A budget of 1 or more is a count of tokens, of those of one tile.
 
     Raises:
         ValueError: no such budget.
     """
     budget = budget / shapes.side**2 if budget >= 1 and budget == int(budget) else budget
-    spend.check_budget(budget)
+    if not 0 < budget < 1:
+        raise ValueError(f"budget={budget!r} is the mean share of tokens that stays: choose one between 0 and 1")
     registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
     order = [name for name in FIRST if name in registered or name == NAME]
     made, left_out = [], {}
@@ -128,16 +129,21 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
         try:
             if name == NAME:
                 one = contender(Downsample(round(budget**0.5, 4)).spec)
-            elif weights is not None and issubclass(policy_class(name), Learned):
-                one = contender(spend.trained(name, weights, budget, shapes.layers).spec)
-            elif spend.setter_of(name) is None:
-                one = contender(name)
             else:
-                policy = spend.at_budget(name, budget, shapes.layers, shapes.side)
-                one = Contender(policy.spec, policy.name, policy)
+                learned = weights is not None and issubclass(policy_class(name), Learned)
+                one = _set(f"{name}:weights={weights}" if learned else name, budget, shapes)
             if one.policy is not None:
                 one.policy.check(shapes.layers)
             made.append(one)
         except (TypeError, ValueError, OSError) as error:
             left_out[name] = str(error)
     return made, left_out
+
+
+def _set(spec: str, budget: float, shapes: Shapes) -> Contender:
+    """The contender of a spec at a budget; as it is, if its class does not say how it is set to one."""
+    try:
+        made = at_share(spec, budget, shapes.layers, shapes.side)
+    except NotImplementedError:
+        made = vtr.policy(spec)
+    return Contender(made.spec, made.name, made)

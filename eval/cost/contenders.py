@@ -8,10 +8,11 @@ from typing import Any
 
 from vtr.eval.cost import midsize, shapes
 from vtr.eval.cost.shapes import Shape
-from vtr.eval.spend import at_budget, check_budget, nearest_side
 
 import vtr
+from vtr.budget import at_share
 from vtr.settings import policy_class
+from vtr.shares import nearest_side
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +64,11 @@ def contenders(
         policy.check(depth)
         out.append(Contender(spec.split(":")[0], policy.spec, None, patched, policy, shape))
     for budget in () if specs else budgets:
-        check_budget(budget)
         for name in shipped():
             try:
-                policy = at_budget(name, budget, depth, shape.side)
+                policy = at_share(name, budget, depth, shape.side)
                 policy.check(depth)
-            except ValueError as error:
+            except (ValueError, NotImplementedError) as error:
                 left_out.append({"name": name, "budget": budget, "why": str(error)})
                 continue
             out.append(Contender(name, policy.spec, budget, patched, policy, shape))

@@ -17,9 +17,9 @@ from vtr.eval.cost.engine import prefill
 from vtr.eval.cost.interleave import decode_in_turns, in_turns, keep_freed_memory
 from vtr.eval.cost.midsize import LLAVA_7B, Size
 from vtr.eval.cost.timing import milliseconds, now
-from vtr.eval.spend import at_budget
 
 import vtr
+from vtr.budget import at_share
 
 NAMES = ("random", "pool", "fastv")
 BUDGET = 0.25
@@ -62,7 +62,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 def policies(size: Size) -> dict[str, vtr.Policy | None]:
     """No reduction, and a few policies at one mean budget."""
-    made = [at_budget(name, BUDGET, size.layers, size.side) for name in NAMES]
+    made = [at_share(name, BUDGET, size.layers, size.side) for name in NAMES]
     return {"none": None} | {policy.spec: policy for policy in made}
 
 

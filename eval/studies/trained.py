@@ -91,7 +91,7 @@ def equals(policy: vtr.Policy, cost: Cost) -> dict[str, vtr.Policy]:
     depth = cost.geometry.num_hidden_layers
     ratio = cost.ratio(keeps_of(policy, depth), "flops")
     keep, layer = equal_flops.one_cut(ratio, cost)
-    found = {"FastV": vtr.FastV(keep, layer), "Random": vtr.Random(keep, layer)}
+    found: dict[str, vtr.Policy] = {"FastV": vtr.FastV(keep, layer), "Random": vtr.Random(keep, layer)}
 
     def falling(share: float) -> list[float]:
         return [max(share**step, 1e-4) for step in range(depth)]

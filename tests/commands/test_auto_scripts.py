@@ -133,7 +133,9 @@ def test_wrong_usage_is_told_at_once(script: Path) -> None:
     """Before anything of theirs runs."""
     wrong = run("-m", "vtr.auto", script, policy="fstv:keep=0.1")
     assert wrong.returncode == 2 and wrong.stdout == ""
-    assert wrong.stderr.startswith("vtr.auto: VTR_POLICY='fstv:keep=0.1': unknown policy 'fstv' (did you mean fastv?); known: autoscale, ")
+    assert wrong.stderr.startswith(
+        "vtr.auto: VTR_POLICY='fstv:keep=0.1': unknown policy 'fstv' (did you mean fastv?); known: autoscale, "
+    )
 
 
 def test_the_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:

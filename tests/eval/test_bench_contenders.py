@@ -10,10 +10,11 @@ from transformers import AutoModelForImageTextToText
 from vtr.eval.cost import midsize, shapes
 from vtr.eval.cost import policies as bench_policies
 from vtr.eval.cost.contenders import contenders, shipped
-from vtr.eval.spend import at_budget, nearest_side
 
 import vtr
 from tests.eval.test_bench_policies import TINY
+from vtr.budget import at_share
+from vtr.shares import nearest_side
 
 
 # -------------------------------------------------------------------------------------------------- policies at budgets
@@ -21,7 +22,7 @@ from tests.eval.test_bench_policies import TINY
 @pytest.mark.parametrize("budget", [0.5, 0.25])
 @pytest.mark.parametrize("name", ["random", "uniform", "pool", "fastv", "gsearch", "pyramid"])
 def test_a_policy_at_a_budget_has_that_mean(name: str, budget: float, depth: int) -> None:
-    policy, side = at_budget(name, budget, depth, 24), 24
+    policy, side = at_share(name, budget, depth, 24), 24
     policy.check(depth)
     if isinstance(policy, vtr.Pool):
         means = [policy.grid**2 / side**2]  # type: ignore[operator]
@@ -38,11 +39,11 @@ def test_a_policy_at_a_budget_has_that_mean(name: str, budget: float, depth: int
 def test_budgets_that_cannot_be_met() -> None:
     for name in ("fastv", "gsearch", "pyramid"):
         with pytest.raises(ValueError, match="mean"):
-            at_budget(name, 0.1, 8, 24)
+            at_share(name, 0.1, 8, 24)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        at_budget("fastv", 1.0, 8, 24)
-    with pytest.raises(ValueError, match="none of the settings"):
-        at_budget("chain", 0.5, 8, 24)
+        at_share("fastv", 1.0, 8, 24)
+    with pytest.raises(NotImplementedError, match="settings_at must say"):
+        at_share("chain", 0.5, 8, 24)
 
 
 def test_what_cannot_be_set_is_named() -> None:
@@ -62,7 +63,7 @@ def test_policies_of_others_are_not_shipped_ones() -> None:
         keep: float = 0.5
 
     assert "somebody-elses-for-test" not in shipped()
-    assert at_budget("somebody-elses-for-test", 0.3, 8, 24) == Theirs(0.3)
+    assert at_share("somebody-elses-for-test", 0.3, 8, 24) == Theirs(0.3)
 
 
 def test_nearest_side() -> None:

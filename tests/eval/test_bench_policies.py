@@ -18,9 +18,9 @@ from vtr.eval.cost import scale as bench_scale
 from vtr.eval.cost.contenders import shipped
 from vtr.eval.cost.timing import between, mark
 from vtr.eval.report import plots, results
-from vtr.eval.spend import at_budget
 
 import vtr
+from vtr.budget import at_share
 from vtr.cli import app
 
 TINY = midsize.Size(6, 32, 64, 2, side=6, text_tokens=8, vocab_size=64, decode_tokens=(9, 10, 17), repeats=2)
@@ -192,7 +192,7 @@ def test_scale() -> None:
     body = bench_scale.measure(LADDER)
     assert json.loads(json.dumps(body)) == body
     wanted = {"vision_tokens": [36, 72, 144], "batch": [1, 2, 3], "answer": [4, 8, 12]}
-    specs = ["none", *(at_budget(name, 0.25, 6, 6).spec for name in bench_scale.NAMES)]
+    specs = ["none", *(at_share(name, 0.25, 6, 6).spec for name in bench_scale.NAMES)]
     assert [(line["axis"], line["policy"]) for line in body["series"]] == [(a, s) for a in wanted for s in specs]
     for line in body["series"]:
         assert line["x"] == wanted[line["axis"]] and len(line["ms"]) == len(line["x"])

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 import typer
-from vtr.eval import spend
 from vtr.eval.accuracy import contenders
 from vtr.eval.accuracy.contenders import Shapes
 from vtr.eval.studies import apart, trained
 
 import vtr
+from vtr.budget import at_share
 from vtr.chat import decode, encode
 from vtr.pocket.listing import f1
 from vtr.search import Cost, Example
@@ -121,7 +121,7 @@ def test_trained_policies_take_part_in_all(pocket) -> None:
     assert specs["pmod"].startswith(SPECS[0]) and "weights=pocket-joint,keep=0.0625" in specs["dynamic-llava"]
     assert "no weights" in contenders.contenders(["all"], shapes)[2]["pmod"]
     with pytest.raises(ValueError, match="layer 2 of 10"):
-        spend.trained("dynamic-llava", "pocket", 0.2, 10)
+        at_share("dynamic-llava:weights=pocket", 0.2, 10, 12)
 
 
 def test_the_command_writes_table_plot_and_figures(tmp_path, monkeypatch) -> None:

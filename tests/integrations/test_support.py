@@ -226,13 +226,6 @@ def test_families_that_cannot_be_patched_say_why(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
-def test_every_policy_is_in_the_table() -> None:
-    own = {
-        name for name in vtr.list_policies() if vtr.settings.policy_class(name).__module__.startswith("vtr.policies")
-    }
-    assert set(POLICIES) == own
-
-
 def test_every_family_is_in_the_table(models: Models) -> None:
     found = find_adapter(models.patched)
     assert type(found) is type(models.family.adapter)

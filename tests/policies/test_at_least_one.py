@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from vtr.eval.spend import at_budget
 from vtr.integrations.internvl import tiles_layout
 from vtr.integrations.llava import tile_layout
 from vtr.integrations.llava_next import anyres_layout
@@ -20,6 +19,7 @@ import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
 from vtr.base import Tokens
+from vtr.budget import at_share
 from vtr.engine.rows import compressed
 from vtr.keep import keep_count
 from vtr.policies import ClsTop
@@ -154,8 +154,8 @@ def test_on_a_model_no_row_is_left_without(model: Any, policy: vtr.Policy) -> No
 
 
 def test_budgets_and_stretched_schedules_are_never_rounded_to_nothing() -> None:
-    assert at_budget("cls", 1e-5, 5, 6).keep > 0  # type: ignore[attr-defined]
-    assert at_budget("globalcom2", 1e-5, 5, 6).retention > 0  # type: ignore[attr-defined]
+    assert at_share("cls", 1e-5, 5, 6).keep > 0  # type: ignore[attr-defined]
+    assert at_share("globalcom2", 1e-5, 5, 6).retention > 0  # type: ignore[attr-defined]
     with pytest.warns(UserWarning, match="resampled"):
         stretched = vtr.Schedule([1.0, 1e-6]).resample(4)
     assert stretched[3] == 1e-6 and min(stretched) > 0

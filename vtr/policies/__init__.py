@@ -1,4 +1,10 @@
-"""The policies: one file a method, one class a method."""
+"""The policies: one file a method, one class a method, in rooms by what they look at.
+
+Every file of a room is imported here, so a new policy is registered by being there.
+"""
+
+import importlib
+import pkgutil
 
 from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.policies.blind.pool import Pool
@@ -27,3 +33,6 @@ __all__ = [
     "Random",
     "UniformGrid",
 ]
+
+for _file in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_file.name)

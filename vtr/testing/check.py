@@ -56,6 +56,7 @@ def check_policy(
                               (names that begin with an underscore)
     in place                  what is handed over comes back as it was
     counts                    ``kept_of`` and ``entering``, where they say something, say what then stays
+    keep                      a setting of this name may be a count, a ratio, none, all, more than there are
     determinism               asked twice, it says the same; torch's global random state plays no part and is left alone
     row invariance            a row is in any batch what it is alone: left padding, other policies, a row without image
     question                  if another question keeps other tokens, the class says ``question_guided = True``

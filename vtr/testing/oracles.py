@@ -17,6 +17,7 @@ from vtr.chain import policy as policy_of
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip, seeded
+from vtr.testing.keeps import keep
 from vtr.testing.manners import counts, in_place, memory
 from vtr.testing.tiny import IMAGE
 
@@ -240,6 +241,7 @@ ALL: dict[str, Callable[[Bench], None]] = {
     "memory": memory,
     "in place": in_place,
     "counts": counts,
+    "keep": keep,
     "determinism": determinism,
     "row invariance": row_invariance,
     "question": question,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import avg_pool2d
@@ -13,6 +13,7 @@ from torch.nn.functional import avg_pool2d
 from vtr.base import Policy, UnsupportedError, Wanted
 from vtr.image import Image, Layout, Pooled, arrange, scales
 from vtr.settings import register_policy
+from vtr.shares import NEAR
 
 
 def pool(tiles: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
@@ -85,6 +86,15 @@ class Matryoshka(Policy):
     tokens: int | Sequence[int] = 36
 
     wants: ClassVar[tuple[Wanted, ...]] = ("tiles",)
+
+    @classmethod
+    def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
+        """The nested scale whose number of tokens is nearest, if one is near."""
+        known = scales((side, side))
+        nearest = min(known, key=lambda tokens: abs(tokens / side**2 - share))
+        if not NEAR < nearest / side**2 / share < 1 / NEAR:
+            raise ValueError(f"none of the nested scales {', '.join(map(str, known))} is near this share of {side**2}")
+        return {"tokens": nearest}
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int):

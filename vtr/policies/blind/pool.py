@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vtr.base import Policy
 from vtr.image import Image, Layout, Pooled, remembered
 from vtr.settings import register_policy
+from vtr.shares import nearest_side
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,11 @@ class Pool(Policy):
     """
 
     grid: int | Sequence[int] = 4
+
+    @classmethod
+    def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
+        """The grid whose number of cells is nearest."""
+        return {"grid": nearest_side(share, side)}
 
     def __post_init__(self) -> None:
         sides = (self.grid, self.grid) if isinstance(self.grid, int) else self.grid

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vtr.base import Policy, Tokens
-from vtr.image import Image, Layout
-from vtr.keep import Keep, check_keep, keep_count, top
-from vtr.policies._checks import check_before, check_depth, check_layer
+from vtr.policies.blind._blind import Blind
 from vtr.settings import register_policy
 
 if TYPE_CHECKING:
@@ -31,7 +28,7 @@ def dither_rank(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @register_policy("uniform")
 @dataclass
-class UniformGrid(Policy):
+class UniformGrid(Blind):
     """Baseline: vision tokens spread evenly over the patch grid of every tile, on entering one decoder layer.
 
     Args:
@@ -45,32 +42,8 @@ class UniformGrid(Policy):
         TypeError, ValueError: settings out of range.
     """
 
-    keep: Keep = 0.5
     layer: int = 0
     before_decoder: bool = False
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_layer(self.layer)
-        check_before(self.before_decoder, self.layer)
-
-    def check(self, num_hidden_layers: int) -> None:
-        check_depth(self.layer, num_hidden_layers)
-
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
-        if layer != self.layer:
-            return None
-        return self._spread(tokens.y, tokens.x, tokens.total)
-
-    def _spread(self, y: torch.Tensor, x: torch.Tensor, total: int) -> torch.Tensor:
-        return top(-dither_rank(y, x), keep_count(self.keep, total))
-
-    def asks(self, question: str) -> bool:
-        return question == ("compress" if self.before_decoder else "prune")
-
-    def kept_of(self, layout: Layout) -> int:
-        """How many tokens an image of this layout keeps with ``before_decoder``."""
-        return keep_count(self.keep, len(layout)) if self.before_decoder else super().kept_of(layout)
-
-    def compress(self, image: Image) -> torch.Tensor:
-        return self._spread(image.layout.y, image.layout.x, len(image))
+    def rank(self, y: torch.Tensor, x: torch.Tensor, layer: int) -> torch.Tensor:
+        return -dither_rank(y, x)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from vtr.base import Policy, Scores, Tokens
-from vtr.keep import Keep, check_keep, keep_count, top
-from vtr.policies._checks import check_depth, check_layer, check_on_continue
+from vtr.base import Scores
+from vtr.checks import check_on_continue
+from vtr.score import ScorePolicy
 from vtr.settings import register_policy
-
-if TYPE_CHECKING:
-    import torch
 
 
 @register_policy("fastv")
 @dataclass
-class FastV(Policy):
+class FastV(ScorePolicy):
     """One cut, on entering one decoder layer: the vision tokens the question looked at most in the layer before stay.
 
     The paper's K is ``layer``. A token's score is the attention the last text token paid to it in layer ``layer - 1``,
@@ -32,25 +29,10 @@ class FastV(Policy):
         TypeError, ValueError: settings out of range.
     """
 
-    keep: Keep = 0.5
-    layer: int = 2
     on_continue: str = "warn"
 
-    question_guided: ClassVar[bool] = True
+    attention: ClassVar[Scores | None] = "last"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_layer(self.layer, 1, "FastV ranks by the attention of the layer before, so layer must be at least 1")
+        super().__post_init__()
         check_on_continue(self.on_continue)
-
-    def check(self, num_hidden_layers: int) -> None:
-        check_depth(self.layer, num_hidden_layers)
-
-    def needs(self, layer: int) -> Scores | None:
-        return "last" if layer == self.layer else None
-
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
-        if layer != self.layer:
-            return None
-        assert tokens.scores is not None
-        return top(tokens.scores, keep_count(self.keep, tokens.total))

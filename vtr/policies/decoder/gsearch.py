@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtr.base import SCORES, Policy, Scores, Tokens
+from vtr.checks import check_on_continue
 from vtr.keep import Keep, keep_count, top
-from vtr.policies._checks import check_on_continue
 from vtr.schedule import Schedule, presets
 from vtr.settings import register_policy
+from vtr.shares import LEAST, equal_steps, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,15 @@ class GSearch(Policy):
     def names_file(cls, settings: Mapping[str, Any]) -> bool:
         schedule = settings.get("schedule")
         return isinstance(schedule, str) and schedule.lower() not in presets()
+
+    @classmethod
+    def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
+        """A keep at every layer, each the same share of the one before."""
+        depth = num_hidden_layers
+        if share * depth < 1 + LEAST:
+            raise ValueError(f"layer 0 takes all tokens, so the mean over {depth} layers is at least {1 / depth:.3f}")
+        step = equal_steps([1] * depth, share)
+        return {"schedule": [1.0, *(ratio(step**layer) for layer in range(1, depth))]}
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, (str, Path)):

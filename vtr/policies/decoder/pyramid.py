@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vtr.base import Policy, Tokens
+from vtr.checks import check_depth, check_layer, check_on_continue
 from vtr.keep import Keep, check_keep, keep_count, top
-from vtr.policies._checks import check_depth, check_layer, check_on_continue
 from vtr.settings import register_policy
+from vtr.shares import LEAST, STAGE, equal_steps
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,21 @@ class Pyramid(Policy):
     on_continue: str = "warn"
 
     question_guided: ClassVar[bool] = True
+
+    @classmethod
+    def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
+        """Three stages, each the same share of the one before; the earlier, the smaller the budget."""
+        depth, found = num_hidden_layers, list[tuple[float, list[int]]]()
+        for parts in (4, 8, 16, 32):
+            layers = [depth * (stage + 1) // parts for stage in range(3)]
+            spans = [b - a for a, b in pairwise([0, *layers, depth])]
+            if all(spans):
+                found.append((equal_steps(spans, share), layers))
+        late = [stages for stages in found if stages[0] >= STAGE]
+        step, layers = late[0] if late else max(found, default=(0.0, []))
+        if step**3 < LEAST**1.5:
+            raise ValueError(f"no three stages in {depth} layers have this mean")
+        return {"keeps": [round(step**stage, 4) for stage in (1, 2, 3)], "layers": layers}
 
     def __post_init__(self) -> None:
         if isinstance(self.keeps, str) or not isinstance(self.keeps, Sequence) or not self.keeps:

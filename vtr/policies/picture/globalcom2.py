@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn.functional import interpolate, normalize
 
 from vtr.base import Policy, UnsupportedError, Wanted
+from vtr.checks import check_number
 from vtr.image import Image, Layout, Pooled, remembered, stitch, tokens_at
 from vtr.keep import keep_count
-from vtr.policies._checks import check_number
 from vtr.settings import register_policy
+from vtr.shares import ratio
 
 TINIEST = 1e-9
 """Of no picture does a smaller share keep a whole token."""
@@ -130,6 +131,11 @@ class GlobalCom2(Policy):
     temperature: float = 10.0
 
     wants: ClassVar[tuple[Wanted, ...]] = ("cls",)
+
+    @classmethod
+    def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
+        """The share itself, of patches."""
+        return {"retention": ratio(share)}
 
     def __post_init__(self) -> None:
         if not isinstance(self.retention, float):

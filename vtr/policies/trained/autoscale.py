@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import gelu
 
 from vtr.base import Policy
+from vtr.checks import check_count, check_number
 from vtr.files import check_finite
 from vtr.image import Layout, scales
-from vtr.policies._checks import check_count, check_number
 from vtr.settings import build, register_policy
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vtr.base import Token, Tokens
+from vtr.checks import check_count, check_depth, check_layer
 from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.learned import Learned
-from vtr.policies._checks import check_count, check_depth, check_layer
 from vtr.settings import register_policy
 
 KEEP = 0

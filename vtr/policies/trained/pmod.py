@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from vtr.base import Route, Tokens
+from vtr.checks import check_count, check_number
 from vtr.keep import keep_count, top
 from vtr.learned import Learned
 from vtr.limits import MOST_LAYERS
-from vtr.policies._checks import check_count, check_number
 from vtr.schedule import progressive
 from vtr.settings import register_policy
 

@@ -1,0 +1,71 @@
+"""The base of methods that rank and keep: a score, and the settings it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vtr.base import Policy, Scores, Tokens
+from vtr.checks import check_depth, check_layer
+from vtr.keep import Keep, check_keep, keep_count, top
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class ScorePolicy(Policy):
+    """One cut: on entering one decoder layer, the vision tokens with the largest scores stay, at their positions.
+
+    A method is a subclass with a :meth:`score`; more settings are more dataclass fields::
+
+        @vtr.register_policy("top-norm")
+        @dataclass
+        class TopNorm(vtr.ScorePolicy):
+            def score(self, tokens):
+                return tokens.hidden.norm(dim=-1)
+
+    Args:
+        keep: tokens that stay: a ratio (float) or a count (int).
+        layer: the decoder layer before which the cut happens; at least 1 where ``attention`` is asked for.
+
+    Raises:
+        TypeError, ValueError: settings out of range.
+    """
+
+    keep: Keep = 0.5
+    layer: int = 2
+
+    attention: ClassVar[Scores | None] = None
+    """The attention that ``tokens.scores`` holds (paid in the layer before, as :meth:`needs` names it), or None. A
+    policy that asks for it looks at the question: ``question_guided`` is then True unless the class says otherwise."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.attention is not None and "question_guided" not in vars(cls):
+            cls.question_guided = True
+
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        """[n]: the larger a token's score, the sooner it stays; of equal scores the lower slot wins.
+
+        By default the attention asked for.
+        """
+        if tokens.scores is None:
+            raise NotImplementedError(f"{type(self).__name__} must define score(), or name the attention it ranks by")
+        return tokens.scores
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        why = f"{type(self).__name__} ranks by the attention of the layer before, so layer must be at least 1"
+        check_layer(self.layer, *((1, why) if self.attention else ()))
+
+    def check(self, num_hidden_layers: int) -> None:
+        check_depth(self.layer, num_hidden_layers)
+
+    def needs(self, layer: int) -> Scores | None:
+        return self.attention if layer == self.layer else None
+
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
+        if layer != self.layer:
+            return None
+        return top(self.score(tokens), keep_count(self.keep, tokens.total))

@@ -1,0 +1,47 @@
+"""A mean budget (the share of vision tokens that enters a layer, in the mean over layers) as cuts: the arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+LEAST = 0.02
+"""A cut that would have to leave less than this to reach a mean budget is made in an earlier layer."""
+STAGE = 1 / 3
+"""Stages that would have to keep less than this share of the one before begin earlier."""
+NEAR = 0.6
+"""A policy that can only take steps must come as near to a budget as this factor."""
+
+
+def ratio(exact: float) -> float:
+    """A ratio in four digits, never rounded to nothing."""
+    return max(round(exact, 4), 0.0001)
+
+
+def one_cut(share: float, num_hidden_layers: int, layers: Sequence[int]) -> tuple[float, int]:
+    """(keep, layer) of a cut whose mean is ``share``, in the first of ``layers`` that can have it.
+
+    Raises:
+        ValueError: none of them can: too many tokens enter the layers before.
+    """
+    for layer in layers:
+        keep = (share * num_hidden_layers - layer) / max(num_hidden_layers - layer, 1)
+        if layer < num_hidden_layers and keep >= LEAST:
+            return ratio(keep), layer
+    raise ValueError(f"a cut in layer {layers[-1]} of {num_hidden_layers} keeps the mean above {share:.3g}")
+
+
+def equal_steps(spans: Sequence[int], mean: float) -> float:
+    """Each span of layers keeps the same share of the one before, the first all: the share whose mean is ``mean``."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        found = sum(span * share**step for step, span in enumerate(spans)) / sum(spans)
+        low, high = (share, high) if found < mean else (low, share)
+    return low
+
+
+def nearest_side(share: float, side: int) -> int:
+    """The side of the square with a share of ``side`` × ``side`` tokens nearest to this one, at least 1."""
+    exact = side * math.sqrt(share)
+    return max(min((math.floor(exact), math.ceil(exact)), key=lambda s: abs((s / side) ** 2 - share)), 1)
