@@ -1,4 +1,4 @@
-"""The README's tables are made from result files, and a drift is noticed."""
+"""The tables of README and docs are made from result files, and a drift is noticed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def command() -> typer.Typer:
     return program
 
 
-def test_the_readmes_tables_are_those_of_the_results() -> None:
-    root = Path(__file__).parents[2]
-    readme.update(root / "README.md", check=True)
+@pytest.mark.parametrize("name", readme.MARKED, ids=str)
+def test_the_tables_are_those_of_the_results(name: Path) -> None:
+    file = Path(__file__).parents[2] / name
+    assert readme.OPEN.search(file.read_text()), "a file without a table need not be named"
+    readme.update(file, check=True)
 
 
 def test_the_readmes_tables_are_written_and_drift_is_noticed(tmp_path: Path) -> None:
@@ -48,6 +50,17 @@ def test_the_readmes_tables_are_written_and_drift_is_noticed(tmp_path: Path) -> 
     assert runner.invoke(program, [str(mine), "--check"]).exit_code == 1
     assert runner.invoke(app, ["page", str(tmp_path / "eval" / "results"), "--readme", str(mine)]).exit_code == 0
     assert mine.read_text() == fresh
+
+
+def test_the_short_table_has_five_columns(tmp_path: Path) -> None:
+    """Policy, accuracy, tokens, FLOPs, time: no reduction first, long specs cut."""
+    paths = result_files.write(tmp_path, "eval")
+    lines = readme.table("eval:short", {path.stem: path for path in paths}).splitlines()
+    assert lines[1] == "| policy | accuracy | tokens | GFLOPs | prefill |"
+    rows = [line for line in lines if line.startswith("| `")]
+    assert rows[0].startswith("| `none` |") and all(row.count("|") == 6 for row in rows)
+    assert all(len(row.split("`")[1]) <= 34 for row in rows)
+    assert "(100%) |" in rows[0] and "×)" in rows[1] and "×)" not in rows[0]
 
 
 @pytest.mark.parametrize(
