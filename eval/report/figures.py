@@ -97,7 +97,7 @@ def _request(axes: Any, shot: visualize.Shot, words: str, color: str, last: bool
     stairs.tick_params(labelsize=10)
     stairs.spines[["top", "right"]].set_visible(False)
     place = {"transform": stairs.transAxes, "va": "top"}
-    stairs.text(0.01, 1, f"policy={shot.row.policy!r}", **place, fontsize=10.5, color=color, weight="bold")
+    stairs.text(0.01, 1, f"policy={shot.row.policy!r}", **place, fontsize=10.5, color=color)
     stairs.text(0.01, 0.84, words, **place, fontsize=10.5, color=color)
     stairs.text(1, 1.02, said, **place, ha="right", fontsize=13, color=shade, weight="bold")
     if last:
