@@ -1,4 +1,4 @@
-"""Tables of README and docs, made of result files: ``python -m vtr.eval.report.readme`` writes them, ``--check`` compares.
+"""Tables of README and docs, made of result files: ``python -m vtr.eval.report.readme`` (``--check`` only compares).
 
 Between ``<!-- vtr:table NAME -->`` and ``<!-- /vtr:table -->`` stands the main table of NAME.json, or with NAME:TABLE
 another of its tables (``pocket:kinds``, ``best:short``).
@@ -85,7 +85,9 @@ def update(readme: Path, paths: Sequence[Path] = (), check: bool = False) -> str
 
 
 def main(
-    readme: Annotated[Path | None, typer.Argument(help="the file with markers; default: README.md, docs/results.md")] = None,
+    readme: Annotated[
+        Path | None, typer.Argument(help="the file with markers; default: README.md, docs/results.md")
+    ] = None,
     results: Annotated[
         list[Path] | None, typer.Argument(help="result files or folders; default: eval/results", show_default=False)
     ] = None,

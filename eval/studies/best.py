@@ -13,13 +13,14 @@ import typer
 from vtr.eval.report.results import load
 
 
-def best(rows: list[dict[str, Any]], most: float) -> list[str]:
-    """Of each policy the spec with the highest accuracy among those whose mean keep is at most ``most``.
+def best(rows: list[dict[str, Any]], most: float, tie: float = 0.01) -> list[str]:
+    """Of each policy the best spec among those whose mean keep is at most ``most``.
 
-    Of equals the one with the fewest FLOPs. In the order in which the policies come; no reduction is left out.
+    That is the one with the fewest FLOPs of those whose accuracy is within ``tie`` of the highest: a hundred questions
+    tell no smaller differences apart. In the order in which the policies come; no reduction is left out.
 
     Args:
-        rows: of a ``vtr eval`` result. most: a share of the vision tokens.
+        rows: of a ``vtr eval`` result. most: a share of the vision tokens. tie: a share of the questions.
 
     Raises:
         ValueError: a policy of which no setting is within the budget.
@@ -31,17 +32,22 @@ def best(rows: list[dict[str, Any]], most: float) -> list[str]:
         if not within:
             least = min(row["mean_keep"] for row in mine)
             raise ValueError(f"no setting of {name} keeps at most {most:.1%}: the least is {least:.1%}")
-        chosen.append(max(within, key=lambda row: (row["accuracy"], -row["gflops"]))["policy"])
+        highest = max(row["accuracy"] for row in within)
+        good = [row for row in within if row["accuracy"] >= highest - tie]
+        chosen.append(min(good, key=lambda row: (row["gflops"], -row["accuracy"]))["policy"])
     return chosen
 
 
 def main(
     result: Annotated[Path, typer.Argument(help="what vtr eval wrote about the settings")],
     most: Annotated[float, typer.Option(help="the largest mean keep that counts as within the budget")] = 0.265,
+    tie: Annotated[
+        float, typer.Option(help="differences of accuracy up to this are none; the cheaper one is taken")
+    ] = 0.01,
 ) -> None:
     """Print the best setting of every policy of a result file."""
     try:
-        print(";".join(best(load(result)["policies"], most)))
+        print(";".join(best(load(result)["policies"], most, tie)))
     except (ValueError, OSError) as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error

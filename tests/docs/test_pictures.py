@@ -1,4 +1,4 @@
-"""Pictures with answers on them are true: the model, asked again, says what stands on them, and right is marked as right."""
+"""Pictures with answers on them are true: the model, asked again, says the same, and right is marked as right."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_its_commands_files_and_policies_exist() -> None:
 
 
 def test_the_landing_page_has_its_order_and_is_short() -> None:
-    """A picture, what one gains, install, two commands, one's own model, results, what to start with, limits; the rest."""
+    """A picture, what one gains, install, two commands, one's own model, results, what to start with, limits."""
     marks = [
         "docs/pictures/idea.png",
         "**What you gain:**",
@@ -80,7 +80,9 @@ def test_what_the_readme_says_one_gains_is_measured() -> None:
 def test_nothing_is_installed_from_a_release_that_is_not_there() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for line in re.findall(r"pip install[^`#\n]*", page.read_text()):
-            assert "vision-token-reduction" not in line.replace("github.com/vision-token-reduction/vtr", "") or "@" in line
+            assert (
+                "vision-token-reduction" not in line.replace("github.com/vision-token-reduction/vtr", "") or "@" in line
+            )
     address = re.search(r"repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text())
     assert address and f"pip install git+{address[1]}\n" in README and f"git clone {address[1]} " in README
 

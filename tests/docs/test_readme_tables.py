@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 from vtr.eval.report import readme
+from vtr.eval.studies.best import best
 
 from tests import result_files
 from vtr.cli import app
 
+ROOT = Path(__file__).parents[2]
 END = "<!-- /vtr:table -->"
 
 
@@ -78,3 +81,28 @@ def test_bad_markers(marker: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         readme.update(tmp_path / "README.md", paths)
     assert (tmp_path / "README.md").read_text() == marker
+
+
+def test_the_best_setting_of_every_policy() -> None:
+    rows = [
+        {"policy": "none", "name": "none", "accuracy": 1.0, "mean_keep": 1.0, "gflops": 9.0},
+        {"policy": "a:1", "name": "a", "accuracy": 0.90, "mean_keep": 0.25, "gflops": 2.0},
+        {"policy": "a:2", "name": "a", "accuracy": 0.95, "mean_keep": 0.26, "gflops": 3.0},
+        {"policy": "a:3", "name": "a", "accuracy": 0.99, "mean_keep": 0.50, "gflops": 4.0},
+        {"policy": "b:1", "name": "b", "accuracy": 0.955, "mean_keep": 0.25, "gflops": 3.0},
+        {"policy": "b:2", "name": "b", "accuracy": 0.95, "mean_keep": 0.25, "gflops": 2.0},
+    ]
+    assert best(rows, 0.265) == ["a:2", "b:2"], "within the budget; within a point the cheaper one"
+    assert best(rows, 0.6, tie=0.0) == ["a:3", "b:1"]
+    with pytest.raises(ValueError, match=r"no setting of a keeps at most 10\.0%: the least is 25\.0%"):
+        best(rows, 0.1)
+
+
+def test_the_table_of_best_settings_has_the_best_of_the_settings_compared_on_other_questions() -> None:
+    settings, reported = (
+        json.loads((ROOT / path).read_text()) for path in ("docs/results/settings.json", "eval/results/best.json")
+    )
+    assert settings["seed"] != reported["seed"]
+    assert best(settings["policies"], 0.265) == [
+        row["policy"] for row in reported["policies"] if row["policy"] != "none"
+    ]
