@@ -58,7 +58,7 @@ best() {
   done
   vtr eval -p "$(IFS=';' && echo "${settings[*]}")" --seed 11 --limit 120 --processes 1 --out "$runs/settings"
   cp "$runs/settings/results.json" docs/results/settings.json
-  vtr eval -p "$(python -m vtr.eval.studies.best docs/results/settings.json)" --limit 480 --latency 16 --processes 1 --out "$runs/best"
+  vtr eval -p "$(python -m vtr.eval.studies.best docs/results/settings.json)" --limit 300 --latency 12 --processes 1 --out "$runs/best"
   cp "$runs/best/results.json" eval/results/best.json
 }
 cost() {

@@ -1,4 +1,4 @@
-"""Which policy works on which family: the cells of ``tests/integrations/test_support.py`` and of the table in docs/families.md.
+"""Which policy works on which family: cells of ``tests/integrations/test_support.py``, the table of docs/families.md.
 
 ``python -m tests.support`` runs the tests and prints the table made of their outcomes; ``--write`` puts it into
 the page. A cell is green only if its test passed; the others say why not, in the adapter's words.
