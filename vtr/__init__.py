@@ -1,6 +1,6 @@
 """vtr: vision-token reduction for multimodal LLMs, patched into a running model, chosen per request."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import vtr.integrations  # noqa: F401  (makes the model families known)
@@ -82,17 +82,20 @@ __all__ = [
     "use",
     "visualize",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
+if TYPE_CHECKING:
+    from vtr import chat, search, testing, visualize
+else:
 
-def __getattr__(name: str) -> Any:
-    """Modules that are loaded when they are first asked for, and policies of ``vtr.policies`` that are not above."""
-    if name in ("chat", "search", "testing", "visualize"):
-        import importlib
+    def __getattr__(name: str) -> Any:
+        """Modules that are loaded when they are first asked for, and policies of ``vtr.policies`` not named above."""
+        if name in ("chat", "search", "testing", "visualize"):
+            import importlib
 
-        return importlib.import_module(f"vtr.{name}")
-    for policy_name in list_policies():
-        cls = policy_class(policy_name)
-        if cls.__name__ == name and cls.__module__.startswith("vtr.policies."):
-            return cls
-    raise AttributeError(f"module 'vtr' has no attribute {name!r}")
+            return importlib.import_module(f"vtr.{name}")
+        for policy_name in list_policies():
+            cls = policy_class(policy_name)
+            if cls.__name__ == name and cls.__module__.startswith("vtr.policies."):
+                return cls
+        raise AttributeError(f"module 'vtr' has no attribute {name!r}")

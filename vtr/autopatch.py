@@ -155,7 +155,7 @@ def _making() -> Iterator[bool]:
 def _watcher(before: Any) -> Any:
     """Classes that are defined later: of this script, of models that transformers imports when they are asked for."""
 
-    def init_subclass(cls: Any, **kwargs: Any) -> None:
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         if before is NOTHING:
             super(PreTrainedModel, cls).__init_subclass__(**kwargs)
         else:

@@ -120,7 +120,6 @@ def _share(mean: float, total: int | None, usual: int | None) -> float:
 
 def typical(model: Any) -> Layout | None:
     """How the tokens of a typical picture lie; None where they depend on the picture alone."""
-    from vtr.integrations.llava import tile_layout
     from vtr.integrations.llava_next import anyres_layout
 
     config = model.config
@@ -133,14 +132,16 @@ def typical(model: Any) -> Layout | None:
     pins = getattr(config, "image_grid_pinpoints", None)
     if pins and isinstance(pins[0], (list, tuple)):
         canvas = min(pins, key=lambda p: (abs(p[0] - p[1]), abs(p[0] * p[1] - 4 * image**2)))
-        return anyres_layout(tuple(canvas), tuple(map(tuple, pins)), image, side)
-    return tile_layout(side, side)
+        laid_out: Layout = anyres_layout(tuple(canvas), tuple(map(tuple, pins)), image, side)
+        return laid_out
+    return _plain(side)
 
 
 def _plain(side: int) -> Layout:
     from vtr.integrations.llava import tile_layout
 
-    return tile_layout(side, side)
+    layout: Layout = tile_layout(side, side)
+    return layout
 
 
 def mean_of(one: Policy, depth: int, layout: Layout) -> float:

@@ -51,6 +51,8 @@ class Chain(Policy):
                 raise TypeError(f"a chain joins policies, got {item!r}")
             made = build(item["policy"], item["settings"]) if isinstance(item, dict) else item
             flat += made.policies if isinstance(made, Chain) else [made]  # type: ignore[arg-type]
+        if not flat:
+            raise ValueError("a chain without policies reduces nothing: name one or more, or use policy=None")
         self.policies = flat
         self._answers: dict[str, Policy] = {}
         for question in QUESTIONS:
@@ -100,7 +102,8 @@ class Chain(Policy):
         """What the choosing member chooses (its tries are made without the others), together with the others."""
         chooser = self._answers["resolve"]
         rest: list[Policy] = [p for p in self.policies if p is not chooser]  # type: ignore[misc]
-        return [Chain([*([] if one is None else [one]), *rest]) for one in chooser.resolve(tries)]
+        together = [rest if one is None else [one, *rest] for one in chooser.resolve(tries)]
+        return [Chain(parts) if parts else None for parts in together]
 
     def check(self, num_hidden_layers: int) -> None:
         for p in self.policies:

@@ -18,7 +18,8 @@ def prompt(processor: Any, question: str, picture: bool = True) -> str:
     """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * picture + [{"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        turn = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(turn, add_generation_prompt=True))
     image = f"{processor.image_token}\n" if picture else ""
     return f"USER: {image}{question} ASSISTANT:"
 

@@ -50,7 +50,8 @@ def _of_pixels(cells: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """The entry of ``cells`` that each pixel of [height, width, …] lies in: [height, width]."""
     rows = np.arange(pixels.shape[0]) * cells.shape[0] // pixels.shape[0]
     columns = np.arange(pixels.shape[1]) * cells.shape[1] // pixels.shape[1]
-    return cells[rows[:, None], columns[None, :]]
+    found: np.ndarray = cells[rows[:, None], columns[None, :]]
+    return found
 
 
 def _painted(picture: Image.Image, cells: np.ndarray, pooled: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import overload
 
 from vtr.files import read_json
 from vtr.keep import Keep, check_keep, keep_count
@@ -52,7 +53,11 @@ class Schedule(Sequence[Keep]):
             last[type(keep)] = keep
         self._keeps = tuple(keeps)
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> Keep: ...
+    @overload
+    def __getitem__(self, layer: slice) -> tuple[Keep, ...]: ...
+    def __getitem__(self, layer: int | slice) -> Keep | tuple[Keep, ...]:
         return self._keeps[layer]
 
     def __len__(self) -> int:

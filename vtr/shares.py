@@ -19,14 +19,16 @@ def ratio(exact: float) -> float:
 
 
 def one_cut(share: float, num_hidden_layers: int, layers: Sequence[int]) -> tuple[float, int]:
-    """(keep, layer) of a cut whose mean is ``share``, in the first of ``layers`` that can have it.
+    """(keep, layer) of a cut whose mean is ``share``, in the first of ``layers`` that can have it; of several, by
+    leaving at least ``LEAST``.
 
     Raises:
         ValueError: none of them can: too many tokens enter the layers before.
     """
+    least = LEAST if len(layers) > 1 else 0.0001
     for layer in layers:
         keep = (share * num_hidden_layers - layer) / max(num_hidden_layers - layer, 1)
-        if layer < num_hidden_layers and keep >= LEAST:
+        if layer < num_hidden_layers and keep >= least:
             return ratio(keep), layer
     raise ValueError(f"a cut in layer {layers[-1]} of {num_hidden_layers} keeps the mean above {share:.3g}")
 

@@ -1,9 +1,11 @@
 """The gate under load, some of it hostile: `python -m vtr.eval.cost.gate`. No model, no GPU, 127.0.0.1 only.
 
-A stand-in for the server, the gate (`vtr serve --upstream`) and the clients are a process each. Nine in ten clients
-send a picture, wait for the answer and send again; one in thirty each sends its body too slowly, hangs up, or sends
-what is no request. Meanwhile /health is asked all the time. Said at the end: answers by status, wrong ones, the wait
-for /health, the gate's memory. Needs Linux or another system that forks, and a machine that does nothing else.
+A stand-in for the server, the gate (`vtr serve --upstream`), the clients and who asks for /health are a process each.
+Nine in ten clients send a picture, wait for the answer and send again; one in thirty each sends its body too slowly,
+hangs up, or sends what is no request. Meanwhile /health is asked 40 times a second, whether the last answer has come or
+not, and as often a server that does nothing else: what one waits for that one is the machine's doing, not the gate's.
+Said at the end: answers by status, wrong ones, both waits, the gate's memory and time of the processor. Needs Linux or
+another system that forks, and a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import asyncio
 import gc
 import json
 import multiprocessing
+import os
 import random
 import socket
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PICTURE = "data:image/png;base64," + "A" * 100_000
@@ -29,6 +34,8 @@ GOOD = {
     "vtr": "m3:tokens=36",
 }
 ANSWER = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 11\r\n\r\n{"ok":true}'
+EVERY = 0.025
+"""Seconds between two questions for /health."""
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 MALFORMED: list[tuple[bytes, int]] = [
     (b"{no json", 400),
@@ -43,7 +50,7 @@ MALFORMED: list[tuple[bytes, int]] = [
 
 
 def serve_upstream(tell: Connection) -> None:
-    """Answers every request after one to three seconds."""
+    """Answers every request but GETs after one to three seconds."""
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -71,7 +78,7 @@ def serve_upstream(tell: Connection) -> None:
 def serve_gate(upstream: int, tell: Connection) -> None:
     """As ``vtr serve --upstream`` does."""
     import uvicorn
-    from vtr.integrations.vllm.patience import protocol
+    from vtr.integrations.vllm.patience import SWITCH, protocol
     from vtr.integrations.vllm.proxy import proxy
 
     listening = socket.socket()
@@ -80,6 +87,7 @@ def serve_gate(upstream: int, tell: Connection) -> None:
     app = proxy(f"http://127.0.0.1:{upstream}", 32)
     gc.freeze()
     config = uvicorn.Config(app, log_level="critical", http=protocol(), backlog=1024)  # type: ignore[arg-type]
+    sys.setswitchinterval(SWITCH)
     tell.send(listening.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listening])
 
@@ -91,7 +99,6 @@ class Load:
         self.port, self.end = port, end
         self.answers: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.health: list[float] = []
 
     def over(self) -> bool:
         return asyncio.get_running_loop().time() >= self.end
@@ -136,12 +143,32 @@ class Load:
             self.note("malformed", await self.ask(post(body)), status)
             await asyncio.sleep(random.uniform(0, 1))
 
-    async def ask_health(self) -> None:
-        while not self.over():
-            start = time.perf_counter()
-            self.note("health", await self.ask(HEALTH), 200)
-            self.health.append(time.perf_counter() - start)
-            await asyncio.sleep(0.02)
+
+async def ask_health(ports: list[int], seconds: float) -> tuple[list[list[float]], list[str]]:
+    """How long each server let wait for /health (seconds), asked at fixed times; what was answered but 200."""
+    waits: list[list[float]] = [[] for _ in ports]
+    wrong: list[str] = []
+
+    async def one(at: int) -> None:
+        start = time.perf_counter()
+        got = await Load(ports[at], 0.0).ask(HEALTH)
+        waits[at].append(time.perf_counter() - start)
+        if got != 200:
+            wrong.append(f"health: {got}, not 200")
+
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    asked: list[asyncio.Task[None]] = []
+    for tick in range(int(seconds / EVERY)):
+        await asyncio.sleep(begun + tick * EVERY - loop.time())
+        asked += [asyncio.create_task(one(at)) for at in range(len(ports))]
+    await asyncio.gather(*asked)
+    return waits, wrong
+
+
+def serve_prober(ports: list[int], seconds: float, tell: Connection) -> None:
+    """Asks, and tells what :func:`ask_health` gives."""
+    tell.send(asyncio.run(ask_health(ports, seconds)))
 
 
 def post(body: bytes) -> bytes:
@@ -163,7 +190,7 @@ async def load(port: int, pid: int, clients: int, seconds: float) -> tuple[Load,
             memory.append(resident(pid))
             await asyncio.sleep(1)
 
-    await asyncio.gather(watch(), made.ask_health(), *(kind() for kind, count in kinds for _ in range(count)))
+    await asyncio.gather(watch(), *(kind() for kind, count in kinds for _ in range(count)))
     return made, memory
 
 
@@ -172,36 +199,59 @@ def resident(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
 
+def spent(pid: int) -> float:
+    """Seconds of the processor that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> int:
     """Run it; 1 if any answer was wrong."""
     words = argparse.ArgumentParser(prog="python -m vtr.eval.cost.gate", description=__doc__)
     words.add_argument("--clients", type=int, default=300)
     words.add_argument("--seconds", type=float, default=60.0)
     given = words.parse_args()
-    fork = multiprocessing.get_context("fork")
-    hear, tell = fork.Pipe(duplex=False)
-    upstream = fork.Process(target=serve_upstream, args=(tell,), daemon=True)
-    upstream.start()
-    gate = fork.Process(target=serve_gate, args=(hear.recv(), tell), daemon=True)
-    gate.start()
-    try:
-        port = hear.recv()
-        asyncio.run(Load(port, 0.0).ask(HEALTH))
-        made, memory = asyncio.run(load(port, gate.pid or 0, given.clients, given.seconds))
-    finally:
-        gate.terminate()
-        upstream.terminate()
-    waits = sorted(1000 * wait for wait in made.health)
+    made, memory, waits, wrong, spent = run(given.clients, given.seconds)
     third = max(len(memory) // 3, 1)
     print(f"{given.clients} clients for {given.seconds:.0f} s:", dict(sorted(made.answers.items())))
-    print("wrong:", dict(Counter(made.wrong)) or "none")
-    print(
-        f"/health: {len(waits)} times, median {statistics.median(waits):.1f} ms, "
-        f"99th percentile {waits[int(len(waits) * 0.99)]:.1f}, longest {waits[-1]:.1f}"
-    )
+    print("wrong:", dict(Counter(made.wrong + wrong)) or "none")
+    for name, got in zip(("/health of the gate", "of a server without load"), waits, strict=True):
+        times = sorted(1000 * wait for wait in got)
+        print(f"{name}: {len(times)} times, median {statistics.median(times):.1f} ms, "
+              f"99th percentile {times[int(len(times) * 0.99)]:.1f}, longest {times[-1]:.1f}")  # fmt: skip
     print(f"memory: {memory[0]:.0f} MiB at first, at most {max(memory[:third]):.0f} in the first third, "
           f"{max(memory[-third:]):.0f} in the last")  # fmt: skip
-    return int(bool(made.wrong))
+    print(f"time of the processor: {1000 * spent / sum(made.answers.values()):.1f} ms a request")
+    return int(bool(made.wrong + wrong))
+
+
+def run(clients: int, seconds: float) -> tuple[Load, list[float], list[list[float]], list[str], float]:
+    """The load, the gate's memory, the waits for /health of both servers, what went wrong there, the gate's seconds."""
+    fork = multiprocessing.get_context("fork")
+    hear, tell = fork.Pipe(duplex=False)
+    started: list[BaseProcess] = []
+
+    def start(target: Callable[..., None], *args: object) -> BaseProcess:
+        started.append(fork.Process(target=target, args=(*args, tell), daemon=True))
+        started[-1].start()
+        return started[-1]
+
+    try:
+        start(serve_upstream)
+        upstream = hear.recv()
+        start(serve_upstream)
+        idle = hear.recv()
+        gate = start(serve_gate, upstream).pid or 0
+        port = hear.recv()
+        asyncio.run(Load(port, 0.0).ask(HEALTH))
+        before = spent(gate)
+        start(serve_prober, [port, idle], seconds)
+        made, memory = asyncio.run(load(port, gate, clients, seconds))
+        waits, wrong = hear.recv()
+        return made, memory, waits, wrong, spent(gate) - before
+    finally:
+        for process in started:
+            process.terminate()
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ MOST_HELD = 2**30
 """Bytes of bodies held at a time."""
 PART_SECONDS, BODY_SECONDS = 10.0, 60.0
 """Within how long the next part of a body must come, and all of it."""
-READERS = 4
-"""Threads that read bodies."""
+READERS = 2
+"""Threads that read bodies, those that are not read at once. Each takes Python's lock from the event loop."""
 LAYERS_ENV = "VTR_DECODER_LAYERS"
 HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]*")
 """What a Host header may be made of: nothing that begins a path, a query or a name before the host."""
@@ -128,6 +128,7 @@ class Gateway:
         self.app, self.most = app, most
         self.depth = depth if depth is not None else int(os.environ.get(LAYERS_ENV, "32"))
         self.open, self.held = 0, 0
+        self.turn = asyncio.Lock()
         self.readers = ThreadPoolExecutor(READERS, "vtr-gate")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,8 +143,11 @@ class Gateway:
             elif scope["path"] in ALWAYS:
                 return await self.app(scope, receive, send)
             with self._place() as held:
+                raw = b"" if scope["method"] in READING else await self._body(receive, held)
+                async with self.turn:  # who is ready goes on one by one; in between the loop turns to everybody else
+                    await asyncio.sleep(0)
                 if scope["method"] not in READING:
-                    scope, receive = await self._checked(scope, receive, held)
+                    scope, receive = await self._checked(scope, receive, raw)
                 await self.app(scope, receive, send)
         except Refused as refused:
             metrics.refused(refused.reason)
@@ -163,10 +167,12 @@ class Gateway:
             self.open -= 1
             self.held -= held[0]
 
-    async def _checked(self, scope: Scope, receive: Receive, held: list[int]) -> tuple[Scope, Receive]:
+    async def _checked(self, scope: Scope, receive: Receive, raw: bytes | bytearray) -> tuple[Scope, Receive]:
         """The request as what is behind the gate gets it."""
-        raw = await self._body(receive, held)
-        body = await asyncio.get_running_loop().run_in_executor(self.readers, checked, raw, self.depth)
+        if bodies.quick(raw):
+            body = checked(raw, self.depth)
+        else:
+            body = await asyncio.get_running_loop().run_in_executor(self.readers, checked, raw, self.depth)
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in REWRITTEN]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         passed = {**scope, "headers": headers, "raw_path": scope["path"].encode()}

@@ -7,6 +7,9 @@ from typing import Any
 
 HEAD_SECONDS = 10.0
 """Within how long a connection must have sent the head of a request, from its first byte or from its beginning on."""
+SWITCH = 0.0005
+"""Seconds after which a thread that reads a body lets the event loop go on (``sys.setswitchinterval``, where the gate
+has the process for itself). Python's own 0.005 may be lost at every call of the loop to the system."""
 
 
 def protocol() -> type:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
@@ -85,9 +85,10 @@ class Upstream:
 
     def __init__(self, address: str, timeout: float, transport: Any) -> None:
         import httpx
+        from vtr.integrations.vllm.wire import Direct
 
         self.address, self.base = address, httpx.URL(address)
-        self.given, self.tls = transport, httpx.create_ssl_context()
+        self.transport = transport or Direct(httpx.create_ssl_context())
         waits = {"connect": min(CONNECT, timeout), "read": timeout, "write": min(STALLED, timeout), "pool": None}
         self.extensions = {"timeout": waits}
 
@@ -97,18 +98,11 @@ class Upstream:
 
         No client, which would share cookies; no pool, which looks through all its connections at every request.
         """
-        import httpx
-
-        transport = self.given or httpx.AsyncHTTPTransport(verify=self.tls)
+        got = await self.transport.handle_async_request(request)
         try:
-            got = await transport.handle_async_request(request)
-            try:
-                yield got
-            finally:
-                await got.aclose()
+            yield got
         finally:
-            if self.given is None:
-                await transport.aclose()
+            await got.aclose()
 
     def request(self, scope: Scope, body: bytes) -> Any:
         """What is sent for the request of ``scope``: its path, as the gate saw it, its query and its headers.
@@ -173,23 +167,26 @@ class Upstream:
         return text if text.endswith("\n") or not text else text + "\n"
 
 
-async def _while_there(work: Any, receive: Receive) -> None:
+async def _while_there(work: Coroutine[Any, Any, None], receive: Receive) -> None:
     """Run ``work``, and end it when the client goes."""
+    working, left = asyncio.current_task(), False
+    assert working is not None
 
     async def gone() -> None:
+        nonlocal left
         while (await receive())["type"] != "http.disconnect":
             pass
+        left = True
+        working.cancel()
 
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    watching = asyncio.create_task(gone())
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        await work
+    except asyncio.CancelledError:
+        if not left or working.uncancel() > 0:  # somebody else ends it
+            raise
     finally:
         watching.cancel()
-        if not working.done():
-            working.cancel()
-        ended = await asyncio.gather(working, watching, return_exceptions=True)
-    if isinstance(ended[0], Exception):
-        raise ended[0]
 
 
 def kept(headers: Iterable[tuple[bytes, bytes]], also: tuple[bytes, ...] = ()) -> list[tuple[bytes, bytes]]:

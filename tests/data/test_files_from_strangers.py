@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vtr.files import read_json
 from vtr.pocket import POLICIES
 from vtr.policies.trained.autoscale import ROUTER
 from vtr.search.state import Trials
-from vtr.settings import build
+from vtr.settings import policy_class
 
 SECONDS, MIB = 5, 300
 CONFIG, WEIGHTS = "vtr_policy.json", "vtr_policy.safetensors"
@@ -228,7 +229,8 @@ TEXTS: dict[str, Any] = {
     "a file": '{"policy": "gsearch", "settings": {"schedule": "/etc/passwd"}}',
     "a chain of files": CHAIN + '{"policy": "pmod", "settings": {"weights": "."}}]}}',
     "a chain of strings": CHAIN + '"fastv"]}}',
-    "a chain of nothing": '{"policy": "chain", "settings": {"policies": 3}}',
+    "a chain of a number": '{"policy": "chain", "settings": {"policies": 3}}', "a chain of nothing": CHAIN + "]}}",
+    "a chain without settings": '{"policy": "chain", "settings": {}}',
     "a chain of halves": CHAIN + '{"policy": "fastv"}]}}',
     "a long chain": CHAIN + ",".join(['{"policy": "chain", "settings": {}}'] * 9999) + "]}}",
     "a deep chain": CHAIN * 90_000,
@@ -292,7 +294,8 @@ ODD = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=4,
 )  # fmt: skip
 NAMES = [name for name in vtr.list_policies() if "test" not in name]
-FIELDS = sorted({key for name in NAMES for key in build(name, {}).config()} | {"weights", "allow_mismatch"})
+KNOWN = {name: {field.name for field in fields(policy_class(name)) if field.init} for name in NAMES}
+FIELDS = sorted(set().union(*KNOWN.values()) | {"weights", "allow_mismatch"})
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -300,8 +303,8 @@ FIELDS = sorted({key for name in NAMES for key in build(name, {}).config()} | {"
     name=st.sampled_from(NAMES), some=st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=3), about=st.none() | ODD
 )
 def test_drawn_settings_load_or_are_refused(tmp_path: Path, name: str, some: dict[str, Any], about: Any) -> None:
-    known = build(name, {}).config()
-    data = {"policy": name, "settings": {key: value for key, value in some.items() if key in known}, "weights": about}
+    chosen = {key: value for key, value in some.items() if key in KNOWN[name]}
+    data = {"policy": name, "settings": chosen, "weights": about}
     (tmp_path / CONFIG).write_text(json.dumps(data))
     save_file({"x": torch.zeros(2)}, tmp_path / WEIGHTS)
     if about is None:

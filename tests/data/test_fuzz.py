@@ -81,7 +81,7 @@ def test_spec_strings(spec: str) -> None:
 
     with bounded(make):
         made = make()
-        if made is not None and made.spec and not getattr(made, "folder", None):  # a chain of nothing has no spec
+        if made is not None and not getattr(made, "folder", None):
             assert vtr.policy(made.spec) == made or "NaN" in made.spec
     with bounded(serve):
         served = serve()
@@ -118,7 +118,7 @@ def through(body: bytes, chunk: int) -> tuple[int, Any, list[Any]]:
 
     gate = Gateway(server, 32)
     try:
-        sent = exchanged(gate, body, chunk)
+        sent = exchanged(gate, body, max(chunk, len(body) // 500))  # a part has a cost of its own, whatever it says
     finally:
         gate.readers.shutdown()
     assert (gate.open, gate.held) == (0, 0)

@@ -13,7 +13,8 @@ class Upstream:
     """Answers every request in its own way; notes (head, body) of each.
 
     ``"wait"`` in a body: answers after ``wait`` seconds, unless the client goes before. ``"stream"``: a part every
-    0.05 s, for ``wait`` seconds. ``"break"``: half of an answer. ``"garbage"``: no HTTP.
+    0.05 s, for ``wait`` seconds. ``"break"``: half of an answer. ``"half a head"``; ``"early hint"``: before an answer.
+    ``"garbage"``: no HTTP. A header ``x-refuse``: answers before the body came, and closes.
     """
 
     def __init__(self, wait: float = 0.0, extra: bytes = b"") -> None:
@@ -35,6 +36,9 @@ class Upstream:
         self.most = max(self.most, self.here)
         try:
             head = await reader.readuntil(b"\r\n\r\n")
+            if b"x-refuse" in head.lower():
+                writer.write(b"HTTP/1.1 413 No\r\ncontent-length: 8\r\nconnection: close\r\n\r\ntoo much")
+                return
             sizes = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
             body = await reader.readexactly(sizes[0] if sizes else 0)
             self.seen.append((head, body))
@@ -58,6 +62,11 @@ class Upstream:
                 writer.write(b"0\r\n\r\n")
             elif b"break" in body:
                 writer.write(head + b"content-length: 100\r\n\r\nhalf of it")
+            elif b"half a head" in body:
+                writer.write(head)
+            elif b"early hint" in body:
+                writer.write(b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")
+                writer.write(head + b'content-length: 11\r\n\r\n{"ok":true}')
             elif b"garbage" in body:
                 writer.write(b"no HTTP at all\r\n\r\n")
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 import tomllib
 from collections.abc import Iterator
@@ -137,6 +138,48 @@ def test_answers_that_break_off(both: tuple[Upstream, Gate]) -> None:
     assert status == 200 and b"content-length: 100" in answer and answer.endswith(b"half of it")
     until(lambda: gate.gateway.open == 0)
     assert gate.send(post(b"{}"))[0] == 200
+
+
+def test_answers_in_other_forms_than_the_usual_one(both: tuple[Upstream, Gate]) -> None:
+    upstream, gate = both
+    upstream.wait = 0.2
+    status, answer = gate.send(post(b'{"model":"stream"}'))
+    assert status == 200 and answer.count(b"part ") == 4
+    status, answer = gate.send(post(b'{"model":"early hint"}'))
+    assert status == 200 and answer.endswith(b'{"ok":true}') and b"103" not in answer
+    status, answer = gate.send(get(b"/v1/models").replace(b"GET", b"HEAD"))
+    assert status == 200 and b"content-length: 11" in answer and answer.endswith(b"\r\n\r\n")
+    assert gate.send(post(b'{"model":"half a head"}'))[0] == 502
+
+
+def test_an_answer_that_comes_before_the_body_was_taken(both: tuple[Upstream, Gate]) -> None:
+    """More than the system holds of what is under way: a server that ends it has answered."""
+    _, gate = both
+    big = json.dumps({"model": "m", "x": "a" * 30_000_000, "y": "refuse"}).encode()
+    status, answer = gate.send(post(big, extra=b"X-Refuse: 1\r\n"), timeout=60)
+    assert (status, answer[-4:]) == (413, b"much") or status == 503  # the system may have dropped the answer
+    assert gate.send(post(b"{}"))[0] == 200
+
+
+def test_large_bodies_go_on_whole(both: tuple[Upstream, Gate]) -> None:
+    upstream, gate = both
+    body = {"model": "m", "x": ["a" * 5_000_000, "b", "c" * 3_000_000]}
+    assert gate.send(post(json.dumps(body).encode()), timeout=60)[0] == 200
+    assert json.loads(upstream.seen[-1][1]) == body
+
+
+def test_an_upstream_that_takes_no_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxies, "STALLED", 0.5)
+    deaf = socket.socket()
+    deaf.bind(("127.0.0.1", 0))
+    deaf.listen()
+    gate = Gate(deaf.getsockname()[1])
+    try:
+        assert gate.send(post(json.dumps({"x": "a" * 30_000_000}).encode()), timeout=60)[0] == 504
+        until(lambda: gate.gateway.open == 0)
+    finally:
+        gate.stop()
+        deaf.close()
 
 
 def test_an_upstream_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from vtr.integrations.vllm import gateway
+from vtr.integrations.vllm import bodies, gateway
 from vtr.integrations.vllm.gateway import Gateway, images_in
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -364,3 +364,48 @@ def test_refusals_are_counted() -> None:
     before = count()
     ask(chat(vtr="nonsense"))
     assert count() == before + 1
+
+
+def test_health_does_not_wait_for_those_who_are_ready_to_go_on() -> None:
+    """Two hundred requests come at once, and then /health: the loop comes to it before it has seen to all of them."""
+    order: list[str] = []
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        order.append(scope["path"])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"model": "m"}', "more_body": False}
+
+    async def all_at_once() -> None:
+        gate = Gateway(behind, 32)
+        post = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": JSON}
+        get = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+        asked = [asyncio.create_task(gate(dict(post), receive, None)) for _ in range(200)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        await gate(get, receive, None)  # type: ignore[arg-type]
+        await asyncio.gather(*asked)
+
+    asyncio.run(all_at_once())
+    assert len(order) == 201 and order.index("/health") < 3
+
+
+@pytest.mark.parametrize(
+    "body, quick",
+    [
+        (b'{"x":"%s"}' % (b"a" * 200_000), True), (b'{"x":"%s"}' % (b"a" * 300_000), False),
+        (b'{"x":[%s1]}' % (b"1," * 3000), False), (b'{"x":"%s"}' % (b"1," * 3000), True),
+        (b"{%s1}" % (b'"",' * 100), False), (b'{"x":"\\"%s"}' % (b"[]," * 3000), False),
+        (b"[]," * 3000, False), (b'"' + b"[]," * 3000, True), (b"", True), (b'{"x":"a\\n"}', True),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_what_is_read_at_once(body: bytes, quick: bool) -> None:
+    """Only what cannot take long: few strings, and little outside of them."""
+    assert bodies.quick(bytearray(body)) is quick
+
+
+def test_a_mark_that_somebody_else_wrote_is_left_alone() -> None:
+    forged = '"' + "0" * 32 + '-0"'
+    said = {"a": "x" * 100_000, "b": json.loads(forged), "c": forged, "d": "y" * 100_000}
+    request, taken = bodies.read(json.dumps(said).encode())
+    assert json.loads(bodies.write(request, taken)) == said and len(taken.strings) == 2

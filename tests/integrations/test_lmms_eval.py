@@ -24,7 +24,7 @@ from vtr.commands.run import tokenize
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 MODULE = "vtr.integrations.lmms_eval"
-MISSING = "lmms-eval is not installed (pip install 'vision-token-reduction[eval]')"
+MISSING = "lmms-eval is not installed (pip install -e '.[eval]')"
 FASTV = "fastv:keep=0.02,layer=2"
 N = 24
 

@@ -143,6 +143,14 @@ def test_schedules(tmp_path) -> None:
     assert vtr.policy(f"gsearch:schedule={tmp_path / 's.json'}").schedule == schedule
 
 
+@pytest.mark.parametrize("spec", ["chain", "chain:policies=[]"])
+def test_a_chain_of_nothing_is_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match="name one or more, or use policy=None"):
+        vtr.policy(spec)
+    with pytest.raises(ValueError, match="name one or more, or use policy=None"):
+        vtr.Chain([])
+
+
 def test_a_chain_lets_each_question_be_answered_once() -> None:
     @vtr.register_policy("half-for-test")
     @dataclass

@@ -67,7 +67,7 @@ def bench_engine(
 
     from vtr.commands._console import console, fail
     from vtr.eval.cost import engine
-    from vtr.eval.report import results
+    from vtr.eval.report import ratios, results
 
     try:
         size, precision, times = engine.choose(small, device, dtype, repeats)
@@ -76,8 +76,8 @@ def bench_engine(
             results.save(json_file, "engine", result, seed=result["seed"], device=device)
     except (ValueError, RuntimeError, OSError) as error:
         raise fail(error) from error
-    show(["ratio", "median", "min–max"], ["what ÷ what"], engine.rows(result))
-    for line in engine.footer(result):
+    show(["ratio", "median", "min–max"], ["what ÷ what"], ratios.rows(result))
+    for line in ratios.footer(result):
         console.print(line, highlight=False)
 
 

@@ -86,14 +86,16 @@ def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:
     try:
         import uvicorn
 
-        from vtr.integrations.vllm.patience import protocol
+        from vtr.integrations.vllm.patience import SWITCH, protocol
         from vtr.integrations.vllm.proxy import proxy
 
         _more_files()
         app = proxy(upstream, depth)
     except ImportError as error:
-        raise ImportError(f"the gate needs {error.name}: pip install 'vision-token-reduction[serve]'") from error
+        wanted = "'httpx>=0.27' 'starlette>=1.3' 'uvicorn>=0.30' prometheus-client"  # the extra "serve"
+        raise ImportError(f"the gate needs {error.name}: pip install {wanted}") from error
     gc.freeze()  # what was imported is looked through no more: with torch in it, that takes longer than a request
+    sys.setswitchinterval(SWITCH)
     uvicorn.run(app, host=host, port=port, http=protocol())  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import vtr
+from vtr import pocket
 from vtr.data import files
 from vtr.data.pictures import one_line
 from vtr.data.records import COLUMNS, Bad, Sample, samples_of
@@ -119,7 +119,7 @@ def _pocket(count: int, seed: int, settings: dict[str, str]) -> Read:
             "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions or listing "
             "(all objects of a picture; --metric listing)"
         )
-    draw = vtr.pocket.samples if task == "questions" else vtr.pocket.listings
+    draw = pocket.samples if task == "questions" else pocket.listings
 
     def read() -> Iterator[Sample | Bad]:
         groups: dict[int, int] = {}
@@ -184,7 +184,7 @@ def _hub(name: str, settings: dict[str, str], sampled: Sampled) -> Read:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, **settings, streaming=True)  # type: ignore[arg-type]
+            found = datasets.load_dataset(name, **settings, streaming=True)
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(f"cannot load data set {name}: {one_line(error)}") from error
     data = undecoded(_split(name, found, wanted))

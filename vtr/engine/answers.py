@@ -66,8 +66,8 @@ def _labels_of(caller: type) -> torch.Tensor | None:
         code = frame.f_code
         if code.co_name == "forward" and "labels" in code.co_varnames:
             seen = frame.f_locals
-            if isinstance(seen.get("self"), caller) and isinstance(seen.get("labels"), torch.Tensor):
-                return seen["labels"]
+            if isinstance(seen.get("self"), caller) and isinstance(labels := seen.get("labels"), torch.Tensor):
+                return labels
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -155,7 +155,8 @@ def attention(
     """Attention as transformers asks for it; with a plan, row by row. query [1, heads, T, d] → [1, T, heads, d]."""
     plan: Plan | None = kwargs.pop("vtr_plan", None)
     if plan is None:
-        return base_function(base, module)(query, key, value, attention_mask, **kwargs)
+        as_ever: tuple[torch.Tensor, Any] = base_function(base, module)(query, key, value, attention_mask, **kwargs)
+        return as_ever
     # rope is applied already; a flash wrapper would read gaps between kept positions as separate sequences
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
@@ -200,7 +201,7 @@ def _reach(plan: Plan, module: Any, row: int, here: slice, keys: int, window: in
 
 def _one_row(
     base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach | None,
-    lone: torch.Tensor | None, kwargs: dict,
+    lone: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """One row's queries on all its keys. [1, heads, n, d] → [1, n, heads, d]."""
     n, m, mask = q.shape[2], k.shape[2], None
@@ -214,11 +215,18 @@ def _one_row(
     elif n > 1 and (n < m or base == "eager") and not base.startswith("flash"):  # flash kernels align it by themselves
         causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mask = _as_mask(base, causal[None, None], q.dtype)
-    return base_function(base, module)(q, k, v, mask, **kwargs)[0]
+    out: torch.Tensor = base_function(base, module)(q, k, v, mask, **kwargs)[0]
+    return out
 
 
 def _decode(
-    base: str, module: Any, query: torch.Tensor, cache: RaggedLayer, plan: Plan, window: int | None, kwargs: dict
+    base: str,
+    module: Any,
+    query: torch.Tensor,
+    cache: RaggedLayer,
+    plan: Plan,
+    window: int | None,
+    kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """One new token per row, query [rows, heads, 1, d]: one call per bucket of rows of similar length."""
     if window is not None and base.startswith("flash"):

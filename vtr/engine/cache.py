@@ -54,7 +54,7 @@ class RaggedLayer(DynamicLayer):
     is_croppable = True
 
     def __init__(self, state: CacheState, index: int, window: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state, self.index, self.window = state, index, window
         self.record_past, self._committed = False, 0
         self.staged: Any = None

@@ -79,7 +79,9 @@ class Captures:
 
     def _tiles(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if layout.whole:
-            return features.index_select(0, tokens_at(layout).to(features.device)).unflatten(0, (layout.tiles, -1))
+            patches = features.index_select(0, tokens_at(layout).to(features.device))
+            tiles: torch.Tensor = patches.unflatten(0, (layout.tiles, -1))
+            return tiles
         return self._of(self.projected, place, layout, "projector")
 
     def _of(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:

@@ -110,7 +110,8 @@ def answers(policy: Policy, found: Any, count: int) -> list[Any]:
 def as_tensor(answer: Any, device: torch.device) -> torch.Tensor:
     if isinstance(answer, bool):
         return torch.full((), answer, device=device)  # as a copy from the host it would wait
-    return answer.to(device).reshape(())
+    moved: torch.Tensor = answer.to(device)
+    return moved.reshape(())
 
 
 def note_cache(trace: Trace, layers: list[RaggedLayer] | None, attended_before: list[Any] | None = None) -> None:

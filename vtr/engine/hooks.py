@@ -20,7 +20,6 @@ from vtr.engine.attention import AttentionConfig, Plan, attention_name, mlp_scal
 from vtr.engine.call import (
     MISSING,
     Generation,
-    Given,
     busy,
     check_call,
     check_generation,
@@ -112,8 +111,8 @@ class Patch:
             self.model.generate = self.own_generate
 
     # -- which policy ----------------------------------------------------------------------------------------------
-    def policies(self, given: Given, rows: int | None) -> list[Policy | None] | None:
-        """Argument of the call > ``vtr.use`` > the model's default."""
+    def policies(self, given: Any, rows: int | None) -> list[Policy | None] | None:
+        """Argument of the call > ``vtr.use`` > the model's default. ``given``: a ``Given``, or MISSING."""
         if given is MISSING:
             given = in_use.get().get(self.key, self.default)
         found = resolve(given, rows, self.geometry.num_hidden_layers, self.model)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from vtr.base import Policy
 from vtr.engine.adapters import find_adapter, unwrapped
 from vtr.engine.call import Given, busy, in_use, refuse_if_busy, resolve
 from vtr.engine.hooks import NAME, Patch
 
+M = TypeVar("M")
 
-def patch(model: Any, policy: Policy | str | None = None) -> Any:
+
+def patch(model: M, policy: Policy | str | None = None) -> M:
     """Let ``model`` take policies: ``model.generate(**inputs, policy=p)`` and ``model(**inputs, policy=p)``.
 
     Changes nothing until a call carries a policy: without one, outputs are bit-identical to the unpatched model's.
@@ -55,13 +57,13 @@ def patch_of(model: Any) -> Patch:
     Raises:
         ValueError: the model is not patched.
     """
-    found = getattr(unwrapped(model), "__dict__", {}).get(NAME)
+    found: Patch | None = getattr(unwrapped(model), "__dict__", {}).get(NAME)
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call vtr.patch(model) first")
     return found
 
 
-def unpatch(model: Any) -> Any:
+def unpatch(model: M) -> M:
     """Take everything :func:`patch` installed out again; a model that is not patched is left alone. Returns ``model``.
 
     Raises:
@@ -75,7 +77,7 @@ def unpatch(model: Any) -> Any:
 
 
 @contextmanager
-def use(model: Any, policy: Given) -> Iterator[Any]:
+def use(model: M, policy: Given) -> Iterator[M]:
     """Within the block, calls of ``model`` that name no policy use this one (or these, one per row).
 
     Only this thread (this context) is concerned; blocks nest, and an exception ends them as well.

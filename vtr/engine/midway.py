@@ -65,7 +65,8 @@ class Midway:
         """[sum(counts), D]: after all layers, the normed states of the last so many tokens of each row."""
         ends = accumulate(row.length for row in self.session.rows)
         index = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
-        return self.text.norm(self.hidden[0].index_select(0, index.to(self.hidden.device)))
+        normed: torch.Tensor = self.text.norm(self.hidden[0].index_select(0, index.to(self.hidden.device)))
+        return normed
 
 
 def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Policy], queries_end: int) -> Midway:

@@ -94,7 +94,7 @@ def ahead(
         float32 [p + n], mean over heads.
     """
     attn = projections(layer)
-    rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
     x = layer.input_layernorm(hidden)[None]
     q, k = _heads(attn, "q", x.index_select(1, query)), _heads(attn, "k", x)
     at = [t.index_select(1, query) for t in rope]
@@ -113,4 +113,5 @@ def _heads(attn: Any, kind: str, x: torch.Tensor) -> torch.Tensor:
     """[1, n, D] → [1, heads, n, head_dim], normalised where the family does so (Qwen3's q_norm and k_norm)."""
     states = getattr(attn, f"{kind}_proj")(x).view(1, x.shape[1], -1, attn.head_dim)
     norm = getattr(attn, f"{kind}_norm", None)
-    return (states if norm is None else norm(states)).transpose(1, 2)
+    normed: torch.Tensor = states if norm is None else norm(states)
+    return normed.transpose(1, 2)

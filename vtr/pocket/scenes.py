@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -343,7 +344,7 @@ def scene_stream(split: str, seed: int | str = 0) -> Iterator[tuple[Scene, rando
         yield make_scene(rng, split, size), rng
 
 
-def samples(n: int, split: str = "test", seed: int = 0, per_scene: int = 8) -> Iterator[dict]:
+def samples(n: int, split: str = "test", seed: int = 0, per_scene: int = 8) -> Iterator[dict[str, Any]]:
     """n questions as dict(image, question, answer, type), types balanced, `per_scene` questions to a picture."""
     stream, made = scene_stream(split, seed), 0
     while made < n:

@@ -91,7 +91,8 @@ def fit(schedule: Sequence[Any], start: int = 2) -> Sigmoid:
     layers, depth = np.arange(start, len(schedule)), len(schedule)
 
     def off(p: np.ndarray) -> np.ndarray:
-        return np.exp(p[0]) / (1 + np.exp(np.clip(np.exp(p[1]) * (layers - p[2]), -700, 700))) - keeps
+        missed: np.ndarray = np.exp(p[0]) / (1 + np.exp(np.clip(np.exp(p[1]) * (layers - p[2]), -700, 700))) - keeps
+        return missed
 
     tries = [(math.log(max(keeps[0], 1e-3)), math.log(k / depth), depth * m) for k in (4, 12, 30) for m in (0.2, 0.5)]
     bounds = [math.log(1e-3), math.log(0.5 / depth), -depth], [math.log(50.0), math.log(200.0 / depth), 2.0 * depth]

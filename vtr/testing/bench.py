@@ -148,10 +148,10 @@ def seeded(seed: int) -> Iterator[Callable[[], bool]]:
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        start = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+        start = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
 
         def touched() -> bool:
-            numbers = np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+            numbers = np.random.get_state()[1].tolist()  # type: ignore[index]
             return not torch.equal(torch.get_rng_state(), start[0]) or (random.getstate(), numbers) != start[1:]
 
         try:

@@ -121,7 +121,8 @@ def best(score: Tensor, here: list[int], count: int, hint: list[int] | None) -> 
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
+    normed: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
+    return normed
 
 
 def axes(config: Any, count: int) -> Tensor:
@@ -142,7 +143,8 @@ def rotated(x: Tensor, config: Any, positions: Tensor) -> Tensor:
     angles = positions.float() * theta ** (-torch.arange(0, dim, 2).float() / dim)
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    turned: Tensor = x * cos + torch.cat([-b, a], -1) * sin
+    return turned
 
 
 def queries_keys(module: Any, x: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def _places(policy: Policy) -> Iterator[Place]:
 
 def _functions(cls: type) -> list[FunctionType]:
     """A class's functions, and those that they refer to, of the same module."""
-    todo: list[Any] = [inspect.unwrap(getattr(v, "__func__", getattr(v, "fget", v))) for v in vars(cls).values()  # type: ignore[arg-type]
+    todo: list[Any] = [inspect.unwrap(getattr(v, "__func__", getattr(v, "fget", v))) for v in vars(cls).values()
                        if callable(getattr(v, "__func__", getattr(v, "fget", v)))]  # fmt: skip
     found: dict[int, FunctionType] = {}
     while todo:

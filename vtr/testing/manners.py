@@ -110,7 +110,7 @@ def _of_tokens(tokens: Any) -> dict[str, Tensor]:
     made = {name: getattr(tokens, name) for name in TOKENS}
     inner = tokens._field
     tokens._field = lambda name: made[name]
-    tokens._field.check = inner.check  # type: ignore[attr-defined]
+    tokens._field.check = inner.check
     return {f"tokens.{name}": t for name, t in made.items() if t is not None}
 
 

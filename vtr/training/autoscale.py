@@ -21,11 +21,15 @@ import typer
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu
 from tqdm import tqdm
 
-import vtr
+from vtr import pocket
 from vtr.accounting import Report
+from vtr.accounting import report as last_report
 from vtr.base import Policy
 from vtr.chat import decode, encode
+from vtr.engine.install import patch
+from vtr.engine.memo import shared_features
 from vtr.engine.resolve import Answer, answers_in
+from vtr.policies import Matryoshka
 from vtr.policies.trained.autoscale import AutoScale, calibrated, confidence, router_input
 
 if TYPE_CHECKING:
@@ -109,7 +113,7 @@ def ask_all(
     if len(scales) < 2:
         raise ValueError(f"scales={list(scales)}: there is nothing to choose from")
     same = right or (lambda said, answer: said.lower() == answer.lower())
-    policies: list[Policy] = [vtr.Matryoshka(count) for count in scales]
+    policies: list[Policy] = [Matryoshka(count) for count in scales]
     look = _Look(policies[0])
     hits: list[list[bool]] = []
     counts: list[list[int]] = []
@@ -122,13 +126,13 @@ def ask_all(
             pictures, questions, answers = zip(*rows, strict=True)
             inputs = encode(processor, questions, pictures).to(model.device)
             start, columns = inputs["input_ids"].shape[1], []
-            with vtr.shared_features(model):
+            with shared_features(model):
                 for step, policy in enumerate([look, *policies[1:]]):
                     out = model.generate(
                         **inputs, policy=policy, do_sample=False, return_dict_in_generate=True, output_logits=True,
                         **more,
                     )  # fmt: skip
-                    said, report = answers_in(out, start, ends), vtr.report(model)
+                    said, report = answers_in(out, start, ends), last_report(model)
                     if note is not None:
                         note(step, report)
                     columns.append(
@@ -269,9 +273,9 @@ def main(
     if answers is not None and answers.is_file():
         table = Table.load(answers)
     else:
-        model, processor = vtr.pocket.load()
-        vtr.patch(model)
-        rows = vtr.pocket.samples(questions, split="val", seed=seed)
+        model, processor = pocket.load()
+        patch(model)
+        rows = pocket.samples(questions, split="val", seed=seed)
         data = ((row["image"], row["question"], row["answer"]) for row in rows)
         ladder = [int(s) for s in scales.split(",")]
         table = ask_all(model, processor, data, ladder, max_new_tokens=2, total=questions)

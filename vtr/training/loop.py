@@ -58,9 +58,9 @@ def freeze_tower(model: Any) -> None:
 
 
 def run(
-    objective: nn.Module, batches: Sequence[dict] | DataLoader, out: str | Path, settings: Settings,
+    objective: nn.Module, batches: Sequence[dict[str, Any]] | DataLoader[Any], out: str | Path, settings: Settings,
     also: dict[str, Any] | None = None,
-) -> list[dict]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train ``objective`` (a :class:`PModTraining` or :class:`DynamicLLaVATraining`) on ``batches``, again and again.
 
     Writes ``out/log.jsonl`` (a line a step: loss, realised keep shares, rates), ``out/state``, and at the end
@@ -87,7 +87,7 @@ def run(
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import set_seed
     except ImportError as error:
-        raise ImportError("training runs on accelerate: pip install 'vision-token-reduction[train]'") from error
+        raise ImportError("training runs on accelerate: pip install 'accelerate>=1'") from error
     folder = Path(out)
     _check(batches)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)  # a rank's batch may have no image
@@ -190,7 +190,7 @@ def _endless(accelerator: Any, batches: Any, skip: int, seed: int) -> Iterator[d
         at += share * len(mine)
 
 
-def _loaded(loader: DataLoader, epoch: int, mine: range, seed: int) -> Iterable[Any]:
+def _loaded(loader: DataLoader[Any], epoch: int, mine: range, seed: int) -> Iterable[Any]:
     """The batches ``mine`` of an epoch, whose order is a function of the seed and the epoch alone."""
     start = random.Random(f"{seed} {epoch}").getrandbits(63)
     samplers: list[Any] = [loader.sampler, loader.batch_sampler]

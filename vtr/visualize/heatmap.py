@@ -41,7 +41,8 @@ def rankings(model: Any, inputs: Any, row: int = 0, queries: Scores = "text") ->
     if not watch.seen:
         raise ValueError(f"row {row} has no vision tokens to rank: choose a row with an image")
     scores = torch.stack([watch.seen[layer] for layer in sorted(watch.seen)]).numpy()
-    return scores.argsort(1, kind="stable").argsort(1, kind="stable") / max(scores.shape[1] - 1, 1)
+    ranks: np.ndarray = scores.argsort(1, kind="stable").argsort(1, kind="stable")
+    return ranks / max(scores.shape[1] - 1, 1)
 
 
 def ranking(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vtr.eval.report.page import markdown as md
 from vtr.eval.report.page import plots, tables, words
 from vtr.eval.report.page.data import Result, files, per_file, read
 
-COSTS = {
+COSTS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "prefill, ms": lambda row: row["prefill_ms"] and row["prefill_ms"]["median"],
     "prefill and decode, GFLOPs": lambda row: row["gflops"],
     "keys and values, MiB": lambda row: row["kv_mib"],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
+from vtr.eval.report import ratios
 from vtr.eval.report.page import plots
 from vtr.eval.report.page.data import Result
 
@@ -331,15 +332,13 @@ def serve(result: Result) -> Table:
 
 def engine(result: Result) -> Table:
     """How near the engine comes to its limit."""
-    from vtr.eval.cost import engine as bench_engine
-
     columns = [
         Column("ratio", numeric=False),
         Column("median"),
         Column("min–max", numeric=False),
         Column("what ÷ what", numeric=False),
     ]
-    found = bench_engine.rows(result.data)
+    found = ratios.rows(result.data)
     least = min([0.9, *(result.data[f"{key}_min"] for key, *_ in found)])
     most = max([1.1, *(result.data[f"{key}_max"] for key, *_ in found)])
     out = []
@@ -347,7 +346,7 @@ def engine(result: Result) -> Table:
         value, low, high = (result.data[k] for k in (key, f"{key}_min", f"{key}_max"))
         art = plots.whisker(value, low, high, least, most, zero=1.0)
         out.append(Row([policy(key), Cell(median, value, art=art), Cell(between, between), Cell(what, what)]))
-    caption = ". ".join(line.rstrip(".") for line in bench_engine.footer(result.data)) + "."
+    caption = ". ".join(line.rstrip(".") for line in ratios.footer(result.data)) + "."
     return Table("engine", "The engine against its limit", columns, out, caption)
 
 

@@ -63,6 +63,13 @@ class GSearch(Policy):
         step = equal_steps([1] * depth, share)
         return {"schedule": [1.0, *(ratio(step**layer) for layer in range(1, depth))]}
 
+    if TYPE_CHECKING:  # the name of a schedule is taken too; the attribute is always a schedule
+
+        def __init__(
+            self, schedule: Sequence[Keep] | str | Path = ..., queries: Scores = ..., layers: int | None = None,
+            on_continue: str = ...,
+        ) -> None: ...  # fmt: skip
+
     def __post_init__(self) -> None:
         if isinstance(self.schedule, (str, Path)):
             self.schedule = Schedule.named(self.schedule)

@@ -30,7 +30,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: torch.Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
 
 
 class Block(nn.Module):
@@ -46,7 +47,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: torch.Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 def _head(width: int) -> list[nn.Module]:
@@ -66,7 +68,9 @@ class ImagePredictor(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         own, all_of_it = self.transformer(self.down_mlp(x)).chunk(2, -1)
-        return self.output_mlp(torch.cat([own, all_of_it.mean(1, keepdim=True).expand_as(all_of_it)], -1))
+        both = torch.cat([own, all_of_it.mean(1, keepdim=True).expand_as(all_of_it)], -1)
+        logits: torch.Tensor = self.output_mlp(both)
+        return logits
 
 
 class TextPredictor(nn.Module):
@@ -78,7 +82,8 @@ class TextPredictor(nn.Module):
         self.output_mlp = nn.Sequential(*first, *_head(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output_mlp(x)
+        logits: torch.Tensor = self.output_mlp(x)
+        return logits
 
 
 class Predictors(nn.Module):
@@ -90,7 +95,9 @@ class Predictors(nn.Module):
         self.image_flops, self.text_flops = _linear_flops(image), _linear_flops(text)  # of a token
 
     def forward(self, which: str, x: torch.Tensor) -> torch.Tensor:
-        return (self.image_score_predictor if which == "image" else self.output_text_score_predictor)(x)
+        predictor = self.image_score_predictor if which == "image" else self.output_text_score_predictor
+        logits: torch.Tensor = predictor(x)
+        return logits
 
 
 @register_policy("dynamic-llava")
@@ -194,7 +201,7 @@ class DynamicLLaVA(Learned):
             return torch.stack([token.memo["stays"] for token in tokens])
         hidden = torch.stack([token.hidden for token in tokens])
         logits = self.at(hidden)("text", hidden)
-        stay = logits[:, KEEP] > logits[:, 1 - KEEP]
+        stay: torch.Tensor = logits[:, KEEP] > logits[:, 1 - KEEP]
         if ranked:
             stay = torch.zeros_like(stay).index_fill(0, top(logits[:, KEEP], int(stay.sum())), True)
         for token, one in zip(tokens, stay.unbind(0), strict=True):

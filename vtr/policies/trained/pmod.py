@@ -37,7 +37,8 @@ class Routers(nn.Module):
 
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] → [n]."""
-        return self.routers[str(layer)](hidden).squeeze(-1)
+        weights: torch.Tensor = self.routers[str(layer)](hidden).squeeze(-1)
+        return weights
 
 
 @register_policy("pmod")

@@ -1,0 +1,146 @@
+"""A user's typed script: every public name of vtr in use, as ``mypy --strict`` must accept it.
+
+.ci/run checks it here. .ci/wheel checks it against the installed package, and runs it: what the types promise comes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, assert_type
+
+import torch
+from PIL.Image import Image as Picture
+
+import vtr
+from vtr.testing import Checked, check_policy
+
+
+@vtr.register_policy("public-api-norm")
+@dataclass
+class Norm(vtr.ScorePolicy):
+    """The patches of largest norm enter one layer; in the others nothing is asked."""
+
+    layer: int = 1
+
+    def score(self, tokens: vtr.Tokens) -> torch.Tensor:
+        norms: torch.Tensor = tokens.hidden.float().norm(dim=-1)
+        return norms
+
+
+@vtr.register_policy("public-api-half")
+@dataclass
+class Half(vtr.Policy):
+    """The same without the base class."""
+
+    question_guided: ClassVar[bool] = False
+
+    def prune(self, layer: int, tokens: vtr.Tokens) -> torch.Tensor | None:
+        return None if layer != 1 else vtr.top(tokens.hidden.norm(dim=-1), vtr.keep_count(0.5, tokens.total))
+
+
+@dataclass
+class Answers(vtr.Policy):
+    """Every question once, with the types that its answer may have."""
+
+    def compress(self, image: vtr.Image) -> torch.Tensor | vtr.Pooled | None:
+        if len(image) < 2:
+            return None
+        halves = image.features.chunk(2)
+        return vtr.Pooled(torch.stack([half.mean(0) for half in halves]), [[0], [len(image) - 1]])
+
+    def route(self, layer: int, tokens: vtr.Tokens) -> vtr.Route | None:
+        return vtr.Route(keep=torch.arange(len(tokens)))
+
+    def remember(self, layer: int, token: vtr.Token) -> bool:
+        return bool(token.hidden.isfinite().all())
+
+
+def policies() -> list[vtr.Policy]:
+    """One of each, by class, by spec string, and two in a chain."""
+    assert_type(Norm(keep=0.25), Norm)  # the decorator leaves the class what it is
+    chained: vtr.Policy = vtr.Pool(grid=4) + Norm(layer=2)
+    made: list[vtr.Policy] = [
+        vtr.FastV(keep=0.25, layer=2),
+        vtr.Pyramid(keeps=[0.5, 0.25]),
+        vtr.GSearch(vtr.Schedule([1.0, 1.0, 0.5, 8])),
+        vtr.GSearch("llava-1.5-7b"),
+        vtr.Matryoshka(36),
+        vtr.GlobalCom2(),
+        vtr.Pool(grid=4),
+        vtr.ClsTop(),
+        vtr.Random(),
+        vtr.UniformGrid(keep=0.5),
+        vtr.AutoScale(),
+        vtr.PMoD(),
+        vtr.DynamicLLaVA(),
+        vtr.Chain([vtr.Pool(), Norm()]),
+        vtr.policy("fastv:keep=0.25,layer=2"),
+        vtr.policy(Norm()),
+        chained,
+    ]
+    return made
+
+
+def schedules() -> vtr.Schedule:
+    schedule = vtr.Schedule([1.0, 0.5, 16])
+    assert_type(schedule[0], int | float)
+    assert_type(schedule[1:], tuple[int | float, ...])
+    assert_type(schedule.counts(64), list[int])
+    with tempfile.TemporaryDirectory() as folder:
+        schedule.save(Path(folder) / "schedule.json")
+        return vtr.Schedule.load(Path(folder) / "schedule.json")
+
+
+def answers() -> list[str]:
+    """A question under several policies: patched, reported, drawn, and put back."""
+    model, processor = vtr.pocket.load()
+    model = vtr.patch(model, "fastv:keep=0.25,layer=2")
+    picture, question, answer = vtr.pocket.sample(0)
+    assert_type(picture, Picture)
+    inputs = vtr.chat.encode(processor, [question, question], [picture, picture])
+    norm = vtr.at_budget(Norm(), model, mean=16, total=144)
+    with vtr.use(model, [norm, None]) as patched, vtr.shared_features(patched):
+        out = patched.generate(**inputs, max_new_tokens=3)
+    said = vtr.chat.decode(processor, out, inputs["input_ids"].shape[1])
+    assert_type(said, list[str])
+    report: vtr.Report = vtr.report(model)
+    assert_type(report.flops, int)
+    assert_type(report.rows[0].vision_tokens, list[int])
+    shots = vtr.visualize.ask(model, processor, picture, question, ["fastv:keep=0.1", None], max_new_tokens=2)
+    vtr.visualize.staircase(shots)
+    vtr.unpatch(model)
+    return [*said, answer]
+
+
+def patched_modules(module: torch.nn.Linear) -> None:
+    """What is patched keeps its type."""
+    assert_type(vtr.patch(module), torch.nn.Linear)
+    assert_type(vtr.unpatch(module), torch.nn.Linear)
+    with vtr.use(module, None) as same:
+        assert_type(same, torch.nn.Linear)
+
+
+def checked() -> Checked:
+    return check_policy(Norm(), families=("llava",))
+
+
+def searched(model: torch.nn.Module, processor: object, data: list[tuple[Picture, str, str]]) -> vtr.Policy:
+    sides = vtr.search.split(data, calibration=8)
+    found = vtr.search.gsearch(model, processor, sides.calibration, tolerance=0.02, progress=False)
+    assert_type(found.policy(), vtr.GSearch)
+    return found.policy()
+
+
+def refused() -> str:
+    try:
+        vtr.patch(torch.nn.Linear(1, 1))
+    except (vtr.UnsupportedError, TypeError) as error:
+        return str(error)
+    raise AssertionError("a Linear is no model of a known family")
+
+
+if __name__ == "__main__":
+    assert {"public-api-norm", "fastv"} <= set(vtr.list_policies())
+    print(len(policies()), list(schedules()), answers(), checked(), refused(), sep="\n")
