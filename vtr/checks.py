@@ -21,12 +21,12 @@ def check_count(value: int, name: str, least: int, most: int) -> None:
         raise ValueError(f"{name}={value}: choose {least}…{most}")
 
 
-def check_depth(layer: int, num_hidden_layers: int) -> None:
-    """Raise unless decoder layer ``layer`` exists."""
+def check_depth(layer: int, num_hidden_layers: int, minimum: int = 0) -> None:
+    """Raise unless decoder layer ``layer`` exists. minimum: the first layer that the policy may name."""
     if layer >= num_hidden_layers:
-        raise ValueError(
-            f"layer={layer}, but the model has {num_hidden_layers} decoder layers: choose 0…{num_hidden_layers - 1}"
-        )
+        last = num_hidden_layers - 1
+        choose = f"choose {minimum}…{last}" if last > minimum else f"choose {minimum}"
+        raise ValueError(f"layer={layer}, but the model has {num_hidden_layers} decoder layers: {choose}")
 
 
 def check_number(value: float, name: str) -> float:

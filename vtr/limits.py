@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 MOST_LAYERS = 1024
@@ -23,6 +26,25 @@ def short(text: str, most: int = 200) -> str:
         return text
     side = most // 2 - 15
     return f"{text[:side]}… ({len(text)} characters) …{text[-side:]}"
+
+
+def folded(spec: str, width: int) -> str:
+    """A spec string in lines of at most ``width`` characters, broken behind commas and before a plus alone.
+
+    A setting that is longer has a line of its own.
+    """
+    lines = [""]
+    for part in re.split(r"(?<=,)|(?=\+)", spec):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean …?)" where one of ``known`` is spelt much like ``name``, else nothing."""
+    found = get_close_matches(name[:80].lower(), list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def check_bounds(value: Any, name: str) -> None:

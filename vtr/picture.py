@@ -20,6 +20,33 @@ LINE = 0.5
 HEAT = 0.72
 """How much of a heat map covers the picture."""
 
+RIGHT, WRONG = "#1b7f3b", "#c0392b"
+"""Colors of right and wrong answers, which also have a sign."""
+SHOWN_AT, LETTERS = 700, 11.5
+"""Pixels across at which a figure's labels can be read, and the size of their letters there."""
+
+
+def points(width: float, letters: float = LETTERS) -> float:
+    """The font size of letters ``letters`` pixels high, once a figure of ``width`` inches is shown SHOWN_AT wide."""
+    return letters * 72 * width / SHOWN_AT
+
+
+def is_right(said: str, expected: str | None) -> bool | None:
+    """Whether an answer is the expected one, but for case, spaces and a full stop; None where none is expected."""
+    return None if expected is None else _bare(said) == _bare(expected)
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def verdict(said: str, expected: str | None) -> tuple[str, str]:
+    """(what stands on a picture, its color): a right answer with ✓, a wrong one with ✗ and what is right."""
+    right = is_right(said, expected)
+    if right is None:
+        return f"→ {said}", "black"
+    return (f"✓ {said}", RIGHT) if right else (f"✗ {said}  (right: {expected})", WRONG)
+
 
 def views(layout: Layout) -> list[str]:
     """What there is to see of an image: the thumbnail, and the crops where there are any."""
@@ -134,6 +161,7 @@ def show_kept(
     row: RowReport,
     layers: list[int] | None = None,
     title: str = "",
+    note: tuple[str, str] = ("", "black"),
 ) -> Figure:
     """Draw what is kept of one image: the picture, then thumbnail and crops on entering some layers.
 
@@ -142,7 +170,7 @@ def show_kept(
     Args:
         picture: as given to the processor. layout: of its tokens. first_slot: the row's slot of its first token.
         row: the report's row. layers: which decoder layers; by default those at which the number of tokens changes.
-        title: stands above.
+        title: stands above. note: stands below; the text (an answer, see :func:`verdict`) and its color.
 
     Returns:
         A matplotlib figure (``figure.savefig("kept.png")``).
@@ -154,24 +182,28 @@ def show_kept(
     layers = layers or ([*changes[:3], changes[-1]] if len(changes) > 4 else changes)
     kinds = views(layout)
     picture = seen(picture, layout)
-    height = 2.6 * len(kinds) + 0.5
-    figure = Figure(figsize=(2.6 * (len(layers) + 1), height), layout="constrained")
+    width = 2.6 * (len(layers) + 1)
+    size = points(width)
+    lines = 3 + title.count("\n") + bool(note[0])
+    figure = Figure(figsize=(width, 2.6 * len(kinds) + lines * 1.5 * size / 72), layout="constrained")
     axes = figure.subplots(len(kinds), len(layers) + 1, squeeze=False)
     for line, kind in enumerate(kinds):
         axes[line][0].imshow(np.asarray(picture.convert("RGB")))
-        axes[line][0].set_ylabel(kind, fontsize=9)
-        axes[line][0].set_title("picture" if line == 0 else "", fontsize=9)
+        axes[line][0].set_ylabel(kind, fontsize=size)
+        axes[line][0].set_title("picture" if line == 0 else "", fontsize=size)
         for column, layer in enumerate(layers, 1):
             axes[line][column].imshow(kept_pixels(picture, layout, first_slot, row, layer, kind))
             if kind == "crops":
                 crop_lines(axes[line][column], layout, picture)
             if line == 0:
-                axes[line][column].set_title(f"into layer {layer}: {counts[layer]} of {row.total}", fontsize=9)
+                axes[line][column].set_title(f"into layer {layer}\n{counts[layer]} of {row.total}", fontsize=size)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=1.1 * size)
+    if note[0]:
+        figure.supxlabel(note[0], fontsize=1.2 * size, color=note[1], fontweight="bold")
     return figure
 
 

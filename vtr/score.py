@@ -60,7 +60,7 @@ class ScorePolicy(Policy):
         check_layer(self.layer, *((1, why) if self.attention else ()))
 
     def check(self, num_hidden_layers: int) -> None:
-        check_depth(self.layer, num_hidden_layers)
+        check_depth(self.layer, num_hidden_layers, 1 if self.attention else 0)
 
     def needs(self, layer: int) -> Scores | None:
         return self.attention if layer == self.layer else None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vtr.files import WRONG, echo, read_header, read_json, read_tensors, told
-from vtr.limits import check_bounds, short
+from vtr.limits import check_bounds, short, similar
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +46,7 @@ class Settings:
         given = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         if unknown := sorted(set(settings) - set(given)):
             shown = short(", ".join(map(repr, unknown)))
-            hint = _similar(unknown[0], given)
+            hint = similar(unknown[0], given)
             raise ValueError(f"policy {cls.name!r} has no setting {shown}{hint}; it has: {', '.join(given)}")
         missing = dataclasses.MISSING
         required = {n for n, f in given.items() if f.default is missing and f.default_factory is missing}
@@ -192,7 +191,7 @@ def policy_class(name: str) -> type[Policy]:
         ValueError: no such policy; the message names similar ones and lists all.
     """
     if name not in _POLICIES:
-        said = f"unknown policy {short(str(name))!r}{_similar(str(name), _POLICIES)}"
+        said = f"unknown policy {short(str(name))!r}{similar(str(name), _POLICIES)}"
         raise ValueError(f"{said}; known: {', '.join(list_policies())} (see `vtr list`)")
     return _POLICIES[name]
 
@@ -267,10 +266,12 @@ def _one(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_colon(name: str, spec: str) -> None:
-    """Raise ValueError for ``fastv keep=0.25`` or ``fastv,layer=2``: a known name, and settings without a colon."""
+    """Raise ValueError for ``fastv keep=0.25`` or ``fastv(keep=0.25)``: a known name, and settings without a colon."""
     for i, char in enumerate(name):
-        if char in " ,=" and name[:i] in _POLICIES and "=" in spec:
-            rest = spec[i + 1 :].strip()
+        if not (char.isalnum() or char in "-_") and name[:i] in _POLICIES:
+            rest = spec[i + 1 :].strip(" )")
+            if rest.partition(":")[0] in _POLICIES:
+                raise ValueError(f"two policies are joined by +: write {name[:i]}+{short(rest)}")
             raise ValueError(f"a colon stands between a policy and its settings: write {name[:i]}:{short(rest)}")
 
 
@@ -298,12 +299,6 @@ def _split(text: str, separator: str) -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     return [*parts, text[start:]]
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean …?" where one of ``known`` is spelt much like ``name``, else nothing."""
-    found = get_close_matches(name[:80].lower(), list(known), 1)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _compact(value: Any) -> str:

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 import vtr
 from vtr import visualize
 from vtr.picture import crop_lines
-from vtr.visualize.look import COLORS, frame, verdict
+from vtr.visualize.look import COLORS, frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,14 +81,14 @@ def idea(shots: list[visualize.Shot]) -> Figure:
 def _request(axes: Any, shot: visualize.Shot, words: str, color: str, last: bool) -> None:
     counts = shot.row.vision_tokens
     axes[0].imshow(shot.picture)
-    axes[0].set_xlabel(f"{shot.question}?", fontsize=9.5)
+    axes[0].set_xlabel(f"{shot.question}?", fontsize=9.2)
     frame(axes[0], "0.4")
     for axis, layer in ((axes[1], 0), (axes[2], -1)):
         axis.imshow(shot.pixels(layer, "crops"))
         crop_lines(axis, shot.layout, shot.picture)
         axis.set_xlabel(f"{counts[layer]} of {shot.row.total} tokens", fontsize=10.5)
         frame(axis, color)
-    said, shade = verdict(shot.answer, shot.expected)
+    said, shade = shot.verdict
     stairs = axes[3]
     stairs.bar(range(len(counts)), counts, width=0.86, color=color)
     stairs.set_ylim(0, shot.row.total * 1.72)

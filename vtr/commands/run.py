@@ -13,14 +13,18 @@ from rich.table import Table
 import vtr
 from vtr.accounting import Report
 from vtr.chat import encode
-from vtr.commands._console import console, fail
+from vtr.commands._console import check_file, console, fail
 from vtr.data.pictures import upright
 from vtr.engine.adapters import find_adapter
+from vtr.limits import folded
 from vtr.models import load
+from vtr.picture import is_right
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
+
+    from vtr.visualize import Shot
 
 
 def run_command(
@@ -41,7 +45,7 @@ def run_command(
         typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
     ] = None,
     sample: Annotated[int | None, typer.Option(help="use shipped sample picture 0, 1 or 2")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="length of the answer")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs; the median is shown")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
 ) -> None:
@@ -56,8 +60,12 @@ def run_command(
     * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
     """
     try:
+        check_show(show)
+        mean = mean_of(budget, policy)
+        if policy != "none":
+            vtr.policy(policy)  # refused before a model is loaded
         asked = prepare(image, question, sample, model, device)
-        chosen_spec = at_budget(asked, policy, budget)
+        chosen_spec = policy if mean is None else at_budget(asked, policy, mean)
         rows = run_all(asked, chosen_spec, compare, max_new_tokens, repeats)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error
@@ -77,22 +85,29 @@ def run_command(
         console.print(f"kept tokens drawn to [bold]{show}[/]")
 
 
+NARROW = 18
+"""Letters of a policy's name in a line, on a terminal of less than 100 columns."""
+SIGNS = {True: " [bold green]✓[/]", False: " [bold red]✗[/]", None: ""}
+
+
 def _table(rows: list[Any]) -> Table:
     from rich import box
+    from rich.markup import escape
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    table.add_column("policy", overflow="fold")
-    table.add_column("answer", overflow="fold")
     wide = console.width >= 100
+    specs = [row.spec if wide else folded(row.spec, NARROW) for row in rows]
+    table.add_column("policy", overflow="fold", min_width=min(NARROW, max(map(_longest_line, specs))))
+    table.add_column("answer", overflow="fold", min_width=6)
     names = ["kept", "prefill\nms", "speed-\nup", *["1st token\nms"] * wide, "decode\nms/token", "GFLOPs", "KV\nKiB"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     base = rows[0]
-    for row in rows:
+    for row, spec in zip(rows, specs, strict=True):
         r, t = row.report, row.timing
         table.add_row(
-            row.spec,
-            row.answer,
+            escape(spec),
+            escape(row.answer) + SIGNS[row.right],
             f"{r.rows[0].mean_keep:.0%}",
             f"{t.prefill_ms:.1f}",
             f"{base.timing.prefill_ms / t.prefill_ms:.2f}×",
@@ -102,6 +117,33 @@ def _table(rows: list[Any]) -> Table:
             f"{r.kv_bytes / 1024:.0f}",
         )
     return table
+
+
+def _longest_line(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
+def check_show(path: Path | None) -> None:
+    """Raise unless a picture can be written there: asked before anything is loaded or run.
+
+    Raises:
+        ValueError: no file can be written there, or not in the format that its name says.
+    """
+    if path is None:
+        return
+    check_file(path, "--show")
+    import io
+
+    from matplotlib.figure import Figure
+
+    kinds = sorted({*Figure().canvas.get_supported_filetypes(), "gif"} - {"pgf", "raw", "rgba"})
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in kinds:
+        raise ValueError(f"--show {path}: a picture's name ends in one of .{', .'.join(kinds)}")
+    try:
+        Figure(figsize=(1, 1)).savefig(io.BytesIO(), format=kind)  # some formats need more than matplotlib
+    except Exception as error:
+        raise ValueError(f"--show {path}: .{kind} cannot be written here ({error}); .png can") from error
 
 
 @dataclass
@@ -124,6 +166,8 @@ class Outcome:
     answer: str
     report: Report
     timing: Any
+    right: bool | None = None
+    """Whether the answer is the right one; None where nobody knows."""
 
 
 def prepare(image: Path | None, question: str | None, sample: int | None, name: str | None, device: str) -> Asked:
@@ -165,23 +209,37 @@ def same_budget(report: Report) -> list[str]:
     return [f"random:keep={keep},layer={first}", f"uniform:keep={keep},layer={first}"]
 
 
-def at_budget(asked: Asked, policy: str, budget: str | None) -> str:
-    """The spec of a policy set to a budget ("192" tokens of this prompt, "0.25" of them); as it is without one.
+def mean_of(budget: str | None, policy: str) -> int | float | None:
+    """``--budget`` as a number: a count of tokens ("192") or a share of them ("0.25"); None where there is none.
 
     Raises:
-        ValueError: not a number, or what :func:`vtr.at_budget` refuses.
+        ValueError: neither, or no policy that could be set to it.
     """
     if budget is None:
-        return policy
+        return None
     if policy == "none":
         raise ValueError("--budget sets a policy: name one as well, e.g. --policy fastv")
     try:
-        mean = float(budget) if set(budget) & set(".e") else int(budget)
+        mean: int | float = float(budget) if set(budget) & set(".e") else int(budget)
     except ValueError as error:
         raise ValueError(f"--budget {budget}: give a count of tokens (192) or a share (0.25)") from error
+    if mean < 1 if isinstance(mean, int) else not 0 < mean <= 1:
+        raise ValueError(f"--budget {budget}: give a count of tokens, at least 1, or a share above 0 and at most 1.0")
+    return mean
+
+
+def at_budget(asked: Asked, policy: str, mean: int | float) -> str:
+    """The spec of a policy set to a mean of vision tokens of this prompt: a count, or a share of them.
+
+    Raises:
+        ValueError: more tokens than the prompt has, or what :func:`vtr.at_budget` refuses.
+    """
     ids = asked.inputs["input_ids"]
     marks = torch.tensor(find_adapter(asked.model).placeholders(asked.model), device=ids.device)
-    return vtr.at_budget(policy, asked.model, mean, total=int(torch.isin(ids[0], marks).sum()) or None).spec
+    total = int(torch.isin(ids[0], marks).sum())
+    if isinstance(mean, int) and mean > total > 0:
+        raise ValueError(f"--budget {mean}: this prompt has {total} vision tokens: give fewer, or a share (0.25)")
+    return vtr.at_budget(policy, asked.model, mean, total=total or None).spec
 
 
 def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) -> Outcome:
@@ -193,7 +251,7 @@ def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) ->
     report = vtr.report(asked.model)
     text = asked.processor.decode(out[0, asked.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     timing = time_call(asked.model, asked.inputs, chosen, repeats=repeats, new_tokens=8)
-    return Outcome(policy, text.strip(), report, timing)
+    return Outcome(policy, text.strip(), report, timing, is_right(text, asked.answer))
 
 
 def run_all(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int, repeats: int) -> list[Outcome]:
@@ -217,12 +275,10 @@ def run_all(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int
 
 
 def draw(asked: Asked, outcome: Outcome) -> Figure:
-    """The kept tokens of ``outcome`` on the picture."""
-    from vtr.picture import image_spans, show_kept
+    """The kept tokens of ``outcome`` on the picture, with the question and whether the answer is right."""
+    from vtr import visualize
 
-    _, first_slot, layout = image_spans(asked.model, asked.inputs)[0]
-    title = f"{outcome.spec}\n“{asked.question}” → {outcome.answer}"
-    return show_kept(asked.picture, layout, first_slot, outcome.report.rows[0], title=title)
+    return visualize.kept(_shot(asked, outcome))
 
 
 def save_picture(asked: Asked, outcome: Outcome, path: Path) -> None:
@@ -231,7 +287,16 @@ def save_picture(asked: Asked, outcome: Outcome, path: Path) -> None:
         draw(asked, outcome).savefig(path, dpi=150)
         return
     from vtr import visualize
+
+    visualize.animate(_shot(asked, outcome), path)
+
+
+def _shot(asked: Asked, outcome: Outcome) -> Shot:
     from vtr.picture import image_spans
+    from vtr.visualize import Shot
 
     _, first_slot, layout = image_spans(asked.model, asked.inputs)[0]
-    visualize.animate(visualize.Shot(asked.picture, layout, first_slot, outcome.report.rows[0]), path)
+    return Shot(
+        asked.picture, layout, first_slot, outcome.report.rows[0], outcome.answer, outcome.report.flops,
+        asked.question, asked.answer,
+    )  # fmt: skip

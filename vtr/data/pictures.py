@@ -76,7 +76,9 @@ def _opened(source: Any) -> Iterator[Image.Image]:
             yield source
             return
         if isinstance(source, (str, Path)):
-            if not stat.S_ISREG(Path(source).stat().st_mode):
+            if stat.S_ISDIR(mode := Path(source).stat().st_mode):
+                raise BadPictureError(f"{name} is a folder, no picture")
+            if not stat.S_ISREG(mode):
                 raise BadPictureError(f"{name} is no regular file")
             with open(source, "rb") as file, Image.open(file) as image:  # by its name Pillow misreads turned TIFFs
                 yield image
@@ -95,7 +97,11 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's kind and message, 200 characters at most."""
+    """An error's kind and message, 200 characters at most; of files what is wrong, in words."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{str(error.filename)[:150]}: {error.strerror}".replace(
+            "No such file or directory", "there is no such file"
+        )
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 

@@ -17,6 +17,7 @@ from vtr import pocket
 from vtr.data import files
 from vtr.data.pictures import one_line
 from vtr.data.records import COLUMNS, Bad, Sample, samples_of
+from vtr.limits import short, similar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,17 +65,22 @@ def open_data(
     """
     columns = dict(columns or {})
     if unknown := sorted(set(columns) - set(COLUMNS)):
-        raise ValueError(f"columns: there is no {unknown[0]!r}; a sample has {', '.join(COLUMNS)}")
+        hint = similar(unknown[0], COLUMNS)
+        raise ValueError(f"columns: there is no {unknown[0]!r}{hint}; a sample has {', '.join(COLUMNS)}")
+    if images is not None and not images.is_dir():
+        raise FileNotFoundError(f"images={images}: there is no such folder of pictures")
     head, _, rest = spec.partition(":")
     if head == POCKET:
+        if columns or images is not None:
+            raise ValueError("the pocket tasks have pictures and columns of their own: leave out images and columns")
         read = _pocket(POCKET_QUESTIONS if limit is None else limit, seed, settings_of(rest))
     else:
         sampled = partial(samples_of, columns=columns, answers_needed=answers_needed)
         if head == "hf":
             name, _, rest = rest.partition(",")
-            read = _hub(name, settings_of(rest), partial(sampled, images=images))
+            read = _hub(name, settings_of(rest), partial(sampled, images=images), columns)
         else:
-            read = _path(Path(spec), sampled, images)
+            read = _path(Path(spec), sampled, images, columns)
     return Source(spec, lambda: islice(read(), limit))
 
 
@@ -142,23 +148,39 @@ def _same(image: Image.Image) -> Image.Image:
 
 
 # -- files and folders -------------------------------------------------------------------------------------------------
-def _path(path: Path, sampled: Sampled, images: Path | None) -> Read:
+def _path(path: Path, sampled: Sampled, images: Path | None, columns: Mapping[str, str]) -> Read:
     if path.is_dir():
         lines = sorted(path.glob("*.jsonl"))
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            return _hub(str(path), {}, partial(sampled, images=images))
+            return _hub(str(path), {}, partial(sampled, images=images), columns)
         if not lines:
-            return _hub("imagefolder", {"data_dir": str(path)}, partial(sampled, images=images))
+            return _hub("imagefolder", {"data_dir": str(path)}, partial(sampled, images=images), columns)
         if len(lines) > 1:
             raise ValueError(f"{path} holds {len(lines)} JSONL files ({lines[0].name}, …): name one of them")
         path = lines[0]
     if not path.is_file():
+        there = [str(path.with_name(one.name)) for one in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(
-            f"no data at {path}: give pocket, a JSONL file, a folder, or hf:NAME,split=… for a Hugging Face data set"
+            f"no data at {path}{similar(str(path), [POCKET, *there])}: give pocket, a JSONL file, a folder, or "
+            "hf:NAME,split=… for a Hugging Face data set"
         )
     if not files.check(path) and path.suffix not in (".jsonl", ".json", ".ndjson"):
         raise ValueError(f"{path} is no JSONL file: write one JSON object a line, e.g. {EXAMPLE}")
+    _check_columns(columns, (record for _, record in files.read(path) if isinstance(record, dict)), str(path))
     return partial(_records, path, partial(sampled, images=images or path.parent))
+
+
+def _check_columns(columns: Mapping[str, str], records: Iterable[Mapping[str, Any]], name: str) -> None:
+    """Raise ValueError if no record has a column that was named. Reads on only until each has been seen."""
+    unseen, there = {column: what for what, column in columns.items()}, dict[str, None]()
+    for record in records if unseen else ():
+        there |= dict.fromkeys(map(str, record))
+        unseen = {column: what for column, what in unseen.items() if column not in there}
+        if not unseen:
+            return
+    for column, what in unseen.items() if there else ():
+        said = f"columns: {what}={column}, but {name} has no column {column!r}{similar(column, there)}"
+        raise ValueError(f"{said}; it has: {short(', '.join(there))}")
 
 
 def _records(path: Path, sampled: Sampled) -> Iterator[Sample | Bad]:
@@ -174,7 +196,7 @@ def _records(path: Path, sampled: Sampled) -> Iterator[Sample | Bad]:
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
-def _hub(name: str, settings: dict[str, str], sampled: Sampled) -> Read:
+def _hub(name: str, settings: dict[str, str], sampled: Sampled, columns: Mapping[str, str]) -> Read:
     try:
         import datasets
     except ImportError as error:
@@ -186,8 +208,10 @@ def _hub(name: str, settings: dict[str, str], sampled: Sampled) -> Read:
         else:
             found = datasets.load_dataset(name, **settings, streaming=True)
     except (OSError, ValueError, ConnectionError) as error:
-        raise ValueError(f"cannot load data set {name}: {one_line(error)}") from error
+        where = settings.get("data_dir", name)
+        raise ValueError(f"cannot load data set {where}: {one_line(error)}") from error
     data = undecoded(_split(name, found, wanted))
+    _check_columns(columns, [data.features] if data.features else data if columns else [], name)
 
     def read() -> Iterator[Sample | Bad]:
         index = 0

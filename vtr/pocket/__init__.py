@@ -72,11 +72,18 @@ def autoscale(method: str = "cascade") -> Policy:
 
 
 def sample(i: int = 0) -> tuple[Image.Image, str, str]:
-    """One of the shipped pictures with a question and its answer."""
+    """One of the shipped pictures with a question and its answer.
+
+    Raises:
+        ValueError: no such sample; the message lists those there are.
+    """
     from PIL import Image
 
-    entries = json.loads((SAMPLES / "samples.json").read_text())
-    entry = entries[i % len(entries)]
+    entries = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
+    if i not in range(len(entries)):
+        there = ", ".join(f"{n} ({entry['question']}?)" for n, entry in enumerate(entries))
+        raise ValueError(f"there is no sample {i}: choose one of {there}")
+    entry = entries[i]
     return Image.open(SAMPLES / entry["file"]).convert("RGB"), entry["question"], entry["answer"]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vtr.picture import crop_lines
+from vtr.picture import crop_lines, points
 from vtr.visualize.look import COLORS, SIDE, frame, shortened
 from vtr.visualize.shots import Shot
 
@@ -83,11 +83,13 @@ def _frame_of(shot: Shot, layer: int) -> Image.Image:
     from PIL import Image
 
     counts, kinds = shot.row.vision_tokens, shot.tiles
-    figure = Figure(figsize=(SIDE * len(kinds) + 3.2, SIDE + 0.6), dpi=90, layout="constrained")
+    width = SIDE * len(kinds) + 3.2
+    size = points(width)
+    figure = Figure(figsize=(width, SIDE + (6 if shot.question else 4) * size / 72), dpi=90, layout="constrained")
     axes = figure.subplots(1, len(kinds) + 1, width_ratios=[1] * len(kinds) + [1.15])
     for axis, kind in zip(axes, kinds, strict=False):
         axis.imshow(shot.pixels(layer, kind))
-        axis.set_title(kind, fontsize=9)
+        axis.set_title(kind, fontsize=size)
         frame(axis, "0.4")
         if kind == "crops":
             crop_lines(axis, shot.layout, shot.picture)
@@ -96,11 +98,12 @@ def _frame_of(shot: Shot, layer: int) -> Image.Image:
     stairs.bar(range(len(counts)), counts, width=0.9, color=bars)
     stairs.set_ylim(0, max(shot.row.total, 1) * 1.08)
     stairs.set_xticks([0, len(counts) - 1] if len(counts) > 1 else [0])
-    stairs.set_xlabel("decoder layer", fontsize=8)
-    stairs.set_title(f"into layer {layer}: {counts[layer]} of {shot.row.total}", fontsize=9, color=COLORS[1])
+    stairs.set_xlabel("decoder layer", fontsize=size)
+    stairs.set_title(f"into layer {layer}: {counts[layer]} of {shot.row.total}", fontsize=size, color=COLORS[1])
     stairs.spines[["top", "right"]].set_visible(False)
-    stairs.tick_params(labelsize=8)
-    figure.suptitle(shortened(shot.label, 70), fontsize=9)
+    stairs.tick_params(labelsize=size)
+    asked = f"\n{shot.question}  {shot.verdict[0]}" if shot.question else ""
+    figure.suptitle(shortened(shot.label, 70) + asked, fontsize=size, color=shot.verdict[1] if asked else "black")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtr.accounting import RowReport
-from vtr.picture import crop_lines, show_kept
-from vtr.visualize.look import COLORS, SIDE, asked, frame, shortened, verdict
+from vtr.picture import crop_lines, points, show_kept
+from vtr.visualize.look import COLORS, SIDE, frame, shortened, wrapped
 from vtr.visualize.shots import Shot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LETTER_WIDTH = 0.56
+"""Of a letter, as a share of the font size."""
+MOST_POINTS = 18.0
+"""Of the labels above one picture of many: larger ones would not fit."""
 LETTER = 0.077
 """Inches that a letter of an answer is wide."""
 
@@ -24,25 +28,17 @@ def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = No
 
     Args:
         layers: by default those at which the number of tokens changes (at most four).
-        title: above it; None for the policy and what was asked.
-
-    Below it stands the answer, where it is known, green with a ✓ or red with a ✗ if the right one is known as well.
+        title: above it; None for the policy and the question. The answer stands below, marked ✓ or ✗ where the right
+            one is known.
     """
     if title is None:
-        title = "\n".join(filter(None, [shot.label, asked(shot.question, shot.expected)]))
+        title = wrapped(shot.label, 60) + (f"\n{shot.question}" if shot.question else "")
     chosen = None if layers is None else [shot.layer(layer) for layer in layers]
-    figure = show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title)
-    if shot.answer:
-        said, shade = verdict(shot.answer, shot.expected)
-        figure.supxlabel(said, fontsize=13, color=shade, weight="bold")
-    return figure
+    return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title, shot.verdict)
 
 
 def side_by_side(shots: Sequence[Shot], layer: int = -1, columns: int = 3) -> Figure:
     """The same picture under several policies: what is left on entering ``layer``, with tokens, FLOPs and answer.
-
-    Above it stands the question with its right answer, where they are known; right answers are green with a ✓, wrong
-    ones red with a ✗.
 
     Args:
         columns: so many policies in a line.
@@ -57,39 +53,42 @@ def side_by_side(shots: Sequence[Shot], layer: int = -1, columns: int = 3) -> Fi
         raise ValueError(f"columns={columns}: at least one policy stands in a line")
     kinds, columns = shots[0].tiles, min(columns, len(shots))
     lines = -(-len(shots) // columns)
-    size = (SIDE * columns + 0.3, lines * (SIDE * len(kinds) + 0.9) + 0.3)
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    width = SIDE * columns + 0.3
+    size = min(points(width), MOST_POINTS)
+    labels = [wrapped(shot.label, round(SIDE * 72 / size / LETTER_WIDTH)) for shot in shots]
+    words = (5 + max(label.count("\n") for label in labels)) * 1.5 * size / 72
+    figure = Figure(figsize=(width, lines * (SIDE * len(kinds) + words)), layout="constrained", dpi=110)
     axes = figure.subplots(lines * len(kinds), columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for n, shot in enumerate(shots):
+    for n, (shot, label) in enumerate(zip(shots, labels, strict=True)):
         line, column = divmod(n, columns)
         mine = [axes[line * len(kinds) + k][column] for k in range(len(kinds))]
-        _one_of_several(mine, shot, layer, COLORS[n % len(COLORS)], named=column == 0)
-    if title := asked(shots[0].question, shots[0].expected):
-        figure.suptitle(title, fontsize=11)
+        _one_of_several(mine, shot, layer, label, COLORS[n % len(COLORS)], size)
+    if len({shot.question for shot in shots}) == 1 and shots[0].question:
+        figure.suptitle(shots[0].question, fontsize=1.1 * size)
     return figure
 
 
-def _one_of_several(axes: Sequence[Any], shot: Shot, layer: int, color: str, named: bool) -> None:
-    """One shot on its axes, one above the other. named: the tiles' names stand beside them."""
+def _one_of_several(axes: Sequence[Any], shot: Shot, layer: int, label: str, color: str, size: float) -> None:
+    """One shot on its axes, one above the other."""
     for axis, kind in zip(axes, shot.tiles, strict=True):
         axis.set_axis_on()
         axis.imshow(shot.pixels(layer, kind))
         frame(axis, color)
         if kind == "crops":
             crop_lines(axis, shot.layout, shot.picture)
-        if named:
-            axis.set_ylabel(kind, fontsize=10)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(kind, fontsize=size)
     entered = shot.row.vision_tokens[shot.layer(layer)]
-    cost = f" · {shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
+    cost = f"\n{shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
     axes[0].set_title(
-        f"{shortened(shot.label)}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
-        fontsize=9.5, color=color,
+        f"{label}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
+        fontsize=size, color=color,
     )  # fmt: skip
     if shot.answer:
-        said, shade = verdict(shot.answer, shot.expected)
-        axes[-1].set_xlabel(said, fontsize=12, color=shade, weight="bold")
+        said, mark = shot.verdict
+        axes[-1].set_xlabel(said.replace("  (", "\n("), fontsize=1.1 * size, color=mark, fontweight="bold")
 
 
 def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:
@@ -125,7 +124,7 @@ def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:
     axis.set_ylabel("vision tokens that enter")
     axis.grid(axis="y", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles=lines, frameon=False, fontsize=8, loc="outside lower center", ncols=1)
+    figure.legend(handles=lines, frameon=False, fontsize=points(7.2, 11), loc="outside lower center", ncols=1)
     return figure
 
 

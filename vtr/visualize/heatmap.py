@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vtr.base import SCORES, Policy, Scores
-from vtr.picture import image_spans, ranked_pixels, seen, views
+from vtr.picture import image_spans, points, ranked_pixels, seen, views
 from vtr.visualize.look import SIDE, frame
 from vtr.visualize.shots import span_of
 from vtr.watch import Watch
@@ -77,18 +77,20 @@ def ranking(
     mine = slice(vision.index(first_slot), vision.index(first_slot) + len(layout))
     kinds = views(layout)
     shown = seen(picture, layout)
-    figure = Figure(figsize=(SIDE * (len(chosen) + 1) + 0.6, SIDE * len(kinds) + 0.5), layout="constrained", dpi=110)
+    width = SIDE * (len(chosen) + 1) + 0.6
+    size = points(width)
+    figure = Figure(figsize=(width, SIDE * len(kinds) + 0.5), layout="constrained", dpi=110)
     axes = figure.subplots(len(kinds), len(chosen) + 1, squeeze=False)
     for line, kind in enumerate(kinds):
         axes[line][0].imshow(np.asarray(shown.convert("RGB")))
-        axes[line][0].set_ylabel(kind, fontsize=9)
+        axes[line][0].set_ylabel(kind, fontsize=size)
         for column, layer in enumerate(chosen, 1):
             axes[line][column].imshow(ranked_pixels(shown, layout, ranks[layer][mine], kind))
             if line == 0:
-                axes[line][column].set_title(f"attention of layer {layer}", fontsize=9)
+                axes[line][column].set_title(f"attention of layer {layer}", fontsize=size)
     for axis in axes.flat:
         frame(axis, "0.4")
     bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes, shrink=0.7, pad=0.01, ticks=[0, 0.5, 1])
-    bar.set_label(f"rank by attention from the text (queries={queries!r})", fontsize=8)
-    bar.ax.set_yticklabels(["last", "middle", "first"], fontsize=8)
+    bar.set_label(f"rank by attention from the text (queries={queries!r})", fontsize=size)
+    bar.ax.set_yticklabels(["last", "middle", "first"], fontsize=size)
     return figure

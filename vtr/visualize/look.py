@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtr.limits import folded
+
 COLORS = ("#3b6fb6", "#d95f43", "#3f9b6b", "#8a5fb0", "#c9922b", "#4aa5b8", "#b0577f", "#6b6b6b")
 SIDE = 2.6
 """Inches of one picture in a figure."""
-RIGHT, WRONG, UNKNOWN = "#1a7f37", "#c62828", "#222222"
-"""Colors of answers."""
 
 
 def frame(axis: Any, color: str) -> None:
@@ -25,16 +25,7 @@ def shortened(label: str, width: int = 30) -> str:
     return label if len(label) <= width else label[: width - 1] + "…"
 
 
-def verdict(answer: str, expected: str | None) -> tuple[str, str]:
-    """An answer with a sign, and its color: ✓ if it is the expected one, ✗ if not, → where none is known."""
-    if expected is None:
-        return f"→ {answer}", UNKNOWN
-    right = answer.strip().lower() == expected.strip().lower()
-    return (f"✓ {answer}", RIGHT) if right else (f"✗ {answer}", WRONG)
-
-
-def asked(question: str, expected: str | None) -> str:
-    """The question, and the right answer where it is known, as a figure's title; empty without a question."""
-    if not question:
-        return ""
-    return f"“{question}”" + (f"   right answer: {expected}" if expected is not None else "")
+def wrapped(label: str, width: int) -> str:
+    """A spec string in lines of about ``width`` letters, broken behind commas and at a plus; three lines at most."""
+    lines = [shortened(line, max(width, 8)) for line in folded(label, width).split("\n")]
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], shortened(lines[2], len(lines[2])) + "…"])

@@ -13,7 +13,7 @@ from vtr.accounting import RowReport, report
 from vtr.base import Policy
 from vtr.data.pictures import upright
 from vtr.image import Layout
-from vtr.picture import image_spans, kept_pixels, seen, views
+from vtr.picture import image_spans, kept_pixels, seen, verdict, views
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,7 @@ class Shot:
     Attributes:
         picture: as given to the processor. layout: of its tokens. first_slot: the prompt's slot of its first token.
         row: the report's row. answer: what the model said, where that is known. flops: of the call.
-        question: what was asked, and expected: the right answer, where they are known.
+        question: that was asked; "" where that is not known. expected: the right answer; None where nobody knows.
     """
 
     picture: Image.Image
@@ -42,6 +42,11 @@ class Shot:
     def label(self) -> str:
         """The policy's spec string."""
         return self.row.policy or "none"
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """What the model said, with ✓ or ✗ where the right answer is known, and the color to write it in."""
+        return verdict(self.answer, self.expected) if self.answer else ("", "black")
 
     @property
     def tiles(self) -> list[str]:
@@ -116,7 +121,7 @@ def ask(
     """Ask one question under each of several policies, ``None`` among them for no reduction.
 
     Args:
-        max_new_tokens: the longest answer. expected: the right answer, by which figures mark those given.
+        expected: the right answer, if it is known: figures then mark right and wrong ones.
 
     Returns:
         A shot a policy, with the answer; the vision tower has run once.
