@@ -66,7 +66,7 @@ def find_device(name: str) -> str:
     try:
         asked = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device={name!r} is no device{similar(name, there)}: {choose}") from error
+        raise ValueError(f"device={name!r} is no device: {choose}") from error
     if not _is_there(asked):
         raise ValueError(f"device={name!r}: PyTorch finds no such device on this machine; {choose}")
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,9 @@ RIGHT, WRONG = "#1b7f3b", "#c0392b"
 """Colors of right and wrong answers, which also have a sign."""
 SHOWN_AT, LETTERS = 700, 11.5
 """Pixels across at which a figure's labels can be read, and the size of their letters there."""
+
+LINE_OF = 75
+"""Letters of that size that fit across."""
 
 
 def points(width: float, letters: float = LETTERS) -> float:
@@ -184,7 +188,8 @@ def show_kept(
     picture = seen(picture, layout)
     width = 2.6 * (len(layers) + 1)
     size = points(width)
-    lines = 3 + title.count("\n") + bool(note[0])
+    title, said = "\n".join(fill(line, LINE_OF) for line in title.split("\n")), fill(note[0], LINE_OF)
+    lines = 4 + title.count("\n") + said.count("\n")
     figure = Figure(figsize=(width, 2.6 * len(kinds) + lines * 1.5 * size / 72), layout="constrained")
     axes = figure.subplots(len(kinds), len(layers) + 1, squeeze=False)
     for line, kind in enumerate(kinds):
@@ -202,8 +207,8 @@ def show_kept(
         axis.set_yticks([])
     if title:
         figure.suptitle(title, fontsize=1.1 * size)
-    if note[0]:
-        figure.supxlabel(note[0], fontsize=1.2 * size, color=note[1], fontweight="bold")
+    if said:
+        figure.supxlabel(said, fontsize=1.2 * size, color=note[1], fontweight="bold")
     return figure
 
 

@@ -12,6 +12,7 @@ from vtr.eval.accuracy.downsample import NAME, Downsample
 import vtr
 from vtr.budget import at_share
 from vtr.learned import Learned
+from vtr.limits import short, similar
 from vtr.settings import policy_class
 
 NONE = "none"
@@ -63,7 +64,7 @@ def contender(spec: str) -> Contender:
     head, _, rest = spec.partition("+")
     name, _, settings = head.partition(":")
     if name != NAME:
-        policy = vtr.policy(spec)
+        policy = _policy(spec)
         return Contender(policy.spec, policy.name, policy)
     key, _, value = settings.partition("=")
     if settings and key != "scale":
@@ -72,8 +73,35 @@ def contender(spec: str) -> Contender:
         smaller = Downsample(float(value)) if settings else Downsample()
     except ValueError as error:
         raise ValueError(f"{head!r}: {error}") from error
-    more = vtr.policy(rest) if rest else None
+    more = _policy(rest) if rest else None
     return Contender(smaller.spec + (f"+{more.spec}" if more else ""), NAME, more, smaller)
+
+
+def _policy(spec: str) -> vtr.Policy:
+    """As :func:`vtr.policy`; where several policies are joined by commas, the message says how they are joined here."""
+    known = [*vtr.list_policies(), NONE, ALL, NAME]
+    if "," in spec:
+        parts = [part.strip() for part in spec.split(",")]
+        if any(part.partition(":")[0] in known and "=" not in part.partition(":")[0] for part in parts[1:]):
+            raise ValueError(
+                f"{short(spec)!r}: policies are joined by a semicolon, like fastv:keep=0.25;random:keep=0.25"
+            )
+    name = spec.partition(":")[0].strip()
+    if name not in known and (hint := similar(name, (NONE, ALL, NAME))) and not similar(name, vtr.list_policies()):
+        raise ValueError(f"unknown policy {short(name)!r}{hint}; {ALL} is one of each that `vtr list` shows")
+    return vtr.policy(spec)
+
+
+def specs_of(given: Sequence[str]) -> list[str]:
+    """The specs that are joined by ``;``, one by one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [part.strip() for text in given for part in text.split(";") if part.strip()]
+    if not found:
+        raise ValueError(f"no policy is named: give {ALL}, or specs joined by a semicolon")
+    return found
 
 
 def contenders(
@@ -93,7 +121,7 @@ def contenders(
     """
     found, left_out = [Contender(NONE, NONE)], dict[str, str]()
     only_all: list[Contender] = []
-    for spec in (part.strip() for text in specs for part in text.split(";") if part.strip()):
+    for spec in specs_of(specs):
         if spec == ALL:
             more, left_out = at_budget(budget, shapes, weights)
             more = [one for one in more if one not in found]
@@ -119,7 +147,10 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
     Raises:
         ValueError: no such budget.
     """
-    budget = budget / shapes.side**2 if budget >= 1 and budget == int(budget) else budget
+    if budget >= 1 and budget == int(budget):
+        if budget >= shapes.side**2:
+            raise ValueError(f"budget={budget:g}: a tile has {shapes.side**2} tokens: give fewer, or a share (0.25)")
+        budget = budget / shapes.side**2
     if not 0 < budget < 1:
         raise ValueError(f"budget={budget!r} is the mean share of tokens that stays: choose one between 0 and 1")
     registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]

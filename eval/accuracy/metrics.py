@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vtr.data.choices import Choices, normalized, picked
+from vtr.limits import similar
 
 RIGHT = 0.5
 """A score from here on counts as right where right or wrong is asked for."""
@@ -196,7 +197,7 @@ def metric(name: str) -> Metric:
         ValueError: there is none; the message lists them.
     """
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; choose one of {', '.join(METRICS)}")
+        raise ValueError(f"unknown metric {name!r}{similar(name, METRICS)}; choose one of {', '.join(METRICS)}")
     return METRICS[name]
 
 

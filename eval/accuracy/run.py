@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from vtr.eval.accuracy import summary
 from vtr.eval.accuracy.answers import TOKENS, Bench, bad_row, refused
-from vtr.eval.accuracy.contenders import BUDGET, Contender, Shapes, contenders
+from vtr.eval.accuracy.contenders import ALL, BUDGET, Contender, Shapes, contender, contenders, specs_of
 from vtr.eval.accuracy.data import POCKET, POCKET_QUESTIONS, Bad, Sample, Source, open_data
 from vtr.eval.accuracy.journal import ROWS, Journal
 from vtr.eval.accuracy.metrics import metric
@@ -24,7 +24,7 @@ from vtr.eval.cost.timing import milliseconds
 from vtr.eval.report import results
 
 import vtr
-from vtr.models import load
+from vtr.models import check_name, find_device, load
 
 RESULTS, MARKDOWN, CSV = "results.json", "table.md", "table.csv"
 WORTH_A_PROCESS = 8
@@ -69,6 +69,16 @@ class Settings:
         if "{question}" not in self.instruction:
             raise ValueError(f"instruction={self.instruction!r}: it must say where the {{question}} goes")
 
+    def check(self) -> None:
+        """Raise for what can be known to be wrong before a model is loaded: data, device, names of models, policies."""
+        self.open()
+        find_device(self.device)
+        check_name(self.model)
+        check_name(self.base_lm, "language model", owner=False)
+        for spec in specs_of(self.policies):
+            if spec != ALL:
+                contender(spec)
+
     @property
     def name(self) -> str:
         """The model's name in results."""
@@ -99,7 +109,7 @@ def evaluate(
     Raises:
         ValueError, TypeError, FileExistsError, RuntimeError: settings that cannot work; see the message.
     """
-    settings.open()
+    settings.check()
     work = partial(_work, settings=settings, out=out, resume=resume, indispensable=indispensable, latency=latency)
     if launched():
         if processes is not None:

@@ -65,11 +65,12 @@ def bench_engine(
     * `vtr bench engine --device cuda --repeats 20`
     """
 
-    from vtr.commands._console import console, fail
+    from vtr.commands._console import check_file, console, fail
     from vtr.eval.cost import engine
     from vtr.eval.report import ratios, results
 
     try:
+        check_file(json_file, "--json", made=True)
         size, precision, times = engine.choose(small, device, dtype, repeats)
         result = engine.measure(size, device, precision, times)
         if json_file is not None:
@@ -134,6 +135,7 @@ def bench_policies(
     from vtr.eval.cost.engine import choose as precision_of
 
     try:
+        _check_targets(json_file, out)
         precision = precision_of(small, device, dtype, repeats)[1]
         setup = measure.choose(small, device, shape)
         body = measure.measure(setup, device, precision, repeats, seed, budget or (), policy or ())
@@ -170,6 +172,7 @@ def bench_batch(
     from vtr.eval.cost import batch as measure
 
     try:
+        _check_targets(json_file, out)
         size, precision, times = measure.choose(small, device, dtype, repeats)
         body = measure.measure(size, device, precision, times, seed)
         write(body, "batch", json_file, out, seed, device)
@@ -204,6 +207,7 @@ def bench_scale(
     from vtr.eval.cost.engine import choose
 
     try:
+        _check_targets(json_file, out)
         precision = choose(small, device, dtype, repeats)[1]
         ladder = measure.SMALL if small else measure.CUDA if device == "cuda" else measure.CPU
         body = measure.measure(ladder, device, precision, repeats, seed)
@@ -240,10 +244,13 @@ def bench_serve(
     from tqdm import tqdm
 
     from vtr.commands._console import console, fail
+    from vtr.commands.serve import check_url
     from vtr.eval.cost import serve as measure
 
     steps = measure.loads(small)
     try:
+        _check_targets(json_file, out)
+        check_url(url)
         name = model or measure.first_model(url)
         with tqdm(total=len(steps) * len(measure.CONTENDERS) * (rounds + 1), desc="bench serve", unit="round") as bar:
             body = measure.measure(url, name, steps, rounds, side, seed, lambda: bar.update())
@@ -254,6 +261,16 @@ def bench_serve(
     show(["at a time × tokens"], columns, measure.table(body), right=True)
     for name, specs in measure.CONTENDERS.items():
         console.print(f"{name}: {', '.join(specs)}", highlight=False)
+
+
+def _check_targets(json_file: Path | None, out: Path | None) -> None:
+    """Raise ValueError unless results can be written there: asked before anything is measured."""
+    from vtr.commands._console import check_file, check_folder
+
+    check_file(json_file, "--json", made=True)
+    check_folder(out)
+    if json_file is not None and json_file.suffix != ".json":
+        raise ValueError(f"--json {json_file}: a result file's name ends in .json (its plot is a .png beside it)")
 
 
 def write(body: Mapping[str, Any], kind: Any, json_file: Path | None, out: Path | None, seed: int, device: str) -> None:

@@ -34,9 +34,10 @@ def convert_command(
 
     * `vtr run cat.jpg "What is this?" --model out/model --policy pmod:weights=out/policy`
     """
-    from vtr.commands._console import console, fail
+    from vtr.commands._console import check_folder, console, fail
 
     try:
+        check_folder(out, "OUT")
         from vtr.convert import convert_checkpoint
 
         made = convert_checkpoint(method, checkpoint, out, vision_tower, base)

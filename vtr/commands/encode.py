@@ -31,13 +31,17 @@ def encode_command(
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from vtr.commands._console import console, fail
+    import vtr
+    from vtr.commands._console import check_folder, console, fail
     from vtr.data.pictures import upright
     from vtr.encode import encode
     from vtr.models import load
 
     try:
+        check_folder(out)
         files = found_in(pictures)
+        if policy != "none":
+            vtr.policy(policy)  # refused before a model is loaded
         loaded, processor = load(model, device, dtype)
         out.mkdir(parents=True, exist_ok=True)
         total = 0

@@ -81,9 +81,12 @@ def eval_command(
     """
     import tempfile
 
-    from vtr.commands._console import console, fail
+    from vtr.commands._console import check_folder, console, fail
 
     try:
+        check_folder(out)
+        if resume and out is None:
+            raise ValueError("--resume goes on with what --out holds: name that folder as well, --out FOLDER")
         from vtr.eval.accuracy.data import settings_of
         from vtr.eval.accuracy.run import Settings, evaluate
 

@@ -35,7 +35,7 @@ def page_command(
 
     * `vtr page eval/results --readme README.md` — fill `<!-- vtr:table NAME -->` … `<!-- /vtr:table -->` from NAME.json
     """
-    from vtr.commands._console import console, fail
+    from vtr.commands._console import check_folder, console, fail
 
     try:
         if readme is not None:
@@ -43,6 +43,7 @@ def page_command(
 
             console.print(tables.update(readme, results or []))
             return
+        check_folder(out)
         from vtr.eval.report import page
 
         written = page.write(

@@ -134,10 +134,15 @@ def psigmoid_command(
     * `vtr search psigmoid --budget 0.25 --measure keep --curve schedule` — begins with the fit of a G-Search curve
     """
     from vtr import Schedule
+    from vtr.commands._console import fail
     from vtr.search import psigmoid
 
-    def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
+    try:
         first = None if curve is None else list(Schedule.named(curve))
+    except (ValueError, TypeError, OSError) as error:
+        raise fail(error) from error
+
+    def find(loaded: Any, processor: Any, examples: list[Example], shared: dict[str, Any]) -> Found:
         how = {"budget": budget, "measure": measure, "trials": trials, "curve": first}
         return psigmoid(loaded, processor, examples, **how, **shared)  # type: ignore[arg-type]
 
@@ -153,14 +158,18 @@ def _run(
     source: tuple[str, Path | None, str], sizes: tuple[int, int], latency: int,
 ) -> None:  # fmt: skip
     """Load, split, search, save, measure, show."""
-    from vtr.commands._console import console, fail
-    from vtr.models import load
+    from vtr.commands._console import check_folder, console, fail
+    from vtr.models import check_name, find_device, load
+    from vtr.search.metrics import objective_of
     from vtr.search.prefix import Spent
 
     try:
+        check_folder(out)
+        check_name(which[0])
+        find_device(which[1])
+        objective_of(shared["objective"])
         sides = _sides(source, sizes, shared["seed"])
         model, processor = load(*which)
-        out.mkdir(parents=True, exist_ok=True)
         found = find(model, processor, list(sides.calibration), {**shared, "state": out / "state.json"})
         found.save_pretrained(out)
         _draw_ranks(found, out)

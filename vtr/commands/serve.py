@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.util
 import os
@@ -41,7 +42,7 @@ def serve_command(
     model: Annotated[str, typer.Argument(help="folder, hub name, `pocket` or `pocket-joint`")] = "pocket",
     policy: Annotated[str | None, typer.Option(help="what requests get that name none, e.g. `m3:tokens=144`")] = None,
     host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen at")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen at")] = 8000,
     upstream: Annotated[str | None, typer.Option(help="no engine here: pass requests on to this vLLM server")] = None,
 ) -> None:
     """Serve a model with a reduction policy per request: an OpenAI server on vLLM.
@@ -62,12 +63,17 @@ def serve_command(
     from vtr.commands._console import console, fail
     from vtr.integrations.vllm.gateway import LAYERS_ENV
     from vtr.integrations.vllm.specs import spec_of
+    from vtr.models import check_name
 
     try:
         if model == "pocket-internvl":
             raise ValueError(
                 "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
             )
+        check_name(model)
+        check_address(host, port)
+        if upstream is not None:
+            check_url(upstream)
         depth = int(AutoConfig.from_pretrained(_folder(model)).get_text_config().num_hidden_layers)
         default = None if policy is None else spec_of(policy, depth)
         if upstream is not None:
@@ -80,6 +86,32 @@ def serve_command(
     command = server_command(model, host, port, default, context.args)
     console.print(" ".join(command), highlight=False, style="dim", soft_wrap=True)
     os.execve(sys.executable, command, {**os.environ, LAYERS_ENV: str(depth)})
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise OSError unless a server can listen there: asked before a model is loaded."""
+    import socket
+
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise OSError(f"--host {host}: no address of this machine, e.g. 127.0.0.1 or 0.0.0.0") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"--port {port}: another program listens there already: choose another port") from error
+        raise OSError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError unless this is a server's address."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no server's address: write it like http://127.0.0.1:8000")
 
 
 def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:

@@ -31,8 +31,10 @@ def train_command(
     accumulate: Annotated[int, typer.Option(min=1, help="batches per step")] = 1,
     lr: Annotated[float, typer.Option(help="of the model's decoder and projector; 0 leaves them as they are")] = 5e-6,
     policy_lr: Annotated[float, typer.Option(help="of the policy's weights")] = 2e-4,
-    min_answer: Annotated[int, typer.Option(help="dynamic-llava: shorter answers are remembered whole")] = 50,
-    text_keep: Annotated[float, typer.Option(help="dynamic-llava: the share of an answer that is to stay")] = 0.5,
+    min_answer: Annotated[int, typer.Option(min=0, help="dynamic-llava: shorter answers are remembered whole")] = 50,
+    text_keep: Annotated[
+        float, typer.Option(min=0, max=1, help="dynamic-llava: the share of an answer that is to stay")
+    ] = 0.5,
     mixed_precision: Annotated[str, typer.Option(help="`no`, `bf16` or `fp16`")] = "no",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="spend time to save memory")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="steps between states; 0: only at the end")] = 200,
@@ -54,15 +56,16 @@ def train_command(
 
     * `vtr train pmod:weights=pocket data.jsonl out` — on from the shipped routers
     """
-    from vtr.commands._console import console, fail
+    from vtr.commands._console import check_folder, console, fail
 
     try:
+        check_folder(out, "OUT")
         import torch
 
         import vtr
         from vtr.data.sources import settings_of
         from vtr.learned import Learned
-        from vtr.models import load
+        from vtr.models import check_name, load
         from vtr.training import loop, state
         from vtr.training.data import Collate, read_samples
         from vtr.training.dynamic_llava import DynamicLLaVATraining
@@ -71,6 +74,11 @@ def train_command(
         made = vtr.policy(policy)
         if not isinstance(made, Learned):
             raise ValueError(f"{policy!r} has no weights to train: choose pmod or dynamic-llava")
+        settings = loop.Settings(
+            steps, lr, policy_lr, accumulate=accumulate, mixed_precision=mixed_precision, save_every=save_every,
+            seed=seed,
+        )  # fmt: skip
+        check_name(model)
         samples = read_samples(data, images, settings_of(columns))
         net, processor = load(model, "cpu")  # accelerate moves it
         also = {"model": state.digest(net.named_parameters()), "data": _digest(samples)}
@@ -92,15 +100,6 @@ def train_command(
             shuffle=True,
             collate_fn=Collate(processor),
             generator=torch.Generator().manual_seed(seed),
-        )
-        settings = loop.Settings(
-            steps,
-            lr,
-            policy_lr,
-            accumulate=accumulate,
-            mixed_precision=mixed_precision,
-            save_every=save_every,
-            seed=seed,
         )
         log = loop.run(objective, loader, out, settings, also)
         processor.save_pretrained(out / "model")

@@ -19,6 +19,8 @@ from vtr.engine.adapters import find_adapter
 from vtr.training import state
 from vtr.training.dynamic_llava import DynamicLLaVATraining, temperature
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 
 @dataclass
 class Settings:
@@ -48,6 +50,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1:
             raise ValueError(f"steps={self.steps}, accumulate={self.accumulate}: both are at least 1")
+        for name, rate in (("lr", self.lr), ("policy_lr", self.policy_lr)):
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"{name}={rate}: a learning rate is 0 or more, e.g. 2e-5")
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(f"mixed_precision={self.mixed_precision!r}: choose one of {', '.join(PRECISIONS)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: the share of the steps in which rates rise, in [0, 1)")
 

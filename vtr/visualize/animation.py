@@ -85,7 +85,7 @@ def _frame_of(shot: Shot, layer: int) -> Image.Image:
     counts, kinds = shot.row.vision_tokens, shot.tiles
     width = SIDE * len(kinds) + 3.2
     size = points(width)
-    figure = Figure(figsize=(width, SIDE + (6 if shot.question else 4) * size / 72), dpi=90, layout="constrained")
+    figure = Figure(figsize=(width, SIDE + (8 if shot.question else 4) * size / 72), dpi=90, layout="constrained")
     axes = figure.subplots(1, len(kinds) + 1, width_ratios=[1] * len(kinds) + [1.15])
     for axis, kind in zip(axes, kinds, strict=False):
         axis.imshow(shot.pixels(layer, kind))
@@ -102,7 +102,7 @@ def _frame_of(shot: Shot, layer: int) -> Image.Image:
     stairs.set_title(f"into layer {layer}: {counts[layer]} of {shot.row.total}", fontsize=size, color=COLORS[1])
     stairs.spines[["top", "right"]].set_visible(False)
     stairs.tick_params(labelsize=size)
-    asked = f"\n{shot.question}  {shot.verdict[0]}" if shot.question else ""
+    asked = f"\n{shortened(shot.question, 60)}\n{shortened(shot.verdict[0], 70)}" if shot.question else ""
     figure.suptitle(shortened(shot.label, 70) + asked, fontsize=size, color=shot.verdict[1] if asked else "black")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
