@@ -13,9 +13,10 @@ from typing import Annotated
 
 import typer
 from vtr.eval.report.page import markdown, tables
-from vtr.eval.report.page.data import files, per_file, read
+from vtr.eval.report.page.data import Result, files, per_file, read
 
 OPEN, CLOSE = re.compile(r"<!-- vtr:table (\S+) -->\n"), "<!-- /vtr:table -->"
+LIST = re.compile(r" -p '[^']{100,}'")
 RESULTS = Path("eval/results")
 """Where result files are kept, beside the README."""
 MARKED = (Path("README.md"), Path("docs/results.md"))
@@ -52,7 +53,14 @@ def table(name: str, results: dict[str, Path]) -> str:
     if part and part not in made:
         raise ValueError(f"{results[stem]} has no table {part!r}: choose one of {', '.join(made)}")
     shown = made[part] if part else next(iter(made.values()))
-    return f"\n{markdown.table(shown)}\nMeasured by `{result.data['command']}`.\n\n"
+    return f"\n{markdown.table(shown)}\n{measured(result)}\n\n"
+
+
+def measured(result: Result) -> str:
+    """By which command; one with a long list of policies is cut, the file has all of it."""
+    command = result.data["command"]
+    brief = LIST.sub(" -p …", command)
+    return f"Measured by `{brief}`" + (f" (all of it: `{RESULTS / result.path.name}`)." if brief != command else ".")
 
 
 def update(readme: Path, paths: Sequence[Path] = (), check: bool = False) -> str:

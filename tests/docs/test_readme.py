@@ -74,6 +74,17 @@ def test_what_the_readme_says_one_gains_is_measured() -> None:
     quarter = [row for row in rows if 0.24 < row["mean_keep"] < 0.26]
     faster = [none["prefill_ms"]["median"] / row["prefill_ms"]["median"] for row in quarter]
     assert f"a prefill {min(faster):.1f}–{max(faster):.1f} times as fast" in " ".join(README.split())
+    best = {row["name"]: row for row in json.loads((ROOT / "eval/results/best.json").read_text())["policies"]}
+    start = re.search(r"\*\*Start with `([^`]+)`", README)
+    assert (
+        start
+        and best["uniform"]["policy"]
+        == start[1]
+        == max((row for row in best.values() if row["name"] != "none"), key=lambda row: row["accuracy"])["policy"]
+    )
+    assert all(
+        best[name]["versus_none"]["difference"] >= -0.01 - 1e-9 for name in ("uniform", "m3", "random", "gsearch")
+    )
     assert all(0.3 < row["kv_bytes"] / none["kv_bytes"] < 0.34 for row in quarter)  # "a third of the KV cache"
 
 

@@ -203,7 +203,7 @@ def short(result: Result) -> Table:
     return Table("short", "In short", columns, out, caption, sort=1)
 
 
-def _brief(spec: str, width: int = 34) -> str:
+def _brief(spec: str, width: int = 38) -> str:
     """A spec that fits a narrow table: long lists are cut."""
     return spec if len(spec) <= width else spec[: width - 1].rpartition(",")[0] + ",…"
 
