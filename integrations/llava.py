@@ -24,25 +24,25 @@ def tile_layout(height: int, width: int) -> Layout:
 
 
 def check_patches(tower: Any, config: Any, inputs: Mapping[str, Any]) -> None:
-    """See to it that what is taken of the tower's tokens is its patches, all of them and nothing else.
+    """Check that the tokens used of the tower are its patches, all of them and nothing else.
 
     Raises:
         UnsupportedError: a CLS token or registers would come along, or the first patch would be missing.
     """
     strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
-    name, leading, taken = type(tower).__name__, leading_tokens(tower), int(strategy == "default")
-    if leading == 1 and not taken:
+    name, leading, removed = type(tower).__name__, leading_tokens(tower), int(strategy == "default")
+    if leading == 1 and not removed:
         raise UnsupportedError(
             f"vision_feature_select_strategy='full' sends the CLS token of {name} along with the patches, which has no "
             "place in the grid: use 'default'"
         )
-    if leading > taken:
+    if leading > removed:
         raise UnsupportedError(
             f"{name} puts {leading} tokens in front of the patches (CLS, registers), and "
-            f"vision_feature_select_strategy={strategy!r} leaves {leading - taken} of them among the image's tokens, "
+            f"vision_feature_select_strategy={strategy!r} leaves {leading - removed} of them among the image's tokens, "
             "which have no place in the grid: use a checkpoint without registers, or pass policy=None"
         )
-    if leading < taken:
+    if leading < removed:
         raise UnsupportedError(
             f"vision_feature_select_strategy='default' takes the first token away, but {name} has no CLS token, so a "
             "patch would be missing in the grid: use 'full' (and as many placeholders), or pass policy=None"

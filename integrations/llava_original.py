@@ -48,7 +48,7 @@ class Kind:
     tile: int
 
     @classmethod
-    def of(cls, model: Any) -> Kind:
+    def from_model(cls, model: Any) -> Kind:
         config = model.config
         found = getattr(config, "image_grid_pinpoints", None) or ()
         pinpoints = tuple((int(w), int(h)) for w, h in (ast.literal_eval(found) if isinstance(found, str) else found))
@@ -133,10 +133,10 @@ def _crops(kind: Kind, size: tuple[int, int] | None, tiles: int) -> tuple[int, i
 def _window(patches: Tensor, newlines: int, crops: tuple[int, int], side: int) -> tuple[int, int, int, int] | None:
     """(top, left, height, width) of what is left of the crops' canvas. patches: int64 [n, 3], tile, y and x."""
     canvas, body = canvas_of(*crops, side), patches[side * side :]
-    whole = canvas.shape[1:]
-    height = newlines or (whole[0] if len(body) else 0)
+    full = canvas.shape[1:]
+    height = newlines or (full[0] if len(body) else 0)
     width = len(body) // height if height else 0
-    top, left = (whole[0] - height) // 2, (whole[1] - width) // 2
+    top, left = (full[0] - height) // 2, (full[1] - width) // 2
     if not torch.equal(canvas[:, top : top + height, left : left + width].flatten(1).T, body):
         raise UnsupportedError(
             "this model lays out an image's crops in a way vtr does not know: pass policy=None, or convert the "
@@ -150,7 +150,7 @@ class LlavaOriginal(Adapter):
 
     family = "LLaVA, original package"
     classes = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
-    says_answer_only = True
+    returns_new_tokens_only = True
 
     def text_model(self, model: Any) -> Any:
         """
@@ -192,7 +192,7 @@ class LlavaOriginal(Adapter):
                 "mm_vision_select_feature='cls_patch' sends CLIP's CLS token along with the patches, which has no "
                 "place in the grid: use 'patch'"
             )
-        stacked, kind, side = _stacked(images), Kind.of(model), model.get_vision_tower().num_patches_per_side
+        stacked, kind, side = _stacked(images), Kind.from_model(model), model.get_vision_tower().num_patches_per_side
         sizes = inputs.get("image_sizes") if stacked else None  # one tile an image: they are not read
         sizes = [None] * len(images) if sizes is None else sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
         if len(sizes) != len(images):
@@ -222,7 +222,7 @@ class LlavaOriginal(Adapter):
         config = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
         small = [torch.empty(*image.shape[:-3], 1, 1, 1) for image in images]
         found, labels = dry_run(
-            Kind.of(model), side, features, torch.tensor([NEWLINE]), ids, valid,
+            Kind.from_model(model), side, features, torch.tensor([NEWLINE]), ids, valid,
             small if isinstance(images, list) else torch.stack(small), inputs.get("image_sizes"), inputs.get("labels"),
             **config,
         )  # fmt: skip

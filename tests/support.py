@@ -45,7 +45,7 @@ class Models:
     """For InternVL's remote code: transformers' class with the same weights, patched."""
 
     @classmethod
-    def of(cls, family: Family, attn: str = "sdpa") -> Models:
+    def from_family(cls, family: Family, attn: str = "sdpa") -> Models:
         stock = family.make(attn)
         native = vtr.patch(copy.deepcopy(family.twin(stock))) if isinstance(family, Chat) else None
         return cls(family, stock, vtr.patch(copy.deepcopy(stock)), native)
@@ -107,12 +107,13 @@ def _derived(name: str) -> Callable[[Models, Inputs, int], Policy]:
     return make
 
 
-POLICIES = {
-    name: OWN.get(name) or _derived(name)
-    for name in vtr.list_policies()
-    if policy_class(name).__module__.startswith("vtr.policies.")
-}
-"""What stands for each policy of vtr in the tests, for row b of a batch."""
+def policies() -> dict[str, Callable[[Models, Inputs, int], Policy]]:
+    """What stands for each policy of vtr in the tests, for row b of a batch."""
+    own = (name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies."))
+    return {name: OWN.get(name) or _derived(name) for name in own}
+
+
+POLICIES = policies()
 
 
 def image_lengths(models: Models, inputs: Inputs, b: int) -> list[int]:

@@ -20,7 +20,7 @@ from vtr.base import Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
-from vtr.engine.memo import shared_features
+from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (

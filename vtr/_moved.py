@@ -23,7 +23,7 @@ ROOMS = {
     "vtr.policies.decoder": "fastv gsearch pyramid",
     "vtr.policies.trained": "autoscale dynamic_llava pmod",
 }
-MOVED = {"vtr.demo": "vtr.commands.run"}
+MOVED = {"vtr.demo": "vtr.commands.run", "vtr.engine.memo": "vtr.engine.resolve"}
 for _room, _names in ROOMS.items():
     MOVED |= {f"{_room.rpartition('.')[0]}.{_name}": f"{_room}.{_name}" for _name in _names.split()}
 for _name in ("batch", "engine", "gate", "policies", "scale", "serve"):

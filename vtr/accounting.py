@@ -167,10 +167,10 @@ def _remembered(trace: Trace) -> list[list[list[bool]]]:
     found: list[list[list[bool]]] = [[] for _ in trace.rows[:: trace.beams]]
     if not found or trace.beams > 1:
         return found
-    all_stay = torch.ones(len(found), dtype=torch.bool)
+    all_kept = torch.ones(len(found), dtype=torch.bool)
     for _, steps in sorted(trace.remembered.items()):
-        stays = torch.stack([all_stay if step is None else step.cpu() for step in steps], 1)
-        for row, mine in zip(found, stays.tolist(), strict=True):
+        kept = torch.stack([all_kept if step is None else step.cpu() for step in steps], 1)
+        for row, mine in zip(found, kept.tolist(), strict=True):
             row.append(mine)
     return found
 

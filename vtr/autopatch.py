@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from vtr.base import Policy, UnsupportedError
 from vtr.chain import policy as as_policy
 from vtr.engine.call import refuse_if_busy
-from vtr.engine.hooks import NAME, Key
+from vtr.engine.choice import Key
+from vtr.engine.hooks import NAME
 from vtr.engine.install import patch, unpatch
 
 VARIABLE = "VTR_POLICY"

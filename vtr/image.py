@@ -7,6 +7,7 @@ Also the two ways back from tiles to tokens that policies share: :func:`stitch` 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -71,10 +72,16 @@ class Layout:
         return 1 + rows * columns if rows else int(self.tile.max()) + 1
 
     @property
-    def whole(self) -> bool:
+    def has_all_patches(self) -> bool:
         """Whether every patch of every tile is among the tokens (nothing was cut away or scaled down)."""
         patches = len(self) - int(self.newline.sum())
         return self.scaled is None and patches == self.tiles * self.grid[0] * self.grid[1]
+
+    @property
+    def whole(self) -> bool:
+        """Deprecated: :attr:`has_all_patches`."""
+        warnings.warn("Layout.whole is now Layout.has_all_patches", DeprecationWarning, stacklevel=2)
+        return self.has_all_patches
 
 
 @dataclass(frozen=True, eq=False)

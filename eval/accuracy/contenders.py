@@ -44,7 +44,7 @@ class Shapes:
     side: int
 
     @classmethod
-    def of(cls, model: Any) -> Shapes:
+    def from_model(cls, model: Any) -> Shapes:
         """Of a model whose vision tower has square patches."""
         vision = model.config.vision_config
         size, patch = (n[0] if isinstance(n, (list, tuple)) else n for n in (vision.image_size, vision.patch_size))

@@ -75,7 +75,7 @@ def rankings(on: Setup) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"queries": queries}
         for name, prepared in ready.items():
             scorer = Scorer(prepared, queries)
-            cost = Cost.of(on.model, scorer.sizes)
+            cost = Cost.from_model(on.model, scorer.sizes)
             shapes = [
                 project(0.8, 4.0, budget, lambda keeps, c=cost: c.ratio(keeps, "flops"), on.depth, 1)  # type: ignore[misc]
                 for budget in RANKED
@@ -114,7 +114,7 @@ def brute_force(on: Setup, questions: int) -> dict[str, Any]:
     levels = sorted((*FEWER_LEVELS, 1.0), reverse=True)
     every = [[1.0, 1.0, *rest] for rest in combinations_with_replacement(levels, FEWER_LAYERS - 2)]
     scores = scorer.means([1.0, 1.0], every)
-    seconds, cost, rows = time.perf_counter() - begun, Cost.of(model, scorer.sizes), []
+    seconds, cost, rows = time.perf_counter() - begun, Cost.from_model(model, scorer.sizes), []
     for tolerance in (0.01, 0.03, 0.1, 0.3):
         found = gsearch(
             model, processor, prepared, tolerance=tolerance, levels=FEWER_LEVELS, queries=on.queries, check_ranks=False,
@@ -175,7 +175,7 @@ def held_out(on: Setup, found: Mapping[str, Found], latency: int) -> tuple[list[
         if one.record["method"] != "psigmoid":
             continue
         budgets[name] = str(one.record["budget"])
-        cost = Cost.of(on.model, one.record["sizes"])
+        cost = Cost.from_model(on.model, one.record["sizes"])
         for other, policy in equal_flops.baselines(one.record["ratios"]["flops"], cost).items():
             policies[f"{other}-{one.record['budget']}"] = policy
             budgets[f"{other}-{one.record['budget']}"] = str(one.record["budget"])

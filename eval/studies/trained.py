@@ -106,7 +106,7 @@ def contestants(
     model: Any, processor: Any, examples: Sequence[Example], learnt: Mapping[str, vtr.Policy]
 ) -> dict[str, vtr.Policy | None]:
     """No reduction, the trained policies, and behind each of the two the others at its cost."""
-    cost = Cost.of(model, prompt_sizes(model, processor, examples[:16]))
+    cost = Cost.from_model(model, prompt_sizes(model, processor, examples[:16]))
     out: dict[str, vtr.Policy | None] = {"none": None}
     for name, policy in learnt.items():
         out[name] = policy

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
-from vtr.engine.rows import compressed
+from vtr.engine.compression import compressed
 from vtr.image import Image
 
 logger = logging.getLogger(__name__)

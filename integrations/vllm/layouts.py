@@ -13,7 +13,7 @@ from vtr.integrations.llava_next import anyres_layout
 from vtr.integrations.llava_onevision import anyres_max_layout
 from vtr.integrations.vllm.specs import NONE, RequestError, made_of, promised
 
-from vtr.engine.rows import compressed
+from vtr.engine.compression import compressed
 from vtr.image import Image, Layout
 
 ANYRES_MAX = 9

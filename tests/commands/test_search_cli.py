@@ -113,7 +113,7 @@ def test_baselines_cost_what_they_are_set_to(ratio: float) -> None:
         model(**inputs, policy="uniform:keep=1.0,layer=1")
         full = vtr.report(model)
         vision = full.rows[0].total
-        cost = Cost.of(model, [(vision, inputs["input_ids"].shape[1] - vision)])
+        cost = Cost.from_model(model, [(vision, inputs["input_ids"].shape[1] - vision)])
         made = equal_flops.baselines(ratio, cost)
         assert set(made) == {"FastV", "Pyramid", "uniform"}
         for policy in made.values():
@@ -122,7 +122,7 @@ def test_baselines_cost_what_they_are_set_to(ratio: float) -> None:
 
 
 def test_baselines_that_cannot_cost_so_little_are_left_out() -> None:
-    cost = Cost.of(short(4)[0], [(300, 6)])
+    cost = Cost.from_model(short(4)[0], [(300, 6)])
     assert equal_flops.baselines(0.05, cost) == {}
     with pytest.raises(ValueError, match="a cut in layer 1 of 4 costs more"):
         equal_flops.one_cut(0.05, cost)

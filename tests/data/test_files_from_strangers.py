@@ -25,7 +25,7 @@ import vtr
 from tests import learned
 from vtr.files import read_json
 from vtr.pocket import POLICIES
-from vtr.policies.trained.autoscale import ROUTER
+from vtr.policies.trained._router import ROUTER
 from vtr.search.state import Trials
 from vtr.settings import policy_class
 

@@ -45,7 +45,7 @@ def kept(model: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.kind)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models.of(request.param)
+    return Models.from_family(request.param)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

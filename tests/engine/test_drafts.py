@@ -29,7 +29,7 @@ def asked(models: Models, **kwargs: Any) -> tuple[list[int], list[list[int]], li
 
 @pytest.fixture(scope="module", params=NATIVE, ids=lambda family: family.kind)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models.of(request.param)
+    return Models.from_family(request.param)
 
 
 @pytest.mark.parametrize("name", ["fastv", "gsearch", "pyramid", "m3", "pool", "uniform", "pmod", None])

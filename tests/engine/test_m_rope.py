@@ -23,7 +23,7 @@ FRAMES, HEIGHT, WIDTH = 3, 4, 6
 
 @pytest.fixture(scope="module", params=KINDS)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models.of(next(family for family in FAMILIES if family.kind == request.param))
+    return Models.from_family(next(family for family in FAMILIES if family.kind == request.param))
 
 
 def video(models: Models, before: str, after: str) -> Inputs:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vtr
 from tests import learned, tiny
 from tests.tiny import IMAGE
-from vtr.engine import cache, session
+from vtr.engine import cache, questions
 
 ROWS = [["ab", IMAGE, "what"], ["a", IMAGE, "bc", IMAGE, "whichone"], ["abcdef"], ["abcd", IMAGE, "efg"]]
 POLICIES = [
@@ -65,7 +65,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of a policy's indices reads them, and a cache what was forgotten, on the CPU only: leave it out."""
 
     monkeypatch.setattr(cache, "READABLE", ())
-    monkeypatch.setattr(session, "checked_keep", lambda answer, *_: answer.sort().values)
+    monkeypatch.setattr(questions, "checked_keep", lambda answer, *_: answer.sort().values)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

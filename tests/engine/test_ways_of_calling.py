@@ -21,7 +21,7 @@ SPEC = "fastv:keep=0.2,layer=1"
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.kind)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models.of(request.param)
+    return Models.from_family(request.param)
 
 
 def inputs_of(models: Models) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_without_a_policy_every_way_gives_the_same_bits(models: Models) -> None:
 def test_the_text_model_alone_is_refused_where_a_policy_applies(models: Models) -> None:
     """Its embeddings do not say where the images are; word ids hold none."""
     model = models.patched
-    text = vtr.engine.install.patch_of(model).text
+    text = vtr.engine.install.patch_of(model).decoder.text
     ids = torch.tensor([[1, 9, 10]])
     embeds = text.get_input_embeddings()(ids)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_copy_made_inside_a_block_is_in_no_block() -> None:
     model = vtr.patch(tiny.llava())
     with vtr.use(model, SPEC):
         copied = copy.deepcopy(model)
-    users = [vtr.engine.install.patch_of(one).users for one in (model, copied)]
+    users = [vtr.engine.install.patch_of(one).choice.users for one in (model, copied)]
     assert users == [0, 0]
 
 

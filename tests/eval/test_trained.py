@@ -83,7 +83,7 @@ def test_policies_of_equal_cost(pocket, asked) -> None:
     model, processor = pocket
     sizes = trained.prompt_sizes(model, processor, asked[:3])
     assert all(vision >= 300 and 2 <= text < 12 for vision, text in sizes)
-    cost = Cost.of(model, sizes)
+    cost = Cost.from_model(model, sizes)
     for spec in SPECS:
         policy = vtr.policy(spec)
         found = {"itself": policy, **trained.equals(policy, cost)}
@@ -115,7 +115,7 @@ def test_times_and_cache_behind_answers(pocket, asked) -> None:
 
 
 def test_trained_policies_take_part_in_all(pocket) -> None:
-    shapes = Shapes.of(pocket[0])
+    shapes = Shapes.from_model(pocket[0])
     found, _, _ = contenders.contenders(["all"], shapes, weights="pocket-joint")
     specs = {one.name: one.spec for one in found}
     assert specs["pmod"].startswith(SPECS[0]) and "weights=pocket-joint,keep=0.0625" in specs["dynamic-llava"]

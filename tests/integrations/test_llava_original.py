@@ -273,7 +273,7 @@ def test_what_cannot_be_done_is_refused(model: Any, inputs: dict[str, Any]) -> N
 
 
 def test_an_interrupted_forward_leaves_nothing_behind(model: Any, inputs: dict[str, Any]) -> None:
-    from vtr.engine.call import handed
+    from vtr.engine.call import pending_request
 
     def fail(*args: Any) -> None:
         raise RuntimeError("out of memory")
@@ -282,7 +282,7 @@ def test_an_interrupted_forward_leaves_nothing_behind(model: Any, inputs: dict[s
     with pytest.raises(RuntimeError, match="out of memory"):
         model(**inputs, policy=MIXED[0])
     hook.remove()
-    assert handed.get() is None
+    assert pending_request.get() is None
     with torch.no_grad():
         embeds = model.model.embed_tokens(torch.tensor([[1, 9]]))
         assert model.model(inputs_embeds=embeds).last_hidden_state.shape == (1, 2, 48)

@@ -45,7 +45,7 @@ def cells(outcome: str) -> Any:
 
 @pytest.fixture(scope="module", params=list(map(param, FAMILIES)))
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models.of(request.param, "eager" if request.param.kind in EAGER else "sdpa")
+    return Models.from_family(request.param, "eager" if request.param.kind in EAGER else "sdpa")
 
 
 # ------------------------------------------------------------------------------------------------------ the reference
@@ -212,7 +212,7 @@ def test_what_does_not_work_says_so(models: Models, policy: str) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_positions_of_several_axes_are_not_renumbered(kind: str) -> None:
-    models = Models.of(next(f for f in FAMILIES if f.kind == kind))
+    models = Models.from_family(next(f for f in FAMILIES if f.kind == kind))
     with pytest.raises(vtr.UnsupportedError, match="positions=keep"):
         models.family.logits(models.patched, models.inputs(), policy="pyramid")
 
@@ -238,7 +238,7 @@ def test_the_docs_have_the_table() -> None:
 # ----------------------------------------------------------------------------------------------- M-RoPE and DeepStack
 def test_an_m_rope_row_keeps_its_positions() -> None:
     """Text behind a compressed image stands where it did: nothing has to be taken off when decoding."""
-    models = Models.of(next(f for f in FAMILIES if isinstance(f, QwenVL)))
+    models = Models.from_family(next(f for f in FAMILIES if isinstance(f, QwenVL)))
     inputs = models.inputs()
     cache = models.patched(**inputs, policy="pool:grid=2", use_cache=True).past_key_values
     assert cache.layers[0].state.dropped == [0] * len(ROWS)

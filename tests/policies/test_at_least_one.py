@@ -20,7 +20,7 @@ from tests import learned, tiny
 from tests.tiny import IMAGE
 from vtr.base import Tokens
 from vtr.budget import at_share
-from vtr.engine.rows import compressed
+from vtr.engine.compression import compressed
 from vtr.keep import keep_count
 from vtr.policies import ClsTop
 from vtr.settings import policy_class

@@ -37,7 +37,7 @@ def test_gsearch_against_all_monotone_schedules(capsys: pytest.CaptureFixture[st
     scorer = Scorer(prepared, "text")
     every = monotone(LEVELS, 4)
     scores = scorer.means([1.0], every)
-    cost = vtr.search.Cost.of(model, scorer.sizes)
+    cost = vtr.search.Cost.from_model(model, scorer.sizes)
     holding = [keeps for keeps, score in zip(every, scores, strict=True) if score is not None and score >= -tolerance]
     best = min(holding, key=cost.flops)
     gap = cost.flops(found) / cost.flops(best) - 1

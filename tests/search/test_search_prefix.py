@@ -34,7 +34,7 @@ def test_a_prompt_run_in_pieces_is_the_prompt_run_whole(family: str, lm: str, qu
     assert torch.equal(again.last([2]), end.last([1, 2, 2])[3:])
     expected = torch.cat([whole[0][0, -1:], whole[0][1, -2:], whole[1][1, -2:]])
     assert (mine - expected).abs().max() < 2e-5
-    assert end.session.lengths[0][2] < end.session.lengths[0][1]
+    assert end.session.log.lengths[0][2] < end.session.log.lengths[0][1]
 
 
 @pytest.mark.parametrize("queries", ["last-max", "text-max"])

@@ -79,7 +79,7 @@ def test_costs_are_those_that_a_call_reports() -> None:
         model(**inputs, policy=vtr.GSearch(keeps))
     report = vtr.report(model)
     vision = report.rows[0].total
-    cost = Cost.of(model, [(vision, inputs["input_ids"].shape[1] - vision)])
+    cost = Cost.from_model(model, [(vision, inputs["input_ids"].shape[1] - vision)])
     assert cost.flops(keeps) == report.prefill_flops
     assert cost.ratio(keeps, "keep") == pytest.approx(report.rows[0].mean_keep)
     with torch.no_grad():

@@ -222,7 +222,7 @@ def _report(model: Any, processor: Any, found: Found, sides: Split, latency: int
     from vtr.search.data import refuse_overlap
 
     refuse_overlap(found.record["pictures"], sides.evaluation)
-    cost = Cost.of(model, found.record["sizes"])
+    cost = Cost.from_model(model, found.record["sizes"])
     others = equal_flops.baselines(found.record["ratios"]["flops"], cost)
     policies = {"none": None, found.record["method"]: found.policy(), **others}
     tokens = found.record["max_new_tokens"]

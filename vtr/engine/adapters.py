@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -23,14 +24,14 @@ class Adapter(ABC):
     Attributes:
         family: the name people know it by.
         classes: names of the model classes it serves.
-        says_answer_only: ``generate`` gives the new tokens without the prompt in front of them.
+        returns_new_tokens_only: ``generate`` gives the new tokens without the prompt in front of them.
         unsupported: policies (by name) that cannot work on this family, and why; asking for one raises.
         image_inputs: what :meth:`encode` takes of a call's keyword arguments.
     """
 
     family: str
     classes: tuple[str, ...]
-    says_answer_only = False
+    returns_new_tokens_only = False
     unsupported: Mapping[str, str] = MappingProxyType({})
     image_inputs: tuple[str, ...] = (
         "pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy",
@@ -48,7 +49,7 @@ class Adapter(ABC):
         """
         return model
 
-    def merger(self, model: nn.Module) -> Any:
+    def multimodal_module(self, model: nn.Module) -> Any:
         """The module whose forward merges images into the text; every way of calling the model goes through it."""
         return model.base_model
 
@@ -132,8 +133,16 @@ _ADAPTERS: list[Adapter] = []
 _REFUSED: dict[str, str] = {}
 
 
+_RENAMED = {"says_answer_only": "returns_new_tokens_only", "merger": "multimodal_module"}
+"""What adapters written for older versions call things, and what they are called now."""
+
+
 def register_adapter(adapter: Adapter) -> None:
     """Make a family known to :func:`vtr.patch`; a later adapter of the same class name wins."""
+    for old, new in _RENAMED.items():
+        if hasattr(adapter, old):
+            warnings.warn(f"{type(adapter).__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=2)
+            setattr(adapter, new, getattr(adapter, old))
     _ADAPTERS.insert(0, adapter)
 
 
@@ -178,11 +187,11 @@ def _advice(model: nn.Module) -> str:
     name, config = type(model).__name__, getattr(model, "config", None)
     if (way := _way_in(model)) is not None:
         return f"It stands around a {type(unwrapped(model)).__name__}: give that one, model.{way}. "
-    for whole in (cls for adapter in _ADAPTERS for cls in adapter.classes):
-        if name == whole.removesuffix("ForConditionalGeneration") + "Model":
+    for full in (cls for adapter in _ADAPTERS for cls in adapter.classes):
+        if name == full.removesuffix("ForConditionalGeneration") + "Model":
             return (
-                f"It is the part of a {whole} without the head: patch the whole model (load it with "
-                f"transformers.{whole} or AutoModelForImageTextToText). "
+                f"It is the part of a {full} without the head: patch the whole model (load it with "
+                f"transformers.{full} or AutoModelForImageTextToText). "
             )
     if config is not None and not any(hasattr(config, part) for part in ("vision_config", "mm_vision_tower", "visual")):
         return "It sees no pictures by itself: where it is part of a vision-language model, patch that whole model. "

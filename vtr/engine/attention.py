@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
 from vtr.engine.cache import RaggedLayer
-from vtr.engine.scores import Reach, scores
+from vtr.engine.scores import WindowMask, scores
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
 
@@ -76,9 +76,9 @@ class Plan:
     """Of a decode step: where it is noted."""
     positions: torch.Tensor | None = None
     """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a sliding window; else None."""
-    reach: int = 0
+    max_distance: int = 0
     """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
-    lone: torch.Tensor | None = None
+    masked_keys: torch.Tensor | None = None
     """bool [t]: tokens that no other token sees (forgotten words of a given answer); None for none."""
 
 
@@ -122,7 +122,7 @@ class AttentionConfig:
         setattr(self.own, name, value)
 
 
-class Bare:
+class UnpatchedAttention:
     """An attention module as its base function knows it: flash wrappers look up their kernel by the config's name."""
 
     def __init__(self, module: Any) -> None:
@@ -140,7 +140,7 @@ def base_function(base: str, module: Any) -> Callable[..., Any]:
     """The model's own attention function ("eager" lives in the module's own file, the others in a table)."""
     if base == "eager":
         return partial(sys.modules[type(module).__module__].eager_attention_forward, module)
-    return partial(ALL_ATTENTION_FUNCTIONS[base], Bare(module) if base.startswith("flash") else module)
+    return partial(ALL_ATTENTION_FUNCTIONS[base], UnpatchedAttention(module) if base.startswith("flash") else module)
 
 
 def attention(
@@ -162,11 +162,11 @@ def attention(
     if plan.scale is not None:
         mlp_scale.set(plan.scale)
     window = kwargs.get("sliding_window")
-    if window is not None and plan.reach <= window:
+    if window is not None and plan.max_distance <= window:
         window = None
     if plan.decode:
         return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
-    one_kernel = packed_attention(base, query, plan, window, kwargs) if plan.lone is None else None
+    one_kernel = packed_attention(base, query, plan, window, kwargs) if plan.masked_keys is None else None
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)
@@ -175,14 +175,14 @@ def attention(
         past = plan.past[row] if plan.past else 0
         if past:
             k, v = plan.layers[module.layer_idx].row(row, past + n)
-        reach = _reach(plan, module, row, here, past + n, window)
+        sliding = _window_mask(plan, module, row, here, past + n, window)
         if one_kernel is None:
-            lone = None if plan.lone is None else plan.lone[here]
-            outs.append(_one_row(base, module, q, k, v, reach, lone, kwargs))
+            masked_keys = None if plan.masked_keys is None else plan.masked_keys[here]
+            outs.append(_one_row(base, module, q, k, v, sliding, masked_keys, kwargs))
         for probe in plan.probes:
             if probe.row == row and row not in plan.sink:
                 with torch.no_grad():
-                    found = _timed_scores(plan.clock, q, k, probe, kwargs.get("scaling"), reach)
+                    found = _timed_scores(plan.clock, q, k, probe, kwargs.get("scaling"), sliding)
                     plan.sink[row] = found[-n:]
     if one_kernel is not None:
         return one_kernel(query, key, value), None
@@ -191,26 +191,26 @@ def attention(
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
 
 
-def _reach(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> Reach | None:
+def _window_mask(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> WindowMask | None:
     """What a sliding window lets the queries ``here`` see of the row's ``keys`` tokens; None if it hides nothing."""
     if window is None or plan.positions is None:
         return None
     own = plan.positions[here]
-    return Reach(own, own if keys == len(own) else plan.layers[module.layer_idx].positions(row, keys), window)
+    return WindowMask(own, own if keys == len(own) else plan.layers[module.layer_idx].positions(row, keys), window)
 
 
 def _one_row(
-    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach | None,
-    lone: torch.Tensor | None, kwargs: dict[str, Any],
+    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sliding: WindowMask | None,
+    masked_keys: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """One row's queries on all its keys. [1, heads, n, d] → [1, n, heads, d]."""
     n, m, mask = q.shape[2], k.shape[2], None
-    if reach is not None or lone is not None:
+    if sliding is not None or masked_keys is not None:
         if base.startswith("flash"):  # its windows count tokens, not positions: gaps need a mask
             base = "sdpa"
-        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if reach is None else reach.seen()
-        if lone is not None:
-            seen = seen & (~lone | torch.eye(n, dtype=torch.bool, device=q.device))
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if sliding is None else sliding.seen()
+        if masked_keys is not None:
+            seen = seen & (~masked_keys | torch.eye(n, dtype=torch.bool, device=q.device))
         mask = _as_mask(base, seen[None, None], q.dtype)
     elif n > 1 and (n < m or base == "eager") and not base.startswith("flash"):  # flash kernels align it by themselves
         causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
@@ -233,12 +233,12 @@ def _decode(
         base = "sdpa"
     outs, call = [], base_function(base, module)
     for bucket in cache.buckets:
-        q, n = query if cache.whole else query[bucket.rows], bucket.upper + 1
+        q, n = query if cache.one_bucket else query[bucket.rows], bucket.upper + 1
         mask, seen = None, None
         if not bucket.equal:
             seen = torch.arange(n, device=q.device)[None] <= bucket.lens[:, None]
         if window is not None and bucket.positions is not None and plan.positions is not None:
-            now = plan.positions if cache.whole else plan.positions[bucket.rows]
+            now = plan.positions if cache.one_bucket else plan.positions[bucket.rows]
             near = now[:, None] - bucket.positions[:, :n] < window
             seen = near if seen is None else seen & near
         if seen is not None:
@@ -261,7 +261,7 @@ def _timed_scores(
     key: torch.Tensor,
     probe: Probe,
     scaling: float | None,
-    reach: Reach | None,
+    sliding: WindowMask | None,
 ) -> torch.Tensor:
     with nullcontext() if clock is None else clock:
-        return scores(query, key, probe.queries, scaling, reach, probe.strongest)
+        return scores(query, key, probe.queries, scaling, sliding, probe.strongest)

@@ -135,13 +135,13 @@ class RaggedLayer(DynamicLayer):
 
     # -- what the engine asks --------------------------------------------------------------------------------------
     @property
-    def whole(self) -> bool:
+    def one_bucket(self) -> bool:
         """True if one bucket holds all rows, in order."""
         return len(self.buckets) == 1
 
     def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Put per-bucket results ([b, …] each) back into the order of the rows."""
-        if self.whole:
+        if self.one_bucket:
             return parts[0]
         if self._order is None:
             rows = [row for bucket in self.buckets for row in bucket.rows]
@@ -259,8 +259,8 @@ class RaggedLayer(DynamicLayer):
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
         for bucket in self.buckets:
             if bucket.upper + 1 > bucket.keys.shape[2]:
-                self._make_room(bucket, positions if positions is None or self.whole else positions[bucket.rows])
-            new_k, new_v = (keys, values) if self.whole else (keys[bucket.rows], values[bucket.rows])
+                self._make_room(bucket, positions if positions is None or self.one_bucket else positions[bucket.rows])
+            new_k, new_v = (keys, values) if self.one_bucket else (keys[bucket.rows], values[bucket.rows])
             if bucket.equal:
                 bucket.keys[:, :, bucket.upper] = new_k[:, :, 0]
                 bucket.values[:, :, bucket.upper] = new_v[:, :, 0]
@@ -270,10 +270,10 @@ class RaggedLayer(DynamicLayer):
                 bucket.values[each, :, bucket.lens] = new_v[:, :, 0]
             if bucket.positions is not None and positions is not None:
                 each = torch.arange(len(bucket.rows), device=keys.device)
-                bucket.positions[each, bucket.lens] = positions if self.whole else positions[bucket.rows]
+                bucket.positions[each, bucket.lens] = positions if self.one_bucket else positions[bucket.rows]
 
     def attend_done(self, remember: torch.Tensor | None) -> None:
-        """After the step's attention: the current token stays (``remember`` None or True) or is forgotten."""
+        """After the step's attention: the current token is kept (``remember`` None or True) or is forgotten."""
         for bucket in self.buckets:
             count = bucket.upper * len(bucket.rows) if bucket.equal else bucket.lens.sum()
             self.attended = self.attended + count + len(bucket.rows)
@@ -281,9 +281,9 @@ class RaggedLayer(DynamicLayer):
             if remember is None:
                 bucket.lens = bucket.lens + 1
             else:
-                stays = remember[bucket.rows].to(bucket.lens)
-                bucket.lens = bucket.lens + stays
-                said = set(stays.tolist()) if bucket.equal and stays.device.type in READABLE else ()
+                kept = remember[bucket.rows].to(bucket.lens)
+                bucket.lens = bucket.lens + kept
+                said = set(kept.tolist()) if bucket.equal and kept.device.type in READABLE else ()
                 if len(said) == 1:  # all alike: no mask is needed
                     (grown,) = said
                 else:
@@ -350,3 +350,9 @@ class RaggedLayer(DynamicLayer):
             if bucket.positions is not None and was.positions is not None:
                 bucket.positions[i, :n] = was.positions[j, :n]
         self._set_lengths([lengths[s] for s in sources])
+
+
+def is_ragged(cache: Any) -> bool:
+    """True for a cache whose layers are vtr's."""
+    layers = getattr(cache, "layers", None) or [None]
+    return isinstance(layers[0], RaggedLayer)

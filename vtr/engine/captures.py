@@ -78,13 +78,13 @@ class Captures:
         return Image(features, layout, index, count, tiles, newline, scorer)
 
     def _tiles(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
-        if layout.whole:
+        if layout.has_all_patches:
             patches = features.index_select(0, tokens_at(layout).to(features.device))
             tiles: torch.Tensor = patches.unflatten(0, (layout.tiles, -1))
             return tiles
-        return self._of(self.projected, place, layout, "projector")
+        return self._run_tiles(self.projected, place, layout, "projector")
 
-    def _of(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
+    def _run_tiles(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
         """One image's part of a run's output, the thumbnail in front."""
         if len(runs) != len(self.tiles) or any(len(run) < n for run, n in zip(runs, self.tiles, strict=True)):
             raise UnsupportedError(
@@ -99,7 +99,9 @@ class Captures:
     def _cls_attention(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if place not in self._scores:
             if self.keeps_states:
-                found, flops = cls_scores(self.patch.vision.tower, self._of(self.states, place, layout, "vision tower"))
+                found, flops = cls_scores(
+                    self.patch.vision.tower, self._run_tiles(self.states, place, layout, "vision tower")
+                )
                 self.flops += flops
                 found = on_grid(found, layout.grid)
             else:
@@ -185,8 +187,8 @@ def last_layer(tower: Any) -> tuple[Any, Any]:
     Raises:
         UnsupportedError: it is built otherwise.
     """
-    whole = getattr(tower, "vision_model", tower)
-    encoder = getattr(whole, "encoder", whole)
+    model = getattr(tower, "vision_model", tower)
+    encoder = getattr(model, "encoder", model)
     layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
     last = layers[-1] if layers else None
     norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1") if (m := getattr(last, n, None))), None)
@@ -271,17 +273,17 @@ class VisionHooks:
         states = self.cls and any("cls" in wants for wants, _ in asking)
         tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
         last = {place.run: place.first + place.count for row in prompt.places for place in row}
-        projected = any(not layout.whole for row in tiles for layout in row)
+        projected = any(not layout.has_all_patches for row in tiles for layout in row)
         return Captures(self.patch, projected, states, [last[run] for run in sorted(last)])
 
-    def _taking(self) -> Captures | None:
+    def _active(self) -> Captures | None:
         if torch.compiler.is_compiling() or (found := capturing.get()) is None:
             return None
         captures = found()
         return captures if captures is not None and captures.open and captures.patch is self.patch else None
 
     def before_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        captures = self._taking()
+        captures = self._active()
         if captures is None or not captures.keeps_states:
             return None
         layers = kwargs.get("output_hidden_states")
@@ -293,7 +295,7 @@ class VisionHooks:
         return args, kwargs
 
     def after_tower(self, module: Any, args: tuple[Any, ...], out: Any) -> None:
-        captures = self._taking()
+        captures = self._active()
         if captures is None or not captures.keeps_states:
             return
         states = (getattr(out, "hidden_states", None) or [None, None])[-2]
@@ -305,7 +307,7 @@ class VisionHooks:
         captures.states.append(states)
 
     def after_projector(self, module: Any, args: tuple[Any, ...], out: Any) -> None:
-        captures = self._taking()
+        captures = self._active()
         if captures is not None and captures.keeps_projected:
             captures.projected.append(out)
 

@@ -10,11 +10,11 @@ import torch
 from vtr.base import Policy, Token
 from vtr.engine.attention import Plan
 from vtr.engine.cache import CacheState, RaggedLayer
-from vtr.engine.rows import changed, version
+from vtr.engine.checks import version, write_error
 from vtr.engine.trace import Trace
 
 
-class Step:
+class DecodeStep:
     """One decoded token per row, where some layer has to be asked: positions differ by layer, or tokens are forgotten.
 
     Args:
@@ -76,7 +76,7 @@ def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> int
         tokens = [Token(hidden[row, 0], cache.state.memos[row]) for row in rows]
         said = answers(p, p.remember_all(index, tokens), len(tokens))
         if version(hidden) != before:
-            raise changed(p, "remember", "token.hidden")
+            raise write_error(p, "remember", "token.hidden")
         for row, answer in zip(rows, said, strict=True):
             found[row] = answer
         flops += sum(token.flops for token in tokens)

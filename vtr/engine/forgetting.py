@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from vtr.base import Token
+from vtr.engine.checks import version, write_error
 from vtr.engine.decode import answers, as_tensor
-from vtr.engine.rows import Row, changed, joined, version
+from vtr.engine.rows import Row, packed_indices, spans
 from vtr.engine.trace import Trace
 
 
@@ -27,55 +28,57 @@ class Forgetting:
 
     def __init__(self, rows: Sequence[Row], given: bool, trace: Trace) -> None:
         self.given, self.trace = given, trace
-        self.memos: list[list[dict[str, Any]]] = [[{} for _ in row.decoded] for row in rows]
+        self.memos: list[list[dict[str, Any]]] = [[{} for _ in row.text.decoded] for row in rows]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], given: bool, trace: Trace) -> Forgetting | None:
+    def from_rows(cls, rows: Sequence[Row], given: bool, trace: Trace) -> Forgetting | None:
         """None if no word of any row may be forgotten."""
-        may = any(len(row.decoded) and row.policy is not None and row.policy.asks("remember") for row in rows)
+        may = any(map(_may_forget, rows))
         return cls(rows, given, trace) if may else None
 
     def drop(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
         """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""
         if self.given:
             return None
-        stays: list[torch.Tensor | None] = []
-        before, start = [row.length for row in rows], 0
-        for row, n in zip(rows, before, strict=True):
-            stay = None
-            answer = self._remembered(index, row, hidden[0, start : start + n])
+        kept: list[torch.Tensor | None] = []
+        before = [row.length for row in rows]
+        for row, here in spans(rows):
+            keep = None
+            answer = self._remembered(index, row, hidden[0, here])
             if answer is not None and not bool(answer.all()):
-                stay = row.forget(answer)
-                kept = answer.tolist()
-                self.memos[row.index] = [m for m, k in zip(self.memos[row.index], kept, strict=True) if k]
-            stays.append(stay)
-            start += n
-        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
+                keep = row.forget(answer)
+                memos = zip(self.memos[row.index], answer.tolist(), strict=True)
+                self.memos[row.index] = [memo for memo, remembered in memos if remembered]
+            kept.append(keep)
+        return None if all(keep is None for keep in kept) else packed_indices(kept, before, hidden.device)
 
-    def lone(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
+    def masked_keys(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
         """Words of a given answer: bool [T], those that layer ``index`` hides from all others; None for none."""
         if not self.given:
             return None
-        parts, start, found = [], 0, False
-        for row in rows:
-            lone = torch.zeros(row.length, dtype=torch.bool, device=hidden.device)
-            answer = self._remembered(index, row, hidden[0, start : start + row.length])
+        parts, found = [], False
+        for row, here in spans(rows):
+            masked = torch.zeros(row.length, dtype=torch.bool, device=hidden.device)
+            answer = self._remembered(index, row, hidden[0, here])
             if answer is not None:
-                lone, found = lone.index_copy(0, row.decoded, ~answer), True
-            parts.append(lone)
-            start += row.length
+                masked, found = masked.index_copy(0, row.text.decoded, ~answer), True
+            parts.append(masked)
         return torch.cat(parts) if found else None
 
     def _remembered(self, index: int, row: Row, states: torch.Tensor) -> torch.Tensor | None:
         """bool [words of the row]; None if its policy is not asked. states: [tokens of the row, D]."""
         p = row.policy
-        if not len(row.decoded) or p is None or not p.asks("remember"):
+        if p is None or not _may_forget(row):
             return None
         memos = self.memos[row.index]
-        words = states.index_select(0, row.decoded)
+        words = states.index_select(0, row.text.decoded)
         tokens, before = [Token(state, memo) for state, memo in zip(words, memos, strict=True)], version(words)
         said = answers(p, (p.remember_all if self.given else p.recall)(index, tokens), len(tokens))
         if version(words) != before:
-            raise changed(p, "remember", "token.hidden")
+            raise write_error(p, "remember", "token.hidden")
         self.trace.selector_flops += sum(token.flops for token in tokens)
         return torch.stack([as_tensor(a, states.device) for a in said])
+
+
+def _may_forget(row: Row) -> bool:
+    return len(row.text.decoded) > 0 and row.asks("remember")

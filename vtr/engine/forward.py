@@ -14,25 +14,23 @@ import torch
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.answers import answer_labels
-from vtr.engine.call import (
-    MISSING,
-    Generation,
-    check_call,
-    check_pixels,
-    handed,
-    is_ragged,
-    refuse_compiled,
-    refuse_replica,
-    warn_on_continue,
-    warn_on_labels,
-)
+from vtr.engine.cache import is_ragged
+from vtr.engine.call import Generation, pending_request, refuse_replica
 from vtr.engine.captures import begin
+from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in
+from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.request import Request, hides_words
+from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_continue, warn_on_labels
+from vtr.engine.request import Request, may_forget_answer
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
+
+
+def names_of(module: Any) -> list[str]:
+    """The parameters of a module's forward, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 class ForwardHooks:
@@ -40,7 +38,7 @@ class ForwardHooks:
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
-        self.names = list(inspect.signature(type(patch.entry).forward).parameters)[1:]
+        self.names, self.inner_names = names_of(patch.entry), names_of(patch.inner)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
@@ -48,19 +46,19 @@ class ForwardHooks:
                 kwargs["vtr_request"] = None
             return args, kwargs
         if module.__dict__.get("_is_replica"):
-            refuse_replica(self.patch.key, kwargs.get("policy", self.patch.default))
+            refuse_replica(self.patch.key, kwargs.get("policy", self.patch.choice.default))
         if self.patch.inner is not self.patch.model:
-            left = handed.get()
-            if (left is not None and left[0] is self.patch.key) or self.patch.generation() is None:
+            left = pending_request.get()
+            if (left is not None and left[0] is self.patch.key) or self.patch.choice.generation() is None:
                 return args, kwargs  # the model's own forward has asked; by itself, the inner one is not reduced
-        args, kwargs, request = self.asked(self.names, args, kwargs, steps=True)
-        if self.patch.hands_on:
-            handed.set((self.patch.key, request))
-        elif request is not None or self.patch.applies():
+        args, kwargs, request = self.make_request(self.names, args, kwargs, steps=True)
+        if self.patch.request_by_context:
+            pending_request.set((self.patch.key, request))
+        elif request is not None or self.patch.choice.applies():
             kwargs["vtr_request"] = request
         return args, kwargs
 
-    def asked(
+    def make_request(
         self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], steps: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any], Request | None]:
         """A forward's arguments without what is ours, and what it asks of the text model.
@@ -76,12 +74,12 @@ class ForwardHooks:
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         source = ids if ids is not None else embeds
         rows = None if source is None else source.shape[0]
-        generation = self.patch.generation() if given is MISSING else None
+        generation = self.patch.choice.generation() if given is MISSING else None
         if generation is not None and generation.policies is None:
             return args, kwargs, None
         by_hand = False
         if generation is None:
-            policies = self.patch.policies(given, rows)
+            policies = self.patch.choice.policies(given, rows)
         elif steps and (self.patch.inner is not self.patch.model or generation.owns(ids, kwargs, cache)):
             if generation.started and is_ragged(cache):
                 return args, kwargs, None
@@ -89,12 +87,12 @@ class ForwardHooks:
         else:  # a callback of that generate runs the model
             if ids is not None and not bool(torch.isin(ids.cpu(), self.marks()).any()):
                 return args, kwargs, None  # text without pictures
-            by_hand, policies = True, generation.inherited(rows or 0)
+            by_hand, policies = True, generation.policies_for(rows or 0)
         if policies is None:
             if not is_ragged(cache):
-                self.patch.publish(None if ids is None else self.patch.dense(ids, kwargs))
+                self.patch.publish(None if ids is None else dense_forward(self.patch, ids, kwargs))
             return args, kwargs, None
-        check_call(kwargs, [self.patch.model.config, self.patch.text.config])
+        check_call(kwargs, [self.patch.model.config, self.patch.decoder.text.config])
         if choosing := next((p for p in policies if p is not None and p.asks("resolve")), None):
             raise UnsupportedError(
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
@@ -103,24 +101,24 @@ class ForwardHooks:
         if is_ragged(cache):
             warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is not None and not by_hand:
-            return args, kwargs, self._step(generation, kwargs, source.shape)  # type: ignore[union-attr]
-        return args, kwargs, self._request(policies, ids, embeds, kwargs, ends, generation)
+            return args, kwargs, self._generation_request(generation, kwargs, source.shape)  # type: ignore[union-attr]
+        return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation)
 
-    def _request(
+    def _direct_request(
         self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
-        kwargs: dict[str, Any], ends: Any, around: Generation | None,
+        kwargs: dict[str, Any], ends: Any, generation: Generation | None,
     ) -> Request:  # fmt: skip
         """Of a forward that is no step of a generate.
 
         Args:
-            ends: the call's ``vtr_queries_end``. around: the generate inside which it is made by hand.
+            ends: the call's ``vtr_queries_end``. generation: the one inside which it is made by hand, or None.
         """
         if ids is None:
             assert embeds is not None
             ids = ids_of(self.patch.adapter, self.patch.model, embeds)
         check_pixels(kwargs)
-        if ends is None and around is not None and around.goes_on_in(ids):
-            ends = around.ids.shape[1]  # type: ignore[union-attr]
+        if ends is None and generation is not None and generation.starts_with_prompt(ids):
+            ends = generation.ids.shape[1]  # type: ignore[union-attr]
         labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
         given = {**kwargs, "labels": labels}
         prompt = read_prompt(self.patch.adapter, self.patch.model, ids, kwargs.get("attention_mask"), given)
@@ -132,11 +130,11 @@ class ForwardHooks:
         if captures is not None:
             begin(captures)
         request = Request(policies, prompt, starts, None, captures)
-        if cache_in(kwargs) is None and hides_words(request):
+        if cache_in(kwargs) is None and may_forget_answer(request):
             kwargs["use_cache"] = False
         return request
 
-    def _step(self, generation: Generation, kwargs: dict[str, Any], shape: Sequence[int]) -> Request:
+    def _generation_request(self, generation: Generation, kwargs: dict[str, Any], shape: Sequence[int]) -> Request:
         """Of the first forward of a generate, or any without a cache. shape: rows, tokens."""
         assert generation.prompt is not None and generation.policies is not None
         rows, length = shape[:2]
@@ -164,11 +162,11 @@ class ForwardHooks:
             UnsupportedError: naming the way out.
         """
         named = kwargs.pop("policy", None) is not None
-        if named or (kwargs.get("inputs_embeds") is not None and self.patch.applies()):
+        if named or (kwargs.get("inputs_embeds") is not None and self.patch.choice.applies()):
             raise UnsupportedError(
-                f"a policy applies, but this call reached {type(self.patch.text).__name__} on a way that does not say "
-                f"where the images are: call {type(self.patch.model).__name__}(…) or its generate, with input_ids and "
-                "pixel_values, or run it without a policy (policy=None, or outside vtr.use and defaults)"
+                f"a policy applies, but this call reached {type(self.patch.decoder.text).__name__} on a way that does "
+                f"not say where the images are: call {type(self.patch.model).__name__}(…) or its generate, with "
+                "input_ids and pixel_values, or run it without a policy (policy=None, or outside vtr.use and defaults)"
             )
 
     def check_compiling(self, kwargs: dict[str, Any]) -> bool:
@@ -180,7 +178,8 @@ class ForwardHooks:
         Raises:
             UnsupportedError: one may.
         """
-        given, others = kwargs.pop("policy", MISSING), self.patch.default is not None or self.patch.users > 0
+        given, choice = kwargs.pop("policy", MISSING), self.patch.choice
+        others = choice.default is not None or choice.users > 0
         if given is not None and (given is not MISSING or others):
             refuse_compiled()
         return others

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from vtr.base import Policy
 from vtr.engine.adapters import find_adapter, unwrapped
-from vtr.engine.call import Given, busy, in_use, refuse_if_busy, resolve
+from vtr.engine.call import busy, refuse_if_busy
+from vtr.engine.choice import Given, in_use
 from vtr.engine.hooks import NAME, Patch
 
 M = TypeVar("M")
@@ -42,10 +43,9 @@ def patch(model: M, policy: Policy | str | None = None) -> M:
     known: Patch | None = inside.__dict__.get(NAME)
     if known is not None:
         refuse_if_busy(known.key, "patch")
-    made = known or Patch(inside, adapter, None)
-    resolved = resolve(policy, 1, made.geometry.num_hidden_layers, inside)
-    adapter.refuse(resolved or [])
-    made.default = resolved[0] if resolved else None
+    made = known or Patch(inside, adapter)
+    resolved = made.choice.policies(policy, 1)
+    made.choice.default = resolved[0] if resolved else None
     if known is None:
         made.install()
     return model
@@ -87,10 +87,10 @@ def use(model: M, policy: Given) -> Iterator[M]:
     """
     found = patch_of(model)
     several = policy if isinstance(policy, (list, tuple)) else [policy]
-    found.adapter.refuse(resolve(policy, len(several), found.geometry.num_hidden_layers, found.model) or [])
+    found.choice.policies(policy, len(several))
     token = in_use.set({**in_use.get(), found.key: policy})
     try:
-        with busy(found.key, "a vtr.use block is open; leave it first"), found.using(policy):
+        with busy(found.key, "a vtr.use block is open; leave it first"), found.choice.using(policy):
             yield model
     finally:
         in_use.reset(token)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from vtr.base import UnsupportedError
-from vtr.engine.rows import Row
+from vtr.engine.compression import Compression
+from vtr.engine.rows import Row, spans
 
 
 def take_features(
@@ -34,25 +35,27 @@ def take_features(
         )
     number = is_vision.flatten().cumsum(0).view_as(is_vision) - 1
     for row in rows:
-        mine = number[row.index, row.slots[row.vision]]
-        row.layer_features = [one.index_select(0, mine.to(one.device, non_blocking=True)) for one in features]
+        mine = number[row.index, row.slots[row.vision.index]]
+        row.vision.layer_features = [one.index_select(0, mine.to(one.device, non_blocking=True)) for one in features]
 
 
-def compress_features(row: Row, vision: torch.Tensor) -> None:
-    """Of a row that has been compressed: those of the tokens that are left. vision: where its vision tokens were."""
-    for i, features in enumerate(row.layer_features):
-        every = features.new_zeros(len(row.asked_slots), features.shape[1])
-        every = row.carried(every.index_copy(0, vision.to(features.device), features))
-        row.layer_features[i] = every.index_select(0, row.vision.to(features.device))
+def compress_features(row: Row, compression: Compression, before: torch.Tensor) -> None:
+    """Of a row that has been compressed: those of the tokens that are left. before: its vision tokens' old indices."""
+    compressed = []
+    for features in row.vision.layer_features:
+        every = features.new_zeros(len(row.given.slots), features.shape[1])
+        every = compression.means(every.index_copy(0, before.to(features.device), features))
+        compressed.append(every.index_select(0, row.vision.index.to(features.device)))
+    row.vision.layer_features = compressed
 
 
 def add_features(rows: Sequence[Row], layer: int, hidden: torch.Tensor) -> torch.Tensor:
     """[1, T, D] behind ``layer``, with what is added there to the vision tokens that are still there."""
-    at, parts, start = [], [], 0
-    for row in rows:
-        if row.count:
-            features = row.layer_features[layer].to(hidden)
-            at.append(row.vision + start)
-            parts.append(features if row.alive is None else features.index_select(0, row.alive))
-        start += row.length
+    at, parts = [], []
+    for row, here in spans(rows):
+        vision = row.vision
+        if vision.count:
+            features = vision.layer_features[layer].to(hidden)
+            at.append(vision.index + here.start)
+            parts.append(features if vision.alive is None else features.index_select(0, vision.alive))
     return hidden.index_add(1, torch.cat(at), torch.cat(parts)[None]) if at else hidden

@@ -43,7 +43,7 @@ class Midway:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(vision tokens on entering the text model, text tokens) of each row."""
-        return [(row.total, len(row.text)) for row in self.session.rows]
+        return [(row.vision.total, len(row.text.index)) for row in self.session.rows]
 
     def go(self, picks: Sequence[tuple[int, Policy | None]], until: int) -> Midway:
         """Run the layers from here up to ``until`` (not that one) as new rows; this stays as it is.
@@ -59,7 +59,7 @@ class Midway:
 
     def tokens_run(self) -> int:
         """Tokens that passed a decoder layer on the way here from where this was forked, summed over layers."""
-        return sum(map(sum, self.session.lengths))
+        return sum(map(sum, self.session.log.lengths))
 
     def last(self, counts: Sequence[int]) -> torch.Tensor:
         """[sum(counts), D]: after all layers, the normed states of the last so many tokens of each row."""
@@ -79,7 +79,7 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     Raises:
         UnsupportedError, TypeError, ValueError: what a call under ``policy`` would raise.
     """
-    text, me = patch_of(model).text, threading.get_ident()
+    text, me = patch_of(model).decoder.text, threading.get_ident()
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == me:

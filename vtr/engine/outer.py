@@ -7,11 +7,11 @@ language model's, whose forwards find the running generation.
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vtr.engine.call import handed
+from vtr.engine.call import pending_request
+from vtr.engine.forward import names_of
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 def install_outer(patch: Patch) -> list[Any]:
     """The hook of the model itself, in front of those of its language model; returns the handles."""
-    names = list(inspect.signature(type(patch.model).forward).parameters)[1:]
-    return [patch.model.register_forward_pre_hook(partial(_before, patch, names), with_kwargs=True)]
+    return [patch.model.register_forward_pre_hook(partial(_before, patch, names_of(patch.model)), with_kwargs=True)]
 
 
 def _before(patch: Patch, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs, request = patch.forward_hooks.asked(names, args, kwargs, steps=False)
-    handed.set((patch.key, request))
+    args, kwargs, request = patch.forward_hooks.make_request(names, args, kwargs, steps=False)
+    pending_request.set((patch.key, request))
     return args, kwargs

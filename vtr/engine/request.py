@@ -13,7 +13,7 @@ from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.positions import many_axes
 from vtr.engine.prompt import Prompt
-from vtr.engine.rows import Row
+from vtr.engine.rows import Row, RowInput
 
 
 @dataclass(eq=False)
@@ -22,7 +22,7 @@ class Request:
 
     Attributes:
         policies: one per row. prompt: this forward's vision tokens, images and padding, row by row.
-        ends: per row, the slot from which on text was decoded (or given as the answer), not asked.
+        answer_starts: per row, the slot from which on text was decoded (or given as the answer), not asked.
         generation: the running ``generate`` this forward is part of, or None.
         captures: what policies want of the vision tower, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
@@ -30,18 +30,18 @@ class Request:
 
     policies: list[Policy | None]
     prompt: Prompt
-    ends: list[int]
+    answer_starts: list[int]
     generation: Generation | None
     captures: Captures | None = None
     offset: int = 0
 
 
-def hides_words(request: Request) -> bool:
+def may_forget_answer(request: Request) -> bool:
     """Whether some row's given answer has words that its policy may forget: they are not to be cached."""
     length = request.prompt.is_vision.shape[1]
     return any(
-        p is not None and end < length and p.asks("remember")
-        for p, end in zip(request.policies, request.ends, strict=True)
+        p is not None and start < length and p.asks("remember")
+        for p, start in zip(request.policies, request.answer_starts, strict=True)
     )
 
 
@@ -52,11 +52,11 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
     for b in range(batch):
         slots = everything if valid is None else valid[b].nonzero().squeeze(1)
         if request is None:
-            rows.append(Row(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], [], length))
+            rows.append(Row(RowInput(b, None, slots, torch.zeros(len(slots), dtype=torch.bool), [], [], length)))
             continue
-        prompt = request.prompt
-        images = prompt.layouts[b], prompt.places[b]
-        rows.append(Row(b, request.policies[b], slots, prompt.is_vision[b][slots], *images, request.ends[b]))
+        prompt, policy, start = request.prompt, request.policies[b], request.answer_starts[b]
+        is_vision, layouts, places = prompt.is_vision[b][slots], prompt.layouts[b], prompt.places[b]
+        rows.append(Row(RowInput(b, policy, slots, is_vision, layouts, places, start)))
     return rows
 
 
@@ -72,27 +72,27 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> No
     for row in rows:
         if row.length == 0:
             raise ValueError(f"row {row.index} has no tokens: its attention_mask is all zeros, leave it out")
-        p = row.policy
+        p, answered = row.policy, len(row.text.answer_slots) > 0
         if p is None:
             continue
         if not cached and p.renumbers and p.asks("remember"):
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
             )
-        if p.renumbers and row.count and many_axes(rotary):
+        if p.renumbers and row.vision.count and many_axes(rotary):
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
                 "let tokens keep theirs, e.g. pyramid:positions=keep"
             )
-        if cached and row.answered and p.asks("remember"):
+        if cached and answered and p.asks("remember"):
             raise UnsupportedError(
                 f"{p.spec!r} forgets words, and a forward over question and answer would cache them all: "
                 "pass none (it is run without, and returns none)"
             )
-        ranks = row.count and (p.question_guided or any(map(p.needs, range(depth))))
-        if ranks and not row.rankable:
+        ranks = row.vision.count and (p.question_guided or any(map(p.needs, range(depth))))
+        if ranks and not row.text.rankable:
             raise ValueError(
                 f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "
                 f"{p.spec!r}: put the question behind the image, or use a policy that needs no question"
-                + (" (what stands behind vtr_queries_end does not count)" if row.answered else "")
+                + (" (what stands behind vtr_queries_end does not count)" if answered else "")
             )

@@ -1,29 +1,38 @@
-"""Before a ``generate`` runs: policies that look at pictures and try answers, then say what each row's policy is."""
+"""Before a ``generate`` runs: policies that look at pictures and try answers, then say what each row's policy is.
+
+All that they try shares one forward of the vision tower, by what anyone may use: :func:`shared_features`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vtr.base import Policy, UnsupportedError
-from vtr.engine.call import check_wishes, last_traces
+from vtr.engine.adapters import Adapter, unwrapped
+from vtr.engine.call import last_traces
 from vtr.engine.compat import cache_in
-from vtr.engine.memo import shared_features
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import Clock, Tried
 from vtr.image import Image, Layout
 
-ABSENT = "absent"
+if TYPE_CHECKING:
+    from vtr.engine.generate import Generate
 
 
 @dataclass
-class Absent(Policy):
-    """Stands in a try for rows that are not tried: their text alone is run."""
+class TextOnly(Policy):
+    """In a try, the policy of rows that are not tried."""
 
-    name = ABSENT
+    name = "text-only"
 
     def compress(self, image: Image) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)
@@ -46,50 +55,41 @@ class Tries:
     """What ``resolve`` may look at and try, for those rows of a ``generate`` that have this policy.
 
     Rows count from 0; everything given is per row. The vision tower runs once, however much is tried.
-
-    Attributes:
-        layouts: where the tokens of each row's images lie.
     """
 
-    patch: Any
-    original: Callable[..., Any]
+    generate: Generate
     ids: torch.Tensor
     kwargs: Mapping[str, Any]
     prompt: Prompt
     rows: Sequence[int]
     tried: Tried
-    _seen: list[list[Image]] = field(default_factory=list)
 
     @property
     def layouts(self) -> list[list[Layout]]:
+        """Where the tokens of each row's images lie."""
         return [self.prompt.layouts[row] for row in self.rows]
 
     def images(self) -> list[list[Image]]:
         """Each row's images as they would enter the text model; tower and projector run, the text model does not."""
-        if not self._seen:
-            self._seen = self._encode()
-        return self._seen
-
-    def _encode(self) -> list[list[Image]]:
-        adapter = self.patch.adapter
+        adapter, model = self.generate.patch.adapter, self.generate.patch.model
         given = {name: self.kwargs[name] for name in adapter.image_inputs if self.kwargs.get(name) is not None}
-        found = adapter.encode(self.patch.model, given)
-        found = getattr(found, "pooler_output", found)
-        features = torch.cat([part.flatten(0, -2) for part in found])
+        found = adapter.encode(model, given)
+        features = torch.cat([part.flatten(0, -2) for part in getattr(found, "pooler_output", found)])
         sizes = [len(layout) for row in self.prompt.layouts for layout in row]
         if sum(sizes) != len(features):
             raise UnsupportedError(
-                f"{type(self.patch.model).__name__} encodes these images into {len(features)} tokens, the prompt has "
+                f"{type(model).__name__} encodes these images into {len(features)} tokens, the prompt has "
                 f"{sum(sizes)}: a policy that looks at pictures first works on images alone (no videos)"
             )
-        parts, at = iter(features.split(sizes)), {}
-        for row, layouts in enumerate(self.prompt.layouts):
-            at[row] = [Image(next(parts), layout, i, len(layouts)) for i, layout in enumerate(layouts)]
-        return [at[row] for row in self.rows]
+        parts = iter(features.split(sizes))
+        rows = [
+            [Image(next(parts), layout, i, len(row)) for i, layout in enumerate(row)] for row in self.prompt.layouts
+        ]
+        return [rows[row] for row in self.rows]
 
     def questions(self) -> list[torch.Tensor]:
         """Each row's text tokens as the text model embeds them: float [n, hidden_size]."""
-        table, out = self.patch.inner.get_input_embeddings(), []
+        table, out = self.generate.patch.inner.get_input_embeddings(), []
         for row in self.rows:
             text = ~self.prompt.is_vision[row]
             if self.prompt.valid is not None:
@@ -99,21 +99,20 @@ class Tries:
 
     def answer(self, policies: Mapping[int, Policy | None], tokens: int = 1) -> dict[int, Answer]:
         """Let some rows, each under a policy, say up to ``tokens`` tokens, greedily; what it costs is counted."""
-        entries: list[Policy | None] = [Absent() for _ in self.prompt.layouts]
+        patch = self.generate.patch
+        entries: list[Policy | None] = [TextOnly() for _ in self.prompt.layouts]
         for i, policy in policies.items():
             entries[self.rows[i]] = policy
-        whole = self.patch.inner is self.patch.model  # else its generate gives back what is new, without the prompt
-        names = self.patch.names if whole else ("attention_mask", *self.patch.adapter.image_inputs)
+        has_prompt = patch.inner is patch.model  # else its generate returns new tokens only
+        names = patch.forward_hooks.inner_names if has_prompt else ("attention_mask", *patch.adapter.image_inputs)
         given = {name: self.kwargs[name] for name in names if name in self.kwargs}
         given |= {"input_ids": self.ids, "policy": entries, "max_new_tokens": tokens, "do_sample": False}
-        out = self.patch.generate(
-            self.original, (), {**given, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
-        )
-        trace = last_traces.get()[self.patch.key]
+        out = self.generate(**{**given, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True})
+        trace = last_traces.get()[patch.key]
         assert trace is not None  # the try was a call of this context
         self.tried.traces.append((trace, {self.rows[i] for i in policies}))
-        ends = self.patch.inner.generation_config.eos_token_id
-        said = answers_in(out, self.ids.shape[1] if whole else 0, ends)
+        ends = patch.inner.generation_config.eos_token_id
+        said = answers_in(out, self.ids.shape[1] if has_prompt else 0, ends)
         return {i: said[self.rows[i]] for i in policies}
 
 
@@ -131,8 +130,8 @@ def answers_in(out: Any, prompt_length: int, ends: int | Sequence[int] | None) -
     return answers
 
 
-def check_resolvable(kwargs: Mapping[str, Any], default: Any, ids: Any) -> None:
-    """Refuse ways of generating in which nothing can be tried first.
+def check_resolvable(adapter: Adapter, kwargs: Mapping[str, Any], default: Any, ids: Any) -> None:
+    """Refuse ways of generating, and families, in which nothing can be tried first.
 
     Raises:
         UnsupportedError: naming the way out.
@@ -152,33 +151,166 @@ def check_resolvable(kwargs: Mapping[str, Any], default: Any, ids: Any) -> None:
                 f"a policy that tries answers before it chooses cannot work with {what}: leave it out, or give a fixed "
                 "policy (e.g. m3:tokens=36)"
             )
+    if adapter.returns_new_tokens_only:
+        raise UnsupportedError(
+            f"policies that try answers before they choose do not run on {adapter.family}: give a fixed "
+            "policy (e.g. m3:tokens=36), or convert the checkpoint to transformers' own LLaVA (`vtr convert`)"
+        )
 
 
 def resolve_rows(
-    patch: Any, original: Callable[..., Any], ids: torch.Tensor, kwargs: Mapping[str, Any],
-    policies: Sequence[Policy | None], prompt: Prompt,
-) -> tuple[list[Policy | None], Tried]:  # fmt: skip
-    """Every row's policy after those that choose one have chosen, and what choosing took.
+    generate: Generate, ids: torch.Tensor, kwargs: Mapping[str, Any], policies: Sequence[Policy | None], prompt: Prompt
+) -> tuple[list[Policy | None] | None, Tried]:
+    """Every row's policy after those that choose one have chosen (None: nothing is reduced), and what choosing took.
 
     Raises:
         TypeError, ValueError: a policy did not choose one for each of its rows, or one that chooses again.
     """
-    out = list(policies)
-    tried = Tried(Clock(ids.device))
+    out, tried = list(policies), Tried(Clock(ids.device))
     kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
-    with torch.no_grad(), tried.clock, shared_features(patch.model):
+    with torch.no_grad(), tried.clock, shared_features(generate.patch.model):
         for policy in {id(p): p for p in policies if p is not None and p.asks("resolve")}.values():
             rows = [row for row, p in enumerate(policies) if p is policy]
-            chosen = policy.resolve(Tries(patch, original, ids, kwargs, prompt, rows, tried))
+            chosen = policy.resolve(Tries(generate, ids, kwargs, prompt, rows, tried))
             if not isinstance(chosen, list) or len(chosen) != len(rows):
                 raise TypeError(f"{type(policy).__name__}.resolve must return a list of {len(rows)} policies")
             for row, one in zip(rows, chosen, strict=True):
                 if one is not None and one.asks("resolve"):
                     raise ValueError(f"{type(policy).__name__}.resolve chose {one.spec!r}, which would choose again")
                 out[row] = one
-        patch.adapter.refuse(out)
-        for one in {id(p): p for p in out if p is not None}.values():
-            one.check(patch.geometry.num_hidden_layers)
-            check_wishes(one, patch.geometry.num_hidden_layers)
-            one.check_model(patch.model)
-    return out, tried
+        return generate.patch.choice.policies(out, len(out)), tried
+
+
+# -- one run of the tower for all -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Run:
+    """One forward of the tower.
+
+    Attributes:
+        states: the hidden states it was asked for: True for all, a set of layers, None for none.
+        rest: its other arguments but the pixels.
+    """
+
+    pixels: torch.Tensor
+    states: bool | frozenset[int] | None
+    rest: dict[str, Any]
+    out: Any
+
+    def serves(self, pixels: torch.Tensor, states: bool | frozenset[int] | None, rest: dict[str, Any]) -> bool:
+        """Whether this run gave what such a run would give, bit for bit."""
+        mine = self.pixels
+        if self.rest != rest or (self.states != states and (self.states is not True or states is None)):
+            return False
+        same = (pixels.shape, pixels.dtype, pixels.device) == (mine.shape, mine.dtype, mine.device)
+        return same and torch.equal(pixels, mine)
+
+
+@dataclass(eq=False)
+class Shared:
+    """What one block has encoded. ``computed``, ``reused``: how often each happened."""
+
+    runs: list[Run] = field(default_factory=list)
+    computed: int = 0
+    reused: int = 0
+
+
+_blocks: ContextVar[Mapping[int, Shared]] = ContextVar("vtr_shared_features", default=MappingProxyType({}))
+"""The blocks open in this context, by the id of their tower; replaced, never changed in place."""
+_lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class SharedForward:
+    """Stands in for a tower's forward while some context shares features; the others get the forward itself.
+
+    Attributes:
+        own: what the tower's ``__dict__`` held before. users: open blocks, in whatever context.
+    """
+
+    tower: Any
+    forward: Any
+    own: Any
+    users: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block, rest = _blocks.get().get(id(self.tower)), dict(kwargs)
+        pixels = args[0] if args else rest.pop("pixel_values", None)
+        if block is None or not isinstance(pixels, torch.Tensor) or not self._simple(args, rest):
+            return self.forward(*args, **kwargs)
+        states = _states(rest.pop("output_hidden_states", None))
+        for run in block.runs:
+            if run.serves(pixels, states, rest):
+                block.reused += 1
+                return copy.copy(run.out)
+        out = self.forward(*args, **kwargs)
+        block.computed += 1
+        block.runs.append(Run(pixels, states, rest, out))
+        return copy.copy(out)
+
+    def _simple(self, args: tuple[Any, ...], rest: dict[str, Any]) -> bool:
+        """Whether the output depends on the pixels and plain arguments alone, and nothing else is to happen."""
+        plain = len(args) <= 1 and not any(isinstance(value, torch.Tensor) for value in rest.values())
+        return plain and not torch.is_grad_enabled() and not _has_inner_hooks(self.tower)
+
+
+def _states(wanted: Any) -> bool | frozenset[int] | None:
+    """transformers takes True, a layer, or a list of layers."""
+    if wanted is None or isinstance(wanted, bool):
+        return wanted or None
+    return frozenset(wanted if isinstance(wanted, (list, tuple)) else [wanted])
+
+
+def _has_inner_hooks(tower: Any) -> bool:
+    """Whether somebody listens to the tower's inner modules; transformers' own hooks take part in the output."""
+    inner = (module for module in tower.modules() if module is not tower)
+    hooks = (h for m in inner for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+
+
+@contextmanager
+def shared_features(model: Any) -> Iterator[Shared]:
+    """Within the block, the vision tower runs once for the same pixels; later calls get the same output again.
+
+    Exact: what is reused is the very output of an earlier run on bit-equal pixels with equal arguments. The tower's own
+    hooks, projector, packing and everything behind run as always. If a hook sits on a module inside the tower, or
+    gradients are on, nothing is reused. Only this thread (this context) is concerned; a block inside a block shares the
+    outer one's. The outputs are held until the block ends.
+
+    Raises:
+        ValueError: the model has no vision tower of its own.
+    """
+    model = unwrapped(model)
+    tower = model.get_encoder(modality="image")
+    if not isinstance(tower, torch.nn.Module) or tower is model:
+        raise ValueError(
+            f"{type(model).__name__} has no vision tower whose output could be shared: leave the block out"
+        )
+    known = _blocks.get().get(id(tower))
+    if known is not None:
+        yield known
+        return
+    block = Shared()
+    token, stand_in = _blocks.set({**_blocks.get(), id(tower): block}), _enter(tower)
+    try:
+        yield block
+    finally:
+        _blocks.reset(token)
+        _leave(stand_in)
+
+
+def _enter(tower: Any) -> SharedForward:
+    with _lock:
+        found = tower.__dict__.get("forward")
+        if not isinstance(found, SharedForward) or found.tower is not tower:
+            found = tower.forward = SharedForward(tower, tower.forward, found)
+        found.users += 1
+        return found
+
+
+def _leave(stand_in: SharedForward) -> None:
+    with _lock:
+        stand_in.users -= 1
+        if not stand_in.users:
+            del stand_in.tower.forward
+            if stand_in.own is not None:
+                stand_in.tower.forward = stand_in.own

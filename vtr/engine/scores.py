@@ -15,7 +15,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class WindowMask:
     """A sliding window: queries ([n] positions) see keys ([m] positions) less than ``window`` before them."""
 
     queries: torch.Tensor
@@ -30,8 +30,8 @@ class Reach:
 
 
 def scores(
-    query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float | None, reach: Reach | None = None,
-    strongest: bool = False,
+    query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float | None,
+    sliding: WindowMask | None = None, strongest: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Attention that keys get from some queries of one row: mean over heads, and over the queries that can see the key.
 
@@ -39,7 +39,7 @@ def scores(
         query: [1, heads, n, d] after rope; key: [1, kv_heads, m, d], of which the last n belong to the queries.
         queries: int64 [q], indices into the n.
         scaling: of the logits; None for d ** -0.5.
-        reach: of a sliding window, or None. strongest: of each query, the largest over heads instead of their mean.
+        sliding: what a sliding window hides, or None. strongest: of each query, the largest over heads, not their mean.
 
     Returns:
         float32 [m]; 0 for a key that none of the queries can see.
@@ -50,7 +50,7 @@ def scores(
     seen_by = torch.zeros(m, dtype=torch.int64, device=query.device)
     columns = torch.arange(m, device=query.device)
     for some in queries.split(CHUNK):
-        seen = columns <= (some + (m - query.shape[2]))[:, None] if reach is None else reach.seen(some)
+        seen = columns <= (some + (m - query.shape[2]))[:, None] if sliding is None else sliding.seen(some)
         q = query[0].index_select(1, some).view(kv_heads, heads // kv_heads * some.shape[0], -1)
         logits = torch.matmul(q, key[0].transpose(1, 2)).float().mul_(scaling).view(heads, some.shape[0], m)
         logits.masked_fill_(~seen, float("-inf"))
@@ -82,7 +82,7 @@ def ahead(
     rope: tuple[torch.Tensor, ...],
     query: torch.Tensor,
     past: torch.Tensor | None,
-    reach: Reach | None,
+    sliding: WindowMask | None,
 ) -> torch.Tensor:
     """Attention that one query is about to pay in ``layer``, from the layer's own norm and projections.
 
@@ -102,11 +102,11 @@ def ahead(
     if past is not None:
         k = torch.cat([past, k], 2)
     last = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    if reach is None:  # the keys behind the query are its future
+    if sliding is None:  # the keys behind the query are its future
         own = k.shape[2] - x.shape[1] + query
         k_seen = torch.arange(k.shape[2], device=hidden.device)
-        reach = Reach(own, k_seen, k.shape[2])
-    return scores(q, k, last, getattr(attn, "scaling", None), reach)
+        sliding = WindowMask(own, k_seen, k.shape[2])
+    return scores(q, k, last, getattr(attn, "scaling", None), sliding)
 
 
 def _heads(attn: Any, kind: str, x: torch.Tensor) -> torch.Tensor:

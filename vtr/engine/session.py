@@ -8,304 +8,192 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from vtr.base import Policy, UnsupportedError
-from vtr.engine.attention import Plan, Probe, Routing
-from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.attention import Plan, Routing
+from vtr.engine.cache import RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
+from vtr.engine.compression import compress_row
+from vtr.engine.decoder import Decoder
 from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.positions import Positions
+from vtr.engine.questions import Passing, Questions
 from vtr.engine.request import Request, check_rows, rows_of
-from vtr.engine.rows import Passing, Row, check_route, checked_keep, joined
-from vtr.engine.scores import Reach, ahead
-from vtr.engine.trace import Clock, Trace
+from vtr.engine.rows import Row, spans
+from vtr.engine.trace import PackedTrace, Trace
 
 
 class Session:
-    """The rows of one forward. ``rows`` in, ``layer()`` at each decoder layer, ``unpack()`` out.
+    """The rows of one forward: ``pack()``, then ``layer()`` at each decoder layer, then ``unpack()``.
 
     Args:
-        request: None where a ragged cache goes on with text only. embeds: [B, L, D], merged embeddings.
-        valid: [B, L] bool on the CPU, or None (no padding). layers, state: of the ragged cache, or None.
-        rotary: the text model's rotary embedding. windows: the sliding window of each decoder layer.
+        request: None where a ragged cache goes on with text only. shape: rows and logical columns of the batch.
+        valid: bool [rows, columns] on the CPU, or None (no padding). layers: of the ragged cache, or None.
+
+    Attributes:
+        state: of the ragged cache, or None.
+        offset: where this forward's slots start in the rows that the caller passed.
+        generation: the running ``generate`` that this forward is part of, or None.
     """
 
     def __init__(
         self,
+        decoder: Decoder,
         request: Request | None,
-        embeds: torch.Tensor,
+        shape: Sequence[int],
+        device: torch.device,
         valid: torch.Tensor | None,
         layers: list[RaggedLayer] | None,
-        state: CacheState | None,
         trace: Trace,
-        rotary: Any,
-        windows: Sequence[int | None],
     ) -> None:
-        self.batch, self.logical = embeds.shape[:2]
-        self.layers, self.state, self.trace, self.depth = layers, state, trace, len(windows)
-        self.clock, self.device, self.windows = Clock(embeds.device), embeds.device, windows
+        self.decoder, self.layers, self.device = decoder, layers, device
+        self.state = None if layers is None else layers[0].state
+        self.batch, self.logical = shape
         self.rows = rows_of(request, self.batch, self.logical, valid)
-        check_rows(self.rows, layers is not None, self.depth, rotary)
-        self.positions = Positions(rotary, self.batch)
-        self._scores: dict[int, torch.Tensor] = {}
-        self._reach = self.logical + (state.logical if state is not None else 0)
-        self.generation: Generation | None = None
-        self.lengths: list[list[int]] = []
-        self.past: list[list[int]] = []
-        self._offset = request.offset if request else 0
+        check_rows(self.rows, layers is not None, decoder.depth, decoder.text.rotary_emb)
+        self.positions = Positions(decoder.text.rotary_emb, self.batch)
+        self.questions = Questions(self.rows, self.positions, layers, decoder, trace)
         given = request is not None and request.generation is None
-        self._forgetting = None if layers is not None else Forgetting.of(self.rows, given, trace)
-        self.is_vision = request.prompt.is_vision if request else None
-        self._adding = 0
-        """Behind how many of the first layers something is added to vision tokens."""
+        self.forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
+        self.log = PackedTrace(trace, device)
+        self.offset = request.offset if request else 0
+        self.generation: Generation | None = None
+        self.max_distance = self.logical + (0 if self.state is None else self.state.logical)
 
     # -- into the decoder ------------------------------------------------------------------------------------------
     def pack(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, captures: Captures | None,
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, request: Request | None,
         layer_features: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """[B, L, D], [B or 1, L] → packed [1, T, D] and [1, T], compressed where a policy says so.
 
-        Positions of several axes, [axes, B or 1, L] → [axes, 1, T], are kept by a compressed row: what stays has its
+        Positions of several axes, [axes, B or 1, L] → [axes, 1, T], are kept by a compressed row: what is kept has its
         own, a pooled token the mean of its sources'. Others close up.
 
         Args:
             layer_features: [vision tokens of the batch, D] each, to be added to them behind the first layers.
         """
-        device, parts, positions = embeds.device, [], []
-        axes = position_ids.dim() == 3
-        position_ids = position_ids.expand(*([-1] if axes else []), self.batch, -1)
+        captures = None if request is None else request.captures
+        several = position_ids.dim() == 3
+        position_ids = position_ids.expand(*([-1] if several else []), self.batch, -1)
         if layer_features:
-            take_features(self.rows, layer_features, self.is_vision, self.depth)
-            self._adding = len(layer_features)
-        for row in self.rows:
-            slots = row.slots.to(device, non_blocking=True)
-            here = embeds[row.index].index_select(0, slots)
-            at = position_ids[..., row.index, :].index_select(-1, slots)
-            if row.layouts and row.policy is not None and row.policy.asks("compress"):
+            assert request is not None  # where there are features there are images
+            take_features(self.rows, layer_features, request.prompt.is_vision, self.decoder.depth)
+        parts, positions, dropped = [], [], []
+        for i, row in enumerate(self.rows):
+            slots = row.slots.to(embeds.device, non_blocking=True)
+            here, at = embeds[i].index_select(0, slots), position_ids[..., i, :].index_select(-1, slots)
+            if row.given.layouts and row.asks("compress"):
                 here, at = self._compress(row, here, at, captures)
-            if self.state is not None:
-                at = at - self.state.dropped[row.index]
+            dropped.append(0 if several else len(slots) - row.length)  # positions of one axis close up
+            at = at if self.state is None else at - self.state.dropped[i]
             parts.append(here)
             positions.append(at)
-            row.first = at[..., :1]
-            row.to(device)
+            self.positions.first.append(at[..., :1])
+            row.to(embeds.device)
         if self.state is not None:
-            self.state.dropped = [
-                before + row.dropped for before, row in zip(self.state.dropped, self.rows, strict=True)
-            ]
+            self.state.dropped = [old + new for old, new in zip(self.state.dropped, dropped, strict=True)]
+        self.log.rows = [row.trace(self.offset) for row in self.rows]
         if captures is not None:
-            self.trace.selector_flops += captures.flops
+            self.log.trace.selector_flops += captures.flops
             captures.flops = 0
-        self.noted = [row.trace(self._offset) for row in self.rows]
         where = torch.cat(positions, -1)
-        self.positions.ids = where if axes else where[None]
-        return torch.cat(parts)[None], where[:, None] if axes else where[None]
+        self.positions.ids = where if several else where[None]
+        return torch.cat(parts)[None], where[:, None] if several else where[None]
 
     def _compress(
         self, row: Row, embeds: torch.Tensor, at: torch.Tensor, captures: Captures | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A row's embeddings [n, D] and positions [n] or [axes, n] → those of the row with its images shrunk."""
-        device, vision = embeds.device, row.vision
-        with self.clock:
-            row.compress(embeds, captures)
-        compress_features(row, vision)
-        embeds = embeds.index_select(0, row.stay.to(device, non_blocking=True))
-        for local, features in row.pieces or []:
-            embeds = embeds.index_copy(0, local.to(device, non_blocking=True), features)
-        if at.dim() == 2:
-            at, row.dropped = row.carried(at.T).T, 0
-        else:
-            at = at[:1] + torch.arange(row.length, device=device)  # a really shorter prompt
-        return embeds, at
+        before = row.vision.index
+        with self.log.clock:
+            compression = compress_row(row, embeds, captures)
+        compress_features(row, compression, before)
+        return compression.embeds(embeds), compression.positions(at)
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
-        self.positions.take_rope(kwargs)
-        if hidden.device != self.device:
-            self._move(hidden.device)
-        if 0 < index <= self._adding:
-            hidden = add_features(self.rows, index - 1, hidden)
-        if self.state is not None and self.state.shift[index] != self.positions.shift:
-            self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
-        lone = None
-        if self._forgetting is not None:
-            with self.clock:
-                remembered = self._forgetting.drop(index, self.rows, hidden)
-                lone = self._forgetting.lone(index, self.rows, hidden)
-            hidden = self._select(hidden, remembered)
-        with self.clock:
-            stay = self._prune(index, layer, hidden)
-        hidden = self._select(hidden, stay)
-        lone = lone if lone is None or stay is None else lone.index_select(0, stay)
-        if stay is not None and any(row.lost for row in self.rows):
-            self.positions.close_up(self.rows, hidden)
-        if self.state is not None:
-            self.state.shift[index] = [old + row.lost for old, row in zip(self.positions.shift, self.rows, strict=True)]
-        with self.clock:
-            passes = self._route(index, hidden)
+        hidden = self._arrive(index, hidden, kwargs)
+        hidden, masked_keys = self._cut(index, layer, hidden)
+        with self.log.clock:
+            passing = self.questions.route(index, hidden)
         rope, positions, scale, routing = self.positions.rope, self.positions.ids, None, None
-        lengths = [row.length for row in self.rows]
-        counts, alive = [row.count for row in self.rows], [row.alive for row in self.rows]
-        if passes is not None:
-            through, lengths, counts, alive, weights = passes
-            around = hidden
-            if weights is not None:
-                _check_weights_learn(layer)
-                around, scale = hidden * weights[None, :, None], weights.index_select(0, through)[None, :, None]
-            routing = Routing(around, through)
-            hidden = hidden.index_select(1, through)
-            rope = tuple(t.index_select(1, through) for t in rope)
-            positions = positions.index_select(1, through)
-            lone = None if lone is None else lone.index_select(0, through)
+        if passing.through is not None:
+            routing, scale = _routing(layer, hidden, passing)
+            hidden = hidden.index_select(1, passing.through)
+            rope = tuple(t.index_select(1, passing.through) for t in rope)
+            positions = positions.index_select(1, passing.through)
+            masked_keys = None if masked_keys is None else masked_keys.index_select(0, passing.through)
         positions = positions[:1]  # of several axes, which rope has seen already, the first
-        self._note(index, lengths, counts, alive)
-        plan = self._plan(index, lengths, positions, scale, routing, lone)
+        past = [] if self.layers is None else self.layers[index].lengths()
+        self.log.note(passing.lengths, past, passing.counts, passing.alive)
+        plan = Plan(
+            decode=False,
+            lengths=tuple(passing.lengths),
+            past=tuple(past),
+            layers=self.layers,
+            probes=self.questions.probes(index, past),
+            sink=self.questions.scores,
+            clock=self.log.clock,
+            scale=scale,
+            routing=routing,
+            positions=None if self.decoder.windows[index] is None else positions[0],
+            max_distance=self.max_distance,
+            masked_keys=masked_keys,
+        )
         if self.layers is not None:
             self.layers[index].staged = plan
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
 
-    def _select(self, hidden: torch.Tensor, stay: torch.Tensor | None) -> torch.Tensor:
-        """[1, T, D] of the packed tokens that stay, positions likewise; None: all."""
-        if stay is None:
+    def _arrive(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Bring everything to the layer's device and positions; add what belongs to the layer before."""
+        self.positions.take_rope(kwargs)
+        if hidden.device != self.device:  # the layers from here on are on another one
+            self.device = hidden.device
+            self.positions.to(hidden.device)
+            self.questions.to(hidden.device)
+            for row in self.rows:
+                row.to(hidden.device)
+        if index > 0 and self.rows[0].vision.layer_features[index - 1 : index]:
+            hidden = add_features(self.rows, index - 1, hidden)
+        if self.state is not None and self.state.shift[index] != self.positions.shift:
+            self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
+        return hidden
+
+    def _cut(self, index: int, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Drop what does not enter the layer. Returns [1, T, D] and which keys are masked (bool [T]; None: none)."""
+        masked_keys = None
+        if self.forgetting is not None:
+            with self.log.clock:
+                remembered = self.forgetting.drop(index, self.rows, hidden)
+                masked_keys = self.forgetting.masked_keys(index, self.rows, hidden)
+            hidden = self._select(hidden, remembered)
+        with self.log.clock:
+            kept = self.questions.prune(index, layer, hidden)
+        hidden = self._select(hidden, kept)
+        if kept is not None:
+            masked_keys = None if masked_keys is None else masked_keys.index_select(0, kept)
+            if any(self.positions.lost):
+                self.positions.close_up([row.length for row in self.rows], hidden)
+        if self.state is not None:
+            shift, lost = self.positions.shift, self.positions.lost
+            self.state.shift[index] = [old + new for old, new in zip(shift, lost, strict=True)]
+        return hidden, masked_keys
+
+    def _select(self, hidden: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """[1, T, D] of the packed tokens that are kept, positions likewise; None: all."""
+        if kept is None:
             return hidden
-        self.positions.select(stay)
-        return hidden.index_select(1, stay)
-
-    def _move(self, device: torch.device) -> None:
-        """The layers from here on are on another device: bring what indexes their tokens."""
-        self.device = device
-        self.positions.to(device)
-        self._scores = {row: found.to(device) for row, found in self._scores.items()}
-        for row in self.rows:
-            row.to(device)
-
-    def _note(self, index: int, lengths: list[int], counts: list[int], alive: list[torch.Tensor | None]) -> None:
-        for noted, count, kept in zip(self.noted, counts, alive, strict=True):
-            noted.counts.append(count)
-            noted.alive.append(kept)
-        self.lengths.append(lengths)
-        self.past.append(self._cached(index) or [0] * self.batch)
-
-    def _plan(
-        self, index: int, lengths: list[int], positions: torch.Tensor, scale: torch.Tensor | None,
-        routing: Routing | None, lone: torch.Tensor | None,
-    ) -> Plan:  # fmt: skip
-        past = self._cached(index)
-        return Plan(
-            decode=False,
-            lengths=tuple(lengths),
-            past=tuple(past),
-            layers=self.layers,
-            probes=self._probes(index, past),
-            sink=self._scores,
-            clock=self.clock,
-            scale=scale,
-            routing=routing,
-            positions=None if self.windows[index] is None else positions[0],
-            reach=self._reach,
-            lone=lone,
-        )
-
-    def _prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
-        stays: list[torch.Tensor | None] = []
-        before, start = [row.length for row in self.rows], 0
-        for row, n in zip(self.rows, before, strict=True):
-            stay = None
-            p = row.policy
-            if row.count and p is not None and p.asks("prune"):
-                here = slice(start, start + n)
-                look = partial(self._ahead, row, index, layer, hidden, here)
-                tokens = row.tokens(index, self.depth, hidden[0, here], self._scores.get(row.index), look)
-                answer = p.prune(index, tokens)
-                tokens._field.check(p, "prune", "tokens")  # type: ignore[attr-defined]
-                self.trace.selector_flops += tokens.flops
-                if answer is not None:
-                    keep = checked_keep(answer, row.count, "prune", p, hidden.device)
-                    stay = row.cut(keep) if len(keep) < row.count else None
-                    row.lost += n - row.length if p.renumbers else 0
-            stays.append(stay)
-            start += n
-        self._scores = {}
-        return None if all(stay is None for stay in stays) else joined(stays, before, hidden.device)
-
-    def _ahead(self, row: Row, index: int, layer: Any, hidden: torch.Tensor, here: slice) -> torch.Tensor:
-        """What ``Tokens.ahead`` gives: float32 [vision tokens of the row]."""
-        query, n, keys = row.queries("last"), row.length, None
-        positions = self.positions.ids[0, here]
-        window, known = self.windows[index], positions
-        if past := self._cached(index):
-            keys = self.layers[index].row(row.index, past[row.index])[0]  # type: ignore[index]
-            if window is not None:
-                known = torch.cat([self.layers[index].positions(row.index, past[row.index]), positions])  # type: ignore[index]
-        reach = None if window is None else Reach(positions.index_select(0, query), known, window)
-        rope = tuple(t[:, here] for t in self.positions.rope)
-        found = ahead(layer, hidden[0, here], rope, query, keys, reach)
-        g, width = self.trace.geometry, hidden.shape[-1]
-        self.trace.selector_flops += 2 * g.head_dim * (width * (n * g.kv_heads + g.heads) + g.heads * len(found))
-        return found[-n:].index_select(0, row.vision)
-
-    def _route(self, index: int, hidden: torch.Tensor) -> Passing | None:
-        if not any(row.count and row.policy is not None and row.policy.asks("route") for row in self.rows):
-            return None
-        through: list[torch.Tensor | None] = []
-        weights: list[torch.Tensor] = []
-        weighted, start = False, 0
-        before = [r.length for r in self.rows]
-        lengths, counts, alive = before[:], [r.count for r in self.rows], [r.alive for r in self.rows]
-        for i, row in enumerate(self.rows):
-            here, n, p = hidden[0, start : start + row.length], row.length, row.policy
-            start += n
-            passes, scale = None, hidden.new_ones(n)
-            if row.count and p is not None and p.asks("route"):
-                tokens = row.tokens(index, self.depth, here, None, _no_look_ahead)
-                answer = p.route(index, tokens)
-                tokens._field.check(p, "route", "tokens")  # type: ignore[attr-defined]
-                self.trace.selector_flops += tokens.flops
-                if answer is not None:
-                    check_route(answer, row.count, p)
-                    keep = checked_keep(answer.keep, row.count, "route", p, hidden.device)
-                    passes = row.passing(keep)
-                    lengths[i], counts[i] = len(passes), len(keep)
-                    alive[i] = row.alive_of(keep)
-                    if answer.weights is not None:
-                        weighted = True
-                        scale = scale.index_copy(0, row.vision, answer.weights.to(scale))
-            through.append(passes)
-            weights.append(scale)
-        if all(p is None for p in through):
-            return None
-        packed = joined(through, before, hidden.device)
-        return Passing(packed, lengths, counts, alive, torch.cat(weights) if weighted else None)
-
-    def _cached(self, index: int) -> list[int]:
-        """Tokens each row already has in this layer's cache; empty when there are none."""
-        if self.layers is None or not self.layers[index].place:
-            return []
-        return self.layers[index].lengths()
-
-    def _probes(self, index: int, past: list[int]) -> tuple[Probe, ...]:
-        """The attention rows of this layer that rank tokens for the next one."""
-        if index + 1 >= self.depth:
-            return ()
-        probes = []
-        for row in self.rows:
-            kind = row.policy.needs(index + 1) if row.policy is not None and row.count else None
-            if kind is not None:
-                queries = row.queries(kind)
-                probes.append(Probe(row.index, queries, kind.endswith("-max")))
-                g, keys = self.trace.geometry, row.length + (past[row.index] if past else 0)
-                self.trace.selector_flops += 2 * g.heads * g.head_dim * len(queries) * keys
-        return tuple(probes)
+        self.positions.select(kept)
+        return hidden.index_select(1, kept)
 
     # -- the same rows again ---------------------------------------------------------------------------------------
     def fork(self, picks: Sequence[tuple[int, Policy | None]]) -> tuple[Session, torch.Tensor]:
@@ -326,25 +214,27 @@ class Session:
         starts = [0, *accumulate(row.length for row in self.rows)]
         chosen = [torch.arange(starts[old], starts[old + 1]) for old, _ in picks]
         index = torch.cat(chosen).to(self.device, non_blocking=True)
-        made = copy.copy(self)
-        made.rows = [self.rows[old].again(new, policy) for new, (old, policy) in enumerate(picks)]
-        made.batch, made.positions = len(picks), self.positions.fork(index, len(picks))
-        made.clock, made.trace = Clock(self.device), Trace(self.trace.geometry)
-        made._forgetting = Forgetting.of(made.rows, True, made.trace)
-        made.lengths, made.past, made.noted = [], [], [row.trace(self._offset) for row in made.rows]
-        made._scores = {new: self._scores[old] for new, (old, _) in enumerate(picks) if old in self._scores}
-        check_rows(made.rows, False, made.depth, made.positions.rotary)
+        made, trace, decoder = copy.copy(self), Trace(self.decoder.geometry), self.decoder
+        made.batch = len(picks)
+        made.rows = [self.rows[old].forked(new, policy) for new, (old, policy) in enumerate(picks)]
+        made.positions = self.positions.fork(index, [old for old, _ in picks])
+        made.questions = Questions(made.rows, made.positions, None, decoder, trace)
+        scores = self.questions.scores
+        made.questions.scores = {new: scores[old] for new, (old, _) in enumerate(picks) if old in scores}
+        made.forgetting = Forgetting.from_rows(made.rows, True, trace)
+        made.log = PackedTrace(trace, self.device)
+        made.log.rows = [row.trace(self.offset) for row in made.rows]
+        check_rows(made.rows, False, decoder.depth, decoder.text.rotary_emb)
         return made, index
 
     # -- out of the decoder ----------------------------------------------------------------------------------------
     def unpack(self, hidden: torch.Tensor) -> torch.Tensor:
         """Packed [1, T, D] → [B, L, D]. A dropped slot carries the last surviving state before it; padding is zero."""
-        slots, sources, start = [], [], 0
-        for row in self.rows:
+        slots, sources = [], []
+        for i, (row, here) in enumerate(spans(self.rows)):
             at, source = row.carriers(hidden.device)
-            slots.append(at + row.index * self.logical)
-            sources.append(source + start)
-            start += row.length
+            slots.append(at + i * self.logical)
+            sources.append(source + here.start)
         states = hidden[0].index_select(0, torch.cat(sources))
         if len(states) < self.batch * self.logical:
             padded = hidden.new_zeros(self.batch * self.logical, hidden.shape[-1])
@@ -353,20 +243,29 @@ class Session:
 
     def finish(self) -> None:
         """Note what the whole forward cost."""
-        self.trace.note_packed(self.noted, self.lengths, self.past)
-        self.trace.clocks.append(self.clock)
+        self.log.finish()
         if self.state is not None:
             self.state.logical += self.logical
-            in_step = all(n == self.logical for lengths in self.lengths for n in lengths)
+            in_step = all(n == self.logical for lengths in self.log.lengths for n in lengths)
             self.state.tail = self.state.tail + self.logical if in_step else self._appended()
 
     def _appended(self) -> int:
         """How many columns at the end hold decoded (or drafted) text in every row: what ``crop`` may take back."""
         runs = []
-        for slots in (row.answer_slots for row in self.rows):
+        for slots in (row.text.answer_slots for row in self.rows):
             last = torch.arange(self.logical - len(slots), self.logical)
             runs.append(int((slots == last).flip(0).cumprod(0).sum()))
         return min(runs)
+
+
+def _routing(layer: Any, hidden: torch.Tensor, passing: Passing) -> tuple[Routing, torch.Tensor | None]:
+    """What goes around the layer, and by what its MLP's output is multiplied ([1, t, 1] or None)."""
+    assert passing.through is not None
+    if passing.weights is None:
+        return Routing(hidden, passing.through), None
+    _check_weights_learn(layer)
+    scale = passing.weights.index_select(0, passing.through)[None, :, None]
+    return Routing(hidden * passing.weights[None, :, None], passing.through), scale
 
 
 def _check_weights_learn(layer: Any) -> None:
@@ -378,7 +277,3 @@ def _check_weights_learn(layer: Any) -> None:
             "a policy that weighs routed tokens cannot learn under reentrant gradient checkpointing: call "
             'model.gradient_checkpointing_enable({"use_reentrant": False})'
         )
-
-
-def _no_look_ahead() -> torch.Tensor:
-    raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")

@@ -2,23 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vtr.base import UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
-from vtr.engine.cache import CacheState, RaggedLayer
-from vtr.engine.call import MISSING, Generation, check_cache, is_ragged, refuse_compiled
+from vtr.engine.cache import CacheState, RaggedLayer, is_ragged
+from vtr.engine.call import Generation
+from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
-from vtr.engine.decode import Step, note_cache
+from vtr.engine.decode import DecodeStep, note_cache
 from vtr.engine.positions import many_axes
+from vtr.engine.refusals import check_cache, refuse_compiled
 from vtr.engine.request import Request
 from vtr.engine.session import Session
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
+
+
+@dataclass(eq=False)
+class TextCall:
+    """A call of the text model that is to be reduced, its arguments checked.
+
+    Attributes:
+        request: what the call asks; None where a ragged cache goes on with text only.
+        past: tokens that its ragged cache holds, as transformers counts them. embeds: [rows, L, D].
+        mask: this forward's part of the 2-D mask, or None.
+        positions: int64 [1 or rows, L], or [axes, 1 or rows, L].
+        generation: the running ``generate`` that it is part of, or None. kwargs: its arguments, to be changed.
+    """
+
+    module: Any
+    request: Request | None
+    cache: Any
+    past: int
+    embeds: torch.Tensor
+    mask: torch.Tensor | None
+    positions: torch.Tensor
+    generation: Generation | None
+    kwargs: dict[str, Any]
+
+    @property
+    def one_token_each(self) -> bool:
+        """Whether it is a decode step: one text token behind every row's cache."""
+        new_images = self.request is not None and any(self.request.prompt.layouts)
+        if self.past == 0 or self.embeds.shape[1] != 1 or new_images:
+            return False
+        return self.mask is None or self.generation is not None or bool(self.mask[:, -1].all())
+
+    def valid(self) -> torch.Tensor | None:
+        """bool [rows, L] on the CPU, False for padding; None if there is none."""
+        said = None if self.request is None else self.request.prompt.valid
+        return self.mask.bool().cpu() if said is None and self.mask is not None else said
+
+    def wants_cache(self) -> bool:
+        if self.module.training and getattr(self.module, "gradient_checkpointing", False):
+            return False
+        use_cache = self.kwargs.get("use_cache")
+        return bool(self.module.config.use_cache if use_cache is None else use_cache)
+
+    def layers(self, windows: tuple[int | None, ...]) -> list[RaggedLayer] | None:
+        """Those of its ragged cache, new ones where it is to get one, or None."""
+        if is_ragged(self.cache):
+            return self.cache.layers
+        if self.cache is None and not self.wants_cache():
+            return None
+        assert self.request is not None
+        rows = self.embeds.shape[0]
+        state = CacheState(list(self.request.policies), [0] * rows, [[0] * rows for _ in windows])
+        layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
+        if any(getattr(layer, "record_past", False) for layer in getattr(self.cache, "layers", ())):
+            for layer in layers:  # assisted decoding will take drafts back
+                layer.activate_past_recording()
+        return layers
 
 
 class TextHooks:
@@ -38,7 +98,7 @@ class TextHooks:
             if asked is MISSING:
                 self.patch.forward_hooks.check_compiling(kwargs)
             return None
-        asked = self.patch.taken() if asked is MISSING else asked
+        asked = self.patch.pop_request() if asked is MISSING else asked
         request: Request | None = None if asked is MISSING else asked
         if mlp_scale.get() is not None:  # an interrupted forward left it
             mlp_scale.set(None)
@@ -48,89 +108,80 @@ class TextHooks:
             return None
         check_checkpointing(module)
         attention_name(module.config._attn_implementation)  # set_attn_implementation may have changed it
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
+        if kwargs.get("inputs_embeds") is None:
             ids = kwargs.pop("input_ids", None)
-            embeds = module.get_input_embeddings()(args[0] if ids is None else ids)
+            kwargs["inputs_embeds"] = module.get_input_embeddings()(args[0] if ids is None else ids)
             args = ()
-        given = kwargs.get("position_ids") is not None
-        mask, positions, past = _checked(cache, embeds, kwargs, many_axes(module.rotary_emb))
-        if given and request is not None and request.generation is None:
+        call = self._call(module, request, cache, kwargs)
+        return args, self._decode(call) if call.one_token_each else self._pack(call)
+
+    def _call(self, module: Any, request: Request | None, cache: Any, kwargs: dict[str, Any]) -> TextCall:
+        """The call with its arguments checked.
+
+        Raises:
+            UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
+        """
+        embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        past = cache.get_seq_length() if is_ragged(cache) else 0
+        mask = _checked_mask(cache, past, embeds.shape, kwargs.get("attention_mask"))
+        positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
+        if given is not None and request is not None and request.generation is None:
             _check_one_sequence(positions, mask)
         kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
-        one_each = past > 0 and embeds.shape[1] == 1 and (request is None or not any(request.prompt.layouts))
         generation = self._generation(cache) if request is None else request.generation
-        if one_each and (mask is None or generation is not None or bool(mask[:, -1].all())):
-            return args, self._decode(module, cache, embeds, positions, generation, kwargs)
-        return args, self._pack(module, request, cache, embeds, mask, positions, generation, kwargs)
+        return TextCall(module, request, cache, past, embeds, mask, positions, generation, kwargs)
 
     def _generation(self, cache: Any) -> Generation | None:
         """The ``generate`` that goes on with ``cache``; None for a call by hand, also inside a generate."""
-        generation = self.patch.generation()
+        generation = self.patch.choice.generation()
         return generation if generation is not None and generation.owns_cache(cache) else None
 
     def _trace(self, generation: Generation | None) -> Trace:
-        return generation.trace if generation is not None else Trace(self.patch.geometry)
+        return generation.trace if generation is not None else Trace(self.patch.decoder.geometry)
 
-    def _pack(
-        self, module: Any, request: Request | None, cache: Any, embeds: torch.Tensor, mask: torch.Tensor | None,
-        positions: torch.Tensor, generation: Generation | None, kwargs: dict[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
-        layers, state, windows = None, None, self.patch.windows
-        if is_ragged(cache):
-            layers = cache.layers
-            state = layers[0].state
-        elif cache is not None or _wants_cache(module, kwargs):
-            assert request is not None
-            rows = embeds.shape[0]
-            state = CacheState(list(request.policies), [0] * rows, [[0] * rows for _ in windows])
-            layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
-            if any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ())):
-                for layer in layers:  # assisted decoding will take drafts back
-                    layer.activate_past_recording()
-        valid = request.prompt.valid if request is not None else None
-        if valid is None and mask is not None:
-            valid = mask.bool().cpu()
-        session = Session(request, embeds, valid, layers, state, self._trace(generation), module.rotary_emb, windows)
-        captures = None if request is None else request.captures
+    def _pack(self, call: TextCall) -> dict[str, Any]:
+        request, generation, kwargs, embeds = call.request, call.generation, call.kwargs, call.embeds
+        decoder, trace = self.patch.decoder, self._trace(generation)
+        layers = call.layers(decoder.windows)
+        session = Session(decoder, request, embeds.shape[:2], embeds.device, call.valid(), layers, trace)
         extra = self.patch.adapter.layer_features(kwargs)
-        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, positions, captures, extra)
-        if captures is not None:  # without a cache, every step of a generate compresses again
-            captures.close(keep=generation is not None and layers is None)
-        if state is not None and request is not None:  # nothing can be refused any more
-            state.policies = list(request.policies)
-        if layers is not None and not is_ragged(cache):
+        kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, call.positions, request, extra)
+        if request is not None and request.captures is not None:
+            # without a cache, every step of a generate compresses again
+            request.captures.close(keep=generation is not None and layers is None)
+        if layers is not None and request is not None:  # nothing can be refused any more
+            layers[0].state.policies = list(request.policies)
+        if layers is not None and not is_ragged(call.cache):
             from transformers import DynamicCache
 
-            cache = DynamicCache() if cache is None else cache
+            cache = DynamicCache() if call.cache is None else call.cache
             cache.layers, cache.layer_class_to_replicate = layers, None
-            put_cache(module, kwargs, cache)
+            put_cache(call.module, kwargs, cache)
         if generation is not None:
-            generation.runs_on(layers)
+            generation.note_forward(layers)
         session.generation = generation
         kwargs["vtr_session"] = session
         return kwargs
 
-    def _decode(
-        self, module: Any, cache: Any, embeds: torch.Tensor, positions: torch.Tensor, generation: Generation | None,
-        kwargs: dict[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
-        layers, state, trace, rows = cache.layers, cache.layers[0].state, self._trace(generation), embeds.shape[0]
+    def _decode(self, call: TextCall) -> dict[str, Any]:
+        kwargs, generation, positions, rows = call.kwargs, call.generation, call.positions, call.embeds.shape[0]
+        layers, trace = call.cache.layers, self._trace(generation)
+        state = layers[0].state
         if any(state.dropped):
             gone = torch.tensor(state.dropped).to(positions.device, non_blocking=True)
             positions = positions.expand(rows, -1) - gone[:, None]
-        kwargs["position_ids"], kwargs["inputs_embeds"] = positions, embeds
+        kwargs["position_ids"] = positions
         positions = positions[0] if positions.dim() == 3 else positions
-        at = positions.expand(rows, -1)[:, 0] if any(self.patch.windows) else None
-        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, reach=state.logical + 1)
+        at = positions.expand(rows, -1)[:, 0] if any(self.patch.decoder.windows) else None
+        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, max_distance=state.logical + 1)
         for layer in layers:
             layer.staged = plan
         kwargs["vtr_plan"] = plan
-        step = Step(state, positions.expand(rows, -1), module.rotary_emb, trace)
+        step = DecodeStep(state, positions.expand(rows, -1), call.module.rotary_emb, trace)
         if step.asks or step.renumbers:
             kwargs["vtr_session"] = step
         if generation is not None:
-            generation.runs_on(layers)
+            generation.note_forward(layers)
         trace.note_decode(rows)
         return kwargs
 
@@ -140,9 +191,9 @@ class TextHooks:
         if isinstance(session, Session):
             out.last_hidden_state = session.unpack(out.last_hidden_state)
             session.finish()
-            trace, layers, generation = session.trace, session.layers, session.generation
+            trace, layers, generation = session.log.trace, session.layers, session.generation
         elif plan is not None:
-            trace, layers, generation = plan.trace, plan.layers, self.patch.generation()
+            trace, layers, generation = plan.trace, plan.layers, self.patch.choice.generation()
             generation = generation if generation is not None and generation.trace is trace else None
             state = layers[0].state
             state.logical += 1
@@ -155,42 +206,48 @@ class TextHooks:
         return out
 
 
-def _checked(
-    cache: Any, embeds: torch.Tensor, kwargs: dict[str, Any], axes: bool
-) -> tuple[torch.Tensor | None, torch.Tensor, int]:
-    """(this forward's part of the 2-D mask or None, position ids, tokens already cached).
-
-    Args:
-        axes: whether position ids have several axes: they come, and are given back, as [axes, rows, tokens].
+def _checked_mask(cache: Any, past: int, shape: torch.Size, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """This forward's part of the 2-D mask, or None. past: tokens cached. shape: [rows, L, D] of the embeddings.
 
     Raises:
-        UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
+        UnsupportedError, ValueError: a cache or mask that a reduced call cannot take.
     """
-    ragged = is_ragged(cache)
-    if not ragged:
+    if not past:
         check_cache(cache)
-    mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise UnsupportedError(
             f"a reduced call takes a 2-D attention_mask [rows, tokens], got {tuple(mask.shape)}: custom masks are "
             "not supported, pass policy=None"
         )
-    past = cache.get_seq_length() if ragged else 0
-    if past and len(cache.layers[0].place) != embeds.shape[0]:
+    if past and len(cache.layers[0].place) != shape[0]:
         raise ValueError(
-            f"{embeds.shape[0]} rows for a cache of {len(cache.layers[0].place)}: go on with the rows it was filled "
+            f"{shape[0]} rows for a cache of {len(cache.layers[0].place)}: go on with the rows it was filled "
             "by, or start with a new cache"
         )
-    length, positions = embeds.shape[1], kwargs.get("position_ids")
+    return None if mask is None else mask[:, -shape[1] :]
+
+
+def _checked_positions(
+    past: int, embeds: torch.Tensor, positions: torch.Tensor | None, axes: bool
+) -> torch.Tensor:  # fmt: skip
+    """Position ids of this forward, counted where none are given.
+
+    Args:
+        axes: whether position ids have several axes: they come, and are given back, as [axes, rows, tokens].
+
+    Raises:
+        UnsupportedError: positions of several axes for a model of one.
+    """
+    length = embeds.shape[1]
     if positions is None:
         positions = torch.arange(past, past + length, device=embeds.device)[None]
     if axes:  # by hand, transformers gives those of all tokens there have been
-        positions = (positions if positions.dim() == 3 else positions[None])[..., -length:]
-    elif positions.dim() != 2:
+        return (positions if positions.dim() == 3 else positions[None])[..., -length:]
+    if positions.dim() != 2:
         raise UnsupportedError(
             f"this model's positions have one axis: pass position_ids as [rows, tokens], got {tuple(positions.shape)}"
         )
-    return None if mask is None else mask[:, -length:], positions, past
+    return positions
 
 
 def _check_one_sequence(positions: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -209,10 +266,3 @@ def _check_one_sequence(positions: torch.Tensor, mask: torch.Tensor | None) -> N
             "position_ids start anew within a row, so it holds several sequences (padding-free batches), which "
             "a reduced call would let see each other: give each sequence a row of its own, or pass policy=None"
         )
-
-
-def _wants_cache(module: Any, kwargs: dict[str, Any]) -> bool:
-    if module.training and getattr(module, "gradient_checkpointing", False):
-        return False
-    use_cache = kwargs.get("use_cache")
-    return bool(module.config.use_cache if use_cache is None else use_cache)

@@ -25,7 +25,7 @@ class Geometry:
     """Per decoder layer: FLOPs of all its Linear modules for one token (2 · in · out each)."""
 
     @classmethod
-    def of(cls, text: Any) -> Geometry:
+    def from_text_model(cls, text: Any) -> Geometry:
         config = text.config
         heads = config.num_attention_heads
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
@@ -163,6 +163,38 @@ class Trace:
         """Add one decoded token per row (its attention is counted from what the cache says it attended to)."""
         self.decode_steps += 1
         self.decode_flops += rows * sum(self.geometry.linear_flops)
+
+
+class PackedTrace:
+    """What is noted of one packed forward until it has run.
+
+    Args:
+        trace: of the call, which gets it then.
+
+    Attributes:
+        rows: what is noted of each; filled when they are packed.
+        lengths, past: per layer and row, the tokens that passed it, and those that its cache held before.
+    """
+
+    def __init__(self, trace: Trace, device: torch.device) -> None:
+        self.trace, self.clock = trace, Clock(device)
+        self.rows: list[RowTrace] = []
+        self.lengths: list[list[int]] = []
+        self.past: list[list[int]] = []
+
+    def note(
+        self, lengths: list[int], past: list[int], counts: list[int], alive: list[torch.Tensor | None]
+    ) -> None:  # fmt: skip
+        """Add a layer. counts, alive: the vision tokens of each row that passed it, and which ones these are."""
+        for row, count, kept in zip(self.rows, counts, alive, strict=True):
+            row.counts.append(count)
+            row.alive.append(kept)
+        self.lengths.append(lengths)
+        self.past.append(past or [0] * len(lengths))
+
+    def finish(self) -> None:
+        self.trace.note_packed(self.rows, self.lengths, self.past)
+        self.trace.clocks.append(self.clock)
 
 
 @dataclass

@@ -28,9 +28,9 @@ class Cost:
     sizes: Sequence[tuple[int, int]]
 
     @classmethod
-    def of(cls, model: Any, sizes: Sequence[tuple[int, int]]) -> Cost:
+    def from_model(cls, model: Any, sizes: Sequence[tuple[int, int]]) -> Cost:
         """For a patched model."""
-        return cls(patch_of(model).geometry, tuple(sizes))
+        return cls(patch_of(model).decoder.geometry, tuple(sizes))
 
     def flops(self, keeps: Sequence[Keep]) -> float:
         """Decoder prefill FLOPs, summed over the prompts (as :attr:`vtr.Report.prefill_flops` counts them)."""

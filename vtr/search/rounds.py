@@ -38,7 +38,7 @@ class Search:
         settings: dict[str, Any], trials: int | None = None,
     ) -> None:  # fmt: skip
         model = patch_of(model).model
-        self.depth = len(patch_of(model).text.layers)
+        self.depth = patch_of(model).decoder.depth
         if isinstance(start, bool) or not isinstance(start, int) or not 1 <= start < self.depth:
             raise ValueError(f"start={start!r}: the first layer that may cut is one of 1…{self.depth - 1}")
         if queries not in SCORES:
@@ -63,7 +63,7 @@ class Search:
         self.trials, self.asked_for = Trials(state, identity), trials
         self.scorer = Scorer(data, queries, reuse, self.bar.update)
         self.scorer.spent = self.trials.spent
-        self.cost = Cost.of(model, self.scorer.sizes)
+        self.cost = Cost.from_model(model, self.scorer.sizes)
         self.tried: list[dict[str, Any]] = []
         self.warnings: list[str] = []
 

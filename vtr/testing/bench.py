@@ -69,7 +69,7 @@ class Bench:
     """What the policy could keep something in, as it was before it was asked."""
 
     @classmethod
-    def of(cls, policy: Policy, family: str, num_hidden_layers: int, must_reduce: bool) -> Bench:
+    def for_policy(cls, policy: Policy, family: str, num_hidden_layers: int, must_reduce: bool) -> Bench:
         stock = getattr(tiny, family)(layers=num_hidden_layers)
         return cls(policy, family, stock, patch(copy.deepcopy(stock)), must_reduce, Kept(policy))
 

@@ -88,7 +88,7 @@ def check_policy(
     outcomes: dict[str, list[tuple[str, str]]] = {}
     for family in families:
         stopped = ""
-        bench = Bench.of(made, family, num_hidden_layers, must_reduce)
+        bench = Bench.for_policy(made, family, num_hidden_layers, must_reduce)
         for name, oracle in oracles.ALL.items():
             try:
                 if stopped:

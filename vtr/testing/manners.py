@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtr import settings
 from vtr.base import Policy
-from vtr.engine.rows import IMAGE_TENSORS
+from vtr.engine.compression import IMAGE_TENSORS
 from vtr.image import Pooled
 from vtr.testing import tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip

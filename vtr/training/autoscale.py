@@ -27,10 +27,10 @@ from vtr.accounting import report as last_report
 from vtr.base import Policy
 from vtr.chat import decode, encode
 from vtr.engine.install import patch
-from vtr.engine.memo import shared_features
-from vtr.engine.resolve import Answer, answers_in
+from vtr.engine.resolve import Answer, answers_in, shared_features
 from vtr.policies import Matryoshka
-from vtr.policies.trained.autoscale import AutoScale, calibrated, confidence, router_input
+from vtr.policies.trained._router import router_input
+from vtr.policies.trained.autoscale import AutoScale, calibrated, confidence
 
 if TYPE_CHECKING:
     from vtr.engine.resolve import Tries

@@ -27,7 +27,7 @@ class PModTraining(nn.Module):
 
     def __init__(self, model: Any, policy: PMoD) -> None:
         super().__init__()
-        policy.check(patch_of(model).geometry.num_hidden_layers)
+        policy.check(patch_of(model).decoder.geometry.num_hidden_layers)
         policy.base = None  # the model is going to change
         assert policy.module is not None
         self.model, self.policy, self.weights = model, policy, policy.module.train().requires_grad_(True)

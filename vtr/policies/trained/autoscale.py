@@ -12,21 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.nn.functional import gelu
 
 from vtr.base import Policy
 from vtr.checks import check_count, check_number
-from vtr.files import check_finite
 from vtr.image import Layout, scales
+from vtr.policies.trained import _router as router
 from vtr.settings import build, register_policy
 
 if TYPE_CHECKING:
     from vtr.engine.resolve import Answer, Tries
-    from vtr.image import Image
-
-ROUTER = ("mean", "std", "hidden.weight", "hidden.bias", "out.weight", "out.bias")
-"""The router's tensors: how its inputs are normalised, and a network of one hidden layer."""
-
 
 MOST_TOKENS = 2**20
 """Tokens per tile that a scale may have."""
@@ -45,17 +39,6 @@ def calibrated(raw: float, line: Sequence[float]) -> float:
     raw = min(max(raw, 1e-6), 1 - 1e-6)
     there = line[0] * math.log(raw / (1 - raw)) + line[1]
     return 1 / (1 + math.exp(min(max(-there, -700.0), 700.0)))
-
-
-def router_input(images: Sequence[Image], question: torch.Tensor) -> torch.Tensor:
-    """What the router sees of a row: float32 [3 · hidden_size].
-
-    Mean and maximum over the thumbnails' tokens, and the mean of the question's word embeddings.
-    """
-    thumbnails = [image.features[((image.layout.tile == 0) & (image.layout.newline == 0)).to(image.features.device)]
-                  for image in images]  # fmt: skip
-    tokens = torch.cat(thumbnails).float()
-    return torch.cat([tokens.mean(0), tokens.amax(0), question.float().mean(0)])
 
 
 @register_policy("autoscale")
@@ -128,43 +111,21 @@ class AutoScale(Policy):
                 finite.
         """
         self.expect(tensors, about)
-        check_finite(tensors)
-        if not bool((tensors["std"] > 0).all()):
-            raise ValueError("router weights: std, which its inputs are divided by, must be above 0")
-        self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+        self.weights = router.checked(tensors)
 
     def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
         """Raise ValueError unless ``tensors`` have the names of a router's, and shapes that fit each other."""
         if self.method != "router" or self.scales is None or about is not None:
             raise ValueError("only AutoScale(method='router', scales=[…]) has weights, and nothing is said about them")
-        if set(tensors) != set(ROUTER):
-            raise ValueError(f"a router's tensors are {', '.join(ROUTER)}; got {', '.join(sorted(tensors))}")
-        if tensors["hidden.weight"].dim() != 2 or 0 in tensors["hidden.weight"].shape:
-            raise ValueError(f"router weights: hidden.weight is {list(tensors['hidden.weight'].shape)}, no matrix")
-        hidden, width = tensors["hidden.weight"].shape
-        outs = len(self.scales) - 1
-        wanted = {"mean": (width,), "std": (width,), "hidden.weight": (hidden, width), "hidden.bias": (hidden,),
-                  "out.weight": (outs, hidden), "out.bias": (outs,)}  # fmt: skip
-        for name, shape in wanted.items():
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"router weights: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
-            if not tensors[name].is_floating_point():
-                raise ValueError(f"router weights: {name} has {tensors[name].dtype} values")
+        router.expect(tensors, len(self.scales) - 1)
 
     def estimates(self, x: torch.Tensor) -> torch.Tensor:
         """The router's estimates that each scale but the last suffices: float32 [rows, scales - 1].
 
         Args:
-            x: [rows, 3 · hidden_size], of :func:`router_input`.
+            x: [rows, 3 · hidden_size], of :func:`vtr.policies.trained._router.router_input`.
         """
-        w = {name: tensor.to(x.device) for name, tensor in self.weights.items()}
-        if x.shape[-1] != len(w["mean"]):
-            raise ValueError(
-                f"this router is for a hidden_size of {len(w['mean']) // 3}, not {x.shape[-1] // 3}: train one for "
-                "this model (vtr.training.autoscale)"
-            )
-        hidden = gelu((x - w["mean"]) / w["std"] @ w["hidden.weight"].T + w["hidden.bias"])
-        return (hidden @ w["out.weight"].T + w["out.bias"]).sigmoid()
+        return router.estimates(self.weights, x)
 
     # -- choosing --------------------------------------------------------------------------------------------------
     def resolve(self, tries: Tries) -> list[Policy | None]:
@@ -194,7 +155,7 @@ class AutoScale(Policy):
         chosen = [0] * len(ladders)
         if rows:
             images, questions = tries.images(), tries.questions()
-            sure = self.estimates(torch.stack([router_input(images[row], questions[row]) for row in rows]))
+            sure = self.estimates(torch.stack([router.router_input(images[row], questions[row]) for row in rows]))
             for row, estimates in zip(rows, sure.tolist(), strict=True):
                 enough = (step for step, estimate in enumerate(estimates) if estimate >= self.threshold)
                 chosen[row] = next(enough, len(ladders[row]) - 1)

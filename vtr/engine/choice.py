@@ -1,0 +1,134 @@
+"""Which policy a call gets: the argument of the call, else that of an open ``vtr.use`` block, else the default."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, get_args
+
+from vtr.base import SCORES, Policy, UnsupportedError, Wanted
+from vtr.chain import policy as as_policy
+from vtr.engine.adapters import Adapter
+from vtr.engine.call import Generation, running
+
+Given = Policy | str | None | Sequence[Policy | str | None]
+
+in_use: ContextVar[Mapping[object, Given]] = ContextVar("vtr_in_use", default=MappingProxyType({}))
+"""What ``vtr.use`` set in this context, by the key of the model; replaced, never changed in place."""
+
+_counting = threading.Lock()
+
+
+class MISSING:
+    """A call that names no policy (``policy=None`` says: no reduction). A class, so that copies and pickles keep it."""
+
+
+class Key:
+    """Stands for one patched model in context variables, so that these hold no reference to it."""
+
+
+class PolicyChoice:
+    """Which policies the calls of one patched model get.
+
+    Attributes:
+        key: whose calls. default: for those that name no policy outside of ``vtr.use``.
+        users: open ``vtr.use`` blocks and running ``generate`` calls that reduce, in whatever thread.
+    """
+
+    def __init__(self, model: Any, adapter: Adapter, num_hidden_layers: int) -> None:
+        self.model, self.adapter, self.num_hidden_layers = model, adapter, num_hidden_layers
+        self.key = Key()
+        self.default: Policy | None = None
+        self.users = 0
+
+    def policies(self, given: Any, rows: int | None) -> list[Policy | None] | None:
+        """One policy per row, or None if nothing is reduced. given: the call's argument; ``MISSING`` if it has none.
+
+        Raises:
+            TypeError, ValueError, UnsupportedError: as :func:`policies_per_row`, or not on this family.
+        """
+        if given is MISSING:
+            given = in_use.get().get(self.key, self.default)
+        found = policies_per_row(given, rows, self.num_hidden_layers, self.model)
+        self.adapter.refuse(found or [])
+        return found
+
+    def applies(self) -> bool:
+        """Whether a call that names no policy has one here: by ``vtr.use``, or the model's default."""
+        given = in_use.get().get(self.key, self.default)
+        return any(p is not None for p in given) if isinstance(given, (list, tuple)) else given is not None
+
+    def generation(self) -> Generation | None:
+        """The ``generate`` of this model that is running in this context."""
+        generation = running.get()
+        return generation if generation is not None and generation.key is self.key else None
+
+    @contextmanager
+    def using(self, policy: Any) -> Iterator[None]:
+        """While the block runs, compiled calls of the model may be meant to be reduced."""
+        with _counting:
+            self.users += policy is not None
+        try:
+            yield
+        finally:
+            with _counting:
+                self.users -= policy is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, made inside such a block: nobody uses it yet."""
+        return {**self.__dict__, "users": 0}
+
+
+def policies_per_row(given: Given, rows: int | None, num_hidden_layers: int, model: Any) -> list[Policy | None] | None:
+    """One policy or one per row → a list with one entry per row; None if nothing is reduced.
+
+    Raises:
+        TypeError: neither policies, spec strings nor None.
+        ValueError: an unknown spec, settings impossible on this model, scores asked for that there are none of, weights
+            of another model, or not one policy per row.
+    """
+    if given is None:
+        return None
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    entries: Sequence[Any] = given if several else [given]  # type: ignore[assignment]
+    made = [None if p is None else as_policy(p) for p in entries]
+    for p in {id(p): p for p in made if p is not None}.values():
+        p.check(num_hidden_layers)
+        check_needs_and_wants(p, num_hidden_layers)
+        p.check_model(model)
+    if several and rows is not None and len(made) != rows:
+        raise ValueError(
+            f"{len(made)} policies for {rows} rows: give one policy for all rows or a list with one per row "
+            "(None for a row that is not to be reduced)"
+        )
+    if rows is None:
+        raise UnsupportedError("vtr needs input_ids (or inputs_embeds) to know how many rows the call has")
+    return None if all(p is None for p in made) else made if several else made * rows
+
+
+def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
+    """Refuse a policy that asks for scores or captures that there are none of, before anything runs.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    who = type(p).__name__
+    for layer in range(num_hidden_layers):
+        kind = p.needs(layer)
+        if kind is not None and not (isinstance(kind, str) and kind in SCORES):
+            raise ValueError(
+                f"{who}.needs({layer}) answers {kind!r}, which are no scores: choose among "
+                f"{', '.join(map(repr, SCORES))}, or None"
+            )
+        if kind is not None and layer == 0:
+            raise ValueError(
+                f"{who}.needs(0) answers {kind!r}, but scores are those of the layer before, and layer 0 has none: "
+                "answer None there and rank from layer 1 on (or by tokens.ahead(), which any layer has)"
+            )
+    wants = p.wants
+    if not isinstance(wants, (tuple, list)) or any(one not in get_args(Wanted) for one in wants):
+        known = ", ".join(map(repr, get_args(Wanted)))
+        raise ValueError(f'{who}.wants = {wants!r}: write a tuple of what there is ({known}), e.g. wants = ("cls",)')

@@ -1,0 +1,117 @@
+"""The model's ``generate`` that also takes ``policy=``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtr.base import Policy, UnsupportedError
+from vtr.engine.call import Generation, busy, running
+from vtr.engine.captures import begin, capturing
+from vtr.engine.choice import MISSING
+from vtr.engine.decode import note_cache
+from vtr.engine.dense import dense_generation
+from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
+from vtr.engine.refusals import check_call, check_generation
+from vtr.engine.resolve import check_resolvable, resolve_rows
+from vtr.engine.trace import Trace, Tried
+
+if TYPE_CHECKING:
+    from vtr.engine.hooks import Patch
+
+
+class Generate:
+    """Stands in for the model's ``generate``; follows a deep copy of the model."""
+
+    def __init__(self, patch: Patch, original: Callable[..., Any]) -> None:
+        self.patch, self.__wrapped__ = patch, original
+        self.__name__, self.__doc__ = "generate", getattr(original, "__doc__", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._named(args, kwargs)
+        given = kwargs.pop("policy", MISSING)
+        if given is MISSING and getattr(kwargs.get("generation_config"), "is_assistant", False):
+            given = None  # another model's draft: that model checks it, and has encoded the images already
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        generation, tried = self._prepared(given, ids, kwargs)
+        with self._running(generation):
+            out = self.__wrapped__(*args, **kwargs)
+        if generation.started:
+            for layer in generation.cache_layers or []:
+                layer.drop_unseen()
+            note_cache(generation.trace, generation.cache_layers, generation.attended_before)
+            generation.trace.tried = tried
+            self.patch.publish(generation.trace)
+        elif ids is not None:
+            dense = dense_generation(self.patch, ids, kwargs, out)
+            if dense is not None:
+                dense.tried = tried
+            self.patch.publish(dense)
+        return out
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments by their names, but for the ids where the model's own ``generate`` takes them first."""
+        parameters = inspect.signature(self.__wrapped__).parameters if args else {}
+        if self.patch.inner is not self.patch.model:  # its own generate may have anything in front
+            return (), {**dict(zip(parameters, args, strict=False)), **kwargs}
+        names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if 1 < len(args) <= len(names):
+            args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+        return args, kwargs
+
+    def _prepared(
+        self, given: Any, ids: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Generation, Tried | None]:
+        """What the call carries through its forwards, and what was tried to choose its policies."""
+        patch, tried = self.patch, None
+        source = ids if ids is not None else kwargs.get("inputs_embeds")
+        policies = patch.choice.policies(given, None if source is None else source.shape[0])
+        prompt = None if policies is None else self._check(ids, kwargs, policies)
+        if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
+            check_resolvable(patch.adapter, kwargs, patch.inner.generation_config, ids)
+            assert ids is not None
+            with busy(patch.key, "it is generating; wait until generate has returned"):
+                policies, tried = resolve_rows(self, ids, kwargs, policies, prompt)
+            prompt = None if policies is None else prompt
+        length = 0 if ids is None else ids.shape[1]
+        captures = None if policies is None or prompt is None else patch.vision.wanted(policies, prompt)
+        new_ids = None if ids is None or policies is None else new_part(ids, kwargs)
+        trace = Trace(patch.decoder.geometry)
+        return Generation(patch.key, policies, prompt, length, trace, captures, new_ids), tried
+
+    @contextmanager
+    def _running(self, generation: Generation) -> Iterator[None]:
+        """While the block runs, forwards in this context are steps of ``generation``."""
+        token, before = running.set(generation), begin(generation.captures)
+        try:
+            with (
+                busy(generation.key, "it is generating; wait until generate has returned"),
+                self.patch.choice.using(generation.policies),
+            ):
+                yield
+        finally:
+            running.reset(token)
+            capturing.reset(before)
+
+    def _check(self, ids: torch.Tensor | None, kwargs: dict[str, Any], policies: list[Policy | None]) -> Prompt:
+        """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
+        patch, adapter, model = self.patch, self.patch.adapter, self.patch.model
+        check_call(kwargs, [model.config, patch.decoder.text.config])
+        check_generation(kwargs, patch.inner.generation_config, policies)
+        embeds = kwargs.get("inputs_embeds")
+        given = embeds is not None and (ids is None or ids.shape != embeds.shape[:2])
+        if kwargs.get("use_cache") is False and (given or adapter.returns_new_tokens_only):
+            raise UnsupportedError(
+                "generate with inputs_embeds and use_cache=False forgets the prompt: leave out use_cache=False"
+            )
+        if given:
+            assert embeds is not None
+            ids = ids_of(adapter, model, embeds)
+        assert ids is not None  # policies are only resolved for a known number of rows
+        prompt = read_prompt(adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        adapter.check_generation(model, prompt)
+        return prompt
