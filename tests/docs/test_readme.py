@@ -94,7 +94,7 @@ def test_nothing_is_installed_from_a_release_that_is_not_there() -> None:
             assert (
                 "vision-token-reduction" not in line.replace("github.com/vision-token-reduction/vtr", "") or "@" in line
             )
-    address = re.search(r"repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text())
+    address = re.search(r'^Repository = "(\S+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert address and f"pip install git+{address[1]}\n" in README and f"git clone {address[1]} " in README
 
 
