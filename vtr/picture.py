@@ -189,6 +189,7 @@ def show_kept(
     width = 2.6 * (len(layers) + 1)
     size = points(width)
     title, said = "\n".join(fill(line, LINE_OF) for line in title.split("\n")), fill(note[0], LINE_OF)
+    apart = " " if len(layers) <= 3 else "\n"
     lines = 4 + title.count("\n") + said.count("\n")
     figure = Figure(figsize=(width, 2.6 * len(kinds) + lines * 1.5 * size / 72), layout="constrained")
     axes = figure.subplots(len(kinds), len(layers) + 1, squeeze=False)
@@ -201,7 +202,7 @@ def show_kept(
             if kind == "crops":
                 crop_lines(axes[line][column], layout, picture)
             if line == 0:
-                axes[line][column].set_title(f"into layer {layer}\n{counts[layer]} of {row.total}", fontsize=size)
+                axes[line][column].set_title(f"into layer {layer}:{apart}{counts[layer]} of {row.total}", fontsize=size)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -313,7 +313,10 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         (["--dtype", "float8"], "choose one of float32"),
         (["--columns", "question"], "write key=value"),
         (["--budget", "1.5"], "between 0 and 1"),
-        (["--data", str(folder), "--columns", "question=nothing"], "questions.jsonl, line 1: no question"),
+        (
+            ["--data", str(folder), "--columns", "question=nothing"],
+            "questions.jsonl has no column 'nothing'; it has: id, image, question, answer, kind",
+        ),
     ):
         shown = command(*args, "--processes", "1", "--limit", "4")
         assert shown.exit_code == 1 and "Traceback" not in shown.output

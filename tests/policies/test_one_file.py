@@ -51,12 +51,12 @@ def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     importlib.sys.modules.pop(module.__name__)  # type: ignore[attr-defined]
 
 
-def test_it_takes_part_in_everything(pocket: tuple) -> None:  # type: ignore[type-arg]
+def test_it_takes_part_in_everything() -> None:
     assert len(FILE.splitlines()) <= 30
     assert NAME in CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"}).output
     assert vtr.MedianNorm(64).spec == "median-norm:keep=64"  # type: ignore[attr-defined]
     assert NAME in shipped()
-    specs = {one.name: one.spec for one in contenders(["all"], Shapes.of(pocket[0]))[0]}
+    specs = {one.name: one.spec for one in contenders(["all"], Shapes(10, 12))[0]}
     assert re.fullmatch(r"median-norm:keep=0\.\d+", specs[NAME])
     assert len(check_policy(vtr.policy(NAME), families=("llava",)).passed) >= 12
 
@@ -64,7 +64,7 @@ def test_it_takes_part_in_everything(pocket: tuple) -> None:  # type: ignore[typ
 def test_it_has_a_column_in_the_table_of_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "POLICIES", support.policies())
     assert f"`{NAME}`" in support.table(support.declared()).splitlines()[0]
-    models = support.Models.of(FAMILIES[0])
+    models = support.Models.from_family(FAMILIES[0])
     inputs = models.inputs()
     with torch.no_grad():
         models.patched(**inputs, policy=models.mixed(NAME, inputs))

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from typer.testing import CliRunner
 
 import vtr
 from vtr import visualize
 from vtr.cli import app
-from vtr.picture import DIM
+from vtr.picture import DIM, RIGHT, WRONG
 
 STAIRS = "gsearch:schedule=[1.0,0.6,0.36,0.22,0.13,0.08,0.05,0.03,0.02,0.01]"
 SPECS = [None, "fastv:keep=0.05,layer=2", STAIRS, "m3:tokens=36"]
@@ -226,3 +228,31 @@ def test_what_cannot_be_drawn_is_refused(pocket: Any, shots: list[visualize.Shot
         visualize.last(model, text, picture)
     with pytest.raises(ValueError, match="row 0 has no vision tokens to rank"):
         visualize.rankings(model, text)
+
+
+def test_right_and_wrong_answers_are_marked_by_color_and_sign(pocket: Any) -> None:
+    right, wrong = visualize.ask(*pocket, [None, "uniform:keep=14,layer=2"], max_new_tokens=2, expected="Two.")
+    assert (right.answer, wrong.answer) == ("two", "one")
+    for shot, said, color in ((right, "✓ two", RIGHT), (wrong, "✗ one  (right: Two.)", WRONG)):
+        figure = visualize.kept(shot)
+        assert (figure._supxlabel.get_text(), figure._supxlabel.get_color()) == (said, color)
+        assert shot.question in figure._suptitle.get_text()
+    side = visualize.side_by_side([right, wrong])
+    assert [(a.get_xlabel()[0], a.xaxis.label.get_color()) for a in side.axes[2:]] == [("✓", RIGHT), ("✗", WRONG)]
+    assert side._suptitle.get_text() == right.question
+    nobody_knows = visualize.ask(*pocket, [None], max_new_tokens=2)[0]
+    assert nobody_knows.verdict == ("→ two", "black")
+
+
+@pytest.mark.parametrize("spec", [None, "fastv:keep=0.05,layer=2", STAIRS])
+def test_labels_can_be_read_where_a_figure_is_shown_700_pixels_wide(pocket: Any, spec: str | None) -> None:
+    """No label is smaller than eleven pixels there, and none lies outside of the figure or over its neighbour."""
+    shots = visualize.ask(*pocket, [spec, "m3:tokens=36"], max_new_tokens=2, expected="two")
+    for figure in (visualize.kept(shots[0]), visualize.side_by_side(shots)):
+        FigureCanvasAgg(figure).draw()
+        width = figure.get_figwidth()
+        labels = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert labels and all(text.get_fontsize() * 700 / 72 / width >= 11 for text in labels)
+        boxes = [text.get_window_extent() for text in labels]
+        assert all(box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+        assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[n + 1 :])

@@ -17,6 +17,8 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-
 Dtype = Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")]
 Repeats = Annotated[int | None, typer.Option(help="timed runs of each; default: the model's own")]
 Seed = Annotated[int, typer.Option(help="of weights and prompts")]
+WIDE = 100
+SERVED = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
 
 
 @bench.callback()
@@ -257,8 +259,7 @@ def bench_serve(
         write(body, "serve", json_file, out, seed, "cpu")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(error) from error
-    columns = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
-    show(["at a time × tokens"], columns, measure.table(body), right=True)
+    show(["at a time × tokens"], SERVED, medians(measure.table(body)), right=True)
     for name, specs in measure.CONTENDERS.items():
         console.print(f"{name}: {', '.join(specs)}", highlight=False)
 
@@ -282,6 +283,13 @@ def write(body: Mapping[str, Any], kind: Any, json_file: Path | None, out: Path 
         data = results.save(path, kind, body, seed=seed, device=device)
         draw: Callable[[Any], Any] = getattr(plots, kind)
         draw(data).savefig(path.with_suffix(".png"), dpi=130)
+
+
+def medians(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """On a narrow terminal, medians without their ranges in brackets; the files have everything."""
+    from vtr.commands._console import console
+
+    return [[cell if console.width >= WIDE else cell.split(" (")[0] for cell in row] for row in rows]
 
 
 def show(fixed: Sequence[str], others: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> None:

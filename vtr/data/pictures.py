@@ -77,7 +77,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
             return
         if isinstance(source, (str, Path)):
             if stat.S_ISDIR(mode := Path(source).stat().st_mode):
-                raise BadPictureError(f"{name} is a folder, no picture")
+                raise BadPictureError(f"{name} is a folder, no regular file")
             if not stat.S_ISREG(mode):
                 raise BadPictureError(f"{name} is no regular file")
             with open(source, "rb") as file, Image.open(file) as image:  # by its name Pillow misreads turned TIFFs
@@ -99,9 +99,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 def one_line(error: BaseException) -> str:
     """An error's kind and message, 200 characters at most; of files what is wrong, in words."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{str(error.filename)[:150]}: {error.strerror}".replace(
-            "No such file or directory", "there is no such file"
-        )
+        return f"{type(error).__name__}: {error.strerror}: {str(error.filename)[:150]}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 POCKET = "pocket"
+FOLDER = "imagefolder"
+"""What ``datasets`` calls a folder of pictures."""
 POCKET_QUESTIONS = 1280
 """How many pocket questions there are where no limit is given (the model card's)."""
 EXAMPLE = '{"image": "cat.png", "question": "what is this?", "answer": "a cat"}'
@@ -154,7 +156,7 @@ def _path(path: Path, sampled: Sampled, images: Path | None, columns: Mapping[st
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return _hub(str(path), {}, partial(sampled, images=images), columns)
         if not lines:
-            return _hub("imagefolder", {"data_dir": str(path)}, partial(sampled, images=images), columns)
+            return _hub(FOLDER, {"data_dir": str(path)}, partial(sampled, images=images), columns)
         if len(lines) > 1:
             raise ValueError(f"{path} holds {len(lines)} JSONL files ({lines[0].name}, …): name one of them")
         path = lines[0]
@@ -208,7 +210,7 @@ def _hub(name: str, settings: dict[str, str], sampled: Sampled, columns: Mapping
         else:
             found = datasets.load_dataset(name, **settings, streaming=True)
     except (OSError, ValueError, ConnectionError) as error:
-        where = settings.get("data_dir", name)
+        where = settings.get("data_dir", name) if name == FOLDER else name
         raise ValueError(f"cannot load data set {where}: {one_line(error)}") from error
     data = undecoded(_split(name, found, wanted))
     _check_columns(columns, [data.features] if data.features else data if columns else [], name)
