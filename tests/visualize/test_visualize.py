@@ -80,7 +80,7 @@ def test_pixels_outside_of_kept_patches_are_faded(shots: list[visualize.Shot], t
 def test_the_figures_say_what_they_show(shots: list[visualize.Shot]) -> None:
     kept = visualize.kept(shots[2], layers=[0, 3, -1])
     assert [a.get_title() for a in kept.axes[:4]] == [
-        "picture", "into layer 0\n744 of 744", "into layer 3\n163 of 744", "into layer 9\n7 of 744",
+        "picture", "into layer 0: 744 of 744", "into layer 3: 163 of 744", "into layer 9: 7 of 744",
     ]  # fmt: skip
     assert kept._suptitle.get_text().endswith("\nhow many shapes are pink")
     assert kept._supxlabel.get_text() == f"✗ {shots[2].answer}  (right: two)"
