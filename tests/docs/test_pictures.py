@@ -75,26 +75,3 @@ def test_the_command_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(figures, "PICTURES", kept)
     figures.main(tmp_path)
     assert figures.written(tmp_path / "kept.png")[0]["answer"] == "orange"
-
-
-def shown_commands() -> list[tuple[int, str]]:
-    """(sample, policy) of every ``vtr run`` on a shipped sample that README, docs, the Makefile and the help show."""
-    files = [
-        *PAGES,
-        ROOT / "Makefile",
-        *sorted((ROOT / "vtr").glob("*.py")),
-        *sorted((ROOT / "vtr/commands").glob("*.py")),
-    ]
-    found = [
-        (int(sample), policy.strip("`"))
-        for file in files
-        for sample, rest in re.findall(r"vtr run --sample (\d)([^\n]*)", file.read_text())
-        for policy in re.findall(r"--policy ([a-z0-9-]+:[^\s`]+)", rest)
-    ]
-    return sorted(set(found))
-
-
-@pytest.mark.parametrize(("sample", "policy"), shown_commands())
-def test_commands_that_are_shown_give_the_right_answer(sample: int, policy: str) -> None:
-    (shot,) = figures.ask(sample, [policy])
-    assert shot.answer == shot.expected
