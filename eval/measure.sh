@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures the committed figures again and writes them where they are kept.
 #   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
+#   eval/measure.sh best       the README's table: settings compared on some questions, the best ones reported on others (minutes)
 #   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
 # Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
@@ -15,6 +16,7 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
   vtr eval -p "$specs" --limit "$limit" --processes 2 --out "$runs/$name"
 }
 accuracy() {
+  best
   evaluate pocket 2000 all
   cp "$runs/pocket/results.json" eval/results/pocket.json
   vtr eval --model pocket-internvl -p all -p m3:tokens=1 --limit 480 --processes 1 --out "$runs/pocket-internvl"
@@ -47,6 +49,18 @@ accuracy() {
   python -m vtr.eval.studies.budgets --out docs/results
   python -m vtr.eval.studies.budgets --out docs/results/low --keep 0.02 --keep 0.01
 }
+best() {
+  local falling=gsearch:schedule=[1.0,0.6025,0.363,0.2187,0.1318,0.0794,0.0478,0.0288,0.0174,0.0105] spread early=0.1667 late=0.0625
+  local settings=("m3:tokens=36" "fastv:keep=$early,layer=1" "fastv:keep=$late,layer=2" "$falling" "$falling,queries=last"
+    "$falling,queries=text-max" "gsearch:schedule=[1.0,0.45,0.35,0.25,0.15,0.1,0.08,0.06,0.04,0.02]" gsearch:pocket-sigmoid-0.2)
+  for spread in uniform random; do
+    settings+=("$spread:keep=0.25" "$spread:keep=0.25,before_decoder=true" "$spread:keep=$early,layer=1" "$spread:keep=$late,layer=2")
+  done
+  vtr eval -p "$(IFS=';' && echo "${settings[*]}")" --seed 11 --limit 120 --processes 1 --out "$runs/settings"
+  cp "$runs/settings/results.json" docs/results/settings.json
+  vtr eval -p "$(python -m vtr.eval.studies.best docs/results/settings.json)" --limit 300 --latency 12 --processes 1 --out "$runs/best"
+  cp "$runs/best/results.json" eval/results/best.json
+}
 cost() {
   python -m vtr.eval.studies.trained --out docs/results
   vtr bench engine --repeats 2 --json eval/results/engine.json
@@ -74,7 +88,7 @@ behind() { # RESULT MODEL OPTIONS OF VLLM…: a server, the bench, the server's 
   kill $! && wait $! || true
 }
 case ${1:-} in
-  accuracy | cost) "$1" ;;
+  accuracy | best | cost) "$1" ;;
   serve) serve && exit ;;
   *) grep '^# ' "$0" | cut -c3- && exit 2 ;;
 esac

@@ -1,7 +1,7 @@
 """Every model family as the support tests see it: a tiny random model, batches of rows, one row for the slow reference.
 
 Which policy works on which family is said by the adapters (``unsupported``); the tests are drawn from that, and
-``python -m tests.support`` runs them and writes the README's table from their outcomes.
+``python -m tests.support`` runs them and writes the table of docs/families.md from their outcomes.
 """
 
 from __future__ import annotations

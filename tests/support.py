@@ -1,7 +1,7 @@
-"""Which policy works on which family: the cells of ``tests/integrations/test_support.py`` and of the README's table.
+"""Which policy works on which family: cells of ``tests/integrations/test_support.py``, the table of docs/families.md.
 
-``python -m tests.support`` runs the tests and prints the table made of their outcomes; ``--write`` puts it into the
-README. A cell is green only if its test passed; the others say why not, in the adapter's words.
+``python -m tests.support`` runs the tests and prints the table made of their outcomes; ``--write`` puts it into
+the page. A cell is green only if its test passed; the others say why not, in the adapter's words.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vtr.settings import policy_class
 __all__ = ["IMAGE_ID", "NEVER", "POLICIES", "REFUSED", "ROWS", "STEPS", "Models"]
 STEPS = 4
 ROWS = [["ab", IMAGE, "what"], ["abcdef"], [IMAGE, "cde"], ["a", IMAGE, "bc", IMAGE, "whichone"], [IMAGE, "xy"]]
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 OPEN, CLOSE = "<!-- vtr:families -->\n", "<!-- /vtr:families -->"
 
 
@@ -256,17 +256,17 @@ def _refused(cls: str) -> str:
     return str(refused.value).partition(": ")[2]
 
 
-def in_readme() -> str:
-    """What stands between the marks in the README."""
-    return README.read_text(encoding="utf-8").partition(OPEN)[2].partition(CLOSE)[0].strip("\n") + "\n"
+def in_page() -> str:
+    """What stands between the marks in docs/families.md."""
+    return PAGE.read_text(encoding="utf-8").partition(OPEN)[2].partition(CLOSE)[0].strip("\n") + "\n"
 
 
 def main(
     write: Annotated[
-        bool, typer.Option("--write", help="put the table into README.md; refused if a cell failed")
+        bool, typer.Option("--write", help="put the table into docs/families.md; refused if a cell failed")
     ] = False,
 ) -> None:
-    """Run the oracles of every policy on every family (minutes), and make the README's table of their outcomes."""
+    """Run the oracles of every policy on every family (minutes), and make the table of their outcomes."""
     outcomes = Outcomes()
     file = str(Path(__file__).parent / "integrations" / "test_support.py")
     pytest.main(
@@ -278,12 +278,12 @@ def main(
         print("not as the adapters say:", ", ".join(f"{policy} on {kind}" for kind, policy in wrong))
         raise typer.Exit(1)
     if write:
-        before, _, rest = README.read_text(encoding="utf-8").partition(OPEN)
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(OPEN)
         _, mark, after = rest.partition(CLOSE)
         if not mark:
-            raise typer.BadParameter(f"README.md has no {OPEN.strip()} … {CLOSE} to write the table between")
-        README.write_text(f"{before}{OPEN}\n{made}\n{mark}{after}", encoding="utf-8")
-        print(f"written to {README}")
+            raise typer.BadParameter(f"docs/families.md has no {OPEN.strip()} … {CLOSE} to write the table between")
+        PAGE.write_text(f"{before}{OPEN}\n{made}\n{mark}{after}", encoding="utf-8")
+        print(f"written to {PAGE}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ HELP = """Vision-token reduction for multimodal LLMs: fewer image tokens in the 
 A policy is written `name:setting=value,…`, and two are joined by `+`: `fastv:keep=0.25,layer=2`,
 `m3:tokens=36`, `m3:tokens=144+fastv:keep=0.5`. Without `--model` the embedded pocket model answers, offline.
 
-* `vtr run --sample 2 --policy fastv:keep=0.02 --compare` — a first look
+* `vtr run --sample 0 --policy fastv:keep=0.05 --compare` — a first look
 
 * `vtr list` — which policies and models there are
 

@@ -1,7 +1,7 @@
-"""The README's tables, made from result files: ``python -m vtr.eval.report.readme`` writes them, ``--check`` compares.
+"""Tables of README and docs, made of result files: ``python -m vtr.eval.report.readme`` (``--check`` only compares).
 
 Between ``<!-- vtr:table NAME -->`` and ``<!-- /vtr:table -->`` stands the main table of NAME.json, or with NAME:TABLE
-another of its tables (``pocket:kinds``).
+another of its tables (``pocket:kinds``, ``best:short``).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import Annotated
 
 import typer
 from vtr.eval.report.page import markdown, tables
-from vtr.eval.report.page.data import files, per_file, read
+from vtr.eval.report.page.data import Result, files, per_file, read
 
 OPEN, CLOSE = re.compile(r"<!-- vtr:table (\S+) -->\n"), "<!-- /vtr:table -->"
+LIST = re.compile(r" -p '[^']{100,}'")
 RESULTS = Path("eval/results")
 """Where result files are kept, beside the README."""
+MARKED = (Path("README.md"), Path("docs/results.md"))
+"""The files that have marked tables."""
 
 
 def render(text: str, results: dict[str, Path]) -> str:
@@ -46,26 +49,36 @@ def table(name: str, results: dict[str, Path]) -> str:
     if stem not in results:
         raise ValueError(f"table {name} needs {stem}.json, and there is only {', '.join(results) or 'no result file'}")
     result = read(results[stem])
-    made = {one.name: one for one in per_file(tables.of, [result])[0]}
+    made = {one.name: one for one in per_file(tables.all_of, [result])[0]}
     if part and part not in made:
         raise ValueError(f"{results[stem]} has no table {part!r}: choose one of {', '.join(made)}")
     shown = made[part] if part else next(iter(made.values()))
-    return f"\n{markdown.table(shown)}\nMeasured by `{result.data['command']}`.\n\n"
+    return f"\n{markdown.table(shown)}\n{measured(result)}\n\n"
+
+
+def measured(result: Result) -> str:
+    """By which command; one with a long list of policies is cut, the file has all of it."""
+    command = result.data["command"]
+    brief = LIST.sub(" -p …", command)
+    return f"Measured by `{brief}`" + (f" (all of it: `{RESULTS / result.path.name}`)." if brief != command else ".")
 
 
 def update(readme: Path, paths: Sequence[Path] = (), check: bool = False) -> str:
-    """Write the README's tables, or with ``check`` only compare them; says what was done.
+    """Write a file's tables, or with ``check`` only compare them; says what was done.
 
     Args:
-        paths: result files or folders; by default ``eval/results`` beside the README.
+        readme: the file with markers. paths: result files or folders; by default ``eval/results`` beside the file, or
+            beside the folder that it lies in.
 
     Raises:
-        FileNotFoundError: no README.
+        FileNotFoundError: no such file.
         ValueError: a table has drifted from its results (``check``), two results of one name, or a bad marker.
     """
     text = readme.read_text(encoding="utf-8")
     marked = len(OPEN.findall(text))
-    found = files(paths or [readme.parent / RESULTS]) if marked else []
+    near = readme.resolve().parent
+    beside = near if (near / RESULTS).is_dir() else near.parent
+    found = files(paths or [beside / RESULTS]) if marked else []
     results = {path.stem: path for path in found}
     if len(results) < len(found):
         raise ValueError("two result files have the same name: a marker could mean either")
@@ -80,19 +93,22 @@ def update(readme: Path, paths: Sequence[Path] = (), check: bool = False) -> str
 
 
 def main(
-    readme: Annotated[Path, typer.Argument(help="the file with markers")] = Path("README.md"),
+    readme: Annotated[
+        Path | None, typer.Argument(help="the file with markers; default: README.md, docs/results.md")
+    ] = None,
     results: Annotated[
         list[Path] | None, typer.Argument(help="result files or folders; default: eval/results", show_default=False)
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="write nothing; exit with 1 where a table differs")] = False,
 ) -> None:
-    """Write the README's tables from result files.
+    """Write the tables of README and docs from result files.
 
     Between <!-- vtr:table NAME --> and <!-- /vtr:table --> comes the table of eval/results/NAME.json, or with
     NAME:TABLE another of its tables, e.g. pocket:kinds.
     """
     try:
-        print(update(readme, results or [], check))
+        for path in [readme] if readme else MARKED:
+            print(update(path, results or [], check))
     except (ValueError, OSError) as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error

@@ -43,7 +43,7 @@ def with_code(language: str) -> list[Any]:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """A reader's names: checkpoints of the hub are the pocket model, `prompts` and `images` exist."""
+    """A reader's names: checkpoints of the hub are the pocket model, `prompts`, `images` and photo.jpg exist."""
     import transformers
 
     for name in ("AutoModelForImageTextToText", "AutoProcessor"):
@@ -66,6 +66,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     model, processor = vtr.pocket.load()
     samples = [vtr.pocket.sample(i) for i in range(3)]
+    samples[0][0].convert("RGB").save("photo.jpg")
     content = [{"type": "image"}]
     prompts = [
         processor.apply_chat_template(
@@ -103,7 +104,7 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     targets = (ROOT / "Makefile").read_text()
     for words in commands(page):
-        for name in (word for word in words if re.fullmatch(r"[\w/-]+\.(jpg|png|jsonl|py)", word)):
+        for name in (word for word in words if re.fullmatch(r"[\w/-]+\.(jpg|png|jsonl|py|json)", word)):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()
         if words[0] == "vtr":

@@ -13,18 +13,16 @@ import typer.main
 from typer.testing import CliRunner
 
 import vtr
-from tests.docs.test_docs import ROOT, commands, commands_of
+from tests.docs.test_docs import PAGES, ROOT, commands, commands_of
 from vtr.chat import decode
 from vtr.cli import app
 from vtr.commands.run import mean_of, prepare
 
-FIRST = [ROOT / "README.md", ROOT / "docs" / "index.md"]
-
 
 def examples() -> dict[str, list[str]]:
-    """Every `vtr run` with a shipped sample → where it stands: --help texts, the README, the docs' first page, make."""
+    """Every `vtr run` with a shipped sample → where it stands: --help texts, README, docs, make."""
     found: dict[str, list[str]] = {}
-    lines = [(page.name, words) for page in FIRST for words in commands(page)]
+    lines = [(page.name, words) for page in PAGES for words in commands(page)]
     for path, command in commands_of(typer.main.get_command(app)).items():
         shown = re.findall(r"`(vtr run [^`]+)`", (command.help or "").replace("\n", " "))
         lines += [(f"{' '.join(('vtr', *path))} --help", shlex.split(one)) for one in shown]
@@ -59,7 +57,7 @@ def test_a_first_command_gives_the_right_answer(line: str, where: list[str]) -> 
 
 def test_first_commands_are_found() -> None:
     places = {place for where in examples().values() for place in where}
-    assert {"vtr --help", "vtr run --help", "README.md", "Makefile"} <= places
+    assert {"vtr --help", "vtr run --help", "index.md", "Makefile"} <= places
 
 
 def test_the_demo_fits_eighty_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vtr import settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 
 
 def test_the_policy_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +30,10 @@ def test_the_policy_of_the_readme_works(monkeypatch: pytest.MonkeyPatch) -> None
     model = vtr.patch(tiny.llava())
     with torch.no_grad():
         model(**tiny.batch(model, [["ab", tiny.IMAGE, "cd"]]), policy="top-norm:keep=0.25")
-    assert vtr.report(model).rows[0].vision_tokens == [36, 9, 9, 9, 9]
+    assert vtr.report(model).rows[0].vision_tokens == [36, 36, 9, 9, 9]
+    with torch.no_grad():  # the spec that stands below it: a count, also where there are fewer tokens
+        model(**tiny.batch(model, [["ab", tiny.IMAGE, "cd"]]), policy="top-norm:keep=64,layer=1")
+    assert vtr.report(model).rows[0].vision_tokens == [36] * 5 and '"top-norm:keep=64,layer=1"' in README
 
 
 def test_its_commands_files_and_policies_exist() -> None:
@@ -45,18 +49,53 @@ def test_its_commands_files_and_policies_exist() -> None:
             vtr.policy(spec.rstrip("`"))
 
 
-def test_the_landing_page_has_its_order() -> None:
-    """What and why, a picture, two commands, six lines, results, families and policies, limits; then the rest."""
+def test_the_landing_page_has_its_order_and_is_short() -> None:
+    """A picture, what one gains, install, two commands, one's own model, results, what to start with, limits."""
     marks = [
-        "side-by-side.png",
+        "docs/pictures/idea.png",
+        "**What you gain:**",
+        "## Install",
         "make demo",
         "vtr.patch(",
-        "<!-- vtr:table pocket -->",
-        "<!-- vtr:families -->",
-        "## Limits",
+        "<!-- vtr:table best:short -->",
+        "**Start with",
+        "## What it cannot do",
+        "## Your own policy",
     ]
     at = [README.index(mark) for mark in marks]
     assert at == sorted(at)
+    assert len(README.encode()) <= 12 * 1024
+
+
+def test_what_the_readme_says_one_gains_is_measured() -> None:
+    """The prefill's factor and the cache at a quarter, of every policy of the bench."""
+    rows = json.loads((ROOT / "eval/results/policies.json").read_text())["rows"]
+    none = next(row for row in rows if row["policy"] == "none")
+    quarter = [row for row in rows if 0.24 < row["mean_keep"] < 0.26]
+    faster = [none["prefill_ms"]["median"] / row["prefill_ms"]["median"] for row in quarter]
+    assert f"a prefill {min(faster):.1f}–{max(faster):.1f} times as fast" in " ".join(README.split())
+    best = {row["name"]: row for row in json.loads((ROOT / "eval/results/best.json").read_text())["policies"]}
+    start = re.search(r"\*\*Start with `([^`]+)`", README)
+    assert (
+        start
+        and best["uniform"]["policy"]
+        == start[1]
+        == max((row for row in best.values() if row["name"] != "none"), key=lambda row: row["accuracy"])["policy"]
+    )
+    assert all(
+        best[name]["versus_none"]["difference"] >= -0.01 - 1e-9 for name in ("uniform", "m3", "random", "gsearch")
+    )
+    assert all(0.3 < row["kv_bytes"] / none["kv_bytes"] < 0.34 for row in quarter)  # "a third of the KV cache"
+
+
+def test_nothing_is_installed_from_a_release_that_is_not_there() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for line in re.findall(r"pip install[^`#\n]*", page.read_text()):
+            assert (
+                "vision-token-reduction" not in line.replace("github.com/vision-token-reduction/vtr", "") or "@" in line
+            )
+    address = re.search(r'^Repository = "(\S+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert address and f"pip install git+{address[1]}\n" in README and f"git clone {address[1]} " in README
 
 
 def numbers_in(file: Path) -> int:
@@ -70,7 +109,7 @@ def numbers_in(file: Path) -> int:
 
 
 def test_the_table_of_shipped_weights_is_that_of_the_files() -> None:
-    rows = re.findall(r"^\| .+, `(vtr/pocket/\S+)` \| ([\d,]+) \| ([\d,.]+) \|$", README, re.M)
+    rows = re.findall(r"^\| .+, `(vtr/pocket/\S+)` \| ([\d,]+) \| ([\d,.]+) \|$", WEIGHTS, re.M)
     told = {file: (int(count.replace(",", "")), float(size.replace(",", ""))) for file, count, size in rows}
     there = {str(file.relative_to(ROOT)) for file in (ROOT / "vtr" / "pocket").rglob("*.safetensors")}
     assert there <= told.keys(), "weights that the table does not name"

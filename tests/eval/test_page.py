@@ -126,6 +126,28 @@ def test_markdown_and_csv(result_folder: Path, tmp_path: Path) -> None:
         assert float(mine["letter"]) == row["by_kind"]["letter"]
 
 
+def test_several_leaderboards_are_tabs(tmp_path: Path) -> None:
+    """One a result, of more questions first, each with its own findings; a name for each."""
+    made = {"a": result_files.evaluation(), "b": result_files.evaluation(1), "c": result_files.evaluation(2, n=4000)}
+    for name, body in made.items():
+        (path,) = result_files.write(tmp_path / name, "eval")
+        path.write_text(json.dumps({**json.loads(path.read_text()), **body}))
+        path.rename(tmp_path / f"{name}.json")
+    text = page.html([read(tmp_path / f"{name}.json") for name in made])
+    tree = Tree(text)
+    tabs = [(attrs, label) for attrs, label in tree.all("button") if attrs.get("role") == "tab"]
+    counts = [re.findall(r"([\d,]+) questions", label)[0] for _, label in tabs]
+    assert counts == ["4,000", "2,000", "2,000"]
+    assert [label.endswith(f"({name})") for (_, label), name in zip(tabs, "cab", strict=True)] == [False, True, True]
+    panels = [attrs["id"] for attrs, _ in tree.all("section") if attrs.get("role") == "tabpanel"]
+    assert panels == [attrs["aria-controls"] for attrs, _ in tabs] and 'id="eval"' in text
+    heads = [text for _, text in tree.all("h2") if text.startswith("Leaderboard")]
+    assert heads == [f"Leaderboard: {label}" for _, label in tabs]
+    assert text.count('class="facts"') == 3
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
 @pytest.mark.parametrize("kind", list(result_files.MADE))
 def test_missing_kinds_are_left_out(kind: str, tmp_path: Path) -> None:
     text = page.html([read(path) for path in result_files.write(tmp_path, kind)])
@@ -192,7 +214,7 @@ def test_two_evals_keep_apart_and_policies_keep_their_colours(result_folder: Pat
     results.save(tmp_path / "other.json", "eval", other, seed=1)
     text = page.html([read(result_folder / "eval.json"), read(tmp_path / "other.json")])
     headings = [text for _, text in Tree(text).all("h2")]
-    assert headings.count("Leaderboard: another on pocket tasks, held out (fixture)") == 1
+    assert headings.count("Leaderboard: another, 2,000 questions of pocket tasks, held out (fixture)") == 1
     assert sum(heading.startswith("Leaderboard: ") for heading in headings) == 2
     colours = set(re.findall(r'class="mark (\w+)" data-name="pmod"', text))
     assert len(colours) == 1

@@ -1,4 +1,4 @@
-"""Families × policies: what the adapters say works passes the oracles, what they refuse is refused, the README says so.
+"""Families × policies: what the adapters say works passes the oracles, what they refuse is refused, the docs say so.
 
 Of every cell that works: a mixed batch (rows with one image, several, none; rows under other policies and under none)
 equals a slow dense run of the untouched weights, each row is what it is alone with padding on either side, generates
@@ -231,8 +231,8 @@ def test_every_family_is_in_the_table(models: Models) -> None:
     assert type(found) is type(models.family.adapter)
 
 
-def test_the_readme_has_the_table() -> None:
-    assert support.in_readme() == support.table(support.declared()), "run python -m tests.support --write"
+def test_the_docs_have_the_table() -> None:
+    assert support.in_page() == support.table(support.declared()), "run python -m tests.support --write"
 
 
 # ----------------------------------------------------------------------------------------------- M-RoPE and DeepStack

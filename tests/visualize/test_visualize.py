@@ -31,7 +31,7 @@ def pocket() -> Any:
 
 @pytest.fixture(scope="module")
 def shots(pocket: Any) -> list[visualize.Shot]:
-    return visualize.ask(*pocket, SPECS, max_new_tokens=2)
+    return visualize.ask(*pocket, SPECS, max_new_tokens=2, expected="two")
 
 
 def test_a_shot_says_what_was_asked_and_kept(pocket: Any, shots: list[visualize.Shot]) -> None:
@@ -82,13 +82,20 @@ def test_the_figures_say_what_they_show(shots: list[visualize.Shot]) -> None:
     assert [a.get_title() for a in kept.axes[:4]] == [
         "picture", "into layer 0: 744 of 744", "into layer 3: 163 of 744", "into layer 9: 7 of 744",
     ]  # fmt: skip
-    assert kept._suptitle.get_text().replace("\n", "") == f"{STAIRS}{shots[2].question}"
-    assert kept._supxlabel.get_text() == f"→ {shots[2].answer}"
+    assert kept._suptitle.get_text().endswith("\nhow many shapes are pink")
+    assert kept._supxlabel.get_text() == f"✗ {shots[2].answer}  (right: two)"
     side = visualize.side_by_side(shots)
-    titles = [axis.get_title() for axis in side.axes[:4]]
+    above, below = side.axes[:3] + side.axes[6:7], side.axes[3:6] + side.axes[9:10]  # three in a line, then one
+    titles = [axis.get_title() for axis in above]
     assert titles[0].startswith("none\n744 of 744 tokens\nmean 100%") and "7 of 744" in titles[2]
-    assert [axis.get_xlabel() for axis in side.axes[4:]] == [f"→ {shot.answer}" for shot in shots]
-    for axis, shot in zip(side.axes[4:], shots, strict=True):
+    marks = [f"✓ {shot.answer}" if shot.answer == "two" else f"✗ {shot.answer}\n(right: two)" for shot in shots]
+    assert [axis.get_xlabel() for axis in below] == marks and "✓ two" in marks and "✗ three\n(right: two)" in marks
+    assert side._suptitle.get_text() == "how many shapes are pink"
+    unknown = visualize.Shot(shots[0].picture, shots[0].layout, shots[0].first_slot, shots[0].row, "two")
+    assert visualize.side_by_side([unknown]).axes[1].get_xlabel() == "→ two"
+    with pytest.raises(ValueError, match="at least one policy stands in a line"):
+        visualize.side_by_side(shots, columns=0)
+    for axis, shot in zip(below, shots, strict=True):
         np.testing.assert_array_equal(axis.images[0].get_array(), shot.pixels(-1, "crops"))
         assert len(axis.lines) == 2, "one line across and one down where crops meet"
 
@@ -153,7 +160,8 @@ def test_the_animation_has_a_frame_a_layer(shots: list[visualize.Shot], tmp_path
         gif.seek(9)
         assert gif.info["duration"] == 600
     bundle = made._repr_mimebundle_()
-    assert bundle["text/plain"] == "10 frames" and Image.open(io.BytesIO(made.gif())).format == "GIF"
+    assert bundle["text/plain"] == "10 frames" and '<img src="data:image/gif;base64,' in bundle["text/html"]
+    assert Image.open(io.BytesIO(made.gif())).format == "GIF"
     with pytest.raises(ValueError, match=r"written as a GIF, e.g. kept.gif"):
         made.save(tmp_path / "kept.png")
     with pytest.raises(ValueError, match="how long a layer is shown"):

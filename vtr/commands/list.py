@@ -29,7 +29,7 @@ Two policies are joined by +: [b]m3:tokens=144+fastv:keep=0.5[/]
 No reduction is called [b]none[/].
 
   vtr list NAME                                  its settings, what they mean
-  vtr run --sample 2 --policy NAME --budget 0.25   try it at a budget
+  vtr run --sample 0 --policy NAME --budget 0.25   try it at a budget
 """
 MODELS = {
     "pocket": "a tiny LLaVA-NeXT, the default",
@@ -95,7 +95,7 @@ def _show_one(name: str) -> None:
         table.add_row("weights", "", f"a folder with trained weights, or {' or '.join(vtr.pocket.POLICIES)}")
     if table.row_count:
         console.print(table)
-    console.print(f"[b]e.g.[/]  vtr run --sample 2 --compare --policy {escape(example_of(name))}", soft_wrap=True)
+    console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {escape(example_of(name))}", soft_wrap=True)
 
 
 def example_of(name: str) -> str:

@@ -52,7 +52,10 @@ class Animation:
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"image/gif": base64.b64encode(self.gif()).decode(), "text/plain": f"{len(self.frames)} frames"}
+        # as HTML: what shows saved notebooks (GitHub, nbconvert) leaves outputs of type image/gif out
+        source = f"data:image/gif;base64,{base64.b64encode(self.gif()).decode()}"
+        text = f"{len(self.frames)} frames"
+        return {"text/html": f'<img src="{source}" alt="{text}">', "text/plain": text}
 
 
 def animate(shot: Shot, path: str | Path | None = None, seconds: float = 0.7) -> Animation:

@@ -37,44 +37,58 @@ def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = No
     return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title, shot.verdict)
 
 
-def side_by_side(shots: Sequence[Shot], layer: int = -1) -> Figure:
+def side_by_side(shots: Sequence[Shot], layer: int = -1, columns: int = 3) -> Figure:
     """The same picture under several policies: what is left on entering ``layer``, with tokens, FLOPs and answer.
 
+    Args:
+        columns: so many policies in a line.
+
     Raises:
-        ValueError: no shots, or of different pictures.
+        ValueError: no shots, or of different pictures; no columns.
     """
     from matplotlib.figure import Figure
 
     _check_same_picture(shots)
-    kinds = shots[0].tiles
-    width = SIDE * len(shots) + 0.3
+    if columns < 1:
+        raise ValueError(f"columns={columns}: at least one policy stands in a line")
+    kinds, columns = shots[0].tiles, min(columns, len(shots))
+    lines = -(-len(shots) // columns)
+    width = SIDE * columns + 0.3
     size = min(points(width), MOST_POINTS)
     labels = [wrapped(shot.label, round(SIDE * 72 / size / LETTER_WIDTH)) for shot in shots]
-    lines = 5 + max(label.count("\n") for label in labels)
-    figure = Figure(figsize=(width, SIDE * len(kinds) + lines * 1.5 * size / 72), layout="constrained", dpi=110)
-    axes = figure.subplots(len(kinds), len(shots), squeeze=False)
-    for column, shot in enumerate(shots):
-        color = COLORS[column % len(COLORS)]
-        for line, kind in enumerate(kinds):
-            axis = axes[line][column]
-            axis.imshow(shot.pixels(layer, kind))
-            frame(axis, color)
-            if kind == "crops":
-                crop_lines(axis, shot.layout, shot.picture)
-            if column == 0:
-                axis.set_ylabel(kind, fontsize=size)
-        entered = shot.row.vision_tokens[shot.layer(layer)]
-        cost = f"\n{shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
-        axes[0][column].set_title(
-            f"{labels[column]}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
-            fontsize=size, color=color,
-        )  # fmt: skip
-        if shot.answer:
-            said, mark = shot.verdict
-            axes[-1][column].set_xlabel(said.replace("  (", "\n("), fontsize=1.1 * size, color=mark, fontweight="bold")
+    words = (5 + max(label.count("\n") for label in labels)) * 1.5 * size / 72
+    figure = Figure(figsize=(width, lines * (SIDE * len(kinds) + words)), layout="constrained", dpi=110)
+    axes = figure.subplots(lines * len(kinds), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for n, (shot, label) in enumerate(zip(shots, labels, strict=True)):
+        line, column = divmod(n, columns)
+        mine = [axes[line * len(kinds) + k][column] for k in range(len(kinds))]
+        _one_of_several(mine, shot, layer, label, COLORS[n % len(COLORS)], size)
     if len({shot.question for shot in shots}) == 1 and shots[0].question:
         figure.suptitle(shots[0].question, fontsize=1.1 * size)
     return figure
+
+
+def _one_of_several(axes: Sequence[Any], shot: Shot, layer: int, label: str, color: str, size: float) -> None:
+    """One shot on its axes, one above the other."""
+    for axis, kind in zip(axes, shot.tiles, strict=True):
+        axis.set_axis_on()
+        axis.imshow(shot.pixels(layer, kind))
+        frame(axis, color)
+        if kind == "crops":
+            crop_lines(axis, shot.layout, shot.picture)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(kind, fontsize=size)
+    entered = shot.row.vision_tokens[shot.layer(layer)]
+    cost = f"\n{shot.flops / 1e9:.3g} GFLOPs" if shot.flops else ""
+    axes[0].set_title(
+        f"{label}\n{entered} of {shot.row.total} tokens\nmean {shot.row.mean_keep:.0%}{cost}",
+        fontsize=size, color=color,
+    )  # fmt: skip
+    if shot.answer:
+        said, mark = shot.verdict
+        axes[-1].set_xlabel(said.replace("  (", "\n("), fontsize=1.1 * size, color=mark, fontweight="bold")
 
 
 def staircase(shots: Sequence[Shot] | Shot | dict[str, RowReport]) -> Figure:

@@ -77,12 +77,14 @@ def html(found: Sequence[Result], title: str | None = None, pictures: int = 0, p
     def text(name: str) -> str:
         return resources.files("vtr.eval.report.page").joinpath(name).read_text(encoding="utf-8")
 
-    found = sorted(found, key=lambda result: list(TITLES).index(result.kind))
+    placed = zip(per_file(place, found), found, strict=True)
+    found = [result for _, result in sorted(placed, key=lambda pair: pair[0])]
     look = plots.styles([name for named in per_file(names, found) for name in named])
     evals = [result for result in found if result.kind == "eval"]
     sections = per_file(lambda result: section(result, look), found)
     for i, one in enumerate(sections):
         one["first"] = not i or sections[i - 1]["kind"] != one["kind"]
+        one["name"] = words.name(one["result"], evals)
     gallery = []
     if pictures:
         from vtr.eval.report.page.gallery import show
@@ -108,6 +110,11 @@ def html(found: Sequence[Result], title: str | None = None, pictures: int = 0, p
     except (LookupError, TypeError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
         which = ", ".join(str(result.path) for result in found)
         raise ValueError(f"something in {which} cannot be shown ({error}): measure it again") from error
+
+
+def place(result: Result) -> tuple[int, int]:
+    """Where a result stands on the page: by its kind, leaderboards of more questions first."""
+    return list(TITLES).index(result.kind), -result.shown if result.kind == "eval" else 0
 
 
 def names(result: Result) -> list[str]:

@@ -17,6 +17,24 @@ for (const table of document.querySelectorAll("table")) {
     table.tBodies[0].append(...rows);
   }));
 }
+// Leaderboards of several results are tabs; without this script they stand one below the other.
+const tabs = [...document.querySelectorAll('[role="tab"]')];
+const open = (tab) => tabs.forEach((other) => {
+  other.setAttribute("aria-selected", String(other === tab));
+  other.tabIndex = other === tab ? 0 : -1;
+  document.getElementById(other.getAttribute("aria-controls")).hidden = other !== tab;
+});
+tabs.forEach((tab, at) => {
+  tab.addEventListener("click", () => open(tab));
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const next = tabs[(at + step + tabs.length) % tabs.length];
+    open(next);
+    next.focus();
+  });
+});
+if (tabs.length) open(tabs[0]);
 // A point says what it is under its plot; a legend's entry lights up its policy everywhere.
 for (const mark of document.querySelectorAll(".plots .mark")) {
   const says = mark.closest("figure").querySelector("figcaption"), title = mark.querySelector("title");

@@ -178,6 +178,40 @@ def by_kind(result: Result) -> Table:
     return Table("kinds", "Accuracy by kind of question", columns, out, sort=len(columns) - 1)
 
 
+def short(result: Result) -> Table:
+    """The five things one asks first: policy, accuracy, tokens, FLOPs, time. No reduction first, then by accuracy."""
+    none = next(row for row in result.rows if row["policy"] == "none")
+    columns = [
+        Column("policy", numeric=False),
+        Column("accuracy", down=True, note="95% bootstrap interval"),
+        Column("tokens", note="vision tokens entering a layer, mean over layers"),
+        Column("GFLOPs", note="prefill and decoding of the decoder"),
+        Column("prefill", note="median"),
+    ]
+    out = []
+    for row in sorted(result.rows, key=lambda row: (row is not none, -row["accuracy"])):
+        tokens, ms = sum(row["vision_tokens"]) / len(row["vision_tokens"]), row["prefill_ms"]
+        cells = [
+            policy(_brief(row["policy"])),
+            interval(row["accuracy"], row["low"], row["high"]),
+            Cell(f"{tokens:.0f}", tokens, f"({100 * row['mean_keep']:.0f}%)"),
+            Cell(number(row["gflops"]), row["gflops"], f"({100 * row['gflops'] / none['gflops']:.0f}%)"),
+            Cell("–") if ms is None else _faster(ms["median"], none["prefill_ms"]["median"]),
+        ]
+        out.append(Row(cells, row["name"], row is none))
+    caption = f"{result.data['data']['samples']:,} questions of {result.data['data']['name']}; {result.machine}."
+    return Table("short", "In short", columns, out, caption, sort=1)
+
+
+def _brief(spec: str, width: int = 38) -> str:
+    """A spec that fits a narrow table: long lists are cut."""
+    return spec if len(spec) <= width else spec[: width - 1].rpartition(",")[0] + ",…"
+
+
+def _faster(ms: float, none: float) -> Cell:
+    return Cell(f"{number(ms)} ms", ms, "" if ms == none else f"({none / ms:.1f}×)")
+
+
 def kinds_of(result: Result) -> list[str]:
     """Kinds of question, in the data's order."""
     named = result.data["data"].get("kinds") or []
@@ -358,7 +392,15 @@ MAKERS = {
     "peers": (peers,),
 }
 
+MORE = {"eval": (short,)}
+"""Tables that Markdown files can have, and the page has not."""
+
 
 def of(result: Result) -> list[Table]:
-    """All tables of a result file, the main one first."""
+    """The page's tables of a result file, the main one first."""
     return [make(result) for make in MAKERS[result.kind]]
+
+
+def all_of(result: Result) -> list[Table]:
+    """All tables of a result file, the main one first."""
+    return of(result) + [make(result) for make in MORE.get(result.kind, ())]

@@ -25,6 +25,14 @@ def headline(found: Sequence[Result]) -> str:
     return f"{len(policies)} vision-token {many} on {' and '.join(models)}"
 
 
+def name(result: Result, evals: Sequence[Result]) -> str:
+    """What tells a leaderboard from the page's others: model and questions, and the file where these are the same."""
+    if result.kind != "eval":
+        return ""
+    mine, *others = (f"{one.model}, {one.shown:,} questions of {one.data['data']['name']}" for one in (result, *evals))
+    return mine + (f" ({result.path.stem})" if others.count(mine) > 1 else "")
+
+
 def facts(result: Result) -> list[tuple[str, str]]:
     """The numbers that every policy is read against."""
     data, reference = result.data["data"], result.data["reference"]
