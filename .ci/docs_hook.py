@@ -1,4 +1,4 @@
-"""Hook of mkdocs: what docstrings, links and pictures say that only the repository can show, as the site can show it."""
+"""Hook of mkdocs: what docstrings, links and pictures say that only the repository can show, as the site shows it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:
         _more_files()
         app = proxy(upstream, depth)
     except ImportError as error:
-        wanted = "'httpx>=0.27' 'starlette>=1.3' 'uvicorn>=0.30' prometheus-client"  # the extra "serve"
+        wanted = "'h11>=0.14' 'httpx>=0.27' 'starlette>=1.3' 'uvicorn>=0.30' prometheus-client"  # the extra "serve"
         raise ImportError(f"the gate needs {error.name}: pip install {wanted}") from error
     gc.freeze()  # what was imported is looked through no more: with torch in it, that takes longer than a request
     sys.setswitchinterval(SWITCH)
