@@ -16,6 +16,15 @@ PICTURE = re.compile(r"\]\((?:\.\./)+(eval/results/[\w-]+\.png)\)")
 """Pictures of result files, which lie outside of the docs."""
 
 
+def on_config(config: Any) -> Any:
+    """Pages of methods that the navigation does not name come behind the others, so that a new one need not edit it."""
+    methods = next(part["Methods"] for part in config.nav if "Methods" in part)
+    named = {page for part in methods for page in part.values()}
+    there = sorted(page.relative_to(config.docs_dir).as_posix() for page in Path(config.docs_dir).glob("methods/*.md"))
+    methods += [page for page in there if page not in named]
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """The results' pictures get a place on the site."""
     for path in sorted(Path(config.config_file_path).parent.glob("eval/results/*.png")):
