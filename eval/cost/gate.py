@@ -78,8 +78,8 @@ def serve_upstream(tell: Connection) -> None:
 def serve_gate(upstream: int, tell: Connection) -> None:
     """As ``vtr serve --upstream`` does."""
     import uvicorn
-    from vtr.integrations.vllm.patience import SWITCH, protocol
     from vtr.integrations.vllm.proxy import proxy
+    from vtr.integrations.vllm.timeouts import SWITCH, protocol
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

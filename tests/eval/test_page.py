@@ -179,17 +179,17 @@ def test_what_writers_add_is_shown(tmp_path: Path) -> None:
     for i, one in enumerate(bench["rows"]):
         one["attention"] = ("sdpa", "flash_attention_2")[i % 2]
     results.save(tmp_path / "a.json", "policies", bench, seed=0)
-    made = tables.of(read(tmp_path / "a.json"))[0]
+    made = tables.tables_of(read(tmp_path / "a.json"))[0]
     assert made.columns[1].label == "attention" and made.rows[1].cells[1].text == "flash_attention_2"
     assert made.caption.startswith("random weights, 10 layers × 512, family llava, vision tokens 744; ")
     peers = result_files.peers()
     peers["rows"][0]["batch"] = 8
     results.save(tmp_path / "b.json", "peers", peers, seed=0)
-    assert [row.cells[1].detail for row in tables.of(read(tmp_path / "b.json"))[0].rows] == ["batch 8", "", ""]
+    assert [row.cells[1].detail for row in tables.tables_of(read(tmp_path / "b.json"))[0].rows] == ["batch 8", "", ""]
     body = result_files.evaluation()
     body["data"] |= {"only_indispensable": True, "shown": 1771}
     results.save(tmp_path / "c.json", "eval", body, seed=0)
-    made = tables.of(read(tmp_path / "c.json"))[0]
+    made = tables.tables_of(read(tmp_path / "c.json"))[0]
     assert "of which these are the 1,771 that need the image, 3 more could not be read" in made.caption
     assert "(1,771 or more)" in " ".join(words.limits([read(tmp_path / "c.json")]))
 

@@ -84,8 +84,8 @@ class Gate:
 
     def __init__(self, upstream: int | None, **more: Any) -> None:
         import uvicorn
-        from vtr.integrations.vllm.patience import protocol
         from vtr.integrations.vllm.proxy import proxy
+        from vtr.integrations.vllm.timeouts import protocol
 
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vtr.integrations.vllm import patience
 from vtr.integrations.vllm import proxy as proxies
+from vtr.integrations.vllm import timeouts
 from vtr.integrations.vllm.proxy import proxy
 
 from tests.integrations.gate_upstream import Gate, Upstream, get, post, read, until
@@ -203,7 +203,7 @@ def test_an_upstream_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_never_sends_a_request_is_let_go(
     both: tuple[Upstream, Gate], said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(timeouts, "HEAD_SECONDS", 0.2)
     with both[1].connect(said, timeout=10) as client:
         assert read(client) == (0, b"")
 

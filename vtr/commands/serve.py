@@ -118,8 +118,8 @@ def _gate_alone(upstream: str, depth: int, host: str, port: int) -> None:
     try:
         import uvicorn
 
-        from vtr.integrations.vllm.patience import SWITCH, protocol
         from vtr.integrations.vllm.proxy import proxy
+        from vtr.integrations.vllm.timeouts import SWITCH, protocol
 
         _more_files()
         app = proxy(upstream, depth)

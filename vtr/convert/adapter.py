@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtr.convert.checkpoint import State, check_numbers, has_tensors, listed, read_config, read_file, read_tensors
-from vtr.convert.settings import flag, read_json, real, shown, whole
+from vtr.convert.settings import flag, integer, read_json, real, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -178,7 +178,7 @@ def _misfits(state: State, pairs: dict[str, State], lora: Mapping[str, Any], whe
         if shape != tuple(weight.shape):
             wrong.append(f"{name}: B · A is {list(shape)}, the base's weight {list(weight.shape)}")
         rank = _pattern(lora, "rank_pattern", name.removesuffix(".weight"), where)
-        rank = whole(lora, "r", where) if rank is None else rank
+        rank = integer(lora, "r", where) if rank is None else rank
         if rank != len(a):
             wrong.append(f"{name}: its rank is {len(a)}, {CONFIG} says {rank}")
     return wrong

@@ -14,7 +14,7 @@ from vtr.base import Policy
 from vtr.convert import adapter
 from vtr.convert.checkpoint import check_numbers, listed, read_config, read_tensors
 from vtr.convert.methods import POLICIES
-from vtr.convert.settings import TEXT, clean, shown, whole
+from vtr.convert.settings import TEXT, clean, integer, shown
 from vtr.convert.tower import BUFFERS, CLIP, check_depth, tower_weights, vision_config
 from vtr.learned import Learned, misfits
 
@@ -196,7 +196,7 @@ def _empty(config: dict[str, Any], vision: Any) -> Any:
         "vision_config": vision,
         "text_config": text,
         "image_token_index": words,
-        "vision_feature_layer": whole(config, "mm_vision_select_layer", default=LAYER),
+        "vision_feature_layer": integer(config, "mm_vision_select_layer", default=LAYER),
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": False,
@@ -236,7 +236,7 @@ def _check_settings(config: dict[str, Any], state: dict[str, torch.Tensor], visi
         raise ValueError(f"transformers' LLaVA has no counterpart to {', '.join(wrong)}")
     if config.get("mm_vision_select_layer") is None:
         notes.append(f"the config has no mm_vision_select_layer; {LAYER} was taken, LLaVA-1.5's")
-    layer, depth = whole(config, "mm_vision_select_layer", default=LAYER), vision.num_hidden_layers
+    layer, depth = integer(config, "mm_vision_select_layer", default=LAYER), vision.num_hidden_layers
     if not -depth - 1 <= layer <= depth:
         raise ValueError(f"mm_vision_select_layer={layer}, but the vision tower has {depth} layers")
     return notes

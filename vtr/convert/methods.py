@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtr.base import Policy
-from vtr.convert.settings import flag, real, whole, word
+from vtr.convert.settings import flag, integer, real, word
 from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
@@ -88,12 +88,12 @@ def dynamic_llava(config: dict[str, Any], state: State) -> tuple[Policy, list[st
         raise ValueError("use_vision_predictor is off: there is nothing to convert")
     mine = [name for name in state if "image_score_predictor." in name or "output_text_score_predictor." in name]
     known = {n for name in mine for n in state[name].shape}
-    sizes = {name: whole(sparse, name, where) for name in ("d_model", "nhead", "dim_feedforward", "num_layers")}
+    sizes = {name: integer(sparse, name, where) for name in ("d_model", "nhead", "dim_feedforward", "num_layers")}
     limits = {"d_model": known, "nhead": range(1, 1025), "dim_feedforward": known, "num_layers": range(len(mine))}
     if wrong := [name for name, n in sizes.items() if n not in limits[name]]:
         raise ValueError(f"{where}: {wrong[0]}={sizes[wrong[0]]} is not what the predictors' tensors are made of")
     made = DynamicLLaVA(
-        keep=float(real(sparse, "vision_keep_rate", where)), layer=whole(sparse, "sparse_layer", where),
+        keep=float(real(sparse, "vision_keep_rate", where)), layer=integer(sparse, "sparse_layer", where),
         forget=on["text"] and on["output_text"], width=sizes["d_model"], heads=sizes["nhead"],
         inner=sizes["dim_feedforward"], blocks=sizes["num_layers"],
     )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WHOLE = (
+INTEGERS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
@@ -20,7 +20,7 @@ NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 """What nothing else says, and of which a wrong guess would not be noticed."""
 NESTED = ("text_config", "llm_config", "language_config")
 TEXT = (
-    *WHOLE, *REAL, "attention_bias", "mlp_bias", "hidden_act", "rope_scaling", "rope_parameters",
+    *INTEGERS, *REAL, "attention_bias", "mlp_bias", "hidden_act", "rope_scaling", "rope_parameters",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 OTHER_MODELS = ("qwen", "mpt", "gemma", "phi", "mixtral", "falcon", "cohere")
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def whole(config: Mapping[str, Any], name: str, where: Any = "config.json", default: int | None = None) -> int:
+def integer(config: Mapping[str, Any], name: str, where: Any = "config.json", default: int | None = None) -> int:
     """The whole number ``name``, also where it is written "336", 336.0 or [336, 336].
 
     Raises:
@@ -65,7 +65,7 @@ def real(
     config: Mapping[str, Any], name: str, where: Any = "config.json", default: float | None = None,
     kind: str = "a number",
 ) -> float:  # fmt: skip
-    """The number ``name``; as :func:`whole`."""
+    """The number ``name``; as :func:`integer`."""
     given = value = config.get(name)
     if isinstance(value, dict) and set(value) == {"height", "width"}:
         value = list(value.values())
@@ -127,14 +127,14 @@ def clean(config: Mapping[str, Any], where: Any = "config.json") -> dict[str, An
     for nest in (*(config.get(name) for name in NESTED), config):  # what stands outside counts
         if isinstance(nest, Mapping):
             found |= {name: value for name, value in nest.items() if value is not None and name not in NESTED}
-    found |= {name: whole(found, name, where) for name in WHOLE if name in found}
+    found |= {name: integer(found, name, where) for name in INTEGERS if name in found}
     found |= {name: real(found, name, where) for name in REAL if name in found}
     found |= {name: flag(found, name, where) for name in FLAGS if name in found}
     found |= {name: word(found, name, where) for name in WORDS if name in found}
     for name in NEEDED:
-        (whole if name in WHOLE else real)(found, name, where)
+        (integer if name in INTEGERS else real)(found, name, where)
     if wrong := [
-        name for name in (*WHOLE, "rms_norm_eps", "rope_theta") if name in found and not 0 < found[name] < 2**40
+        name for name in (*INTEGERS, "rms_norm_eps", "rope_theta") if name in found and not 0 < found[name] < 2**40
     ]:
         raise ValueError(f"{where}: {wrong[0]}={found[wrong[0]]!r}, but a number above 0 is needed")
     heads, kv = found["num_attention_heads"], found.get("num_key_value_heads", found["num_attention_heads"])
@@ -155,8 +155,8 @@ def clean(config: Mapping[str, Any], where: Any = "config.json") -> dict[str, An
 def _check_tokens(found: dict[str, Any], where: Any) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if name == "eos_token_id" and isinstance(found.get(name), list):
-            found[name] = [whole({name: one}, name, where) for one in found[name]]
+            found[name] = [integer({name: one}, name, where) for one in found[name]]
         elif name in found:
-            found[name] = whole(found, name, where)
+            found[name] = integer(found, name, where)
     if not 0 <= found.get("pad_token_id", 0) < found["vocab_size"]:
         del found["pad_token_id"]  # -1, or one behind the vocabulary, which the image's placeholder takes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vtr.convert.checkpoint import read_config, read_tensors
-from vtr.convert.settings import real, shown, whole, word
+from vtr.convert.settings import integer, real, shown, word
 
 CLIP_HEADS = {"openai/clip-vit-large-patch14-336": 16, "openai/clip-vit-large-patch14": 16}
 """Towers that official configs name; all else about them is in their tensors' shapes."""
@@ -68,7 +68,7 @@ def _clip(data: dict[str, Any], where: Path | str) -> Any:
     if (kind := data.get("model_type", "clip")) not in ("clip", "clip_vision_model"):
         raise ValueError(f"{where}: a vision tower of model_type={shown(kind)}: only CLIP's can be converted")
     usual = CLIPVisionConfig()
-    sizes = {name: whole(data, name, where, default=getattr(usual, name)) for name in SIZES}
+    sizes = {name: integer(data, name, where, default=getattr(usual, name)) for name in SIZES}
     if wrong := [f"{name}={n}" for name, n in sizes.items() if not 0 < n < 2**20]:
         raise ValueError(f"{where}: {', '.join(wrong)} is no size of a CLIP tower")
     if sizes["hidden_size"] % sizes["num_attention_heads"] or sizes["image_size"] < sizes["patch_size"]:

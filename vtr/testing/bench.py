@@ -19,7 +19,7 @@ from vtr.accounting import Report, report
 from vtr.base import Policy
 from vtr.engine.install import patch
 from vtr.testing import tiny
-from vtr.testing.keeping import Kept
+from vtr.testing.state import Kept
 from vtr.testing.tiny import IMAGE
 
 ROWS = [["ab", IMAGE, "what"], ["abcdefg"], [IMAGE, "cde"], ["a", IMAGE, "bc", IMAGE, "whichone"]]

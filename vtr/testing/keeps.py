@@ -9,7 +9,7 @@ import torch
 from vtr.accounting import report
 from vtr.testing import tiny
 from vtr.testing.bench import Bench, Fault, Skip
-from vtr.testing.manners import fresh
+from vtr.testing.purity import fresh
 
 TRIED: tuple[int | float, ...] = (0, 1, 7, 1000, 0.0, 1.0)
 MEND = (

@@ -18,7 +18,7 @@ from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip, seeded
 from vtr.testing.keeps import keep
-from vtr.testing.manners import counts, in_place, memory
+from vtr.testing.purity import counts, in_place, memory
 from vtr.testing.tiny import IMAGE
 
 

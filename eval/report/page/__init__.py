@@ -126,7 +126,7 @@ def names(result: Result) -> list[str]:
 
 def section(result: Result, look: dict[str, plots.Style]) -> dict[str, Any]:
     """What the template shows of one result file."""
-    made: dict[str, Any] = {"kind": result.kind, "tables": tables.of(result), "result": result, "plots": []}
+    made: dict[str, Any] = {"kind": result.kind, "tables": tables.tables_of(result), "result": result, "plots": []}
     made["legend"] = list(dict.fromkeys(names(result)))
     if result.kind == "eval":
         made["facts"], made["finding"] = words.facts(result), words.finding(result)

@@ -396,7 +396,7 @@ MORE = {"eval": (short,)}
 """Tables that Markdown files can have, and the page has not."""
 
 
-def of(result: Result) -> list[Table]:
+def tables_of(result: Result) -> list[Table]:
     """The page's tables of a result file, the main one first."""
     return [make(result) for make in MAKERS[result.kind]]
 

@@ -15,7 +15,7 @@ from vtr.engine.compression import IMAGE_TENSORS
 from vtr.image import Pooled
 from vtr.testing import tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip
-from vtr.testing.keeping import Kept
+from vtr.testing.state import Kept
 from vtr.testing.tiny import IMAGE
 
 TOKENS = ("hidden", "text", "image", "tile", "y", "x", "newline", "place", "scores")
