@@ -403,4 +403,4 @@ def tables_of(result: Result) -> list[Table]:
 
 def all_of(result: Result) -> list[Table]:
     """All tables of a result file, the main one first."""
-    return of(result) + [make(result) for make in MORE.get(result.kind, ())]
+    return tables_of(result) + [make(result) for make in MORE.get(result.kind, ())]
