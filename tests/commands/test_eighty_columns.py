@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from vtr.eval.cost import batch, engine, policies, scale, serve
-from vtr.eval.report import results
+from vtr.eval.cost import batch, policies, scale, serve
+from vtr.eval.report import ratios, results
 
 import vtr
 from vtr.cli import app
@@ -31,7 +31,7 @@ TABLES: dict[str, Any] = {
     "batch": lambda body: (["eight rows"], ["ms", "÷ its rows alone", "÷ unpatched, padded"], batch.table(body), True),
     "scale": lambda body: (["what grows", "policy"], ["from", "to", "slope"], scale.table(body), True),
     "serve": lambda body: (["at a time × tokens"], bench.SERVED, bench.medians(serve.table(body)), True),
-    "engine": lambda body: (["ratio", "median", "min–max"], ["what ÷ what"], engine.rows(body), False),
+    "engine": lambda body: (["ratio", "median", "min–max"], ["what ÷ what"], ratios.rows(body), False),
 }
 
 
@@ -91,7 +91,7 @@ def test_list_of_one_policy_says_what_every_setting_means(name: str) -> None:
     from vtr.settings import policy_class
 
     shown = CliRunner().invoke(app, ["list", name], env={"COLUMNS": "80"}).output
-    assert f"vtr run --sample 2 --compare --policy {example_of(name)}" in shown
+    assert f"vtr run --sample 0 --compare --policy {example_of(name)}" in shown
     assert vtr.policy(example_of(name)).name == name
     if name != "chain":
         cls = policy_class(name)

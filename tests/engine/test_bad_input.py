@@ -103,7 +103,7 @@ def enter(manager: Any) -> None:
 
 F = "fastv:keep=0.5,layer=2"
 MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
-    "unknown policy": (ValueError, "unknown policy 'fastvv'; known: .*fastv", lambda w: w.run("fastvv")),
+    "unknown policy": (ValueError, r"unknown policy 'fastvv' \(did you mean fastv\?\); known: .*fastv", lambda w: w.run("fastvv")),
     "unknown setting": (ValueError, "has no setting 'ratio'; it has: keep, layer", lambda w: w.run("fastv:ratio=0.5")),
     "unreadable spec": (ValueError, "write name:key=value", lambda w: w.run("fastv:layer=2,0.5")),
     "ratio above one": (ValueError, "for a count of tokens pass an int", lambda w: w.run("fastv:keep=1.5")),
@@ -111,7 +111,7 @@ MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
     "keep is text": (TypeError, "keep must be an int", lambda w: w.run("random:keep=half")),
     "keep is a bool": (TypeError, "keep must be an int", lambda w: vtr.Random(keep=True)),
     "attention before layer 0": (ValueError, "at least 1", lambda w: vtr.FastV(layer=0)),
-    "layer beyond the model": (ValueError, "has 5 decoder layers: choose 0…4", lambda w: w.run("fastv:layer=5")),
+    "layer beyond the model": (ValueError, "has 5 decoder layers: choose 1…4", lambda w: w.run("fastv:layer=5")),
     "schedule too short": (ValueError, "3 entries, but the model has 5", lambda w: w.run(vtr.GSearch([1.0, 0.5, 0.5]))),
     "schedule cuts layer 0": (ValueError, "must be 1.0", lambda w: vtr.GSearch([0.5] * 5)),
     "schedule grows": (ValueError, "never grows", lambda w: vtr.Schedule([1.0, 0.5, 0.6])),
@@ -187,7 +187,7 @@ MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
                                          num_attention_heads=1))
         ),
     ),
-    "a default that cannot work": (ValueError, "choose 0…4", lambda w: vtr.patch(w.model, policy="fastv:layer=9")),
+    "a default that cannot work": (ValueError, "choose 1…4", lambda w: vtr.patch(w.model, policy="fastv:layer=9")),
     "use of an unpatched model": (ValueError, "call vtr.patch", lambda w: enter(vtr.use(torch.nn.Linear(1, 1), F))),
     "use of a bad policy": (ValueError, "unknown policy", lambda w: enter(vtr.use(w.model, "none-such"))),
     "a report of nothing": (ValueError, "nothing to report yet", lambda w: vtr.report(vtr.patch(tiny.llava()))),
