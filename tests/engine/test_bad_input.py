@@ -103,7 +103,7 @@ def enter(manager: Any) -> None:
 
 F = "fastv:keep=0.5,layer=2"
 MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
-    "unknown policy": (ValueError, r"unknown policy 'fastvv' \(did you mean fastv\?\); known: .*fastv", lambda w: w.run("fastvv")),
+    "unknown policy": (ValueError, r"unknown policy .fastvv. .did you mean fastv.*known: ", lambda w: w.run("fastvv")),
     "unknown setting": (ValueError, "has no setting 'ratio'; it has: keep, layer", lambda w: w.run("fastv:ratio=0.5")),
     "unreadable spec": (ValueError, "write name:key=value", lambda w: w.run("fastv:layer=2,0.5")),
     "ratio above one": (ValueError, "for a count of tokens pass an int", lambda w: w.run("fastv:keep=1.5")),
