@@ -149,7 +149,7 @@ def _run(find: Callable[..., Found], given: Search) -> None:
         check_name(given.model)
         find_device(given.device)
         objective_of(given.objective)
-        sides = _sides(given)
+        sides = _sides((given.data, given.images, given.columns), (given.calibration, given.evaluation), given.seed)
         model, processor = load(given.model, given.device, given.dtype)
         found = find(model, processor, list(sides.calibration))
         found.save_pretrained(out)
@@ -165,7 +165,7 @@ def _run(find: Callable[..., Found], given: Search) -> None:
     console.print(f"written to [bold]{out}[/]; use it: vtr.GSearch.from_pretrained({str(out)!r})", highlight=False)
 
 
-def _sides(given: Search) -> Split:
+def _sides(source: tuple[str, Path | None, str], sizes: tuple[int, int], seed: int) -> Split:
     """Calibration and evaluation examples of the data, with no picture on both sides.
 
     Raises:
@@ -175,13 +175,13 @@ def _sides(given: Search) -> Split:
     from vtr.search import Split, split
     from vtr.search.data import as_examples
 
-    wanted = given.calibration + (given.evaluation or 8)  # some more for another side, since a split has two
+    data, images, columns = source
+    limit = sum(sizes) if sizes[1] else sizes[0] + 8  # some more for another side, since a split has two
     found = open_data(
-        given.data, limit=wanted, seed=given.seed, columns=settings_of(given.columns), images=given.images,
-        answers_needed=bool(given.evaluation),
-    )  # fmt: skip
-    sides = split(as_examples(usable(found, given.data)), given.calibration, given.seed)
-    return Split(sides.calibration, sides.evaluation[: given.evaluation or None])
+        data, limit=limit, seed=seed, columns=settings_of(columns), images=images, answers_needed=bool(sizes[1])
+    )
+    sides = split(as_examples(usable(found, data)), sizes[0], seed)
+    return Split(sides.calibration, sides.evaluation[: sizes[1] or None])
 
 
 def _draw_ranks(found: Found, out: Path) -> None:
