@@ -15,7 +15,7 @@ from vtr.chain import Chain, policy
 from vtr.engine.adapters import find_adapter
 from vtr.image import Layout
 from vtr.learned import Learned
-from vtr.shares import NEAR
+from vtr.shares import NEAR, check_share
 
 STEPS = 200
 """Shares that are tried below a budget, until one costs no more than it."""
@@ -31,8 +31,7 @@ def at_share(what: str | Policy, share: float, num_hidden_layers: int, side: int
         NotImplementedError: its class does not say how it is set to a budget.
         ValueError: it cannot be set so, or ``share`` lies not between 0 and 1.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"budget={share!r} is the mean share of tokens that stays: choose one between 0 and 1")
+    check_share(share)
     named = isinstance(what, str) and ":" not in what and "+" not in what
     given = policy(what)
     layer = None if named else _layer(given)

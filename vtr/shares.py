@@ -13,6 +13,12 @@ NEAR = 0.6
 """A policy that can only take steps must come as near to a budget as this factor."""
 
 
+def check_share(share: float) -> None:
+    """Raise ValueError unless a mean budget lies between 0 and 1."""
+    if not 0 < share < 1:
+        raise ValueError(f"budget={share!r} is the mean share of tokens that stays: choose one between 0 and 1")
+
+
 def ratio(exact: float) -> float:
     """A ratio in four digits, never rounded to nothing."""
     return max(round(exact, 4), 0.0001)

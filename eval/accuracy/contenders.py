@@ -14,6 +14,7 @@ from vtr.budget import at_share
 from vtr.learned import Learned
 from vtr.limits import short, similar
 from vtr.settings import policy_class
+from vtr.shares import check_share
 
 NONE = "none"
 ALL = "all"
@@ -151,8 +152,7 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
         if budget >= shapes.side**2:
             raise ValueError(f"budget={budget:g}: a tile has {shapes.side**2} tokens: give fewer, or a share (0.25)")
         budget = budget / shapes.side**2
-    if not 0 < budget < 1:
-        raise ValueError(f"budget={budget!r} is the mean share of tokens that stays: choose one between 0 and 1")
+    check_share(budget)
     registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
     order = [name for name in FIRST if name in registered or name == NAME]
     made, left_out = [], {}

@@ -12,7 +12,7 @@ from vtr.eval.cost.shapes import Shape
 import vtr
 from vtr.budget import at_share
 from vtr.settings import policy_class
-from vtr.shares import nearest_side
+from vtr.shares import check_share, nearest_side
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,7 @@ def contenders(
         policy.check(depth)
         out.append(Contender(spec.split(":")[0], policy.spec, None, patched, policy, shape))
     for budget in () if specs else budgets:
+        check_share(budget)
         for name in shipped():
             try:
                 policy = at_share(name, budget, depth, shape.side)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import vtr
-from tests.test_eval_run import body, pocket_folder, rows
+from tests.eval.test_eval_run import body, pocket_folder, rows
 from tests.test_search_cli import small_data
 
 pytestmark = [

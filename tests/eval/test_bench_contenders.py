@@ -42,7 +42,7 @@ def test_budgets_that_cannot_be_met() -> None:
             at_share(name, 0.1, 8, 24)
     with pytest.raises(ValueError, match="between 0 and 1"):
         at_share("fastv", 1.0, 8, 24)
-    with pytest.raises(NotImplementedError, match="settings_at must say"):
+    with pytest.raises(ValueError, match="a chain without policies"):
         at_share("chain", 0.5, 8, 24)
 
 

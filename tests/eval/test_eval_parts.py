@@ -100,7 +100,7 @@ def test_all_is_one_of_each_registered_policy_at_the_budget() -> None:
     assert set(names) | set(left_out) == {"none", "downsample", *vtr.list_policies()} - {"chain"}
     assert only_all == found[1:]
     specs = {one.name: one.spec for one in found}
-    assert specs["fastv"] == "fastv:keep=0.0625" and specs["random"] == "random:keep=0.0625,layer=2"
+    assert specs["fastv"] == "fastv:keep=0.0625" and specs["random"] == "random:keep=0.25"
     assert specs["downsample"] == "downsample:scale=0.5"
 
 
@@ -108,11 +108,16 @@ def test_a_new_policy_takes_part_without_a_word_here() -> None:
     from dataclasses import dataclass
 
     from vtr import settings
+    from vtr.shares import nearest_side
 
     @vtr.register_policy("test-tiles")
     @dataclass
     class Tiles(vtr.Policy):
         grid: int = 3
+
+        @classmethod
+        def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> Any:
+            return {"grid": nearest_side(share, side)}
 
     @vtr.register_policy("test-needs-weights")
     @dataclass

@@ -138,7 +138,12 @@ def test_the_command() -> None:
     said = shown.output.split("into each decoder layer with fastv:")[1].partition(": ")[2]
     counts = [int(n) for n in itertools.takewhile(str.isdigit, said.split())]  # the line may be wrapped
     assert 180 < sum(counts) / len(counts) <= 192
-    for wrong, text in [("many", "give a count"), ("0", "at least 1"), ("1.5", "a share in"), ("100000", "give fewer")]:
+    for wrong, text in [
+        ("many", "give a count"),
+        ("0", "at least 1"),
+        ("1.5", "or a share above 0"),
+        ("100000", "give fewer"),
+    ]:
         refused = CliRunner().invoke(app, [*args, wrong])
         assert refused.exit_code == 1 and text in refused.output
     none = CliRunner().invoke(app, ["run", "--sample", "0", "--budget", "192"])

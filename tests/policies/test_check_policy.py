@@ -33,7 +33,7 @@ def test_shipped_policies_pass(policy: vtr.Policy) -> None:
     assert ("dense mask" in found.passed) == (asked == {"prune"})
     assert ("shorter prompt" in found.passed) == (policy.name == "globalcom2")
     assert ("accounting" in found.passed) == ("resolve" not in asked)
-    assert len(found.passed) + len(found.skipped) == 13 and f"✓ {found.passed[0]}" in str(found)
+    assert len(found.passed) + len(found.skipped) == 14 and f"✓ {found.passed[0]}" in str(found)
 
 
 @pytest.mark.slow
