@@ -17,6 +17,10 @@ class Diverse(vtr.Policy):
 
     Greedy max-min of the cosine distance between hidden states, as DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175)
     poses the problem. It sees the picture, never the question. Written to compare with, not tuned.
+
+    Args:
+        keep: tokens that stay: a ratio (float) or a count (int).
+        layer: the decoder layer before which the cut happens.
     """
 
     keep: int | float = 0.5

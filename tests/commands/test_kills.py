@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import vtr
+from tests.commands.test_search_cli import small_data
 from tests.eval.test_eval_run import body, pocket_folder, rows
-from tests.test_search_cli import small_data
 
 pytestmark = [
     pytest.mark.slow,
