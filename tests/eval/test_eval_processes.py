@@ -75,6 +75,7 @@ def on_cores(count: int) -> Callable[[], None]:
     return lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_resumed_by_two_processes(settings: Settings, done: Path, tmp_path: Path) -> None:
     """kill -9 after the first batch; two processes share the rest; the table is that of an undisturbed run of one."""
     out = tmp_path / "out"

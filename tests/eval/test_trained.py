@@ -124,6 +124,7 @@ def test_trained_policies_take_part_in_all(pocket) -> None:
         at_share("dynamic-llava:weights=pocket", 0.2, 10, 12)
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_plot_and_figures(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trained, "WINDOW", 2)
     body, short, listed = trained.measure(16, 2, 1, [3], 0)
@@ -139,6 +140,7 @@ def test_the_command_writes_table_plot_and_figures(tmp_path, monkeypatch) -> Non
         trained.main(tmp_path, model="pocket-internvl")
 
 
+@pytest.mark.slow
 def test_joint_and_separate_training_side_by_side(tmp_path, monkeypatch, capsys) -> None:
     for name in ("pmod", "dynamic"):  # what training alone leaves, here the joint one's
         (tmp_path / name).mkdir()

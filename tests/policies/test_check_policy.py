@@ -470,6 +470,7 @@ def test_what_a_policy_that_was_used_before_has_kept(monkeypatch: pytest.MonkeyP
         check_policy(policy, families=("llava",))
 
 
+@pytest.mark.slow
 def test_keeps_at_the_edges(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("settings", "answers", "memory", "in place", "counts", "row invariance", "cache")
     monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in names})
