@@ -18,9 +18,9 @@ question        asked                                            answer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from vtr.image import Image, Layout, Pooled
 from vtr.settings import Settings, policy_class
@@ -29,7 +29,6 @@ from vtr.shares import one_cut, ratio
 if TYPE_CHECKING:
     import torch
 
-    from vtr.engine.resolve import Tries
 
 Wanted = Literal["tiles", "cls"]
 """What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
@@ -145,6 +144,38 @@ class Token:
     hidden: torch.Tensor
     memo: dict[str, Any]
     flops: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a row said in a try, its end-of-sequence token included.
+
+    Attributes:
+        ids: int64 [t]. logits: float [t, vocab_size], what each of them was chosen from.
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+class Tries(Protocol):
+    """What ``resolve`` may look at and try, for those rows of a ``generate`` that have this policy.
+
+    Rows count from 0; everything given is per row.
+    """
+
+    @property
+    def layouts(self) -> list[list[Layout]]:
+        """Where the tokens of each row's images lie."""
+
+    def images(self) -> list[list[Image]]:
+        """Each row's images as they would enter the text model; tower and projector run, the text model does not."""
+
+    def questions(self) -> list[torch.Tensor]:
+        """Each row's text tokens as the text model embeds them: float [n, hidden_size]."""
+
+    def answer(self, policies: Mapping[int, Policy | None], tokens: int = 1) -> dict[int, Answer]:
+        """Let some rows, each under a policy, say up to ``tokens`` tokens, greedily; what it costs is counted."""
 
 
 @dataclass

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vtr.base import QUESTIONS, Policy, Scores, Wanted
+from vtr.base import QUESTIONS, Policy, Scores, Tries, Wanted
 from vtr.settings import MOST_PARTS, build, check_names_no_file, parse, register_policy
 
 if TYPE_CHECKING:
     import torch
-
-    from vtr.engine.resolve import Tries
 
 
 def policy(spec: str | Policy) -> Policy:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import Answer, Policy, UnsupportedError
 from vtr.engine.adapters import Adapter, unwrapped
 from vtr.engine.call import last_traces
 from vtr.engine.compat import cache_in
@@ -38,24 +38,9 @@ class TextOnly(Policy):
         return torch.zeros(0, dtype=torch.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What a row said in a try, its end-of-sequence token included.
-
-    Attributes:
-        ids: int64 [t]. logits: float [t, vocab_size], what each of them was chosen from.
-    """
-
-    ids: torch.Tensor
-    logits: torch.Tensor
-
-
 @dataclass(eq=False)
-class Tries:
-    """What ``resolve`` may look at and try, for those rows of a ``generate`` that have this policy.
-
-    Rows count from 0; everything given is per row. The vision tower runs once, however much is tried.
-    """
+class GenerateTries:
+    """:class:`~vtr.base.Tries` in a ``generate``; the vision tower runs once, however much is tried."""
 
     generate: Generate
     ids: torch.Tensor
@@ -66,11 +51,9 @@ class Tries:
 
     @property
     def layouts(self) -> list[list[Layout]]:
-        """Where the tokens of each row's images lie."""
         return [self.prompt.layouts[row] for row in self.rows]
 
     def images(self) -> list[list[Image]]:
-        """Each row's images as they would enter the text model; tower and projector run, the text model does not."""
         adapter, model = self.generate.patch.adapter, self.generate.patch.model
         given = {name: self.kwargs[name] for name in adapter.image_inputs if self.kwargs.get(name) is not None}
         found = adapter.encode(model, given)
@@ -88,7 +71,6 @@ class Tries:
         return [rows[row] for row in self.rows]
 
     def questions(self) -> list[torch.Tensor]:
-        """Each row's text tokens as the text model embeds them: float [n, hidden_size]."""
         table, out = self.generate.patch.inner.get_input_embeddings(), []
         for row in self.rows:
             text = ~self.prompt.is_vision[row]
@@ -98,7 +80,6 @@ class Tries:
         return out
 
     def answer(self, policies: Mapping[int, Policy | None], tokens: int = 1) -> dict[int, Answer]:
-        """Let some rows, each under a policy, say up to ``tokens`` tokens, greedily; what it costs is counted."""
         patch = self.generate.patch
         entries: list[Policy | None] = [TextOnly() for _ in self.prompt.layouts]
         for i, policy in policies.items():
@@ -171,7 +152,7 @@ def resolve_rows(
     with torch.no_grad(), tried.clock, shared_features(generate.patch.model):
         for policy in {id(p): p for p in policies if p is not None and p.asks("resolve")}.values():
             rows = [row for row, p in enumerate(policies) if p is policy]
-            chosen = policy.resolve(Tries(generate, ids, kwargs, prompt, rows, tried))
+            chosen = policy.resolve(GenerateTries(generate, ids, kwargs, prompt, rows, tried))
             if not isinstance(chosen, list) or len(chosen) != len(rows):
                 raise TypeError(f"{type(policy).__name__}.resolve must return a list of {len(rows)} policies")
             for row, one in zip(rows, chosen, strict=True):

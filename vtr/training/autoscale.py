@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,16 +24,13 @@ from tqdm import tqdm
 from vtr import pocket
 from vtr.accounting import Report
 from vtr.accounting import report as last_report
-from vtr.base import Policy
+from vtr.base import Answer, Policy, Tries
 from vtr.chat import decode, encode
 from vtr.engine.install import patch
-from vtr.engine.resolve import Answer, answers_in, shared_features
+from vtr.engine.resolve import answers_in, shared_features
 from vtr.policies import Matryoshka
 from vtr.policies.trained._router import router_input
 from vtr.policies.trained.autoscale import AutoScale, calibrated, confidence
-
-if TYPE_CHECKING:
-    from vtr.engine.resolve import Tries
 
 THRESHOLDS = [round(0.3 + 0.01 * i, 2) for i in range(70)] + [0.995, 0.999]
 TOLERANCE = 0.002

@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from vtr.base import Policy
+from vtr.base import Answer, Policy, Tries
 from vtr.checks import check_count, check_number
 from vtr.image import Layout, scales
 from vtr.policies.trained import _router as router
 from vtr.settings import build, register_policy
-
-if TYPE_CHECKING:
-    from vtr.engine.resolve import Answer, Tries
 
 MOST_TOKENS = 2**20
 """Tokens per tile that a scale may have."""
