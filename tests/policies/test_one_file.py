@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     importlib.invalidate_caches()
     module = importlib.import_module("vtr.policies.decoder.median_norm")
     yield
-    importlib.sys.modules.pop(module.__name__)  # type: ignore[attr-defined]
+    sys.modules.pop(module.__name__)
 
 
 def test_it_takes_part_in_everything() -> None:

@@ -17,26 +17,24 @@ def shared(options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
-        first, *own = inspect.signature(command).parameters.values()
-        of_options = get_type_hints(options, include_extras=True)
+        defaults = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+        defaults.pop(next(iter(defaults)))  # takes the options
+        types = {name: hints[name] for name in defaults} | get_type_hints(options, include_extras=True)
         fields = {field.name: field.default for field in dataclasses.fields(options)}
 
         def run(**kwargs: Any) -> None:
             given = options(**{name: kwargs.pop(name) for name in fields})
             command(given, **kwargs)
 
-        more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in fields.items()
-        ]
-        kept = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        types = {parameter.name: hints[parameter.name] for parameter in own} | of_options
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         run.__annotations__ = {**types, "return": None}
         signed: Any = run
         signed.__signature__ = inspect.Signature(
-            [parameter.replace(annotation=types[parameter.name]) for parameter in [*kept, *more]]
+            [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+                for name, default in (defaults | fields).items()
+            ]
         )
-        assert first.name not in types
         return run
 
     return decorate

@@ -13,6 +13,10 @@ from vtr.commands._options import shared
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
+Json = Annotated[Path | None, typer.Option("--json", help="write the result here, and its plot beside it")]
+Out = Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")]
 WIDE = 100
 SERVED = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
 
@@ -22,12 +26,10 @@ class Bench:
     """What the benches of random models are told."""
 
     small: Annotated[bool, typer.Option("--small", help="small sizes: done in minutes on two cores")] = False
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here, and its plot beside it")] = (
-        None
-    )
-    out: Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")] = None
-    device: Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")] = "cpu"
-    dtype: Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")] = None
+    json_file: Json = None
+    out: Out = None
+    device: Device = "cpu"
+    dtype: Dtype = None
     repeats: Annotated[int | None, typer.Option(help="timed runs of each; default: the model's own")] = None
     seed: Annotated[int, typer.Option(help="of weights and prompts")] = 0
 
@@ -48,8 +50,8 @@ def bench_main() -> None:
 def bench_engine(
     small: Annotated[bool, typer.Option("--small", help="a small model: done in three minutes on two cores")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here, a flat result file")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     repeats: Annotated[int | None, typer.Option(help="timed runs of each prefill; default: the model's own")] = None,
 ) -> None:
     """Show how near the engine comes to its limit, on a LLaVA-1.5 with random weights.
