@@ -16,7 +16,7 @@ from vtr import (
     pocket,
 )
 from vtr.accounting import Report, report
-from vtr.base import Policy, Route, Token, Tokens, UnsupportedError
+from vtr.base import Best, Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
@@ -43,6 +43,7 @@ from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
     "AutoScale",
+    "Best",
     "Chain",
     "ClsTop",
     "DynamicLLaVA",

@@ -180,10 +180,10 @@ def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
     images = row.sources
     made_of = [[slot] for slot in slots] if images is None else [some for image in images for some in image.lists()]
     kept, sources = [], []
-    last: tuple[torch.Tensor | None, list[int], list[list[int]]] | None = None
+    last: tuple[torch.Tensor, list[int], list[list[int]]] | None = None
     for alive in row.alive:
         if last is None or alive is not last[0]:  # most layers keep what the layer before kept
-            here = range(len(slots)) if alive is None else alive.tolist()
+            here = (alive - row.first).tolist()
             last = (alive, [slots[i] for i in here if slots[i] >= 0], [made_of[i] for i in here])
         kept.append(last[1])
         sources.append(last[2])

@@ -9,7 +9,7 @@ question        asked                                            answer
 =============== ================================================ ==================================================
 ``compress``    once per image, before the decoder               kept token indices, or :class:`Pooled` tokens
 ``needs``       once per layer                                   which attention scores ``prune(layer)`` wants
-``prune``       on entering each decoder layer                   kept token indices; the others are gone
+``prune``       on entering each decoder layer                   kept token indices, or :class:`Best`; others are gone
 ``route``       on entering each decoder layer                   :class:`Route`: who passes, who goes around
 ``remember``    per decoded token and layer                      whether its key/value enter the cache
 =============== ================================================ ==================================================
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from vtr.image import Image, Layout, Pooled
+from vtr.keep import top
 from vtr.settings import Settings, policy_class
 from vtr.shares import one_cut, ratio
 
@@ -52,13 +53,35 @@ class Route:
     """An answer of ``route``: which vision tokens pass through this layer.
 
     Attributes:
-        keep: int64 [k], indices into the row's vision tokens that pass; the others go around the layer.
+        keep: int64 [k], indices into the row's vision tokens that pass, or the :class:`Best` of them; the others go
+            around the layer.
         weights: [n] or None. Kept tokens have the layer's MLP output multiplied by it, skipped tokens their whole
             hidden state (p-MoD's symmetric token reweighting, section "STRing"); text is left alone.
     """
 
-    keep: torch.Tensor
+    keep: torch.Tensor | Best
     weights: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """An answer of ``prune``, or the ``keep`` of a :class:`Route`: so many tokens stay, those of largest score.
+
+    The rows of a batch that are answered so are ranked together, however many they are; of equal scores the lower index
+    wins.
+
+    Attributes:
+        scores: [n], one for each of the row's vision tokens; or ``tokens.ahead``, not called, which is then computed for
+            all such rows at once.
+        count: how many stay; all of them, if there are no more.
+    """
+
+    scores: torch.Tensor | Callable[[], torch.Tensor]
+    count: int
+
+    def indices(self) -> torch.Tensor:
+        """int64 [min(count, n)], ascending: the tokens that stay."""
+        return top(self.scores() if callable(self.scores) else self.scores, self.count)
 
 
 class Tokens:
@@ -191,6 +214,13 @@ class Policy(Settings):
     wants: ClassVar[tuple[Wanted, ...]] = ()
     """What ``compress`` needs of the vision tower beside the tokens; nothing is captured that no row's policy wants."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that answers a question anew is asked row by row, whatever the class above does for all rows."""
+        super().__init_subclass__(**kwargs)
+        for name in [f"{name}_all" for name in vars(cls)]:
+            if hasattr(cls, name) and name not in vars(cls):
+                setattr(cls, name, next(vars(c)[name] for c in reversed(cls.__mro__) if name in vars(c)))
+
     @property
     def renumbers(self) -> bool:
         """True if the tokens that stay after a cut get new, contiguous positions (False: they keep theirs)."""
@@ -205,8 +235,12 @@ class Policy(Settings):
         """Which attention scores, taken in layer ``layer - 1``, ``prune(layer, …)`` ranks by; None for none."""
         return None
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
-        """Which of ``tokens`` enter ``layer`` (int64 indices, any order); the others are gone. None: all enter."""
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | Best | None:
+        """Which of ``tokens`` enter ``layer``; the others are gone.
+
+        Returns:
+            int64 indices, in any order; :class:`Best` (as cheap for many rows as for one); None: all enter.
+        """
         return None
 
     def route(self, layer: int, tokens: Tokens) -> Route | None:
@@ -287,9 +321,17 @@ class Policy(Settings):
             tokens = Tokens(layer, num_hidden_layers, total, n, field, even[:n], lambda n=n: even[:n], (n,), n)  # type: ignore[misc]
             if self.asks("prune"):
                 kept = self.prune(layer, tokens)
-                here = n if kept is None else len(kept)
+                here = n if kept is None else min(kept.count, n) if isinstance(kept, Best) else len(kept)
             counts.append(here)
         return counts
+
+    def prune_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor | Best | None]:
+        """:meth:`prune`, asked of all rows that share this policy; for where that is cheaper. An answer for each."""
+        return [self.prune(layer, one) for one in tokens]
+
+    def route_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[Route | None]:
+        """:meth:`route`, asked of all rows that share this policy; for where that is cheaper. An answer for each."""
+        return [self.route(layer, one) for one in tokens]
 
     def remember_all(self, layer: int, tokens: Sequence[Token]) -> Any:
         """:meth:`remember`, asked of the new tokens of all rows that share this policy; for where that is cheaper.

@@ -60,10 +60,10 @@ class Chain(Policy):
                 raise ValueError(f"{both} both {question}: only one policy of a chain may, drop one of them")
             if askable:
                 self._answers[question] = askable[0]
-                if question != "resolve":
-                    setattr(self, question, getattr(askable[0], question))
+                for name in (question, f"{question}_all"):
+                    if question != "resolve" and hasattr(askable[0], name):
+                        setattr(self, name, getattr(askable[0], name))
         if "remember" in self._answers:
-            self.remember_all = self._answers["remember"].remember_all  # type: ignore[method-assign]
             self.recall = self._answers["remember"].recall  # type: ignore[method-assign]
         pruner = self._answers.get("prune")
         if "resolve" in self._answers and "compress" in self._answers:

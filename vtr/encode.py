@@ -46,8 +46,7 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
         )
     inputs = processor(text=processor.image_token, images=[upright(picture)], return_tensors="pt").to(model.device)
     at = enter(model, inputs, made, inputs["input_ids"].shape[1])
-    row = at.session.rows[0]
-    return at.hidden[0].index_select(0, row.vision.index.to(at.hidden.device)).cpu()
+    return at.hidden[0].index_select(0, at.session.packed.vision).cpu()
 
 
 def as_part(embeds: torch.Tensor) -> dict[str, Any]:

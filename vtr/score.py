@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtr.base import Policy, Scores, Tokens
+from vtr.base import Best, Policy, Scores, Tokens
 from vtr.checks import check_depth, check_layer
-from vtr.keep import Keep, check_keep, keep_count, top
+from vtr.keep import Keep, check_keep, keep_count
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,15 @@ class ScorePolicy(Policy):
     def needs(self, layer: int) -> Scores | None:
         return self.attention if layer == self.layer else None
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
+    def score_all(self, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor]:
+        """:meth:`score` of all rows that share this policy; for where that is cheaper."""
+        return [self.score(one) for one in tokens]
+
+    def prune(self, layer: int, tokens: Tokens) -> Best | None:
+        return self.prune_all(layer, [tokens])[0]
+
+    def prune_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[Best | None]:
         if layer != self.layer:
-            return None
-        return top(self.score(tokens), keep_count(self.keep, tokens.total))
+            return [None] * len(tokens)
+        scores = self.score_all(tokens)
+        return [Best(score, keep_count(self.keep, one.total)) for score, one in zip(scores, tokens, strict=True)]

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
 from vtr.engine.cache import RaggedLayer
-from vtr.engine.scores import WindowMask, scores
+from vtr.engine.scores import Queries, WindowMask, scores
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
 
@@ -34,12 +34,15 @@ the same layer and thread, also when gradient checkpointing replays the layer; t
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Which attention scores of one row are wanted: those of these queries (row-local indices, int64 [q])."""
+    """Which attention scores are wanted: of all rows that ask for the same, or of one with cached tokens."""
 
-    row: int
-    queries: torch.Tensor
-    strongest: bool = False
-    """Of each query the strongest head's, not the mean over heads."""
+    asked: Queries
+    row: int | None = None
+    """The only row asked for, where rows have cached tokens; its scores are then of its own tokens [n]."""
+
+    def ranked(self) -> tuple[int, ...]:
+        """The rows that the scores are of."""
+        return self.asked.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ class Plan:
     """The cache's layers, or None without cache."""
     probes: tuple[Probe, ...] = ()
     sink: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Where scores go: row → float32 [row's tokens]."""
+    """Where scores go: which probe → float32 [t], or [row's tokens] of a probe for one row."""
     clock: Clock | None = None
     scale: torch.Tensor | None = None
     """[1, t, 1] weights of the MLP output, or None."""
@@ -166,7 +169,15 @@ def attention(
         window = None
     if plan.decode:
         return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
+    _rank(plan, module, query, key, window, kwargs.get("scaling"))
     one_kernel = packed_attention(base, query, plan, window, kwargs) if plan.masked_keys is None else None
+    if one_kernel is not None:
+        return one_kernel(query, key, value), None
+    rows, n = len(plan.lengths), plan.lengths[0]
+    if rows > 1 and min(plan.lengths) == max(plan.lengths) and not any(plan.past) and window is None:
+        if plan.masked_keys is None:  # rows of one length are a batch as they lie
+            q, k, v = (t[0].unflatten(1, (rows, n)).transpose(0, 1) for t in (query, key, value))
+            return _one_row(base, module, q, k, v, None, None, kwargs).flatten(0, 1)[None], None
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)
@@ -176,19 +187,40 @@ def attention(
         if past:
             k, v = plan.layers[module.layer_idx].row(row, past + n)
         sliding = _window_mask(plan, module, row, here, past + n, window)
-        if one_kernel is None:
-            masked_keys = None if plan.masked_keys is None else plan.masked_keys[here]
-            outs.append(_one_row(base, module, q, k, v, sliding, masked_keys, kwargs))
-        for probe in plan.probes:
-            if probe.row == row and row not in plan.sink:
-                with torch.no_grad():
-                    found = _timed_scores(plan.clock, q, k, probe, kwargs.get("scaling"), sliding)
-                    plan.sink[row] = found[-n:]
-    if one_kernel is not None:
-        return one_kernel(query, key, value), None
+        masked_keys = None if plan.masked_keys is None else plan.masked_keys[here]
+        outs.append(_one_row(base, module, q, k, v, sliding, masked_keys, kwargs))
     if window is not None and plan.past and not plan.layers[module.layer_idx].record_past:
         plan.layers[module.layer_idx].tidy(max(plan.lengths))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
+
+
+@torch.no_grad()
+def _rank(
+    plan: Plan, module: Any, query: torch.Tensor, key: torch.Tensor, window: int | None, scaling: float | None
+) -> None:
+    """Take the scores that are wanted of this layer, once (gradient checkpointing runs it again)."""
+    for number, probe in enumerate(plan.probes):
+        if number in plan.sink:
+            continue
+        with nullcontext() if plan.clock is None else plan.clock:
+            asked, keys, at = probe.asked, key[0], plan.positions
+            picked = query[0].index_select(1, asked.places.flatten())
+            if probe.row is not None and plan.past:
+                row, past = probe.row, plan.past[probe.row]
+                start, n = sum(plan.lengths[:row]), plan.lengths[row]
+                own = key[0, :, start : start + n]
+                cache = plan.layers[module.layer_idx]
+                keys = torch.cat([cache.row(row, past)[0][0], own], 1) if past else own
+                if window is not None and at is not None:
+                    at = (
+                        torch.cat([cache.positions(row, past), at[start : start + n]])
+                        if past
+                        else at[start : start + n]
+                    )
+                asked = asked.alone(past)
+                plan.sink[number] = scores(picked, keys, asked, scaling, at, window)[-n:]
+            else:
+                plan.sink[number] = scores(picked, keys, asked, scaling, at, window)
 
 
 def _window_mask(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> WindowMask | None:
@@ -253,15 +285,3 @@ def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if base == "sdpa":
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-
-
-def _timed_scores(
-    clock: Clock | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    probe: Probe,
-    scaling: float | None,
-    sliding: WindowMask | None,
-) -> torch.Tensor:
-    with nullcontext() if clock is None else clock:
-        return scores(query, key, probe.queries, scaling, sliding, probe.strongest)

@@ -59,3 +59,34 @@ class Bucket:
             setattr(self, name, old.gather(2, index[:, None, :, None].expand(*old.shape[:2], -1, old.shape[3])))
         self.positions = self.positions.gather(1, index)
         self.lens, self.upper, self.equal = self.lens - by, max(lens), len(set(lens)) == 1
+
+
+@dataclass(eq=False)
+class Storage:
+    """What the buckets of one layer are parts of, so that a prefill writes them all at once.
+
+    Attributes:
+        keys, values: [cells, kv_heads, head_dim]. positions: int64 [cells]; None without a sliding window.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor | None
+
+    @classmethod
+    def like(cls, keys: torch.Tensor, values: torch.Tensor, cells: int, windowed: bool) -> Storage:
+        """Zeros for so many tokens. keys, values: [1, kv_heads, T, head_dim], their sizes and dtypes."""
+        made = [t.new_zeros(cells, t.shape[1], t.shape[3]) for t in (keys, values)]
+        at = torch.zeros(cells, dtype=torch.int64, device=keys.device) if windowed else None
+        return cls(made[0], made[1], at)
+
+    def bucket(self, rows: list[int], first: int, capacity: int) -> Bucket:
+        """An empty bucket of these rows, from cell ``first`` on."""
+        here = slice(first, first + len(rows) * capacity)
+
+        def part(t: torch.Tensor) -> torch.Tensor:
+            return t[here].unflatten(0, (len(rows), capacity))
+
+        lens = torch.zeros(len(rows), dtype=torch.int64, device=self.keys.device)
+        at = None if self.positions is None else part(self.positions)
+        return Bucket(rows, part(self.keys).transpose(1, 2), part(self.values).transpose(1, 2), lens, 0, True, at)

@@ -7,6 +7,7 @@ sliding window they hold no token that none to come can see, give or take such a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from vtr.base import Policy, UnsupportedError
-from vtr.engine.bucket import Bucket, block
+from vtr.engine.bucket import Bucket, Storage, block
 
 SIMILAR = 0.92
 """Rows at least this fraction of a bucket's longest row may share the bucket."""
@@ -41,6 +42,8 @@ class CacheState:
     floor: int = 0
     """Logical length that ``crop`` cannot go below: tokens that a sliding window would need are gone."""
     memos: list[dict[str, Any]] = field(default_factory=list)
+    layout: Any = None
+    """How a prefill was laid out in the layer before: from what, and the tables of indices made for it."""
 
     def take(self, sources: list[int]) -> None:
         self.policies = [self.policies[s] for s in sources]
@@ -209,12 +212,12 @@ class RaggedLayer(DynamicLayer):
     ) -> None:
         ends = list(accumulate(lengths))
         if not self.place:
-            lengths = tuple(self._seen_later(n, end, positions) for n, end in zip(lengths, ends, strict=True))
-            self._allocate(list(lengths), keys, values)
-            old = [0] * len(lengths)
-        else:  # what is behind the window goes when these tokens have attended to it
-            old = self.lengths()
-            self._reserve([o + n for o, n in zip(old, lengths, strict=True)])
+            kept = [self._seen_later(n, end, positions) for n, end in zip(lengths, ends, strict=True)]
+            self._fill(self._allocate(kept, keys, values), keys, values, lengths, kept, positions)
+            return
+        # what is behind the window goes when these tokens have attended to it
+        old = self.lengths()
+        self._reserve([o + n for o, n in zip(old, lengths, strict=True)])
         for row, (n, end) in enumerate(zip(lengths, ends, strict=True)):
             bucket, i = self.place[row]
             here = slice(old[row], old[row] + n)
@@ -223,6 +226,47 @@ class RaggedLayer(DynamicLayer):
             if bucket.positions is not None and positions is not None:
                 bucket.positions[i, here] = positions[end - n : end]
         self._set_lengths([o + n for o, n in zip(old, lengths, strict=True)])
+
+    def _fill(
+        self, storage: Storage, keys: torch.Tensor, values: torch.Tensor, lengths: Sequence[int], kept: list[int],
+        positions: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write the last ``kept`` tokens of each row, all rows at once. keys, values: [1, kv_heads, T, head_dim]."""
+        layout = (tuple(lengths), tuple(kept), keys.device)
+        if self.state.layout is None or self.state.layout[0] != layout:  # most layers hold what the layer before holds
+            self.state.layout = layout, self._cells(lengths, kept, keys.device)
+        cells, sources, lens = self.state.layout[1]
+        for store, new in ((storage.keys, keys), (storage.values, values)):
+            tokens = new[0].transpose(0, 1)
+            store.index_copy_(0, cells, tokens if sources is None else tokens.index_select(0, sources))
+        if storage.positions is not None and positions is not None:
+            storage.positions.index_copy_(
+                0, cells, positions if sources is None else positions.index_select(0, sources)
+            )
+        at = 0
+        for bucket in self.buckets:
+            n = len(bucket.rows)
+            bucket.lens, at = lens[at : at + n], at + n
+            mine = [kept[row] for row in bucket.rows]
+            bucket.upper, bucket.equal = max(mine), len(set(mine)) == 1
+
+    def _cells(
+        self, lengths: Sequence[int], kept: list[int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Where in the storage each token goes; which packed tokens these are (None: all); and the buckets' ``lens``."""
+        cell, first = [0] * len(kept), 0
+        for bucket in self.buckets:
+            for row in bucket.rows:
+                cell[row], first = first, first + bucket.keys.shape[2]
+        here = [start - before for start, before in zip(cell, accumulate([0, *kept]), strict=False)]
+        gone = [n - k for n, k in zip(lengths, kept, strict=True)]
+        lens = [kept[row] for bucket in self.buckets for row in bucket.rows]
+        table = torch.tensor([here, list(accumulate(gone)), kept, lens]).to(device, non_blocking=True)
+        total = sum(kept)
+        each = torch.arange(total, device=device)
+        cells = each + table[0].repeat_interleave(table[2], output_size=total)
+        sources = each + table[1].repeat_interleave(table[2], output_size=total) if any(gone) else None
+        return cells, sources, table[3]
 
     def _seen_later(self, n: int, end: int, positions: torch.Tensor | None) -> int:
         """How many of a row's first ``n`` tokens, which end at ``end``, any token to come can see."""
@@ -290,7 +334,8 @@ class RaggedLayer(DynamicLayer):
                     bucket.equal = False
             bucket.upper += grown
 
-    def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> Storage:
+        """Empty buckets for rows of these lengths, in one storage."""
         order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
         groups: list[list[int]] = []
         for row in order:
@@ -299,17 +344,17 @@ class RaggedLayer(DynamicLayer):
             else:
                 groups.append([row])
         self.buckets, self.place, self._order = [], {}, None
-        for rows in groups:
+        capacities = [self._capacity(max(lengths[row] for row in rows)) for rows in groups]
+        sizes = [len(rows) * capacity for rows, capacity in zip(groups, capacities, strict=True)]
+        storage = Storage.like(keys, values, sum(sizes), self.window is not None)
+        at = 0
+        for rows, capacity, size in zip(groups, capacities, sizes, strict=True):
             rows.sort()
-            longest = max(lengths[r] for r in rows)
-            capacity = self._capacity(longest)
-            new_k = keys.new_zeros(len(rows), keys.shape[1], capacity, keys.shape[3])
-            new_v = values.new_zeros(len(rows), values.shape[1], capacity, values.shape[3])
-            lens = torch.zeros(len(rows), dtype=torch.int64, device=keys.device)
-            at = None if self.window is None else lens.new_zeros(len(rows), capacity)
-            bucket = Bucket(rows, new_k, new_v, lens, 0, True, at)
+            bucket = storage.bucket(rows, at, capacity)
             self.buckets.append(bucket)
             self.place.update({row: (bucket, i) for i, row in enumerate(rows)})
+            at += size
+        return storage
 
     def _reserve(self, lengths: list[int]) -> None:
         for bucket in self.buckets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,23 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
     if on_cpu and (int(keep[0]) < 0 or int(keep[-1]) >= count or bool((keep[1:] == keep[:-1]).any())):
         raise ValueError(f"{who} must return distinct indices in [0, {count}), got {_short(answer)}")
     return keep
+
+
+def check_best(scores: Any, keep: Any, count: int, question: str, policy: Policy) -> None:
+    """Raise TypeError or ValueError unless these are scores of ``count`` tokens, and how many of them stay."""
+    who = f"{type(policy).__name__}.{question}"
+    if not isinstance(scores, torch.Tensor) or scores.shape != (count,) or scores.is_complex():
+        raise ValueError(f"{who}: the scores of vtr.Best are one for each of {count} tokens, got {_short(scores)}")
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        raise TypeError(f"{who}: the count of vtr.Best is an int of at least 0, got {keep!r}: vtr.keep_count makes one")
+
+
+def check_count(answers: Any, count: int, question: str, policy: Policy) -> None:
+    """Raise ValueError unless there is an answer for each of ``count`` rows."""
+    if not isinstance(answers, Sequence) or len(answers) != count:
+        raise ValueError(
+            f"{type(policy).__name__}.{question}_all must answer for each of {count} rows, got {_short(answers)}"
+        )
 
 
 def check_route(answer: Any, count: int, policy: Policy) -> None:

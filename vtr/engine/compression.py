@@ -48,15 +48,6 @@ class Compression:
     kept: torch.Tensor
     pooled: list[tuple[torch.Tensor, Shrunk]]
 
-    def embeds(self, embeds: torch.Tensor) -> torch.Tensor:
-        """[n, D], the row's embeddings → [m, D], pooled tokens among them."""
-        out = embeds.index_select(0, self.kept.to(embeds.device, non_blocking=True))
-        for at, image in self.pooled:
-            assert image.pooled is not None
-            features = image.pooled.features.to(out)
-            out = out.index_copy(0, at.to(out.device, non_blocking=True), features)
-        return out
-
     def means(self, values: torch.Tensor) -> torch.Tensor:
         """[n, k] → [m, k]: kept tokens have their own values, a pooled token the mean of its sources'.
 
@@ -75,15 +66,9 @@ class Compression:
             out = out.index_copy(0, at, torch.where(sizes > 0, mean, out.index_select(0, at)))
         return out
 
-    def positions(self, at: torch.Tensor) -> torch.Tensor:
-        """[n] or [axes, n] → those of the shorter row: of one axis they close up, of several each token has its own."""
-        if at.dim() == 2:
-            return self.means(at.T).T
-        return at[:1] + torch.arange(len(self.kept), device=at.device)
-
 
 def compress_row(row: Row, embeds: torch.Tensor, captures: Captures | None) -> Compression:
-    """Let the row's policy shrink each of its images. embeds: [n, D], the row's tokens.
+    """Let the row's policy shrink each of its images. embeds: [columns, D], the row with its padding.
 
     Raises:
         TypeError, ValueError: the policy's answer is none that ``compress`` may give.
@@ -114,9 +99,10 @@ def _shrink(row: Row, i: int, old: torch.Tensor, embeds: torch.Tensor, captures:
     """Ask the row's policy about its ``i``-th image, whose tokens have the row-local indices ``old``."""
     policy, given = row.policy, row.given
     assert policy is not None
-    layout, first, n = given.layouts[i], int(old[0]), len(old)
-    in_a_row = int(old[-1]) - first + 1 == n  # as a rule an image's slots follow each other
-    features = embeds[first : first + n] if in_a_row else embeds.index_select(0, old.to(embeds.device))
+    layout, slots, n = given.layouts[i], row.slots[old], len(old)
+    first = int(slots[0])
+    in_a_row = int(slots[-1]) - first + 1 == n  # as a rule an image's slots follow each other
+    features = embeds[first : first + n] if in_a_row else embeds.index_select(0, slots.to(embeds.device))
     if captures is None or not policy.wants:
         image = Image(features, layout, i, len(given.layouts))
     else:

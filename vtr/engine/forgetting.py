@@ -15,7 +15,8 @@ import torch
 from vtr.base import Token
 from vtr.engine.checks import version, write_error
 from vtr.engine.decode import answers, as_tensor
-from vtr.engine.rows import Row, packed_indices, spans
+from vtr.engine.packed import Packed, on_device
+from vtr.engine.rows import Row
 from vtr.engine.trace import Trace
 
 
@@ -36,42 +37,44 @@ class Forgetting:
         may = any(map(_may_forget, rows))
         return cls(rows, given, trace) if may else None
 
-    def drop(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
+    def drop(self, index: int, packed: Packed, hidden: torch.Tensor) -> torch.Tensor | None:
         """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""
         if self.given:
             return None
-        kept: list[torch.Tensor | None] = []
-        before = [row.length for row in rows]
-        for row, here in spans(rows):
-            keep = None
-            answer = self._remembered(index, row, hidden[0, here])
-            if answer is not None and not bool(answer.all()):
-                keep = row.forget(answer)
-                memos = zip(self.memos[row.index], answer.tolist(), strict=True)
-                self.memos[row.index] = [memo for memo, remembered in memos if remembered]
-            kept.append(keep)
-        return None if all(keep is None for keep in kept) else packed_indices(kept, before, hidden.device)
+        kept = torch.ones(sum(packed.texts), dtype=torch.bool)
+        texts = packed.texts[:]
+        for i, (row, here) in enumerate(zip(packed.rows, packed.decoded(), strict=True)):
+            answer = self._remembered(index, row, hidden[0], packed.text[here])
+            if answer is not None:
+                said = answer.tolist()
+                kept[here] = torch.tensor(said)
+                texts[i] -= said.count(False)
+                self.memos[row.index] = [memo for memo, yes in zip(self.memos[row.index], said, strict=True) if yes]
+        if bool(kept.all()):
+            return None
+        (chosen,) = on_device([kept.nonzero().squeeze(1)], hidden.device)
+        return packed.forget(chosen, texts)
 
-    def masked_keys(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
+    def masked_keys(self, index: int, packed: Packed, hidden: torch.Tensor) -> torch.Tensor | None:
         """Words of a given answer: bool [T], those that layer ``index`` hides from all others; None for none."""
         if not self.given:
             return None
-        parts, found = [], False
-        for row, here in spans(rows):
-            masked = torch.zeros(row.length, dtype=torch.bool, device=hidden.device)
-            answer = self._remembered(index, row, hidden[0, here])
+        masked = None
+        for row, here in zip(packed.rows, packed.decoded(), strict=True):
+            words = packed.text[here]
+            answer = self._remembered(index, row, hidden[0], words)
             if answer is not None:
-                masked, found = masked.index_copy(0, row.text.decoded, ~answer), True
-            parts.append(masked)
-        return torch.cat(parts) if found else None
+                masked = torch.zeros_like(hidden[0, :, 0], dtype=torch.bool) if masked is None else masked
+                masked = masked.index_copy(0, words, ~answer)
+        return masked
 
-    def _remembered(self, index: int, row: Row, states: torch.Tensor) -> torch.Tensor | None:
-        """bool [words of the row]; None if its policy is not asked. states: [tokens of the row, D]."""
+    def _remembered(self, index: int, row: Row, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+        """bool [words of the row]; None if its policy is not asked. states: [T, D], in which they stand at ``places``."""
         p = row.policy
-        if p is None or not _may_forget(row):
+        if p is None or not _may_forget(row) or not len(places):
             return None
         memos = self.memos[row.index]
-        words = states.index_select(0, row.text.decoded)
+        words = states.index_select(0, places)
         tokens, before = [Token(state, memo) for state, memo in zip(words, memos, strict=True)], version(words)
         said = answers(p, (p.remember_all if self.given else p.recall)(index, tokens), len(tokens))
         if version(words) != before:

@@ -12,7 +12,8 @@ import torch
 
 from vtr.base import UnsupportedError
 from vtr.engine.compression import Compression
-from vtr.engine.rows import Row, spans
+from vtr.engine.packed import Packed
+from vtr.engine.rows import Row
 
 
 def take_features(
@@ -49,13 +50,7 @@ def compress_features(row: Row, compression: Compression, before: torch.Tensor) 
     row.vision.layer_features = compressed
 
 
-def add_features(rows: Sequence[Row], layer: int, hidden: torch.Tensor) -> torch.Tensor:
+def add_features(packed: Packed, layer: int, hidden: torch.Tensor) -> torch.Tensor:
     """[1, T, D] behind ``layer``, with what is added there to the vision tokens that are still there."""
-    at, parts = [], []
-    for row, here in spans(rows):
-        vision = row.vision
-        if vision.count:
-            features = vision.layer_features[layer].to(hidden)
-            at.append(vision.index + here.start)
-            parts.append(features if vision.alive is None else features.index_select(0, vision.alive))
-    return hidden.index_add(1, torch.cat(at), torch.cat(parts)[None]) if at else hidden
+    features = packed.features[layer].to(hidden).index_select(0, packed.alive)
+    return hidden.index_add(1, packed.vision, features[None])

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vtr.engine.packed import on_device
+
 
 class Positions:
     """Kept in step with which tokens are still there, from the first decoder layer to the last.
@@ -16,19 +18,32 @@ class Positions:
         rotary: the text model's rotary embedding. rows: how many there are.
 
     Attributes:
-        ids: int64 [1, T], or [axes, T] for positions of several axes. rope: cosine and sine, [1, T, d] each; empty
-            until the text model has made them.
-        first: per row, int64 [1] (or [axes, 1]): the position of its first token.
+        ids: int64 [1, T], or [axes, T] for positions of several axes. slots: int64 [T], see :class:`Packed`.
+        rope: cosine and sine, [1, T, d] each; empty until the text model has made them.
+        first: int64 [rows], the position of each row's first token; None where no row can close up.
         shift: per row, what earlier turns' renumbering cuts took off the positions of this layer.
         lost: per row, tokens that cuts of this forward dropped and that its positions closed up over.
     """
 
     def __init__(self, rotary: Any, rows: int) -> None:
         self.rotary = rotary
-        self.ids = torch.empty(0)
-        self.rope: tuple[torch.Tensor, ...] = ()
-        self.first: list[torch.Tensor] = []
+        self.first: torch.Tensor | None = None
         self.shift, self.lost = [0] * rows, [0] * rows
+        self._table = torch.empty(2, 0, dtype=torch.int64)  # ids, and below them the slots
+        self.rope: tuple[torch.Tensor, ...] = ()
+        self._both: torch.Tensor | None = None  # cosine and sine once more, one behind the other: they are cut together
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self._table[:-1]
+
+    @property
+    def slots(self) -> torch.Tensor:
+        return self._table[-1]
+
+    def start(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
+        """The packed tokens as they enter the text model. ids: int64 [axes, T]. slots: int64 [T]."""
+        self._table = torch.cat([ids, slots[None]])
 
     def take_rope(self, kwargs: dict[str, Any]) -> None:
         """What the text model hands its first layer is rope of all packed tokens."""
@@ -37,11 +52,16 @@ class Positions:
 
     def select(self, kept: torch.Tensor) -> None:
         """Only the packed tokens ``kept`` (int64 [t]) are left."""
-        self.rope = tuple(t.index_select(1, kept) for t in self.rope)
-        self.ids = self.ids.index_select(1, kept)
+        if self.rope:
+            both = torch.stack(self.rope) if self._both is None else self._both
+            self._both = both.index_select(2, kept)
+            self.rope = self._both.unbind(0)
+        self._table = self._table.index_select(1, kept)
 
     def to(self, device: torch.device) -> None:
-        self.rope, self.ids = tuple(t.to(device) for t in self.rope), self.ids.to(device)
+        self.rope, self._both = tuple(t.to(device) for t in self.rope), None
+        self._table = self._table.to(device)
+        self.first = None if self.first is None else self.first.to(device)
 
     def step_down(self, shift: list[int], lengths: Sequence[int], hidden: torch.Tensor) -> None:
         """Enter a layer at which earlier turns' cuts have taken ``shift`` off every row. hidden: [1, T, D]."""
@@ -50,25 +70,43 @@ class Positions:
         self.shift = shift
         self._become(self.ids - per_token.to(hidden.device, non_blocking=True), hidden)
 
-    def close_up(self, lengths: Sequence[int], hidden: torch.Tensor) -> None:
-        """Renumber rows over what cuts of a policy that renumbers took out of them. hidden: [1, T, D]."""
-        parts = list(self.ids.split(list(lengths), 1))
-        for i, n in enumerate(lengths):
-            if self.lost[i]:
-                closed = torch.arange(n, device=hidden.device) + self.first[i].to(hidden.device) - self.shift[i]
-                parts[i] = closed[None]
-        self._become(torch.cat(parts, 1), hidden)
+    def close_up(self, starts: torch.Tensor, columns: int, hidden: torch.Tensor) -> None:
+        """Renumber rows over what cuts of a policy that renumbers took out of them.
+
+        Args:
+            starts: int64 [rows + 1], where the rows begin in the packed sequence. columns: logical ones of a row.
+            hidden: [1, T, D].
+        """
+        assert self.first is not None
+        offset = self.first - starts[:-1]
+        if any(self.shift):
+            (shift,) = on_device([torch.tensor(self.shift)], hidden.device)
+            offset = offset - shift
+        row = self.slots // columns if len(self.lost) > 1 else None
+        offset = offset if row is None else offset.index_select(0, row)
+        closed = torch.arange(self.slots.shape[0], device=hidden.device) + offset
+        if row is not None and not all(self.lost):
+            (lost,) = on_device([torch.tensor(self.lost)], hidden.device)
+            closed = torch.where(lost.index_select(0, row) > 0, closed, self.ids[0])
+        self._become(closed[None], hidden)
 
     def _become(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        self.ids, self.rope = ids, self.rotary(hidden, position_ids=ids)
+        self._table = torch.cat([ids, self._table[-1:]])
+        self.rope, self._both = self.rotary(hidden, position_ids=ids), None
 
-    def fork(self, index: torch.Tensor, rows: Sequence[int]) -> Positions:
-        """Those of the packed tokens ``index``, which are the given ``rows`` of these, without a cache."""
+    def fork(self, index: torch.Tensor, moved: torch.Tensor, old: Sequence[int]) -> Positions:
+        """Those of the packed tokens ``index``, which are the rows ``old`` of these, without a cache.
+
+        Args:
+            moved: int64 [T'], by how many slots each of them moves, being part of another row now.
+        """
         made = copy.copy(self)
-        made.shift = [0] * len(rows)
-        made.first, made.lost = [self.first[row] for row in rows], [self.lost[row] for row in rows]
-        if made.rope:
-            made.select(index)
+        made.select(index)
+        made._table = torch.cat([made.ids, (made.slots + moved)[None]])
+        if made.first is not None:
+            (rows,) = on_device([torch.tensor(list(old))], index.device)
+            made.first = made.first.index_select(0, rows)
+        made.shift, made.lost = [0] * len(old), [self.lost[row] for row in old]
         return made
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from vtr.base import UnsupportedError
 
-CHUNK = 64
-"""Scores of many text queries are taken so many at a time."""
+CHUNK = 1 << 24
+"""Scores of many queries are taken in parts of about so many logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,42 +23,123 @@ class WindowMask:
     keys: torch.Tensor
     window: int
 
-    def seen(self, some: torch.Tensor | None = None) -> torch.Tensor:
-        """bool [n or len(some), m]: which keys the queries (all, or ``some`` of them, int64) may see."""
-        queries = self.queries if some is None else self.queries.index_select(0, some)
-        distance = queries[:, None] - self.keys[None]
+    def seen(self) -> torch.Tensor:
+        """bool [n, m]: which keys the queries may see."""
+        distance = self.queries[:, None] - self.keys[None]
         return (distance >= 0) & (distance < self.window)
 
 
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """The text tokens by whose attention some rows are ranked.
+
+    Attributes:
+        rows: which rows. places: int64 [rows, q], where the queries stand in the packed sequence; a row of fewer than q
+            queries is filled up with any of its tokens.
+        weight: float32 [rows, 1, q], 0 where it is filled up; None where nothing is.
+        starts: int64 [rows], places at which the rows begin. longest: tokens of the longest of them.
+        run: the place at which the first of them begins, where they follow each other and are all as long; else None.
+        strongest: of each query the largest over heads counts, not the mean.
+    """
+
+    rows: tuple[int, ...]
+    places: torch.Tensor
+    weight: torch.Tensor | None
+    starts: torch.Tensor
+    longest: int
+    run: int | None
+    strongest: bool = False
+
+    def alone(self, past: int) -> Queries:
+        """Of a single row, counted from its ``past`` cached tokens on, which come first."""
+        places = self.places - self.starts[:, None] + past
+        return replace(self, places=places, starts=self.starts * 0, longest=self.longest + past, run=0)
+
+    def columns(self) -> torch.Tensor:
+        """int64 [rows, longest]: the places of each row's tokens; behind a shorter row's end those of the next."""
+        return self.starts[:, None] + torch.arange(self.longest, device=self.starts.device)
+
+
 def scores(
-    query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float | None,
-    sliding: WindowMask | None = None, strongest: bool = False,
+    query: torch.Tensor, key: torch.Tensor, asked: Queries, scaling: float | None,
+    positions: torch.Tensor | None = None, window: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention that keys get from some queries of one row: mean over heads, and over the queries that can see the key.
+    """Attention that tokens get from some queries of their row: mean over heads, and over queries that can see them.
 
     Args:
-        query: [1, heads, n, d] after rope; key: [1, kv_heads, m, d], of which the last n belong to the queries.
-        queries: int64 [q], indices into the n.
+        query: [heads, rows * q, d], those of ``asked`` after rope. key: [kv_heads, T, d], of all packed tokens.
         scaling: of the logits; None for d ** -0.5.
-        sliding: what a sliding window hides, or None. strongest: of each query, the largest over heads, not their mean.
+        positions: int64 [T], where a sliding ``window`` hides what is that far behind a query.
 
     Returns:
-        float32 [m]; 0 for a key that none of the queries can see.
+        float32 [T]; 0 for a token that none of the queries can see, and in rows that are not asked.
     """
-    heads, kv_heads, m = query.shape[1], key.shape[1], key.shape[2]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    total = torch.zeros(m, dtype=torch.float32, device=query.device)
-    seen_by = torch.zeros(m, dtype=torch.int64, device=query.device)
-    columns = torch.arange(m, device=query.device)
-    for some in queries.split(CHUNK):
-        seen = columns <= (some + (m - query.shape[2]))[:, None] if sliding is None else sliding.seen(some)
-        q = query[0].index_select(1, some).view(kv_heads, heads // kv_heads * some.shape[0], -1)
-        logits = torch.matmul(q, key[0].transpose(1, 2)).float().mul_(scaling).view(heads, some.shape[0], m)
-        logits.masked_fill_(~seen, float("-inf"))
-        paid = logits.softmax(-1)
-        total += (paid.amax(0) if strongest else paid.mean(0)).sum(0)
-        seen_by += seen.sum(0)
-    return total / seen_by.clamp_(min=1)
+    rows, most = asked.places.shape
+    tokens, n = key.shape[1], asked.longest
+    if most == 0:
+        return torch.zeros(tokens, device=key.device)
+    columns = asked.columns()
+    hidden = columns[:, None] > asked.places[..., None]  # [rows, q, n]; so is all that is behind a row's end
+    inside = columns if asked.run is not None else columns.clamp(max=tokens - 1)
+    if asked.run is None:
+        keys = key.index_select(1, inside.flatten())
+    else:
+        keys = key[:, asked.run : asked.run + rows * n]
+    if window is not None and positions is not None:
+        at = positions.index_select(0, inside.flatten()).view_as(columns)
+        now = positions.index_select(0, asked.places.flatten()).view_as(asked.places)
+        hidden = hidden | (now[..., None] - at[:, None] >= window)
+    paid = _paid(query.unflatten(1, (rows, most)), keys.unflatten(1, (rows, n)), hidden, asked, scaling)
+    seen = ~hidden
+    seen_by = seen.sum(1) if asked.weight is None else torch.matmul(asked.weight, seen.to(paid.dtype))[:, 0]
+    paid = (paid / seen_by.clamp_(min=1)).flatten()
+    if asked.run is None:  # what stands behind a row's end was hidden, so that the next row gets zeros added
+        return paid.new_zeros(tokens + n).index_add(0, columns.flatten(), paid)[:tokens]
+    return paid if len(paid) == tokens else pad(paid, (asked.run, tokens - asked.run - len(paid)))
+
+
+def _paid(
+    query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, asked: Queries, scaling: float | None
+) -> torch.Tensor:
+    """float32 [rows, n]: what the queries [heads, rows, q, d] pay to the keys [kv_heads, rows, n, d], in parts."""
+    heads, rows, most, _ = query.shape
+    n = key.shape[2]
+    some_rows = max(CHUNK // (heads * most * n), 1)
+    some_queries = max(CHUNK // (heads * n), 1) if some_rows == 1 else most
+    parts = []
+    for row in range(0, rows, some_rows):
+        here, total = slice(row, row + some_rows), None
+        for first in range(0, most, some_queries):
+            those = slice(first, first + some_queries)
+            weight = None if asked.weight is None else asked.weight[here, :, those]
+            part = _paid_at_once(
+                query[:, here, those], key[:, here], hidden[here, those], weight, asked.strongest, scaling
+            )
+            total = part if total is None else total + part
+        assert total is not None
+        parts.append(total)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _paid_at_once(
+    query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, strongest: bool,
+    scaling: float | None,
+) -> torch.Tensor:  # fmt: skip
+    heads, rows, most, width = query.shape
+    kv_heads, n = key.shape[0], key.shape[2]
+    scaling = width**-0.5 if scaling is None else scaling
+    grouped = query.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(kv_heads * rows, -1, width)
+    keys = key.reshape(kv_heads * rows, n, width)
+    logits = torch.baddbmm(grouped.new_empty(1, 1, 1), grouped, keys.transpose(1, 2), beta=0, alpha=scaling).float()
+    logits = logits.view(kv_heads, rows, heads // kv_heads, most, n).masked_fill_(hidden[None, :, None], float("-inf"))
+    paid = logits.softmax(-1)
+    by_query = paid.amax((0, 2)) if strongest else paid.sum((0, 2)) if weight is not None else None
+    if weight is not None:
+        assert by_query is not None
+        total = torch.matmul(weight, by_query)[:, 0]
+    else:
+        total = paid.sum((0, 2, 3)) if by_query is None else by_query.sum(1)
+    return total if strongest else total / heads
 
 
 def projections(layer: Any) -> Any:
@@ -77,36 +159,28 @@ def projections(layer: Any) -> Any:
 
 @torch.no_grad()
 def ahead(
-    layer: Any,
-    hidden: torch.Tensor,
-    rope: tuple[torch.Tensor, ...],
-    query: torch.Tensor,
-    past: torch.Tensor | None,
-    sliding: WindowMask | None,
-) -> torch.Tensor:
-    """Attention that one query is about to pay in ``layer``, from the layer's own norm and projections.
+    layer: Any, hidden: torch.Tensor, rope: tuple[torch.Tensor, ...], asked: Queries, past: torch.Tensor | None,
+    positions: torch.Tensor | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention that one query a row is about to pay in ``layer``, from the layer's own norm and projections.
 
     Args:
-        hidden: [n, D], a row's tokens entering the layer; rope: cos and sin, [1, n, d] each, of their positions.
-        query: int64 [1], which of the n asks. past: [1, kv_heads, p, d] cached keys of the row, or None.
+        hidden: [1, T, D], tokens entering the layer; rope: cos and sin, [1, T, d] each, of their positions.
+        asked: one query a row, places among the T. past: [1, kv_heads, p, d] cached keys, of a single row; or None.
+        positions: int64 [p + T], where there is a sliding ``window``.
 
     Returns:
-        float32 [p + n], mean over heads.
+        float32 [T], mean over heads.
     """
     attn = projections(layer)
     rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
-    x = layer.input_layernorm(hidden)[None]
-    q, k = _heads(attn, "q", x.index_select(1, query)), _heads(attn, "k", x)
-    at = [t.index_select(1, query) for t in rope]
+    x, places = layer.input_layernorm(hidden), asked.places.flatten()
+    q, k = _heads(attn, "q", x.index_select(1, places)), _heads(attn, "k", x)
+    at = [t.index_select(1, places) for t in rope]
     q, k = rotate(q, q, *at)[0], rotate(k, k, *rope)[1]
     if past is not None:
-        k = torch.cat([past, k], 2)
-    last = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    if sliding is None:  # the keys behind the query are its future
-        own = k.shape[2] - x.shape[1] + query
-        k_seen = torch.arange(k.shape[2], device=hidden.device)
-        sliding = WindowMask(own, k_seen, k.shape[2])
-    return scores(q, k, last, getattr(attn, "scaling", None), sliding)
+        k, asked = torch.cat([past, k], 2), asked.alone(past.shape[2])
+    return scores(q[0], k[0], asked, getattr(attn, "scaling", None), positions, window)[-hidden.shape[1] :]
 
 
 def _heads(attn: Any, kind: str, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,14 +17,15 @@ from vtr.engine.attention import Plan, Routing
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
-from vtr.engine.compression import compress_row
+from vtr.engine.compression import Compression, compress_row
 from vtr.engine.decoder import Decoder
 from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
+from vtr.engine.packed import Packed, on_device, sums
 from vtr.engine.positions import Positions
 from vtr.engine.questions import Passing, Questions
 from vtr.engine.request import Request, check_rows, rows_of
-from vtr.engine.rows import Row, spans
+from vtr.engine.rows import Row
 from vtr.engine.trace import PackedTrace, Trace
 
 
@@ -37,6 +37,7 @@ class Session:
         valid: bool [rows, columns] on the CPU, or None (no padding). layers: of the ragged cache, or None.
 
     Attributes:
+        packed, questions: of the packed rows; there are none before ``pack()``.
         state: of the ragged cache, or None.
         offset: where this forward's slots start in the rows that the caller passed.
         generation: the running ``generate`` that this forward is part of, or None.
@@ -58,7 +59,8 @@ class Session:
         self.rows = rows_of(request, self.batch, self.logical, valid)
         check_rows(self.rows, layers is not None, decoder.depth, decoder.text.rotary_emb)
         self.positions = Positions(decoder.text.rotary_emb, self.batch)
-        self.questions = Questions(self.rows, self.positions, layers, decoder, trace)
+        self.packed: Packed
+        self.questions: Questions
         given = request is not None and request.generation is None
         self.forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
         self.log = PackedTrace(trace, device)
@@ -80,42 +82,72 @@ class Session:
             layer_features: [vision tokens of the batch, D] each, to be added to them behind the first layers.
         """
         captures = None if request is None else request.captures
-        several = position_ids.dim() == 3
-        position_ids = position_ids.expand(*([-1] if several else []), self.batch, -1)
         if layer_features:
             assert request is not None  # where there are features there are images
             take_features(self.rows, layer_features, request.prompt.is_vision, self.decoder.depth)
-        parts, positions, dropped = [], [], []
-        for i, row in enumerate(self.rows):
-            slots = row.slots.to(embeds.device, non_blocking=True)
-            here, at = embeds[i].index_select(0, slots), position_ids[..., i, :].index_select(-1, slots)
-            if row.given.layouts and row.asks("compress"):
-                here, at = self._compress(row, here, at, captures)
-            dropped.append(0 if several else len(slots) - row.length)  # positions of one axis close up
-            at = at if self.state is None else at - self.state.dropped[i]
-            parts.append(here)
-            positions.append(at)
-            self.positions.first.append(at[..., :1])
-            row.to(embeds.device)
-        if self.state is not None:
-            self.state.dropped = [old + new for old, new in zip(self.state.dropped, dropped, strict=True)]
-        self.log.rows = [row.trace(self.offset) for row in self.rows]
+        compressed = {i: self._compress(row, embeds[i], captures) for i, row in enumerate(self.rows) if _shrinks(row)}
+        self.packed = Packed(self.rows, self.logical, embeds.device)
+        self.questions = Questions(self.rows, self.packed, self.positions, self.layers, self.decoder, self.log.trace)
+        ids = self._ids(position_ids, compressed)
+        self.positions.start(ids, self.packed.slots)
+        if any(row.policy is not None and row.policy.renumbers for row in self.rows):
+            self.positions.first = ids[0].index_select(0, self.packed.starts[:-1])
+        if self.state is not None and position_ids.dim() == 2:  # positions of one axis have closed up
+            lost = [len(row.given.slots) - row.length for row in self.rows]
+            self.state.dropped = [old + new for old, new in zip(self.state.dropped, lost, strict=True)]
+        self.log.rows = [
+            row.trace(self.offset, first) for row, first in zip(self.rows, self.packed.first_vision, strict=True)
+        ]
         if captures is not None:
             self.log.trace.selector_flops += captures.flops
             captures.flops = 0
-        where = torch.cat(positions, -1)
-        self.positions.ids = where if several else where[None]
-        return torch.cat(parts)[None], where[:, None] if several else where[None]
+        return self._embeds(embeds, compressed)[None], ids[:, None] if position_ids.dim() == 3 else ids
 
-    def _compress(
-        self, row: Row, embeds: torch.Tensor, at: torch.Tensor, captures: Captures | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A row's embeddings [n, D] and positions [n] or [axes, n] → those of the row with its images shrunk."""
+    def _compress(self, row: Row, embeds: torch.Tensor, captures: Captures | None) -> Compression:
+        """Shrink a row's images. embeds: [columns, D]."""
         before = row.vision.index
         with self.log.clock:
             compression = compress_row(row, embeds, captures)
         compress_features(row, compression, before)
-        return compression.embeds(embeds), compression.positions(at)
+        return compression
+
+    def _embeds(self, embeds: torch.Tensor, compressed: dict[int, Compression]) -> torch.Tensor:
+        """[B, L, D] → [T, D], pooled tokens among them."""
+        tokens = embeds.flatten(0, 1)
+        if sum(self.packed.lengths) < len(tokens):
+            tokens = tokens.index_select(0, self.packed.slots)
+        starts = sums(self.packed.lengths)
+        pooled = [(at + starts[i], image) for i, made in compressed.items() for at, image in made.pooled]
+        if not pooled:
+            return tokens
+        features = torch.cat([image.pooled.features.to(tokens) for _, image in pooled if image.pooled is not None])
+        (places,) = on_device([torch.cat([at for at, _ in pooled])], tokens.device)
+        return tokens.index_copy(0, places, features)
+
+    def _ids(self, position_ids: torch.Tensor, compressed: dict[int, Compression]) -> torch.Tensor:
+        """int64 [axes, T]. Of one axis they close up over what ``compress`` took; of several, see :meth:`pack`."""
+        several, slots = position_ids.dim() == 3, self.packed.slots
+        given = position_ids if several else position_ids[None]
+        given = given.expand(-1, self.batch, -1)
+        less = [0] * self.batch if self.state is None else self.state.dropped
+        if not several and (compressed or any(less)):
+            wanted = []
+            for i, row in enumerate(self.rows):
+                first = row.given.slots[:1] + i * self.logical
+                wanted.append(first.expand(row.length) if i in compressed else row.slots + i * self.logical)
+            plus = [
+                (torch.arange(row.length) if i in compressed else torch.zeros(row.length, dtype=torch.int64)) - less[i]
+                for i, row in enumerate(self.rows)
+            ]
+            slots, more = on_device([torch.cat(wanted), torch.cat(plus)], slots.device)
+            return given.flatten(1).index_select(1, slots) + more
+        ids = given.flatten(1).index_select(1, slots)
+        spans = self.packed.spans()
+        for i, made in compressed.items():
+            if made.pooled:
+                mine = given[:, i].index_select(1, self.rows[i].given.slots.to(ids.device, non_blocking=True))
+                ids[:, spans[i]] = made.means(mine.T).T
+        return ids
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -134,13 +166,14 @@ class Session:
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         past = [] if self.layers is None else self.layers[index].lengths()
         self.log.note(passing.lengths, past, passing.counts, passing.alive)
+        probes = self.questions.probes(index, past, passing)
         plan = Plan(
             decode=False,
             lengths=tuple(passing.lengths),
             past=tuple(past),
             layers=self.layers,
-            probes=self.questions.probes(index, past),
-            sink=self.questions.scores,
+            probes=probes,
+            sink=self.questions.taken,
             clock=self.log.clock,
             scale=scale,
             routing=routing,
@@ -159,22 +192,24 @@ class Session:
         if hidden.device != self.device:  # the layers from here on are on another one
             self.device = hidden.device
             self.positions.to(hidden.device)
+            self.packed.to(hidden.device)
             self.questions.to(hidden.device)
-            for row in self.rows:
-                row.to(hidden.device)
-        if index > 0 and self.rows[0].vision.layer_features[index - 1 : index]:
-            hidden = add_features(self.rows, index - 1, hidden)
+        if 0 < index <= len(self.packed.features):
+            hidden = add_features(self.packed, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self.positions.shift:
-            self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
+            self.positions.step_down(self.state.shift[index], self.packed.lengths, hidden)
         return hidden
 
     def _cut(self, index: int, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drop what does not enter the layer. Returns [1, T, D] and which keys are masked (bool [T]; None: none)."""
         masked_keys = None
+        self.questions.take_scores(hidden.device)
         if self.forgetting is not None:
             with self.log.clock:
-                remembered = self.forgetting.drop(index, self.rows, hidden)
-                masked_keys = self.forgetting.masked_keys(index, self.rows, hidden)
+                remembered = self.forgetting.drop(index, self.packed, hidden)
+                masked_keys = self.forgetting.masked_keys(index, self.packed, hidden)
+            if remembered is not None:
+                self.questions.select(remembered)
             hidden = self._select(hidden, remembered)
         with self.log.clock:
             kept = self.questions.prune(index, layer, hidden)
@@ -182,7 +217,7 @@ class Session:
         if kept is not None:
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, kept)
             if any(self.positions.lost):
-                self.positions.close_up([row.length for row in self.rows], hidden)
+                self.positions.close_up(self.packed.starts, self.logical, hidden)
         if self.state is not None:
             shift, lost = self.positions.shift, self.positions.lost
             self.state.shift[index] = [old + new for old, new in zip(shift, lost, strict=True)]
@@ -211,34 +246,40 @@ class Session:
         """
         if self.state is not None:
             raise UnsupportedError("rows that fill a cache cannot be forked: call the model with use_cache=False")
-        starts = [0, *accumulate(row.length for row in self.rows)]
-        chosen = [torch.arange(starts[old], starts[old + 1]) for old, _ in picks]
-        index = torch.cat(chosen).to(self.device, non_blocking=True)
-        made, trace, decoder = copy.copy(self), Trace(self.decoder.geometry), self.decoder
+        old, trace, decoder = [row for row, _ in picks], Trace(self.decoder.geometry), self.decoder
+        made = copy.copy(self)
         made.batch = len(picks)
-        made.rows = [self.rows[old].forked(new, policy) for new, (old, policy) in enumerate(picks)]
-        made.positions = self.positions.fork(index, [old for old, _ in picks])
-        made.questions = Questions(made.rows, made.positions, None, decoder, trace)
-        scores = self.questions.scores
-        made.questions.scores = {new: scores[old] for new, (old, _) in enumerate(picks) if old in scores}
+        made.rows = [self.rows[row].forked(new, policy) for new, (row, policy) in enumerate(picks)]
+        made.packed, index = self.packed.fork(old, made.rows)
+        columns = torch.tensor([(new - row) * self.logical for new, row in enumerate(old)])
+        (moved,) = on_device([columns.repeat_interleave(torch.tensor(made.packed.lengths))], self.device)
+        made.positions = self.positions.fork(index, moved, old)
+        made.questions = self.questions.fork(made.rows, made.packed, made.positions, index, old, trace)
         made.forgetting = Forgetting.from_rows(made.rows, True, trace)
         made.log = PackedTrace(trace, self.device)
-        made.log.rows = [row.trace(self.offset) for row in made.rows]
+        made.log.rows = [
+            row.trace(self.offset, first) for row, first in zip(made.rows, made.packed.first_vision, strict=True)
+        ]
         check_rows(made.rows, False, decoder.depth, decoder.text.rotary_emb)
         return made, index
 
     # -- out of the decoder ----------------------------------------------------------------------------------------
     def unpack(self, hidden: torch.Tensor) -> torch.Tensor:
         """Packed [1, T, D] → [B, L, D]. A dropped slot carries the last surviving state before it; padding is zero."""
-        slots, sources = [], []
-        for i, (row, here) in enumerate(spans(self.rows)):
-            at, source = row.carriers(hidden.device)
-            slots.append(at + i * self.logical)
-            sources.append(source + here.start)
-        states = hidden[0].index_select(0, torch.cat(sources))
-        if len(states) < self.batch * self.logical:
-            padded = hidden.new_zeros(self.batch * self.logical, hidden.shape[-1])
-            states = padded.index_copy(0, torch.cat(slots), states)
+        columns = self.batch * self.logical
+        if hidden.shape[1] == columns:
+            return hidden.view(self.batch, self.logical, -1)
+        there = self.positions.slots
+        every = self.packed.slots
+        if any(len(row.slots) < len(row.given.slots) for row in self.rows):
+            given = torch.cat([row.given.slots + i * self.logical for i, row in enumerate(self.rows)])
+            (every,) = on_device([given], hidden.device)
+        sources = torch.searchsorted(there, every, right=True) - 1
+        if any(bool(row.given.is_vision[0]) for row in self.rows):  # what stood first may be gone, and carries the next
+            sources = torch.maximum(sources, self.packed.starts.index_select(0, every // self.logical))
+        states = hidden[0].index_select(0, sources)
+        if len(states) < columns:
+            states = hidden.new_zeros(columns, hidden.shape[-1]).index_copy(0, every, states)
         return states.view(self.batch, self.logical, -1)
 
     def finish(self) -> None:
@@ -256,6 +297,10 @@ class Session:
             last = torch.arange(self.logical - len(slots), self.logical)
             runs.append(int((slots == last).flip(0).cumprod(0).sum()))
         return min(runs)
+
+
+def _shrinks(row: Row) -> bool:
+    return bool(row.given.layouts) and row.asks("compress")
 
 
 def _routing(layer: Any, hidden: torch.Tensor, passing: Passing) -> tuple[Routing, torch.Tensor | None]:

@@ -95,15 +95,18 @@ class Sources:
 
 @dataclass
 class RowTrace:
-    """One prompt of the call: per layer, how many vision tokens entered and which (indices into ``slots``)."""
+    """One prompt of the call: per layer, how many vision tokens entered, and which."""
 
     spec: str | None
     slots: torch.Tensor
     """int64 [n] on the CPU: logical slot of each vision token that entered the text model, -1 for a pooled one."""
+    first: int
+    """What ``alive`` calls the first of them."""
     sources: list[Sources] | None = None
     """For compressed rows, per image: the slots each of those tokens was made from."""
     counts: list[int] = field(default_factory=list)
-    alive: list[torch.Tensor | None] = field(default_factory=list)
+    alive: list[torch.Tensor] = field(default_factory=list)
+    """Per layer, int64 [count]: which vision tokens entered, counted through all rows of the forward."""
     original: int = 0
     """Vision tokens of the prompt before anything was reduced."""
 
@@ -181,12 +184,15 @@ class PackedTrace:
         self.rows: list[RowTrace] = []
         self.lengths: list[list[int]] = []
         self.past: list[list[int]] = []
+        self._alive: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
     def note(
-        self, lengths: list[int], past: list[int], counts: list[int], alive: list[torch.Tensor | None]
+        self, lengths: list[int], past: list[int], counts: list[int], alive: torch.Tensor
     ) -> None:  # fmt: skip
-        """Add a layer. counts, alive: the vision tokens of each row that passed it, and which ones these are."""
-        for row, count, kept in zip(self.rows, counts, alive, strict=True):
+        """Add a layer. counts: the vision tokens of each row that passed it; alive: which ones, of all rows."""
+        if self._alive is None or alive is not self._alive[0]:  # most layers keep what the layer before kept
+            self._alive = alive, alive.split(counts)
+        for row, count, kept in zip(self.rows, counts, self._alive[1], strict=True):
             row.counts.append(count)
             row.alive.append(kept)
         self.lengths.append(lengths)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+
+from vtr.base import Tokens
 from vtr.policies.blind._blind import Blind
 from vtr.settings import register_policy
-
-if TYPE_CHECKING:
-    import torch
 
 BITS = 6  # a 64 × 64 pattern: every patch of a tile up to that size has a rank of its own
 
@@ -47,3 +47,7 @@ class UniformGrid(Blind):
 
     def rank(self, y: torch.Tensor, x: torch.Tensor, layer: int) -> torch.Tensor:
         return -dither_rank(y, x)
+
+    def score_all(self, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor]:
+        y, x = (torch.cat([getattr(one, name) for one in tokens]) for name in ("y", "x"))
+        return self.rank(y, x, self.layer).split([len(one) for one in tokens])

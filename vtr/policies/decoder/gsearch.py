@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtr.base import SCORES, Policy, Scores, Tokens
+from vtr.base import SCORES, Best, Policy, Scores, Tokens
 from vtr.checks import check_on_continue
-from vtr.keep import Keep, keep_count, top
+from vtr.keep import Keep, keep_count
 from vtr.schedule import Schedule, presets
 from vtr.settings import register_policy
 from vtr.shares import LEAST, equal_steps, ratio
-
-if TYPE_CHECKING:
-    import torch
 
 
 @register_policy("gsearch")
@@ -97,8 +94,8 @@ class GSearch(Policy):
         cuts = layer > 0 and repr(self.schedule[layer]) != repr(self.schedule[layer - 1])
         return self.queries if cuts else None
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
+    def prune(self, layer: int, tokens: Tokens) -> Best | None:
         keep = keep_count(self.schedule[layer], tokens.total)
         if keep >= len(tokens) or tokens.scores is None:
             return None
-        return top(tokens.scores, keep)
+        return Best(tokens.scores, keep)

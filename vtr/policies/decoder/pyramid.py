@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from vtr.base import Policy, Tokens
+from vtr.base import Best, Policy, Tokens
 from vtr.checks import check_depth, check_layer, check_on_continue
-from vtr.keep import Keep, check_keep, keep_count, top
+from vtr.keep import Keep, check_keep, keep_count
 from vtr.settings import register_policy
 from vtr.shares import LEAST, STAGE, equal_steps
-
-if TYPE_CHECKING:
-    import torch
 
 
 @register_policy("pyramid")
@@ -93,8 +90,8 @@ class Pyramid(Policy):
         for layer in self.layers or []:
             check_depth(layer, num_hidden_layers)
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
+    def prune(self, layer: int, tokens: Tokens) -> Best | None:
         keep = self.stages(tokens.num_hidden_layers).get(layer)
         if keep is None or (count := keep_count(keep, tokens.total)) >= len(tokens):
             return None
-        return top(tokens.ahead(), count)
+        return Best(tokens.ahead, count)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vtr.base import Token, Tokens
+from vtr.base import Best, Token, Tokens
 from vtr.checks import check_count, check_depth, check_layer
 from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.learned import Learned
@@ -173,17 +174,35 @@ class DynamicLLaVA(Learned):
         """How many tokens of one image enter each layer."""
         return [total if layer < self.layer else self.count(total) for layer in range(num_hidden_layers)]
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | Best | None:
+        return self.prune_all(layer, [tokens])[0]
+
+    def prune_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor | Best | None]:
         if layer != self.layer:
-            return None
-        kept, start, predict = [], 0, self.at(hidden := tokens.hidden)
-        for n in tokens.per_image:
-            logits = predict("image", hidden[None, start : start + n])
-            score = logits[0].detach().log_softmax(-1)[:, KEEP]
-            kept.append(top(score, self.count(n)) + start)
-            tokens.flops += self.image_flops(n)
-            start += n
-        return torch.cat(kept)
+            return [None] * len(tokens)
+        scores = self._image_scores(tokens)
+        kept: list[torch.Tensor | Best] = []
+        for one in tokens:
+            mine = [scores.pop(0) for _ in one.per_image]
+            one.flops += sum(map(self.image_flops, one.per_image))
+            if len(mine) == 1:
+                kept.append(Best(mine[0], self.count(len(mine[0]))))
+                continue
+            starts = accumulate(one.per_image, initial=0)
+            kept.append(torch.cat([top(s, self.count(len(s))) + at for s, at in zip(mine, starts, strict=False)]))
+        return kept
+
+    def _image_scores(self, tokens: Sequence[Tokens]) -> list[torch.Tensor]:
+        """The score of every image's tokens ([n] each), in order; images of as many tokens go through together."""
+        hidden = torch.cat([one.hidden for one in tokens])
+        sizes = [n for one in tokens for n in one.per_image]
+        images, predict = hidden.split(sizes), self.at(hidden)
+        found: dict[int, torch.Tensor] = {}
+        for n in dict.fromkeys(sizes):
+            which = [i for i, size in enumerate(sizes) if size == n]
+            logits = predict("image", torch.stack([images[i] for i in which]))
+            found.update(zip(which, logits.detach().log_softmax(-1)[..., KEEP].unbind(0), strict=True))
+        return [found[i] for i in range(len(sizes))]
 
     def remember(self, layer: int, token: Token) -> bool | torch.Tensor:
         return self.remember_all(layer, [token])[0]

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vtr.base import Route, Tokens
+from vtr.base import Best, Route, Tokens
 from vtr.checks import check_count, check_number
-from vtr.keep import keep_count, top
+from vtr.keep import keep_count
 from vtr.learned import Learned
 from vtr.limits import MOST_LAYERS
 from vtr.schedule import progressive
@@ -137,19 +137,25 @@ class PMoD(Learned):
         return self._scale * ACTIVATIONS[self._act](self.at(hidden)(layer, hidden)) + self._bias
 
     def route(self, layer: int, tokens: Tokens) -> Route | None:
-        ratio = self.layers(tokens.num_hidden_layers)[layer]
+        return self.route_all(layer, [tokens])[0]
+
+    def route_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[Route | None]:
+        ratio = self.layers(tokens[0].num_hidden_layers)[layer]
         if ratio is None:
-            return None
-        hidden = tokens.hidden
-        weights = self.weights(layer, hidden)
-        tokens.flops += 2 * hidden.numel()
-        count = min(self.count(ratio, tokens.total), len(tokens))
-        score = weights.detach()
+            return [None] * len(tokens)
+        hidden = torch.cat([one.hidden for one in tokens])
+        weights = self.weights(layer, hidden).split([len(one) for one in tokens])
+        for one in tokens:
+            one.flops += 2 * len(one) * hidden.shape[1]
+        return [Route(self._passing(ratio, one, mine), mine) for one, mine in zip(tokens, weights, strict=True)]
+
+    def _passing(self, ratio: float, tokens: Tokens, weights: torch.Tensor) -> Best | torch.Tensor:
+        count, score = min(self.count(ratio, tokens.total), len(tokens)), weights.detach()
         if self.ties == "lower":
-            return Route(top(score, count), weights)
+            return Best(score, count)
         place = tokens.place
         row = score.new_full((tokens.row_length,), -torch.inf).index_copy(0, place, score)
-        return Route(torch.searchsorted(place, row.topk(count).indices.sort().values), weights)
+        return torch.searchsorted(place, row.topk(count).indices.sort().values)
 
 
 def _parsed(norm: str) -> tuple[str, float, float]:

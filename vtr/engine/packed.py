@@ -1,0 +1,203 @@
+"""Where the tokens of all rows lie in the packed sequence, as they are now: cut for all rows in one go.
+
+A place is an index into the packed sequence, row behind row. Everything here is held once for all rows, so that a cut
+launches as many kernels for thirty-two rows as for one, and comes from the host in one copy a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from vtr.engine.rows import FIELDS, Row
+
+NAMES = (*FIELDS, "image")
+
+
+class Packed:
+    """The rows' tokens on the device.
+
+    Attributes:
+        lengths, counts: per row, the tokens and the vision tokens still there. texts: its text tokens.
+        vision: int64 [v], places of the vision tokens, ascending. text: int64 [t], of the text, ascending.
+        starts: int64 [rows + 1], places at which the rows begin, and the end.
+        alive: int64 [v], which of all vision tokens that entered the text model these are, counted through the rows.
+        fields: name → int64 [vision tokens that entered]: tile, y, x, newline and image.
+        slots: int64 [tokens], of each token on entering the text model: row * logical columns + slot.
+        first_vision: per row, where its vision tokens begin in that count.
+        features: [vision tokens that entered, D] each: what is added to them behind the first layers.
+    """
+
+    def __init__(self, rows: Sequence[Row], logical: int, device: torch.device) -> None:
+        self.rows = rows
+        self.lengths, self.counts = [row.length for row in rows], [row.vision.count for row in rows]
+        self.texts = [len(row.text.index) for row in rows]
+        starts, self.first_vision = sums(self.lengths), sums(self.counts)[:-1]
+        total = sum(self.counts)
+        fields = [_field_of(row, name) for name in NAMES for row in rows]
+        text = [row.text.index + start for row, start in zip(rows, starts, strict=False)]
+        self.vision, self._anchors, self.alive, self.slots, fields_of_all = on_device(
+            [
+                torch.cat([row.vision.index + start for row, start in zip(rows, starts, strict=False)]),
+                torch.cat([*text, torch.tensor(starts)]),
+                torch.arange(total),
+                torch.cat([row.slots + i * logical for i, row in enumerate(rows)]),
+                torch.cat(fields),
+            ],
+            device,
+        )
+        self.fields = dict(zip(NAMES, fields_of_all.split(total), strict=True)) if total else {}
+        self.features: list[torch.Tensor] = []
+        given = [row.vision.layer_features for row in rows if row.vision.total]
+        for behind in zip(*given, strict=True) if given else ():
+            self.features.append(torch.cat(behind))
+
+    @property
+    def text(self) -> torch.Tensor:
+        return self._anchors[: -len(self.rows) - 1]
+
+    @property
+    def starts(self) -> torch.Tensor:
+        return self._anchors[-len(self.rows) - 1 :]
+
+    def to(self, device: torch.device) -> None:
+        """Go on with layers on another device."""
+        self.vision, self.alive, self.slots, self._anchors = (
+            t.to(device) for t in (self.vision, self.alive, self.slots, self._anchors)
+        )
+        self.fields = {name: t.to(device) for name, t in self.fields.items()}
+        self.features = [t.to(device) for t in self.features]
+
+    # -- parts of it -----------------------------------------------------------------------------------------------
+    def spans(self) -> list[slice]:
+        """Where each row lies in the packed sequence."""
+        ends = sums(self.lengths)
+        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+    def vision_spans(self) -> list[slice]:
+        """Where each row's vision tokens lie in ``vision`` and ``alive``."""
+        ends = sums(self.counts)
+        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+    def text_spans(self) -> list[slice]:
+        """Where each row's text lies in ``text``."""
+        ends = sums(self.texts)
+        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+    def of_rows(self, values: torch.Tensor, rows: Sequence[int], spans: Sequence[slice]) -> torch.Tensor:
+        """What of ``values`` (along dimension 0) lies in the spans of these rows."""
+        if len(rows) == len(spans):
+            return values
+        parts = [values[spans[row]] for row in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def decoded(self) -> list[slice]:
+        """Of each row the places in ``text`` of what was decoded, but for its newest token."""
+        found = []
+        for row, here in zip(self.rows, self.text_spans(), strict=True):
+            first = here.start + row.text.prompt
+            found.append(slice(first, max(here.stop - 1, first)))
+        return found
+
+    # -- cuts ------------------------------------------------------------------------------------------------------
+    def passing(self, kept: torch.Tensor) -> torch.Tensor:
+        """Places of the text and of the vision tokens ``kept`` (indices into ``vision``), ascending."""
+        return torch.cat([self.vision.index_select(0, kept), self.text]).sort().values
+
+    def cut(self, kept: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Drop all vision tokens but ``kept`` (indices into ``vision``, ascending); returns the places that are kept.
+
+        Args:
+            counts: how many of them each row keeps.
+        """
+        marks = torch.cat([self.vision.index_select(0, kept), self._anchors])
+        places = marks[: -len(self.rows) - 1].sort().values
+        marks = torch.searchsorted(places, marks)
+        self.vision, self._anchors = marks[: len(kept)], marks[len(kept) :]
+        self.alive = self.alive.index_select(0, kept)
+        self.lengths = [n - (old - new) for n, old, new in zip(self.lengths, self.counts, counts, strict=True)]
+        self.counts = counts
+        self._tell_rows()
+        return places
+
+    def forget(self, kept: torch.Tensor, texts: list[int]) -> torch.Tensor:
+        """Drop all text but ``kept`` (indices into ``text``, ascending); returns the places that are kept.
+
+        Args:
+            texts: how many of them each row keeps.
+        """
+        text = self.text.index_select(0, kept)
+        places = torch.cat([self.vision, text]).sort().values
+        marks = torch.searchsorted(places, torch.cat([self.vision, text, self.starts]))
+        self.vision, self._anchors = marks[: len(self.vision)], marks[len(self.vision) :]
+        self.lengths = [n - (old - new) for n, old, new in zip(self.lengths, self.texts, texts, strict=True)]
+        self.texts = texts
+        self._tell_rows()
+        return places
+
+    def _tell_rows(self) -> None:
+        for row, length, count in zip(self.rows, self.lengths, self.counts, strict=True):
+            row.length, row.vision.count = length, count
+
+    # -- the same rows again ---------------------------------------------------------------------------------------
+    def fork(self, picks: Sequence[int], rows: Sequence[Row]) -> tuple[Packed, torch.Tensor]:
+        """What goes on from here as ``rows``, of which each continues one of these (``picks``).
+
+        Returns:
+            It, and int64 [tokens]: which of the packed tokens of this one each of its tokens is.
+        """
+        made = object.__new__(Packed)
+        made.rows = rows
+        made.lengths, made.counts, made.texts = (
+            [per_row[old] for old in picks] for per_row in (self.lengths, self.counts, self.texts)
+        )
+        totals = [row.vision.total for row in self.rows]
+        made.first_vision = sums([totals[old] for old in picks])[:-1]
+        device = self.vision.device
+        tokens = _ranges([self.spans()[old] for old in picks])
+        vision = _ranges([self.vision_spans()[old] for old in picks])
+        text = _ranges([self.text_spans()[old] for old in picks])
+        entered = _ranges([slice(self.first_vision[old], self.first_vision[old] + totals[old]) for old in picks])
+        old_starts, starts = sums(self.lengths), sums(made.lengths)
+        moved = torch.tensor([new - old_starts[old] for old, new in zip(picks, starts, strict=False)])
+        counted = torch.tensor(
+            [new - self.first_vision[old] for old, new in zip(picks, made.first_vision, strict=True)]
+        )
+        counts, texts = torch.tensor(made.counts), torch.tensor(made.texts)
+        tokens, vision, text, entered, by_vision, by_text, by_entered, ends = on_device(
+            [
+                tokens, vision, text, entered, moved.repeat_interleave(counts), moved.repeat_interleave(texts),
+                counted.repeat_interleave(counts), torch.tensor(starts),
+            ],
+            device,
+        )  # fmt: skip
+        made.vision = self.vision.index_select(0, vision) + by_vision
+        made._anchors = torch.cat([self.text.index_select(0, text) + by_text, ends])
+        made.alive = self.alive.index_select(0, vision) + by_entered
+        made.fields = {name: t.index_select(0, entered) for name, t in self.fields.items()}
+        made.features = [t.index_select(0, entered) for t in self.features]
+        return made, tokens
+
+
+def sums(numbers: Sequence[int]) -> list[int]:
+    """0, and the sums of the first, the first two, … of them."""
+    return [0, *accumulate(numbers)]
+
+
+def on_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """int64 tensors [n] each from the host, in one copy that nobody waits for."""
+    if device.type == "cpu":
+        return list(parts)
+    moved = torch.cat(list(parts)).to(device, non_blocking=True)
+    return list(moved.split([len(part) for part in parts]))
+
+
+def _ranges(spans: Sequence[slice]) -> torch.Tensor:
+    return torch.cat([torch.arange(span.start, span.stop) for span in spans])
+
+
+def _field_of(row: Row, name: str) -> torch.Tensor:
+    found = row.vision.fields.get(name)
+    return torch.zeros(row.vision.total, dtype=torch.int64) if found is None else found
