@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.once import Once
 from vtr.engine.scores import WindowMask, scores
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
@@ -80,6 +81,8 @@ class Plan:
     """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
     masked_keys: torch.Tensor | None = None
     """bool [t]: tokens that no other token sees (forgotten words of a given answer); None for none."""
+    once: Once = field(default_factory=Once)
+    """Shared by the layers of the forward."""
 
 
 def attention_name(base: str) -> str:
@@ -166,7 +169,8 @@ def attention(
         window = None
     if plan.decode:
         return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
-    one_kernel = packed_attention(base, query, plan, window, kwargs) if plan.masked_keys is None else None
+    plain = plan.masked_keys is None
+    one_kernel = packed_attention(base, query, key, value, plan, window, kwargs) if plain else None
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)

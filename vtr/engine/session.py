@@ -22,6 +22,7 @@ from vtr.engine.compression import compress_row
 from vtr.engine.decoder import Decoder
 from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
+from vtr.engine.once import Once
 from vtr.engine.positions import Positions
 from vtr.engine.questions import Passing, Questions
 from vtr.engine.request import Request, check_rows, rows_of
@@ -61,7 +62,7 @@ class Session:
         self.questions = Questions(self.rows, self.positions, layers, decoder, trace)
         given = request is not None and request.generation is None
         self.forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
-        self.log = PackedTrace(trace, device)
+        self.log, self.once = PackedTrace(trace, device), Once()
         self.offset = request.offset if request else 0
         self.generation: Generation | None = None
         self.max_distance = self.logical + (0 if self.state is None else self.state.logical)
@@ -147,6 +148,7 @@ class Session:
             positions=None if self.decoder.windows[index] is None else positions[0],
             max_distance=self.max_distance,
             masked_keys=masked_keys,
+            once=self.once,
         )
         if self.layers is not None:
             self.layers[index].staged = plan
