@@ -9,7 +9,8 @@ import torch
 
 from vtr.base import Policy, Token
 from vtr.engine.attention import Plan
-from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.cache import RaggedLayer
+from vtr.engine.cache_state import CacheState
 from vtr.engine.checks import version, write_error
 from vtr.engine.trace import Trace
 
