@@ -14,7 +14,7 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.checks import version, write_error
-from vtr.engine.decode import answers, as_tensor
+from vtr.engine.decode import answers, as_tensor, on_device
 from vtr.engine.rows import Row, packed_indices, spans
 from vtr.engine.trace import Trace
 
@@ -35,6 +35,9 @@ class Forgetting:
         """None if no word of any row may be forgotten."""
         may = any(map(_may_forget, rows))
         return cls(rows, given, trace) if may else None
+
+    def to(self, device: torch.device) -> None:
+        self.memos = [[on_device(memo, device) for memo in memos] for memos in self.memos]
 
     def drop(self, index: int, rows: Sequence[Row], hidden: torch.Tensor) -> torch.Tensor | None:
         """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""

@@ -60,7 +60,7 @@ class Positions:
         self._become(torch.cat(parts, 1), hidden)
 
     def _become(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        self.ids, self.rope = ids, self.rotary(hidden, position_ids=ids)
+        self.ids, self.rope = ids, tuple(t.to(hidden.device) for t in self.rotary(hidden, position_ids=ids))
 
     def fork(self, index: torch.Tensor, rows: Sequence[int]) -> Positions:
         """Those of the packed tokens ``index``, which are the given ``rows`` of these, without a cache."""

@@ -20,6 +20,7 @@ from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.compression import compress_row
 from vtr.engine.decoder import Decoder
+from vtr.engine.devices import execution_device
 from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
 from vtr.engine.once import Once
@@ -121,7 +122,7 @@ class Session:
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
-        hidden = self._arrive(index, hidden, kwargs)
+        hidden = self._arrive(index, layer, hidden, kwargs)
         hidden, masked_keys = self._cut(index, layer, hidden)
         with self.log.clock:
             passing = self.questions.route(index, hidden)
@@ -155,20 +156,28 @@ class Session:
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
 
-    def _arrive(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _arrive(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Bring everything to the layer's device and positions; add what belongs to the layer before."""
         self.positions.take_rope(kwargs)
-        if hidden.device != self.device:  # the layers from here on are on another one
-            self.device = hidden.device
-            self.positions.to(hidden.device)
-            self.questions.to(hidden.device)
-            for row in self.rows:
-                row.to(hidden.device)
+        hidden = hidden.to(execution_device(layer) or hidden.device)
+        self._move(hidden.device)
         if index > 0 and self.rows[0].vision.layer_features[index - 1 : index]:
             hidden = add_features(self.rows, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self.positions.shift:
             self.positions.step_down(self.state.shift[index], [row.length for row in self.rows], hidden)
         return hidden
+
+    def _move(self, device: torch.device) -> None:
+        """Everything that goes with the packed tokens, to where they are now."""
+        if device == self.device:
+            return
+        self.device = self.log.clock.device = device
+        self.positions.to(device)
+        self.questions.to(device)
+        if self.forgetting is not None:
+            self.forgetting.to(device)
+        for row in self.rows:
+            row.to(device)
 
     def _cut(self, index: int, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drop what does not enter the layer. Returns [1, T, D] and which keys are masked (bool [T]; None: none)."""
@@ -232,6 +241,7 @@ class Session:
     # -- out of the decoder ----------------------------------------------------------------------------------------
     def unpack(self, hidden: torch.Tensor) -> torch.Tensor:
         """Packed [1, T, D] → [B, L, D]. A dropped slot carries the last surviving state before it; padding is zero."""
+        self._move(hidden.device)
         slots, sources = [], []
         for i, (row, here) in enumerate(spans(self.rows)):
             at, source = row.carriers(hidden.device)
