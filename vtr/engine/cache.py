@@ -154,9 +154,10 @@ class RaggedLayer(DynamicLayer):
         if self.one_bucket:
             return parts[0]
         rows = [row for bucket in self.buckets for row in bucket.rows]
-        order = sorted(range(len(rows)), key=rows.__getitem__)
-        joined = torch.cat(parts)
-        return joined if order == rows else joined.index_select(0, self.state.on_device(order, joined.device))
+        order, joined = sorted(range(len(rows)), key=rows.__getitem__), torch.cat(parts)
+        if order == sorted(rows):
+            return joined
+        return joined.index_select(0, self.state.on_device(order, joined.device))
 
     def row(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one row, [1, kv_heads, length, head_dim] each."""
