@@ -179,7 +179,8 @@ def _send(
     if there.type != "cuda":
         if dtype != tensor.dtype:
             counts.launch("to(dtype)")
-        counts.wait(f"to({there.type})")
+        if not non_blocking:  # else it goes into pinned memory, and an event says when it is there
+            counts.wait(f"to({there.type})")
         return cast(torch.Tensor, data)
     if here.type == "cuda":
         counts.launch("to(dtype)" if here == there else "to(another device)")
