@@ -71,8 +71,8 @@ class Best:
     wins.
 
     Attributes:
-        scores: [n], one for each of the row's vision tokens; or ``tokens.ahead``, not called, which is then computed for
-            all such rows at once.
+        scores: [n], one for each of the row's vision tokens; or ``tokens.ahead``, not called, which is then computed
+            for all such rows at once.
         count: how many stay; all of them, if there are no more.
     """
 

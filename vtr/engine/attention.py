@@ -19,7 +19,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
+from vtr.engine.bucket import Bucket
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.once import Once
 from vtr.engine.scores import Queries, WindowMask, scores
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
@@ -75,6 +77,8 @@ class Plan:
     routing: Routing | None = None
     remember: torch.Tensor | None = None
     """bool [rows] on the device: whether the decoded token is cached; None for all."""
+    said: tuple[bool, ...] | None = None
+    """``remember``, where the host knows it."""
     trace: Any = None
     """Of a decode step: where it is noted."""
     positions: torch.Tensor | None = None
@@ -83,6 +87,8 @@ class Plan:
     """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
     masked_keys: torch.Tensor | None = None
     """bool [t]: tokens that no other token sees (forgotten words of a given answer); None for none."""
+    once: Once = field(default_factory=Once)
+    """Shared by the layers of the forward."""
 
 
 def attention_name(base: str) -> str:
@@ -170,14 +176,15 @@ def attention(
     if plan.decode:
         return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
     _rank(plan, module, query, key, window, kwargs.get("scaling"))
-    one_kernel = packed_attention(base, query, plan, window, kwargs) if plan.masked_keys is None else None
+    plain = plan.masked_keys is None
+    one_kernel = packed_attention(base, query, key, value, plan, window, kwargs) if plain else None
     if one_kernel is not None:
         return one_kernel(query, key, value), None
     rows, n = len(plan.lengths), plan.lengths[0]
-    if rows > 1 and min(plan.lengths) == max(plan.lengths) and not any(plan.past) and window is None:
-        if plan.masked_keys is None:  # rows of one length are a batch as they lie
-            q, k, v = (t[0].unflatten(1, (rows, n)).transpose(0, 1) for t in (query, key, value))
-            return _one_row(base, module, q, k, v, None, None, kwargs).flatten(0, 1)[None], None
+    if plain and rows > 1 and min(plan.lengths) == max(plan.lengths) and not any(plan.past) and window is None:
+        # rows of one length are a batch as they lie
+        q, k, v = (t[0].unflatten(1, (rows, n)).transpose(0, 1) for t in (query, key, value))
+        return _one_row(base, module, q, k, v, None, None, kwargs).flatten(0, 1)[None], None
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)
@@ -261,23 +268,25 @@ def _decode(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """One new token per row, query [rows, heads, 1, d]: one call per bucket of rows of similar length."""
-    if window is not None and base.startswith("flash"):
-        base = "sdpa"
-    outs, call = [], base_function(base, module)
+    outs, now = [], cache.here(plan.positions, query.device)
     for bucket in cache.buckets:
-        q, n = query if cache.one_bucket else query[bucket.rows], bucket.upper + 1
-        mask, seen = None, None
-        if not bucket.equal:
-            seen = torch.arange(n, device=q.device)[None] <= bucket.lens[:, None]
-        if window is not None and bucket.positions is not None and plan.positions is not None:
-            now = plan.positions if cache.one_bucket else plan.positions[bucket.rows]
-            near = now[:, None] - bucket.positions[:, :n] < window
+        n, of, mask = bucket.upper + 1, base, None
+        seen = None if bucket.equal else plan.once.of("seen", bucket.ragged, n, make=partial(_filled, bucket, n))
+        if window is not None and bucket.positions is not None and now is not None:
+            near = cache.pick(bucket, now)[:, None] - bucket.positions[:, :n] < window
             seen = near if seen is None else seen & near
         if seen is not None:
-            mask = seen if base.startswith("flash") else _as_mask(base, seen[:, None, None], q.dtype)
-        outs.append(call(q, bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
-    cache.attend_done(plan.remember)
+            of = "sdpa" if base.startswith("flash") else base  # flash wrappers copy all that a mask lets through
+            mask = _as_mask(of, seen[:, None, None], query.dtype)
+        call = base_function(of, module)
+        outs.append(call(cache.pick(bucket, query), bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
+    cache.attend_done(plan.remember, plan.said)
     return cache.in_order(outs)
+
+
+def _filled(bucket: Bucket, n: int) -> torch.Tensor:
+    """bool [b, n]: which of a bucket's places hold a token of the row, the one of this step among them."""
+    return torch.arange(n, device=bucket.keys.device)[None] <= bucket.lens[:, None]
 
 
 def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

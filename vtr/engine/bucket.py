@@ -19,14 +19,45 @@ class Bucket:
     rows: list[int]
     keys: torch.Tensor
     values: torch.Tensor
-    lens: torch.Tensor
-    """int64 [b] on the device: tokens really there."""
-    upper: int
-    """An upper bound of ``lens`` known without asking the device."""
-    equal: bool
-    """True if every row has exactly ``upper`` tokens."""
+    upper: int = 0
+    """An upper bound of the rows' lengths known without asking the device."""
+    sizes: list[int] | None = None
+    """Tokens of each row, where the host knows them and they differ."""
+    ragged: torch.Tensor | None = None
+    """int64 [b] on the device: tokens of each row; None where every row has exactly ``upper``."""
     positions: torch.Tensor | None = None
     """int64 [b, capacity]: of the cached tokens; only where a sliding window asks for them."""
+    asked: Longest | None = None
+    """Of rows whose lengths only the device knows, the longest, once it has been asked for."""
+
+    @property
+    def equal(self) -> bool:
+        """True if every row has exactly ``upper`` tokens."""
+        return self.ragged is None
+
+    @property
+    def lens(self) -> torch.Tensor:
+        """int64 [b] on the device: tokens really there."""
+        if self.ragged is None:
+            return torch.full((len(self.rows),), self.upper, dtype=torch.int64, device=self.keys.device)
+        return self.ragged
+
+    def known(self) -> list[int] | None:
+        """Tokens of each row; None where only the device knows."""
+        return [self.upper] * len(self.rows) if self.equal else self.sizes
+
+    def hold(self, lens: torch.Tensor | None, sizes: list[int] | None, upper: int = 0) -> None:
+        """The rows have so many tokens now. ``lens`` may be None where ``sizes`` are all the same.
+
+        Args:
+            upper: a bound where the host does not know the sizes.
+        """
+        if sizes is None:
+            self.ragged, self.sizes, self.upper = lens, None, upper
+            return
+        same = len(set(sizes)) == 1
+        self.ragged, self.sizes, self.upper = (None if same else lens), (None if same else sizes), max(sizes)
+        self.asked = None
 
     def grow(self, capacity: int) -> None:
         for name in ("keys", "values"):
@@ -38,6 +69,12 @@ class Bucket:
             missing = capacity - self.positions.shape[1]
             self.positions = torch.nn.functional.pad(self.positions, (0, missing))
 
+    def take(self, index: torch.Tensor) -> None:
+        """Row i of the bucket is what row ``index[i]`` (int64 [b]) was; the lengths are left to the caller."""
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, index)
+
     def unseen(self, coming: torch.Tensor, window: int, slack: int = 0) -> torch.Tensor:
         """int64 [b]: how many tokens at each row's beginning none from position ``coming`` ([b]) on can see.
 
@@ -46,11 +83,15 @@ class Bucket:
         """
         assert self.positions is not None
         seen = self.positions[:, : self.upper] > (coming - window - slack)[:, None]
-        there = torch.arange(self.upper, device=self.lens.device) < self.lens[:, None]
+        there = torch.arange(self.upper, device=self.keys.device) < self.lens[:, None]
         return (there & (seen.cumsum(1) == 0)).sum(1)
 
-    def shift(self, by: torch.Tensor, lens: list[int], capacity: int) -> None:
-        """Take ``by`` ([b]) tokens off each row's beginning, which leaves ``lens``, into a storage of ``capacity``."""
+    def shift(self, by: torch.Tensor, left: list[int] | int, capacity: int) -> None:
+        """Take ``by`` ([b]) tokens off each row's beginning into a storage of ``capacity``.
+
+        Args:
+            left: how many that leaves each row, or a bound where only the device knows.
+        """
         assert self.positions is not None
         device, last = self.keys.device, self.keys.shape[2] - 1
         index = (torch.arange(capacity, device=device) + by[:, None]).clamp_(max=last)
@@ -58,7 +99,23 @@ class Bucket:
             old = getattr(self, name)
             setattr(self, name, old.gather(2, index[:, None, :, None].expand(*old.shape[:2], -1, old.shape[3])))
         self.positions = self.positions.gather(1, index)
-        self.lens, self.upper, self.equal = self.lens - by, max(lens), len(set(lens)) == 1
+        self.asked, known = None, left if isinstance(left, list) else None
+        self.hold(self.lens - by, known, 0 if isinstance(left, list) else left)
+
+
+class Longest:
+    """The longest row of a bucket on a GPU, on its way to the host: asked for before it is needed, waited for never."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        assert bucket.ragged is not None
+        self.upper = bucket.upper
+        self.value = bucket.ragged.max().to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event()
+        self.arrived.record(torch.cuda.current_stream(bucket.keys.device))
+
+    def bound(self, bucket: Bucket) -> int:
+        """An upper bound of the bucket's lengths as they are now: exact to the tokens that have come since."""
+        return int(self.value) + bucket.upper - self.upper if self.arrived.query() else bucket.upper
 
 
 @dataclass(eq=False)
@@ -87,6 +144,5 @@ class Storage:
         def part(t: torch.Tensor) -> torch.Tensor:
             return t[here].unflatten(0, (len(rows), capacity))
 
-        lens = torch.zeros(len(rows), dtype=torch.int64, device=self.keys.device)
         at = None if self.positions is None else part(self.positions)
-        return Bucket(rows, part(self.keys).transpose(1, 2), part(self.values).transpose(1, 2), lens, 0, True, at)
+        return Bucket(rows, part(self.keys).transpose(1, 2), part(self.values).transpose(1, 2), positions=at)

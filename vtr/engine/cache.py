@@ -8,47 +8,22 @@ sliding window they hold no token that none to come can see, give or take such a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from vtr.base import Policy, UnsupportedError
-from vtr.engine.bucket import Bucket, Storage, block
+from vtr.base import UnsupportedError
+from vtr.engine.bucket import Bucket, Longest, Storage, block
+from vtr.engine.cache_state import CacheState
+from vtr.engine.once import from_host
 
 SIMILAR = 0.92
 """Rows at least this fraction of a bucket's longest row may share the bucket."""
 
 READABLE = ("cpu",)
 """Devices whose tensors can be read without waiting for them."""
-
-
-@dataclass(eq=False)
-class CacheState:
-    """What the engine knows of a ragged cache between calls; shared by the layers, carried by the cache object."""
-
-    policies: list[Policy | None]
-    dropped: list[int]
-    """Per row: how many positions the prompt really lost before the decoder (compression renumbers positions)."""
-    shift: list[list[int]] = field(default_factory=list)
-    """Per layer and row: how many positions more were lost by cuts in the decoder that renumber."""
-    logical: int = 0
-    tail: int = 0
-    """Tokens appended since the last reduction, the same for every row: what ``crop`` may take back."""
-    exact: bool = True
-    """False once ``remember`` has refused a token: rows then end at different places."""
-    floor: int = 0
-    """Logical length that ``crop`` cannot go below: tokens that a sliding window would need are gone."""
-    memos: list[dict[str, Any]] = field(default_factory=list)
-    layout: Any = None
-    """How a prefill was laid out in the layer before: from what, and the tables of indices made for it."""
-
-    def take(self, sources: list[int]) -> None:
-        self.policies = [self.policies[s] for s in sources]
-        self.dropped = [self.dropped[s] for s in sources]
-        self.shift = [[layer[s] for s in sources] for layer in self.shift]
 
 
 class RaggedLayer(DynamicLayer):
@@ -64,7 +39,6 @@ class RaggedLayer(DynamicLayer):
         self.buckets: list[Bucket] = []
         self.place: dict[int, tuple[Bucket, int]] = {}
         self.attended: Any = 0
-        self._order: torch.Tensor | None = None
         self.is_initialized = True
 
     # -- what transformers asks ------------------------------------------------------------------------------------
@@ -88,14 +62,33 @@ class RaggedLayer(DynamicLayer):
                 "model can go on with it: vtr.patch(model) again, or start with a new cache"
             )
         self.lazy_initialization(key_states, value_states)
+        if self.index == 0:
+            self.state.once.clear()
         if plan.decode:
-            self._append_one(key_states, value_states, plan.positions)
+            self._append_one(key_states, value_states, self.here(plan.positions, key_states.device))
         else:
             self._append_packed(key_states, value_states, plan.lengths, plan.positions)
         return key_states, value_states
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._take(beam_idx.tolist())
+        """Row i goes on from what row ``beam_idx[i]`` has.
+
+        Rows of one bucket are reordered on the device. Where there are several, or policies that differ, the host has
+        to know which row comes from where: it waits for ``beam_idx`` then, once for all layers.
+        """
+        once = self.state.once
+        if self.index == 0:
+            once.clear()
+        readable, same = beam_idx.device.type in READABLE, len(beam_idx) == len(self.place)
+        if self.one_bucket and same and not readable and self.state.alike():
+            (bucket,) = self.buckets
+            at = self.here(beam_idx, bucket.keys.device)
+            bucket.take(at)
+            if not bucket.equal:
+                lens = once.of("taken", bucket.ragged, at, make=lambda: bucket.lens.index_select(0, at))
+                bucket.hold(lens, None, bucket.upper)
+        else:
+            self._take(once.of("sources", beam_idx, make=beam_idx.tolist))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if indices.dtype == torch.bool:
@@ -128,8 +121,9 @@ class RaggedLayer(DynamicLayer):
                 "cache.activate_past_recording() before the tokens that are to be taken back, or start with a new cache"
             )
         for bucket in self.buckets:
-            bucket.lens = bucket.lens - n
-            bucket.upper -= n
+            sizes = bucket.known()
+            lens = None if bucket.equal else bucket.lens - n
+            bucket.hold(lens, sizes and [size - n for size in sizes], bucket.upper - n)
         if self.index == 0:
             self.state.logical -= n
             self.state.tail -= n
@@ -142,14 +136,28 @@ class RaggedLayer(DynamicLayer):
         """True if one bucket holds all rows, in order."""
         return len(self.buckets) == 1
 
+    def here(self, t: Any, device: torch.device) -> Any:
+        """A tensor of the whole forward on the layer's device, sent there once for all of its layers; None as None."""
+        if t is None or t.device == device:
+            return t
+        return self.state.once.of("here", t, device, make=lambda: t.to(device))
+
+    def pick(self, bucket: Bucket, t: torch.Tensor) -> torch.Tensor:
+        """[rows, …] → [b, …]: what belongs to the rows of the bucket."""
+        first, last = bucket.rows[0], bucket.rows[-1]
+        if last - first + 1 == len(bucket.rows):
+            return t[first : last + 1]
+        return t.index_select(0, self.state.on_device(bucket.rows, t.device))
+
     def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Put per-bucket results ([b, …] each) back into the order of the rows."""
         if self.one_bucket:
             return parts[0]
-        if self._order is None:
-            rows = [row for bucket in self.buckets for row in bucket.rows]
-            self._order = torch.tensor(rows, device=parts[0].device).argsort()
-        return torch.cat(parts).index_select(0, self._order)
+        rows = [row for bucket in self.buckets for row in bucket.rows]
+        order, joined = sorted(range(len(rows)), key=rows.__getitem__), torch.cat(parts)
+        if order == sorted(rows):
+            return joined
+        return joined.index_select(0, self.state.on_device(order, joined.device))
 
     def row(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one row, [1, kv_heads, length, head_dim] each."""
@@ -166,16 +174,14 @@ class RaggedLayer(DynamicLayer):
         """Tokens of every row (reads the device if ``remember`` decided there)."""
         out = [0] * len(self.place)
         for bucket in self.buckets:
-            lens = [bucket.upper] * len(bucket.rows) if bucket.equal else bucket.lens.tolist()
-            for row, n in zip(bucket.rows, lens, strict=True):
+            for row, n in zip(bucket.rows, bucket.known() or bucket.lens.tolist(), strict=True):
                 out[row] = n
         return out
 
     def live(self) -> Any:
         """Tokens held, all rows: an int, or a 0-d tensor where only the device knows."""
-        if all(b.equal for b in self.buckets):
-            return sum(b.upper * len(b.rows) for b in self.buckets)
-        return sum(b.lens.sum() for b in self.buckets)
+        known = [(b, b.known()) for b in self.buckets]
+        return sum(b.lens.sum() if sizes is None else sum(sizes) for b, sizes in known)
 
     def allocated(self) -> int:
         """Bytes of key and value storage."""
@@ -187,24 +193,38 @@ class RaggedLayer(DynamicLayer):
             self.drop_unseen(new)
 
     def drop_unseen(self, new: int = 0) -> None:
-        """Drop what is behind the sliding window for every token to come; reads the device.
+        """Drop what is behind the sliding window for every token to come.
 
         Args:
             new: tokens of each row that are cached and not yet counted in ``state.logical``.
         """
         if self.window is None or self.state.logical + new < self.window:
             return
-        slack = self.state.logical + new - self._committed if self.record_past else 0
         for bucket in self.buckets:
             assert bucket.positions is not None
             last = bucket.positions.gather(1, (bucket.lens - 1).clamp(min=0)[:, None])[:, 0]
-            by = bucket.unseen(last + 1, self.window, slack)
+            self._drop(bucket, last + 1, new)
+
+    def _drop(self, bucket: Bucket, coming: torch.Tensor, new: int, room: int = 0) -> None:
+        """:meth:`drop_unseen` of one bucket, for tokens from positions ``coming`` ([b]) on; leaves ``room`` for more.
+
+        How many a window still holds depends on the gaps between them, which only the device knows. Where reading it
+        would be waited for, room is left for as many as there can be.
+        """
+        assert self.window is not None
+        slack = self.state.logical + new - self._committed if self.record_past else 0
+        by = bucket.unseen(coming, self.window, slack)
+        left: list[int] | int = min(bucket.upper, self.window - 1 + slack)
+        some = True
+        if by.device.type in READABLE:
             gone, left = torch.stack([by, bucket.lens - by]).tolist()
-            capacity = self._capacity(max(left))
-            if any(gone) or bucket.keys.shape[2] > capacity:
-                bucket.shift(by, left, capacity)
-            if any(gone):
-                self.state.floor = max(self.state.floor, self.state.logical + new - slack)
+            some = any(gone)
+        longest = left if isinstance(left, int) else max(left)
+        capacity = longest + room + block(longest) if room else self._capacity(longest)
+        if some or room or bucket.keys.shape[2] > capacity:
+            bucket.shift(by, left, capacity)
+        if some:
+            self.state.floor = max(self.state.floor, self.state.logical + new - slack)
 
     # -- storage ---------------------------------------------------------------------------------------------------
     def _append_packed(
@@ -232,10 +252,10 @@ class RaggedLayer(DynamicLayer):
         positions: torch.Tensor | None,
     ) -> None:  # fmt: skip
         """Write the last ``kept`` tokens of each row, all rows at once. keys, values: [1, kv_heads, T, head_dim]."""
-        layout = (tuple(lengths), tuple(kept), keys.device)
-        if self.state.layout is None or self.state.layout[0] != layout:  # most layers hold what the layer before holds
-            self.state.layout = layout, self._cells(lengths, kept, keys.device)
-        cells, sources, lens = self.state.layout[1]
+        sizes, device = tuple(bucket.keys.shape[2] for bucket in self.buckets), keys.device
+        cells, sources = self.state.once.of(  # most layers hold what the layer before holds
+            "cells", tuple(lengths), tuple(kept), sizes, device, make=lambda: self._cells(lengths, kept, device)
+        )
         for store, new in ((storage.keys, keys), (storage.values, values)):
             tokens = new[0].transpose(0, 1)
             store.index_copy_(0, cells, tokens if sources is None else tokens.index_select(0, sources))
@@ -243,30 +263,24 @@ class RaggedLayer(DynamicLayer):
             storage.positions.index_copy_(
                 0, cells, positions if sources is None else positions.index_select(0, sources)
             )
-        at = 0
-        for bucket in self.buckets:
-            n = len(bucket.rows)
-            bucket.lens, at = lens[at : at + n], at + n
-            mine = [kept[row] for row in bucket.rows]
-            bucket.upper, bucket.equal = max(mine), len(set(mine)) == 1
+        self._set_lengths(kept)
 
     def _cells(
-        self, lengths: Sequence[int], kept: list[int], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Where in the storage each token goes; which packed tokens these are (None: all); and the buckets' ``lens``."""
+        self, lengths: Sequence[int], kept: Sequence[int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where in the storage each token goes, int64 [sum of kept]; and which packed token it is (None: all, as they
+        come)."""
         cell, first = [0] * len(kept), 0
         for bucket in self.buckets:
             for row in bucket.rows:
                 cell[row], first = first, first + bucket.keys.shape[2]
         here = [start - before for start, before in zip(cell, accumulate([0, *kept]), strict=False)]
         gone = [n - k for n, k in zip(lengths, kept, strict=True)]
-        lens = [kept[row] for bucket in self.buckets for row in bucket.rows]
-        table = torch.tensor([here, list(accumulate(gone)), kept, lens]).to(device, non_blocking=True)
-        total = sum(kept)
+        table, total = from_host([here, list(accumulate(gone)), list(kept)], device), sum(kept)
         each = torch.arange(total, device=device)
         cells = each + table[0].repeat_interleave(table[2], output_size=total)
         sources = each + table[1].repeat_interleave(table[2], output_size=total) if any(gone) else None
-        return cells, sources, table[3]
+        return cells, sources
 
     def _seen_later(self, n: int, end: int, positions: torch.Tensor | None) -> int:
         """How many of a row's first ``n`` tokens, which end at ``end``, any token to come can see."""
@@ -281,18 +295,19 @@ class RaggedLayer(DynamicLayer):
 
     def _make_room(self, bucket: Bucket, coming: torch.Tensor | None) -> None:
         """A full bucket gets room for a token more a row, at positions ``coming`` ([b]; None without a window)."""
-        if self.window is None or coming is None:
-            if not bucket.equal:
+        seen = 0 if self.window is None or coming is None else self.window
+        if seen and self.record_past:
+            seen += self.state.logical - self._committed
+        if seen and self.state.logical >= seen:
+            assert coming is not None
+            return self._drop(bucket, coming, 0, room=1)
+        if not bucket.equal and bucket.sizes is None:
+            if bucket.asked is not None:
+                bucket.upper, bucket.asked = bucket.asked.bound(bucket), None
+            elif bucket.keys.device.type != "cuda":
                 bucket.upper = int(bucket.lens.max())
-            if bucket.upper + 1 > bucket.keys.shape[2]:
-                bucket.grow(bucket.upper + 1 + block(bucket.upper))
-            return
-        slack = self.state.logical - self._committed if self.record_past else 0
-        by = bucket.unseen(coming, self.window, slack)
-        gone, left = torch.stack([by, bucket.lens - by]).tolist()
-        if any(gone):
-            self.state.floor = max(self.state.floor, self.state.logical - slack)
-        bucket.shift(by, left, max(left) + 1 + block(max(left)))
+        if bucket.upper + 1 > bucket.keys.shape[2]:
+            bucket.grow(bucket.upper + 1 + block(bucket.upper))
 
     def _capacity(self, longest: int) -> int:
         """Tokens a bucket gets storage for, whose longest row has ``longest``; no more than a window has."""
@@ -302,37 +317,52 @@ class RaggedLayer(DynamicLayer):
     def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
         for bucket in self.buckets:
-            if bucket.upper + 1 > bucket.keys.shape[2]:
-                self._make_room(bucket, positions if positions is None or self.one_bucket else positions[bucket.rows])
-            new_k, new_v = (keys, values) if self.one_bucket else (keys[bucket.rows], values[bucket.rows])
+            new_k, new_v = self.pick(bucket, keys)[:, :, 0], self.pick(bucket, values)[:, :, 0]
+            at = None if positions is None or bucket.positions is None else self.pick(bucket, positions)
+            room = bucket.keys.shape[2] - bucket.upper
+            if room < 1:
+                self._make_room(bucket, at)
+            elif room <= 2 and bucket.asked is None and bucket.known() is None and keys.device.type == "cuda":
+                bucket.asked = Longest(bucket)
+            where: Any = bucket.upper
             if bucket.equal:
-                bucket.keys[:, :, bucket.upper] = new_k[:, :, 0]
-                bucket.values[:, :, bucket.upper] = new_v[:, :, 0]
-            else:
-                each = torch.arange(len(bucket.rows), device=keys.device)
-                bucket.keys[each, :, bucket.lens] = new_k[:, :, 0]
-                bucket.values[each, :, bucket.lens] = new_v[:, :, 0]
-            if bucket.positions is not None and positions is not None:
-                each = torch.arange(len(bucket.rows), device=keys.device)
-                bucket.positions[each, bucket.lens] = positions if self.one_bucket else positions[bucket.rows]
+                bucket.keys[:, :, where], bucket.values[:, :, where] = new_k, new_v
+                if at is not None:
+                    bucket.positions[:, where] = at  # type: ignore[index]
+                continue
+            each, where = self.state.on_device(range(len(bucket.rows)), keys.device), bucket.lens
+            bucket.keys[each, :, where], bucket.values[each, :, where] = new_k, new_v
+            if at is not None:
+                bucket.positions[each, where] = at  # type: ignore[index]
 
-    def attend_done(self, remember: torch.Tensor | None) -> None:
-        """After the step's attention: the current token is kept (``remember`` None or True) or is forgotten."""
+    def attend_done(self, remember: torch.Tensor | None, said: Sequence[bool] | None = None) -> None:
+        """After the step's attention: the current token is kept (``remember`` None or True) or is forgotten.
+
+        Args:
+            said: ``remember``, where the host knows it.
+        """
+        once = self.state.once
+        if said is None and remember is not None and remember.device.type in READABLE:
+            said = once.of("said", remember, make=remember.tolist)
         for bucket in self.buckets:
-            count = bucket.upper * len(bucket.rows) if bucket.equal else bucket.lens.sum()
-            self.attended = self.attended + count + len(bucket.rows)
-            grown = 1
-            if remember is None:
-                bucket.lens = bucket.lens + 1
-            else:
-                kept = remember[bucket.rows].to(bucket.lens)
-                bucket.lens = bucket.lens + kept
-                said = set(kept.tolist()) if bucket.equal and kept.device.type in READABLE else ()
-                if len(said) == 1:  # all alike: no mask is needed
-                    (grown,) = said
-                else:
-                    bucket.equal = False
-            bucket.upper += grown
+            sizes, count = bucket.known(), len(bucket.rows)
+            held = once.of("sum", bucket.ragged, make=bucket.lens.sum) if sizes is None else sum(sizes)
+            self.attended = self.attended + held + count
+            if remember is None and bucket.equal:
+                bucket.upper += 1
+                continue
+            more = [True] * count if remember is None else said and [said[row] for row in bucket.rows]
+            known = [n + m for n, m in zip(sizes, more, strict=True)] if sizes and more else None
+            bucket.hold(self._grown(bucket, remember), known, bucket.upper + 1)
+
+    def _grown(self, bucket: Bucket, remember: torch.Tensor | None) -> torch.Tensor:
+        """int64 [b]: the rows' lengths when their new tokens are counted; the same tensor for layers alike."""
+
+        def make() -> torch.Tensor:
+            return bucket.lens + (1 if remember is None else self.pick(bucket, remember))
+
+        alike = (bucket.ragged, bucket.upper, tuple(bucket.rows), bucket.keys.device)
+        return cast(torch.Tensor, self.state.once.of("grown", *alike, remember, make=make))
 
     def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> Storage:
         """Empty buckets for rows of these lengths, in one storage."""
@@ -343,7 +373,7 @@ class RaggedLayer(DynamicLayer):
                 groups[-1].append(row)
             else:
                 groups.append([row])
-        self.buckets, self.place, self._order = [], {}, None
+        self.buckets, self.place = [], {}
         capacities = [self._capacity(max(lengths[row] for row in rows)) for rows in groups]
         sizes = [len(rows) * capacity for rows, capacity in zip(groups, capacities, strict=True)]
         storage = Storage.like(keys, values, sum(sizes), self.window is not None)
@@ -364,9 +394,13 @@ class RaggedLayer(DynamicLayer):
 
     def _set_lengths(self, lengths: list[int]) -> None:
         for bucket in self.buckets:
-            here = [lengths[r] for r in bucket.rows]
-            bucket.lens = torch.tensor(here, dtype=torch.int64).to(bucket.keys.device, non_blocking=True)
-            bucket.upper, bucket.equal = max(here), len(set(here)) == 1
+            here, device = [lengths[r] for r in bucket.rows], bucket.keys.device
+            bucket.hold(None if len(set(here)) == 1 else self._lens(here, device), here)
+
+    def _lens(self, lengths: list[int], device: torch.device) -> torch.Tensor:
+        """int64 [b]: the same tensor for layers of the same lengths, so that they go on sharing what is made of it."""
+        key = tuple(lengths)
+        return cast(torch.Tensor, self.state.once.of("lens", key, device, make=lambda: from_host(key, device)))
 
     def _take(self, sources: list[int]) -> None:
         """New row i is old row ``sources[i]`` (beam search reorders, batches are selected and repeated)."""
@@ -379,12 +413,7 @@ class RaggedLayer(DynamicLayer):
         )
         if same:
             for bucket in self.buckets:
-                local = [self.place[sources[row]][1] for row in bucket.rows]
-                index = torch.tensor(local, device=bucket.keys.device)
-                bucket.keys, bucket.values = bucket.keys.index_select(0, index), bucket.values.index_select(0, index)
-                bucket.lens = bucket.lens.index_select(0, index)
-                if bucket.positions is not None:
-                    bucket.positions = bucket.positions.index_select(0, index)
+                self._take_within(bucket, [self.place[sources[row]][1] for row in bucket.rows])
             return
         old, lengths = self.place, self.lengths()
         first = self.buckets[0]
@@ -395,6 +424,17 @@ class RaggedLayer(DynamicLayer):
             if bucket.positions is not None and was.positions is not None:
                 bucket.positions[i, :n] = was.positions[j, :n]
         self._set_lengths([lengths[s] for s in sources])
+
+    def _take_within(self, bucket: Bucket, local: list[int]) -> None:
+        """Row i of the bucket is what its row ``local[i]`` was."""
+        if local == list(range(len(local))):
+            return
+        key, device, once = tuple(local), bucket.keys.device, self.state.once
+        at = once.of("local", key, device, make=lambda: from_host(key, device))
+        bucket.take(at)
+        if not bucket.equal:
+            lens = once.of("taken", bucket.ragged, at, make=lambda: bucket.lens.index_select(0, at))
+            bucket.hold(lens, bucket.sizes and [bucket.sizes[i] for i in local], bucket.upper)
 
 
 def is_ragged(cache: Any) -> bool:

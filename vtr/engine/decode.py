@@ -9,8 +9,11 @@ import torch
 
 from vtr.base import Policy, Token
 from vtr.engine.attention import Plan
-from vtr.engine.cache import CacheState, RaggedLayer
+from vtr.engine.cache import RaggedLayer
+from vtr.engine.cache_state import CacheState
 from vtr.engine.checks import version, write_error
+from vtr.engine.devices import execution_device
+from vtr.engine.once import from_host
 from vtr.engine.trace import Trace
 
 
@@ -31,7 +34,11 @@ class DecodeStep:
             state.memos = [{} for _ in state.policies]
 
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Put this layer's positions and its plan into ``kwargs``. hidden: [rows, 1, D], returned as it is."""
+        """Put this layer's positions and its plan into ``kwargs``. hidden: [rows, 1, D], returned on its device."""
+        device = execution_device(layer) or hidden.device
+        if device != hidden.device:  # the layers from here on are on another one
+            hidden = hidden.to(device)
+            self.state.memos = [on_device(memo, device) for memo in self.state.memos]
         if self.renumbers:
             self._renumber(index, hidden, kwargs)
         if self.asks:
@@ -42,14 +49,20 @@ class DecodeStep:
     def _renumber(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
         shift = self.state.shift[index]
         if shift != self._shift:
-            at = self.positions - torch.tensor(shift).to(self.positions.device, non_blocking=True)[:, None]
-            self._changed = {"position_embeddings": self.rotary(hidden, position_ids=at), "position_ids": at}
+            at = self.positions - self.state.on_device(shift, self.positions.device)[:, None]
+            self._changed = {"position_embeddings": self.rotary(hidden, position_ids=at.to(hidden.device))}
+            self._changed["position_ids"] = at
             self._shift = shift
         kwargs.update(self._changed)
         plan: Plan = kwargs["vtr_plan"]
         if self._changed and plan.positions is not None:
             kwargs["vtr_plan"] = plan = replace(plan, positions=self._changed["position_ids"][:, 0])
             plan.layers[index].staged = plan
+
+
+def on_device(memo: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a policy noted of a token, its tensors on the device."""
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in memo.items()}
 
 
 def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> int:
@@ -71,23 +84,37 @@ def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> int
         if p is not None and p.asks("remember"):
             groups.setdefault(id(p), (p, []))[1].append(row)
     found: list[Any] = [True] * len(cache.state.policies)
+    whole: torch.Tensor | None = None
     before = version(hidden)
     for p, rows in groups.values():
         tokens = [Token(hidden[row, 0], cache.state.memos[row]) for row in rows]
-        said = answers(p, p.remember_all(index, tokens), len(tokens))
+        answer = p.remember_all(index, tokens)
+        said = answers(p, answer, len(tokens))
         if version(hidden) != before:
             raise write_error(p, "remember", "token.hidden")
-        for row, answer in zip(rows, said, strict=True):
-            found[row] = answer
+        whole = answer if isinstance(answer, torch.Tensor) and len(rows) == len(found) else None
+        for row, each in zip(rows, said, strict=True):
+            found[row] = each
         flops += sum(token.flops for token in tokens)
-    if all(answer is True for answer in found):
-        plan = replace(plan, remember=None)
-    else:
+    kept, known = None, None
+    if not all(each is True for each in found):
         cache.state.exact = False
-        plan = replace(plan, remember=torch.stack([as_tensor(a, hidden.device) for a in found]))
+        if all(isinstance(each, bool) for each in found):
+            known = tuple(found)
+            kept = plan.once.of("kept", known, hidden.device, make=lambda: from_host(known, hidden.device))
+        else:
+            kept = _decided(found, whole, hidden.device)
+    plan = replace(plan, remember=kept, said=known)
     cache.staged = plan
     kwargs["vtr_plan"] = plan
     return flops
+
+
+def _decided(found: list[Any], whole: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """bool [rows]: the answers of all rows; ``whole`` as it is if one policy said them together."""
+    if whole is not None:
+        return whole.to(device)
+    return torch.stack([as_tensor(answer, device) for answer in found])
 
 
 def answers(policy: Policy, found: Any, count: int) -> list[Any]:

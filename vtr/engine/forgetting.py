@@ -14,8 +14,8 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.checks import version, write_error
-from vtr.engine.decode import answers, as_tensor
-from vtr.engine.packed import Packed, on_device
+from vtr.engine.decode import answers, as_tensor, on_device
+from vtr.engine.packed import Packed
 from vtr.engine.rows import Row
 from vtr.engine.trace import Trace
 
@@ -37,6 +37,9 @@ class Forgetting:
         may = any(map(_may_forget, rows))
         return cls(rows, given, trace) if may else None
 
+    def to(self, device: torch.device) -> None:
+        self.memos = [[on_device(memo, device) for memo in memos] for memos in self.memos]
+
     def drop(self, index: int, packed: Packed, hidden: torch.Tensor) -> torch.Tensor | None:
         """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""
         if self.given:
@@ -52,7 +55,7 @@ class Forgetting:
                 self.memos[row.index] = [memo for memo, yes in zip(self.memos[row.index], said, strict=True) if yes]
         if bool(kept.all()):
             return None
-        (chosen,) = on_device([kept.nonzero().squeeze(1)], hidden.device)
+        chosen = kept.nonzero().squeeze(1).to(hidden.device, non_blocking=hidden.is_cuda)
         return packed.forget(chosen, texts)
 
     def masked_keys(self, index: int, packed: Packed, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -69,7 +72,7 @@ class Forgetting:
         return masked
 
     def _remembered(self, index: int, row: Row, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
-        """bool [words of the row]; None if its policy is not asked. states: [T, D], in which they stand at ``places``."""
+        """bool [words of the row]; None if its policy is not asked. states: [T, D], where they stand at ``places``."""
         p = row.policy
         if p is None or not _may_forget(row) or not len(places):
             return None

@@ -145,4 +145,4 @@ def after_mlp(module: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Te
     if scale is None:
         return None
     mlp_scale.set(None)
-    return out * scale
+    return out * scale.to(out.device)

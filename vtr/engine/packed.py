@@ -7,7 +7,7 @@ launches as many kernels for thirty-two rows as for one, and comes from the host
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -74,17 +74,17 @@ class Packed:
     def spans(self) -> list[slice]:
         """Where each row lies in the packed sequence."""
         ends = sums(self.lengths)
-        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def vision_spans(self) -> list[slice]:
         """Where each row's vision tokens lie in ``vision`` and ``alive``."""
         ends = sums(self.counts)
-        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def text_spans(self) -> list[slice]:
         """Where each row's text lies in ``text``."""
         ends = sums(self.texts)
-        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def of_rows(self, values: torch.Tensor, rows: Sequence[int], spans: Sequence[slice]) -> torch.Tensor:
         """What of ``values`` (along dimension 0) lies in the spans of these rows."""

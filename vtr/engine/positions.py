@@ -92,7 +92,8 @@ class Positions:
 
     def _become(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
         self._table = torch.cat([ids, self._table[-1:]])
-        self.rope, self._both = self.rotary(hidden, position_ids=ids), None
+        rope = self.rotary(hidden, position_ids=ids)
+        self.rope, self._both = tuple(t.to(hidden.device) for t in rope), None
 
     def fork(self, index: torch.Tensor, moved: torch.Tensor, old: Sequence[int]) -> Positions:
         """Those of the packed tokens ``index``, which are the rows ``old`` of these, without a cache.

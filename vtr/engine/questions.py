@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtr.base import Best, Policy, Route, Tokens, UnsupportedError
+from vtr.base import Best, Route, Tokens, UnsupportedError
 from vtr.engine import ranking
 from vtr.engine.attention import Probe
 from vtr.engine.cache import RaggedLayer
@@ -92,7 +92,7 @@ class Questions:
     def _kept(self, question: str, answers: dict[int, Any]) -> list[ranking.Kept]:
         """What each row keeps, checked; None for all of it."""
         looking = [i for i, a in answers.items() if isinstance(a, Best) and isinstance(a.scores, _LookAhead)]
-        found = looking[0:1] and answers[looking[0]].scores.together(looking)
+        found = answers[looking[0]].scores.together(looking) if looking else {}
         kept: list[ranking.Kept] = [None] * len(self.rows)
         for i, answer in answers.items():
             if answer is None:
@@ -100,7 +100,8 @@ class Questions:
             n, policy = self.packed.counts[i], self.rows[i].policy
             assert policy is not None
             if isinstance(answer, Best):
-                scores = found[i] if i in looking else answer.scores() if callable(answer.scores) else answer.scores
+                scores: Any = answer.scores
+                scores = found[i] if i in looking else scores() if callable(scores) else scores
                 check_best(scores, answer.count, n, question, policy)
                 kept[i] = (scores, answer.count) if answer.count < n else None
             else:
@@ -197,7 +198,8 @@ class Questions:
         return self._queries[last, rows]
 
     def fork(
-        self, rows: list[Row], packed: Packed, positions: Positions, index: torch.Tensor, old: Sequence[int], trace: Trace
+        self, rows: list[Row], packed: Packed, positions: Positions, index: torch.Tensor, old: Sequence[int],
+        trace: Trace,
     ) -> Questions:  # fmt: skip
         """Of rows that go on from these (``old``), without a cache. index: int64, see :meth:`Packed.fork`."""
         made = Questions(rows, packed, positions, None, self.decoder, trace)
@@ -236,7 +238,7 @@ class Questions:
     def _ask(
         self, question: str, index: int, hidden: torch.Tensor, asks: Sequence[bool], layer: Any = None
     ) -> dict[int, Any]:
-        """row → what its policy answers about its tokens that enter layer ``index``. Rows of one policy are asked together."""
+        """row → what its policy answers about its tokens entering layer ``index``; rows of one policy in one go."""
         groups: dict[int, list[int]] = {}
         for i, row in enumerate(self.rows):
             if asks[i] and row.vision.count:
@@ -374,6 +376,3 @@ class _NoLookAhead:
 
     def __call__(self) -> torch.Tensor:
         raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")
-
-
-__all__ = ["Passing", "Policy", "Questions"]

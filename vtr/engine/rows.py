@@ -135,7 +135,7 @@ class Row:
 
     # -- what becomes of it ----------------------------------------------------------------------------------------
     def shorten(self, vision: VisionTokens) -> torch.Tensor:
-        """Before the decoder: ``vision`` (indices as before) instead of the row's; returns the indices that are kept."""
+        """Before the decoder: ``vision`` (indices as before) instead of the row's; returns what is kept."""
         kept = self.with_text(vision.index)
         vision.index = torch.searchsorted(kept, vision.index)
         self.text.renumber(kept)

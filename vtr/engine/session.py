@@ -19,8 +19,10 @@ from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
 from vtr.engine.compression import Compression, compress_row
 from vtr.engine.decoder import Decoder
+from vtr.engine.devices import execution_device
 from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
+from vtr.engine.once import Once
 from vtr.engine.packed import Packed, on_device, sums
 from vtr.engine.positions import Positions
 from vtr.engine.questions import Passing, Questions
@@ -63,7 +65,7 @@ class Session:
         self.questions: Questions
         given = request is not None and request.generation is None
         self.forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
-        self.log = PackedTrace(trace, device)
+        self.log, self.once = PackedTrace(trace, device), Once()
         self.offset = request.offset if request else 0
         self.generation: Generation | None = None
         self.max_distance = self.logical + (0 if self.state is None else self.state.logical)
@@ -152,7 +154,7 @@ class Session:
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
-        hidden = self._arrive(index, hidden, kwargs)
+        hidden = self._arrive(index, layer, hidden, kwargs)
         hidden, masked_keys = self._cut(index, layer, hidden)
         with self.log.clock:
             passing = self.questions.route(index, hidden)
@@ -180,25 +182,34 @@ class Session:
             positions=None if self.decoder.windows[index] is None else positions[0],
             max_distance=self.max_distance,
             masked_keys=masked_keys,
+            once=self.once,
         )
         if self.layers is not None:
             self.layers[index].staged = plan
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
 
-    def _arrive(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _arrive(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Bring everything to the layer's device and positions; add what belongs to the layer before."""
         self.positions.take_rope(kwargs)
-        if hidden.device != self.device:  # the layers from here on are on another one
-            self.device = hidden.device
-            self.positions.to(hidden.device)
-            self.packed.to(hidden.device)
-            self.questions.to(hidden.device)
+        hidden = hidden.to(execution_device(layer) or hidden.device)
+        self._move(hidden.device)
         if 0 < index <= len(self.packed.features):
             hidden = add_features(self.packed, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self.positions.shift:
             self.positions.step_down(self.state.shift[index], self.packed.lengths, hidden)
         return hidden
+
+    def _move(self, device: torch.device) -> None:
+        """Everything that goes with the packed tokens, to where they are now."""
+        if device == self.device:
+            return
+        self.device = self.log.clock.device = device
+        self.positions.to(device)
+        self.packed.to(device)
+        self.questions.to(device)
+        if self.forgetting is not None:
+            self.forgetting.to(device)
 
     def _cut(self, index: int, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drop what does not enter the layer. Returns [1, T, D] and which keys are masked (bool [T]; None: none)."""
@@ -266,11 +277,11 @@ class Session:
     # -- out of the decoder ----------------------------------------------------------------------------------------
     def unpack(self, hidden: torch.Tensor) -> torch.Tensor:
         """Packed [1, T, D] → [B, L, D]. A dropped slot carries the last surviving state before it; padding is zero."""
+        self._move(hidden.device)
         columns = self.batch * self.logical
         if hidden.shape[1] == columns:
             return hidden.view(self.batch, self.logical, -1)
-        there = self.positions.slots
-        every = self.packed.slots
+        there, every = self.positions.slots, self.packed.slots
         if any(len(row.slots) < len(row.given.slots) for row in self.rows):
             given = torch.cat([row.given.slots + i * self.logical for i, row in enumerate(self.rows)])
             (every,) = on_device([given], hidden.device)

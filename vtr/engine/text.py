@@ -9,7 +9,8 @@ import torch
 
 from vtr.base import UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
-from vtr.engine.cache import CacheState, RaggedLayer, is_ragged
+from vtr.engine.cache import RaggedLayer, is_ragged
+from vtr.engine.cache_state import CacheState
 from vtr.engine.call import Generation
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
@@ -168,12 +169,12 @@ class TextHooks:
         layers, trace = call.cache.layers, self._trace(generation)
         state = layers[0].state
         if any(state.dropped):
-            gone = torch.tensor(state.dropped).to(positions.device, non_blocking=True)
-            positions = positions.expand(rows, -1) - gone[:, None]
+            positions = positions.expand(rows, -1) - state.on_device(state.dropped, positions.device)[:, None]
         kwargs["position_ids"] = positions
         positions = positions[0] if positions.dim() == 3 else positions
         at = positions.expand(rows, -1)[:, 0] if any(self.patch.decoder.windows) else None
-        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, max_distance=state.logical + 1)
+        far = state.logical + 1
+        plan = Plan(decode=True, layers=layers, trace=trace, positions=at, max_distance=far, once=state.once)
         for layer in layers:
             layer.staged = plan
         kwargs["vtr_plan"] = plan

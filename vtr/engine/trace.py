@@ -44,35 +44,42 @@ class Geometry:
 
 
 class Clock:
-    """Time spent choosing tokens: a wall clock on the CPU, CUDA events (read later, no stall) on a GPU."""
+    """Time spent choosing tokens: a wall clock on the CPU, CUDA events (read later, no stall) on a GPU.
+
+    Attributes:
+        device: where what is timed next runs. Each GPU has a stream of its own, and events on it.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.device = device
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
         self._start: Any = None
 
     def __enter__(self) -> None:
-        if self._cuda:
-            self._start = torch.cuda.Event(enable_timing=True)
-            self._start.record()
-        else:
-            self._start = time.perf_counter()
+        self._start = self._now()
 
     def __exit__(self, *error: object) -> None:
-        if self._cuda:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self._events.append((self._start, end))
+        end = self._now()
+        if isinstance(end, float):
+            self._seconds += end - self._start
         else:
-            self._seconds += time.perf_counter() - self._start
+            self._events.append((self._start, end))
+
+    def _now(self) -> Any:
+        """Seconds, or an event on the device's stream."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def ms(self) -> float:
-        """Milliseconds so far (waits for the GPU)."""
-        if self._cuda and self._events:
-            torch.cuda.synchronize()
-            self._seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-            self._events = []
+        """Milliseconds so far (waits for the GPUs)."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1e3
+        self._events = []
         return self._seconds * 1e3
 
 

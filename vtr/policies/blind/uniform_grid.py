@@ -50,4 +50,5 @@ class UniformGrid(Blind):
 
     def score_all(self, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor]:
         y, x = (torch.cat([getattr(one, name) for one in tokens]) for name in ("y", "x"))
-        return self.rank(y, x, self.layer).split([len(one) for one in tokens])
+        ranks: Sequence[torch.Tensor] = self.rank(y, x, self.layer).split([len(one) for one in tokens])
+        return ranks
