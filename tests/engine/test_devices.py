@@ -19,6 +19,7 @@ from tests.families import FAMILIES, Family
 from tests.support import POLICIES, Models
 from tests.tiny import IMAGE
 from vtr.engine.devices import execution_device
+from vtr.engine.trace import Clock
 
 accelerate = pytest.importorskip("accelerate")
 DEVICES = ("cuda:0", "cuda:1")
@@ -194,3 +195,32 @@ def test_layers_alike_share_their_masks(lm: str) -> None:
         tiny.generate(model, on, policy=vtr.FastV(0.5, layer=2), max_new_tokens=4)
         masks = sum(n for place, n in found[2].launches.items() if place.what == "le")
     assert masks <= 2 * 5  # of layers before and behind the cut, a bucket each
+
+
+def test_a_clock_counts_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event lies on the stream of the device where what is timed runs, also if another one is current."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.waited = False
+
+        def record(self, stream: Any) -> None:
+            self.device = stream
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+        def elapsed_time(self, end: Any) -> float:
+            assert end.waited and self.device == end.device
+            return {"cuda:0": 2.0, "cuda:1": 3.0}[str(self.device)]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    clock = Clock(torch.device("cuda:0"))
+    with clock:
+        pass
+    clock.device = torch.device("cuda:1")
+    with clock:
+        pass
+    assert clock.ms() == pytest.approx(5.0) and clock.ms() == pytest.approx(5.0)

@@ -175,3 +175,11 @@ def test_what_is_behind_a_window_goes(readable: tuple[str, ...], recording: bool
     with pytest.raises(UnsupportedError, match="activate_past_recording"):
         layer.crop(-1)
     assert len(buffers) <= 20
+
+
+def test_buckets_that_swap_their_rows_are_put_in_order() -> None:
+    layer = make(2)
+    prefill(layer, [5, 9])  # the longer row's bucket comes first
+    assert [bucket.rows for bucket in layer.buckets] == [[1], [0]]
+    parts = [torch.full((1, 2), float(row)) for bucket in layer.buckets for row in bucket.rows]
+    assert layer.in_order(parts)[:, 0].tolist() == [0.0, 1.0]

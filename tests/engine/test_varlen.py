@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtr
-from tests import tiny
+from tests import learned, tiny
 from tests.tiny import IMAGE
 from vtr.engine import varlen
 from vtr.engine.once import Once
@@ -239,3 +241,28 @@ def test_one_kernel_says_what_row_by_row_says(monkeypatch: pytest.MonkeyPatch, f
     got = model(**inputs, policy=policies).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert len(calls) == 5 and len({id(ends) for ends in calls}) < 5  # layers of the same lengths share the table
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("policy", [vtr.FastV(0.5, layer=2), learned.dynamic()], ids=["fastv", "forgetting"])
+def test_flash_attention_never_gets_a_mask(version: int, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one it would copy the whole cache to leave out what the mask hides: unequal rows go to sdpa."""
+    name, calls = f"flash_attention_{version}", []
+
+    def flash(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        assert attention_mask is None, "transformers unpads"
+        calls.append(query.shape[2])
+        n, m = query.shape[2], key.shape[2]
+        causal = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, causal[None, None], **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, flash)
+    stock = tiny.llava(head=16)
+    inputs = tiny.batch(
+        stock, [["ab", IMAGE, "what"], ["abc", IMAGE, "what"], ["abcdef"], ["a", IMAGE, "b", IMAGE, "c"]]
+    )
+    want = tiny.generate(vtr.patch(copy.deepcopy(stock)), inputs, policy=policy, max_new_tokens=5)
+    model = vtr.patch(copy.deepcopy(stock))
+    model.get_decoder().config._attn_implementation = name
+    got = tiny.generate(model, inputs, policy=policy, max_new_tokens=5)
+    assert torch.equal(got, want) and {1} < set(calls)

@@ -79,7 +79,7 @@ class Captures:
 
     def _tiles(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if layout.has_all_patches:
-            patches = features.index_select(0, tokens_at(layout).to(features.device))
+            patches = features.index_select(0, tokens_at(layout).to(features.device, non_blocking=True))
             tiles: torch.Tensor = patches.unflatten(0, (layout.tiles, -1))
             return tiles
         return self._run_tiles(self.projected, place, layout, "projector")

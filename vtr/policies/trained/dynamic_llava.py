@@ -217,6 +217,9 @@ class DynamicLLaVA(Learned):
         if layer < self.layer:
             return [True] * len(tokens)
         if layer > self.layer:
+            together: torch.Tensor = tokens[0].memo["together"]
+            if len(together) == len(tokens) and all(token.memo["together"] is together for token in tokens):
+                return together  # the same tensor at every layer: what follows from it is made once
             return torch.stack([token.memo["stays"] for token in tokens])
         hidden = torch.stack([token.hidden for token in tokens])
         logits = self.at(hidden)("text", hidden)
@@ -224,7 +227,7 @@ class DynamicLLaVA(Learned):
         if ranked:
             stay = torch.zeros_like(stay).index_fill(0, top(logits[:, KEEP], int(stay.sum())), True)
         for token, one in zip(tokens, stay.unbind(0), strict=True):
-            token.memo["stays"] = one
+            token.memo["stays"], token.memo["together"] = one, stay
             token.flops += self._text_flops
         return stay
 
