@@ -219,7 +219,7 @@ def earlier(path: str | Path, layers: int, dtype: str) -> list[dict[str, Any]]:
 
 
 def where(found: Sequence[Counted], most: int) -> list[tuple[str, ...]]:
-    """The lines that ask most, over all cases: what is asked for, line, operation, prefill, token."""
+    """The lines that ask most, over all cases: line, what is asked for, operation, prefill, token."""
     out: list[tuple[str, ...]] = []
     for name in ("launches", "waits", "copies"):
         sums = [Counts(), Counts()]
@@ -229,5 +229,5 @@ def where(found: Sequence[Counted], most: int) -> list[tuple[str, ...]]:
                     getattr(total, name).update(getattr(part, name))
         prefill, token = (getattr(total, name) for total in sums)
         for place, _ in (prefill + token).most_common(most):
-            out.append((name, place.line, place.what, str(prefill[place]), str(token[place])))
+            out.append((place.line, name, place.what, str(prefill[place]), str(token[place])))
     return out

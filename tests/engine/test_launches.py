@@ -1,4 +1,4 @@
-"""What the engine asks of a GPU, counted on a pretended one: launches do not grow with the batch, nobody is waited for."""
+"""What the engine asks of a pretended GPU: launches do not grow with the batch, and nobody is waited for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REORDERED = pytest.mark.xfail(reason="beams are still reordered by a list", stri
 
 
 class Asked(NamedTuple):
-    """Of one ``generate``: the text model's prefill, its part from the first layer to the last, and all that follows."""
+    """Of one ``generate``: the text model's prefill, its part between first and last layer, all that follows."""
 
     prefill: Counts
     layers: Counts

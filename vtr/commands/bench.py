@@ -265,7 +265,7 @@ def bench_launches(
         show([title], list(counted.columns(body).values()), counted.rows(body, part), right=True)
     console.print(counted.footer(body), highlight=False)
     if lines:
-        show(["of all policies"], ["line", "operation", "prefill", "token"], measure.where(found, lines))
+        show(["of all policies"], ["what", "operation", "prefill", "token"], measure.where(found, lines))
 
 
 @bench.command("serve")
