@@ -200,9 +200,22 @@ def peers(seed: int = 0) -> dict[str, Any]:
     return {"note": NOTE, "rows": rows}
 
 
+def launches(seed: int = 0) -> dict[str, Any]:
+    """Kind launches."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for name, factor in (("unpatched", 1), ("fastv", 2), ("gsearch", 8)):
+        for batch, ragged in ((1, False), (8, False), (8, True)):
+            prefill = {"launches": 300 * factor * batch // 4 + 300, "waits": 0, "copies": 13 * batch}
+            token = {"launches": 310 + 200 * ragged, "waits": 84 * ragged, "copies": int(rng.integers(0, 9))}
+            rows.append({"policy": name, "batch": batch, "ragged": ragged, "prefill": prefill, "token": token})
+    shape = {"layers": 8, "vision_tokens": 576, "text_tokens": 64, "dtype": "bfloat16"}
+    return {"note": NOTE, **shape, "policies": {"fastv": "fastv:keep=0.25,layer=2"}, "rows": rows}
+
+
 MADE = {
     "eval": evaluation, "policies": policies, "batch": batch, "scale": scale, "serve": serve,
-    "engine": engine_ratios, "peers": peers,
+    "engine": engine_ratios, "launches": launches, "peers": peers,
 }  # fmt: skip
 
 
@@ -213,6 +226,7 @@ COMMANDS = {
     "scale": "vtr bench scale --json scale.json",
     "serve": "vtr bench serve --json serve.json",
     "engine": "vtr bench engine --small --json engine.json",
+    "launches": "vtr bench launches --json launches.json",
     "peers": "vtr bench peers --json peers.json",
 }
 

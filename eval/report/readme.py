@@ -19,7 +19,7 @@ OPEN, CLOSE = re.compile(r"<!-- vtr:table (\S+) -->\n"), "<!-- /vtr:table -->"
 LIST = re.compile(r" -p '[^']{100,}'")
 RESULTS = Path("eval/results")
 """Where result files are kept, beside the README."""
-MARKED = (Path("README.md"), Path("docs/results.md"))
+MARKED = (Path("README.md"), Path("docs/results.md"), Path("docs/gpu.md"))
 """The files that have marked tables."""
 
 
@@ -94,7 +94,7 @@ def update(readme: Path, paths: Sequence[Path] = (), check: bool = False) -> str
 
 def main(
     readme: Annotated[
-        Path | None, typer.Argument(help="the file with markers; default: README.md, docs/results.md")
+        Path | None, typer.Argument(help="the file with markers; default: README.md, docs/results.md, docs/gpu.md")
     ] = None,
     results: Annotated[
         list[Path] | None, typer.Argument(help="result files or folders; default: eval/results", show_default=False)

@@ -16,7 +16,9 @@ import torch
 
 from vtr.files import read_json
 
-Kind = Literal["eval", "policies", "batch", "scale", "engine", "peers", "quality", "trained", "apart", "serve"]
+Kind = Literal[
+    "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve"
+]  # fmt: skip
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
 

@@ -43,6 +43,8 @@ def bench_main() -> None:
     * `vtr bench engine --small` — what vtr costs beside the model's own layers
 
     * `vtr bench scale --small` — how cost grows
+
+    * `vtr bench launches` — what a GPU would be asked for, counted without one
     """
 
 
@@ -211,6 +213,59 @@ def bench_scale(given: Bench) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise fail(error) from error
     show(["what grows", "policy"], ["from", "to", "slope"], measure.table(body), right=True)
+
+
+@bench.command("launches")
+def bench_launches(
+    layers: Annotated[int, typer.Option(help="of the text model; counts grow in proportion")] = 8,
+    batch: Annotated[list[int] | None, typer.Option(help="rows; may be given again; default: 1, 8, 32")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 (all rows in one kernel) or float32 (row by row)")] = "bfloat16",
+    lines: Annotated[
+        int, typer.Option("--where", min=0, help="show so many lines of code that launch, wait and copy most")
+    ] = 0,
+    against: Annotated[Path | None, typer.Option(help="an earlier result: its counts come before an arrow")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", "--out", help="write the counts into this file")] = None,
+    seed: Annotated[int, typer.Option(help="of weights and prompts")] = 0,
+) -> None:
+    """Count what each policy asks of a GPU: kernels launched, waits of the host, copies from the host. Needs no GPU.
+
+    The model runs on a pretended CUDA device whose tensors are on the CPU, so these are counts, not times: they show
+    what grows with batch and policy, and where the host waits. A launch costs the host about 5 µs; a wait, whatever the
+    device still has to do. Counted are a prefill and one decoded token of the text model, embeddings and sampling left
+    out. An operation counts as one launch, though some are several kernels.
+
+    * equal rows are alike; ragged rows have texts of different lengths, and every eighth has no image.
+
+    * `seven policies` — seven rows of a batch each with another one, the eighth with none.
+
+    Examples:
+
+    * `vtr bench launches --batch 8 --where 10` — a quick look, and the lines that ask most
+
+    * `vtr bench launches --out before.json`, then, after a change, `vtr bench launches --against before.json`
+    """
+    from tqdm import tqdm
+
+    from vtr.commands._console import check_file, console, fail
+    from vtr.eval.cost import launches as measure
+    from vtr.eval.report import counted, results
+
+    batches = batch or measure.BATCHES
+    try:
+        check_file(json_file, "--out", made=True)
+        precision = measure.check(layers, batches, dtype)
+        before = None if against is None else measure.earlier(against, layers, dtype)
+        body, found = measure.measure(layers, batches, precision, seed, lambda cases: tqdm(cases, "bench launches"))
+        body |= {} if before is None else {"before": before}
+        if json_file is not None:
+            results.save(json_file, "launches", body, seed=seed)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    for part, (title, *_) in counted.PARTS.items():
+        show([title], list(counted.columns(body).values()), counted.rows(body, part), right=True)
+    console.print(counted.footer(body), highlight=False)
+    if lines:
+        show(["of all policies"], ["what", "operation", "prefill", "token"], measure.where(found, lines))
 
 
 @bench.command("serve")

@@ -27,6 +27,7 @@ TITLES = {
     "scale": "How cost grows",
     "serve": "Behind a server",
     "engine": "The engine against its limit",
+    "launches": "What a GPU is asked for",
     "peers": "Against other implementations",
 }
 """Kinds of result in the page's order → the heading of their part."""

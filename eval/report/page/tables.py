@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
-from vtr.eval.report import ratios
+from vtr.eval.report import counted, ratios
 from vtr.eval.report.page import plots
 from vtr.eval.report.page.data import Result
 
@@ -382,6 +383,29 @@ def peers(result: Result) -> Table:
     return Table("peers", "Against other implementations", columns, out, f"{result.machine}.")
 
 
+def launches(result: Result) -> Table:
+    """What each policy asks of a GPU, a row a case."""
+    what = [f"{part}, {name}" for part in ("prefill", "token") for name in ("launches", "waits", "copies")]
+    columns = [Column("policy", numeric=False), Column("rows", numeric=False), *map(Column, what)]
+    named, out = counted.columns(result.data), []
+    for row in result.rows:
+        counts = [count(row[part][name]) for part in ("prefill", "token") for name in ("launches", "waits", "copies")]
+        at = named[row["batch"], row["ragged"]]
+        out.append(Row([policy(row["policy"]), Cell(at, at), *counts], "", row["policy"] == "unpatched"))
+    return Table("launches", "What a GPU is asked for", columns, out, counted.footer(result.data))
+
+
+def counts_of(part: str) -> Callable[[Result], Table]:
+    """One part of a result of kind "launches", a column a batch."""
+
+    def make(result: Result) -> Table:
+        heads = [Column(counted.PARTS[part][0], numeric=False), *map(Column, counted.columns(result.data).values())]
+        rows = [Row([policy(name), *(Cell(c, c) for c in cells)]) for name, *cells in counted.rows(result.data, part)]
+        return Table(part, counted.PARTS[part][0], heads, rows, counted.footer(result.data))
+
+    return make
+
+
 MAKERS = {
     "eval": (leaderboard, by_kind),
     "policies": (bench_policies,),
@@ -389,10 +413,11 @@ MAKERS = {
     "scale": (scale,),
     "serve": (serve,),
     "engine": (engine,),
+    "launches": (launches,),
     "peers": (peers,),
 }
 
-MORE = {"eval": (short,)}
+MORE = {"eval": (short,), "launches": tuple(map(counts_of, counted.PARTS))}
 """Tables that Markdown files can have, and the page has not."""
 
 

@@ -147,6 +147,8 @@ def time_limits(found: Sequence[Result], kinds: set[str]) -> list[str]:
     )
     if kinds & {"policies", "batch", "scale", "engine"}:
         out.append("The benches run models with random weights where they say so: they show cost, never quality.")
+    if "launches" in kinds:
+        out.append("Launches, waits and copies were counted on a pretended GPU: they say nothing about times.")
     if "serve" in kinds:
         out.append("A server's rate includes its own work and the client's, which run on the same cores.")
     if "peers" in kinds:
