@@ -22,13 +22,15 @@ class Positions:
         rope: cosine and sine, [1, T, d] each; empty until the text model has made them.
         first: int64 [rows], the position of each row's first token; None where no row can close up.
         shift: per row, what earlier turns' renumbering cuts took off the positions of this layer.
-        lost: per row, tokens that cuts of this forward dropped and that its positions closed up over.
+        lost: per row, tokens that cuts of this forward dropped and that its positions close up over.
+        open: whether some row has lost tokens since positions were closed up.
     """
 
     def __init__(self, rotary: Any, rows: int) -> None:
         self.rotary = rotary
         self.first: torch.Tensor | None = None
         self.shift, self.lost = [0] * rows, [0] * rows
+        self.open = False
         self._table = torch.empty(2, 0, dtype=torch.int64)  # ids, and below them the slots
         self.rope: tuple[torch.Tensor, ...] = ()
         self._both: torch.Tensor | None = None  # cosine and sine once more, one behind the other: they are cut together
@@ -70,6 +72,11 @@ class Positions:
         self.shift = shift
         self._become(self.ids - per_token.to(hidden.device, non_blocking=True), hidden)
 
+    def lose(self, row: int, tokens: int) -> None:
+        """A policy that renumbers has dropped so many of a row."""
+        self.lost[row] += tokens
+        self.open = True
+
     def close_up(self, starts: torch.Tensor, columns: int, hidden: torch.Tensor) -> None:
         """Renumber rows over what cuts of a policy that renumbers took out of them.
 
@@ -78,6 +85,7 @@ class Positions:
             hidden: [1, T, D].
         """
         assert self.first is not None
+        self.open = False
         offset = self.first - starts[:-1]
         if any(self.shift):
             (shift,) = on_device([torch.tensor(self.shift)], hidden.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Questions:
         self.routed = [row.asks("route") for row in rows]
         self._probes: tuple[Probe, ...] = ()
         self._through: torch.Tensor | None = None
-        self._queries: dict[tuple[bool, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._queries: dict[tuple[bool, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
 
     def to(self, device: torch.device) -> None:
         self.taken = {probe: found.to(device) for probe, found in self.taken.items()}
@@ -86,7 +87,7 @@ class Questions:
         chosen, left = ranking.keep(kept, counts, hidden.device)
         for i in cut:
             if self.rows[i].policy.renumbers:  # type: ignore[union-attr]
-                self.positions.lost[i] += counts[i] - left[i]
+                self.positions.lose(i, counts[i] - left[i])
         return self.packed.cut(chosen, left)
 
     def _kept(self, question: str, answers: dict[int, Any]) -> list[ranking.Kept]:
@@ -167,11 +168,12 @@ class Questions:
 
     def _asked(self, kind: str, rows: list[int], passing: Passing) -> Queries:
         """The queries of some rows, where they stand among the tokens that pass the layer."""
-        index, weight = self._text_queries(kind.startswith("last"), tuple(rows))
+        index, weight, behind = self._text_queries(kind.startswith("last"), tuple(rows))
         places, starts = self.packed.text.index_select(0, index), self._starts(rows)
         if passing.through is not None:  # text passes every layer
             places, starts = (torch.searchsorted(passing.through, t) for t in (places, starts))
-        return _queries(rows, places, weight, starts, passing.lengths, kind.endswith("-max"))
+        made = _queries(rows, places, starts, passing.lengths)
+        return replace(made, weight=weight, behind=behind, strongest=kind.endswith("-max"))
 
     def _starts(self, rows: Sequence[int]) -> torch.Tensor:
         starts = self.packed.starts[:-1]
@@ -182,19 +184,26 @@ class Questions:
         (chosen,) = on_device([torch.tensor(list(rows))], starts.device)
         return starts.index_select(0, chosen)
 
-    def _text_queries(self, last: bool, rows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of the packed text ranks (int64 [rows * q], filled up), and what each counts ([rows, 1, q] or None)."""
+    def _text_queries(self, last: bool, rows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        """Which of the packed text ranks (int64 [rows * q], filled up), and ``Queries.weight`` and ``behind``."""
         if (last, rows) not in self._queries:
             first, device = sums(self.packed.texts), self.packed.text.device
-            picked = [self.rows[i].text.queries[-1:] if last else self.rows[i].text.queries for i in rows]
-            most = max(map(len, picked))
-            index = torch.cat(
-                [torch.nn.functional.pad(q, (0, most - len(q))) + first[i] for q, i in zip(picked, rows, strict=True)]
-            )
-            counted = torch.cat([torch.arange(most) < len(q) for q in picked])
-            index, counted = on_device([index, counted.long()], device)
-            even = len(set(map(len, picked))) == 1
-            self._queries[last, rows] = index, None if even else counted.float().view(len(rows), 1, most)
+            texts, visions = ([getattr(self.rows[i], name) for i in rows] for name in ("text", "vision"))
+            picked = [text.queries[-1:] if last else text.queries for text in texts]
+            most, behind = max(map(len, picked)), not any(self.decoder.windows)
+            for text, vision, q in zip(texts, visions, picked, strict=True):
+                behind &= len(q) > 0 and bool(text.index[q[0]] > vision.index[-1])
+            filled = [
+                torch.nn.functional.pad(q, (0, most - len(q))) + first[i] for q, i in zip(picked, rows, strict=True)
+            ]
+            counted = torch.cat([torch.arange(most) < len(q) for q in picked]).long()
+            sizes = torch.tensor([len(q) for q in picked])
+            index, counted, sizes = on_device([torch.cat(filled), counted, sizes], device)
+            weight = None
+            if len(set(map(len, picked))) > 1:
+                weight = counted.float().view(len(rows), 1, most)
+                weight = weight / sizes[:, None, None] if behind else weight
+            self._queries[last, rows] = index, weight, behind
         return self._queries[last, rows]
 
     def fork(
@@ -278,7 +287,8 @@ class Questions:
             return {i: one for row in rows for i, one in self.look_ahead(index, layer, hidden, [row]).items()}
         spans, lengths = packed.spans(), packed.lengths
         begin = sums([lengths[i] for i in rows])
-        places = packed.text.index_select(0, self._text_queries(True, tuple(rows))[0])
+        index_of, _, behind = self._text_queries(True, tuple(rows))
+        places = packed.text.index_select(0, index_of)
         vision = packed.of_rows(packed.vision, rows, packed.vision_spans())
         rope, ids = self.positions.rope, self.positions.ids[0]
         starts = packed.starts[:-1]
@@ -296,7 +306,8 @@ class Questions:
             hidden = torch.cat([hidden[:, spans[i]] for i in rows], 1)
             rope = tuple(torch.cat([t[:, spans[i]] for i in rows], 1) for t in rope)
             ids = torch.cat([ids[spans[i]] for i in rows])
-        asked = _queries(rows, places, None, starts, [lengths[i] for i in rows], False, begin)
+        asked = _queries(rows, places, starts, [lengths[i] for i in rows], begin)
+        asked = replace(asked, behind=behind)
         window, keys = self.decoder.windows[index], None
         if any(past):
             assert self.layers is not None
@@ -315,15 +326,15 @@ class Questions:
 
 
 def _queries(
-    rows: Sequence[int], places: torch.Tensor, weight: torch.Tensor | None, starts: torch.Tensor,
-    lengths: Sequence[int], strongest: bool, begin: Sequence[int] | None = None,
+    rows: Sequence[int], places: torch.Tensor, starts: torch.Tensor, lengths: Sequence[int],
+    begin: Sequence[int] | None = None,
 ) -> Queries:  # fmt: skip
     """Queries of some rows. lengths: of all rows; with ``begin`` (where they begin), of these rows only."""
     mine = list(lengths) if begin is not None else [lengths[i] for i in rows]
     first = begin[0] if begin is not None else sums(lengths)[rows[0]]
     together = begin is not None or list(rows) == list(range(rows[0], rows[0] + len(rows)))
     run = first if together and len(set(mine)) == 1 else None
-    return Queries(tuple(rows), places.view(len(rows), -1), weight, starts, max(mine), run, strongest)
+    return Queries(tuple(rows), places.view(len(rows), -1), None, starts, max(mine), run)
 
 
 class Shown:

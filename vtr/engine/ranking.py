@@ -57,8 +57,10 @@ def _best(scores: Sequence[torch.Tensor], keep: Sequence[int], starts: Sequence[
         order = flat.view(rows, longest).sort(dim=1, descending=True, stable=True).indices[:, : keep[0]]
         step = starts[1] - starts[0] if rows > 1 else 1
         if list(starts) == [starts[0] + i * step for i in range(rows)]:
-            if rows > 1 or starts[0]:
+            if rows > 1:
                 order = order + torch.arange(starts[0], starts[-1] + 1, step, device=flat.device)[:, None]
+            elif starts[0]:
+                order = order + starts[0]
         else:
             (begin,) = on_device([torch.tensor(list(starts))], flat.device)
             order = order + begin[:, None]

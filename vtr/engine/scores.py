@@ -36,7 +36,8 @@ class Queries:
     Attributes:
         rows: which rows. places: int64 [rows, q], where the queries stand in the packed sequence; a row of fewer than q
             queries is filled up with any of its tokens.
-        weight: float32 [rows, 1, q], 0 where it is filled up; None where nothing is.
+        weight: float32 [rows, 1, q], 0 where it is filled up; None where nothing is. With ``behind`` they sum up to 1.
+        behind: all queries see all vision tokens of their row, so that the mean over queries is a weighted sum.
         starts: int64 [rows], places at which the rows begin. longest: tokens of the longest of them.
         run: the place at which the first of them begins, where they follow each other and are all as long; else None.
         strongest: of each query the largest over heads counts, not the mean.
@@ -48,6 +49,7 @@ class Queries:
     starts: torch.Tensor
     longest: int
     run: int | None
+    behind: bool = False
     strongest: bool = False
 
     def alone(self, past: int) -> Queries:
@@ -57,6 +59,10 @@ class Queries:
 
     def columns(self) -> torch.Tensor:
         """int64 [rows, longest]: the places of each row's tokens; behind a shorter row's end those of the next."""
+        rows = len(self.places)
+        if self.run is not None:
+            end = self.run + rows * self.longest
+            return torch.arange(self.run, end, device=self.starts.device).view(rows, self.longest)
         return self.starts[:, None] + torch.arange(self.longest, device=self.starts.device)
 
 
@@ -72,7 +78,8 @@ def scores(
         positions: int64 [T], where a sliding ``window`` hides what is that far behind a query.
 
     Returns:
-        float32 [T]; 0 for a token that none of the queries can see, and in rows that are not asked.
+        float32 [T]; 0 for a token that none of the queries can see, and in rows that are not asked. With
+        ``asked.behind``, of vision tokens only.
     """
     rows, most = asked.places.shape
     tokens, n = key.shape[1], asked.longest
@@ -90,9 +97,13 @@ def scores(
         now = positions.index_select(0, asked.places.flatten()).view_as(asked.places)
         hidden = hidden | (now[..., None] - at[:, None] >= window)
     paid = _paid(query.unflatten(1, (rows, most)), keys.unflatten(1, (rows, n)), hidden, asked, scaling)
-    seen = ~hidden
-    seen_by = seen.sum(1) if asked.weight is None else torch.matmul(asked.weight, seen.to(paid.dtype))[:, 0]
-    paid = (paid / seen_by.clamp_(min=1)).flatten()
+    if not asked.behind:
+        seen = ~hidden
+        seen_by = seen.sum(1) if asked.weight is None else torch.matmul(asked.weight, seen.to(paid.dtype))[:, 0]
+        paid = paid / seen_by.clamp_(min=1)
+    elif most > 1 and asked.weight is None:
+        paid = paid / most
+    paid = paid.flatten()
     if asked.run is None:  # what stands behind a row's end was hidden, so that the next row gets zeros added
         return paid.new_zeros(tokens + n).index_add(0, columns.flatten(), paid)[:tokens]
     return paid if len(paid) == tokens else pad(paid, (asked.run, tokens - asked.run - len(paid)))

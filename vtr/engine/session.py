@@ -227,7 +227,7 @@ class Session:
         hidden = self._select(hidden, kept)
         if kept is not None:
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, kept)
-            if any(self.positions.lost):
+            if self.positions.open:
                 self.positions.close_up(self.packed.starts, self.logical, hidden)
         if self.state is not None:
             shift, lost = self.positions.shift, self.positions.lost
