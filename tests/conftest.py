@@ -33,6 +33,49 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("seeded")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``sample(k)``, enough cases stay that each value of each parameter is met k times.
+
+    The others become slow: ``.ci/full`` runs them all. The choice is the same in every run.
+    """
+    cases: dict[tuple[Path, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("sample") and hasattr(item, "callspec"):
+            if item.get_closest_marker("slow"):
+                continue
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for several in cases.values():
+        (times,) = several[0].get_closest_marker("sample").args  # type: ignore[union-attr]
+        kept = sampled([values(item) for item in several], times)
+        for number, item in enumerate(several):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def values(item: pytest.Function) -> set[Any]:
+    """The values of a case's parameters; of a name of several parts (llava-qwen2-sdpa), each part is one."""
+    found: set[Any] = set()
+    for name, value in item.callspec.params.items():
+        parts = value.split("-") if isinstance(value, str) else [id(value)]
+        found |= {(name, *part) for part in enumerate(parts)}
+    return found
+
+
+def sampled(cases: list[set[Any]], times: int) -> set[int]:
+    """Which of some cases (the values each has) to run: greedily, until each value has been met so often."""
+    missing = {value: times for case in cases for value in case}
+    kept: set[int] = set()
+    while True:
+        gain = [0 if i in kept else sum(missing[value] for value in case) for i, case in enumerate(cases)]
+        best = max(range(len(cases)), key=gain.__getitem__)
+        if not gain[best]:  # all are met, or there are no more cases
+            return kept
+        kept.add(best)
+        for value in cases[best]:
+            missing[value] = max(missing[value] - 1, 0)
+
+
 class Pair(NamedTuple):
     """The same model twice: as transformers made it, and patched."""
 

@@ -22,6 +22,8 @@ from vtr.engine.adapters import find_adapter
 from vtr.engine.prompt import read_prompt
 from vtr.image import Layout
 
+pytestmark = pytest.mark.sample(2)
+
 NOISE = 1e-5
 STEPS = 6
 RUN: dict[str, Any] = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_logits": True}

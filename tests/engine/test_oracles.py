@@ -18,6 +18,8 @@ from tests.alone import check_beams, check_decoding
 from tests.conftest import Pair
 from tests.tiny import IMAGE
 
+pytestmark = pytest.mark.sample(2)
+
 NOISE = 1e-5
 STEPS = 7
 RUN: dict[str, Any] = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_logits": True}

@@ -17,6 +17,8 @@ from tests.conftest import Pair
 from tests.engine.test_oracles import RUN, STEPS, UNKNOWN, close, counted, forward, kept, live
 from tests.tiny import IMAGE
 
+pytestmark = pytest.mark.sample(2)
+
 LAYERS = 5
 ROWS = [["ab", IMAGE, "what"], [IMAGE, "cde"], ["abcdef"], ["a", IMAGE, "bc", IMAGE, "whichone"], ["a", IMAGE, "b"]]
 PMOD, MORE = learned.pmod(), learned.pmod(seed=1, ratios=[0.9, 0.5, None, 0.0, 0.3], norm="sigmoid_0.4_0.8")

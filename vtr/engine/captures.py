@@ -60,6 +60,8 @@ class Captures:
         self.open = True
         self.flops = 0
         """Spent on scores since somebody last asked."""
+        self.ranked: list[Place] = []
+        """The images whose scores policies want: they are scored together."""
         self._scores: dict[Place, torch.Tensor] = {}
 
     def close(self, keep: bool) -> None:
@@ -99,16 +101,29 @@ class Captures:
     def _cls_attention(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if place not in self._scores:
             if self.keeps_states:
-                found, flops = cls_scores(
-                    self.patch.vision.tower, self._run_tiles(self.states, place, layout, "vision tower")
-                )
-                self.flops += flops
-                found = on_grid(found, layout.grid)
+                self._run_tiles(self.states, place, layout, "vision tower")  # raises where it did not run for it
+                self._score(place)
             else:
                 tiles = self._tiles(features, layout, place).float()
-                found = -cosine_similarity(tiles, tiles.mean(1, keepdim=True), dim=-1)
-            self._scores[place] = found
-        return self._scores[place].clone()  # rows that share an image share its scores
+                self._scores[place] = -cosine_similarity(tiles, tiles.mean(1, keepdim=True), dim=-1)
+        found = self._scores[place]
+        if self.keeps_states:
+            found = on_grid(found.roll(1, 0) if layout.thumbnail_last else found, layout.grid)
+        return found.clone()  # rows that share an image share its scores
+
+    def _score(self, place: Place) -> None:
+        """Take the scores of all ranked images of the run that ``place`` is of: float32 [tiles, patches] each."""
+        together = list(dict.fromkeys([place, *(p for p in self.ranked if p.run == place.run)]))
+        together.sort(key=lambda p: p.first)
+        run, first, last = self.states[place.run], together[0], together[-1]
+        tiles = sum(p.count for p in together)
+        if last.first + last.count - first.first == tiles:
+            states = run[first.first : first.first + tiles]
+        else:
+            states = torch.cat([run[p.first : p.first + p.count] for p in together])
+        found, flops = cls_scores(self.patch.vision.tower, states)
+        self.flops += flops
+        self._scores.update(zip(together, found.split([p.count for p in together]), strict=True))
 
 
 capturing: ContextVar[Callable[[], Captures | None] | None] = ContextVar("vtr_capturing", default=None)

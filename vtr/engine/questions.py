@@ -154,15 +154,15 @@ class Questions:
             wanted = row.policy.needs(index + 1) if row.policy is not None and row.vision.count else None
             if wanted is not None:
                 asked.setdefault(wanted, []).append(i)
-                keys = row.length + (past[i] if past else 0)
-                queries = len(row.text.queries[-1:] if wanted.startswith("last") else row.text.queries)
-                self.trace.selector_flops += 2 * g.heads * g.head_dim * queries * keys
         probes: list[Probe] = []
         for kind, rows in asked.items():
             if past:
                 probes += [Probe(self._asked(kind, [i], passing), i) for i in rows]
             else:
                 probes.append(Probe(self._asked(kind, rows, passing)))
+        for probe in probes:
+            before = 0 if probe.row is None else past[probe.row]
+            self.trace.selector_flops += probe.asked.flops(g.heads, g.head_dim, before)
         self._probes = tuple(probes)
         return self._probes
 
@@ -317,10 +317,9 @@ class Questions:
                 ids = torch.cat([cache.positions(row, past[row]), ids])
         found = ahead(layer, hidden, rope, asked, keys, ids, window)
         g, width = self.decoder.geometry, hidden.shape[-1]
-        for i in rows:
-            n = lengths[i]
-            seen = n + (past[i] if past else 0)
-            self.trace.selector_flops += 2 * g.head_dim * (width * (n * g.kv_heads + g.heads) + g.heads * seen)
+        projected = hidden.shape[1] * g.kv_heads + len(rows) * g.heads
+        self.trace.selector_flops += 2 * g.head_dim * width * projected
+        self.trace.selector_flops += asked.flops(g.heads, g.head_dim, 0 if keys is None else keys.shape[2])
         parts = found.index_select(0, vision).split([packed.counts[i] for i in rows])
         return dict(zip(rows, parts, strict=True))
 

@@ -57,6 +57,12 @@ class Queries:
         places = self.places - self.starts[:, None] + past
         return replace(self, places=places, starts=self.starts * 0, longest=self.longest + past, run=0)
 
+    def flops(self, heads: int, head_dim: int, past: int = 0) -> int:
+        """Matrix products of :func:`scores`, those of filled-up rows included, over so many cached tokens."""
+        products = len(self.places) * self.places.shape[1] * (self.longest + past)
+        weighted = 0 if self.weight is None else 1 if self.behind else 2
+        return 2 * products * (heads * head_dim + weighted)
+
     def columns(self) -> torch.Tensor:
         """int64 [rows, longest]: the places of each row's tokens; behind a shorter row's end those of the next."""
         rows = len(self.places)

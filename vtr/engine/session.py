@@ -87,6 +87,9 @@ class Session:
         if layer_features:
             assert request is not None  # where there are features there are images
             take_features(self.rows, layer_features, request.prompt.is_vision, self.decoder.depth)
+        if captures is not None:
+            wanting = [row for row in self.rows if _shrinks(row) and "cls" in row.policy.wants]  # type: ignore[union-attr]
+            captures.ranked = [place for row in wanting for place in row.given.places]
         compressed = {i: self._compress(row, embeds[i], captures) for i, row in enumerate(self.rows) if _shrinks(row)}
         self.packed = Packed(self.rows, self.logical, embeds.device)
         self.questions = Questions(self.rows, self.packed, self.positions, self.layers, self.decoder, self.log.trace)
