@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-import vtr._checkout  # noqa: F401  (finds the families where vtr is not installed)
+import vtr._checkout  # (finds the families where vtr is not installed)
 import vtr.integrations  # noqa: F401  (makes the model families known)
 from vtr import (
     _moved,  # noqa: F401  (old names of modules)

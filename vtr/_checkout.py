@@ -21,7 +21,7 @@ def look_beside(path: list[str]) -> None:
     root = Path(__file__).parents[1]
     if not (root / "integrations" / "__init__.py").is_file():
         raise ModuleNotFoundError(
-            "vtr is not installed, and its model families do not stand beside it: run pip install -e . in its repository",
+            "vtr is not installed, and its model families do not stand beside it: run pip install -e . in the clone",
             name="vtr.integrations",
         )
     path.append(str(root))
