@@ -189,14 +189,18 @@ def measure(
     torch.set_num_threads(1)
     try:
         out = facts(size, "cpu", torch.float32, fewest, seed) | {"counted": count.name}
-        stock = midsize.build(size, "cpu", torch.float32, seed=seed)
-        bench = Bench(size, stock, vtr.patch(midsize.twin(stock)), fewest, seed)
-        for name, (over, under) in sides(count, bench).items():
+        for name, (over, under) in sides(count, bench_of(size, fewest, seed)).items():
             out |= flat(f"counted_{name}", compare(over, under, fewest, most))
             done(name)
         return out
     finally:
         torch.set_num_threads(threads)
+
+
+def bench_of(size: Size, repeats: int, seed: int) -> Bench:
+    """The two models, in float32 on the CPU."""
+    stock = midsize.build(size, "cpu", torch.float32, seed=seed)
+    return Bench(size, stock, vtr.patch(midsize.twin(stock)), repeats, seed)
 
 
 def sides(count: Counter, bench: Bench) -> dict[str, tuple[Callable[[], float], Callable[[], float]]]:

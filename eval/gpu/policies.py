@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -49,36 +50,44 @@ def tiny_policies(hidden_size: int, layers: int = 5) -> dict[str, vtr.Policy]:
     }
 
 
-def timed_policies(hidden_size: int, layers: int, side: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Policies at means of a third and of a ninth, FastV that keeps all, and a cut at every layer.
+def timed_policies(
+    hidden_size: int, layers: int, side: int, narrow: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Policies at means of a third and of a ninth, and FastV that keeps all.
 
     Args:
-        side: vision tokens along a side of a tile.
+        side: vision tokens along a side of a tile. narrow: Dynamic-LLaVA's predictors are small.
 
     Returns:
         Label → policy, and label → why it cannot be set so.
     """
-    made: dict[str, Any] = {"fastv 100 %": vtr.FastV(1.0, layer=min(2, layers - 1))}
+    made: dict[str, Any] = {"fastv 100 %": vtr.FastV(1.0, layer=2)}
     left: dict[str, str] = {}
-    for share in (0.33, 0.11):
+    for words, share in (("33 %", 0.33), ("11 %", 0.11)):
         for name in TIMED:
-            label = f"{name} {share:.0%}".replace("%", " %")
-            if name == "pmod":
-                if share == 0.33:  # its ratios were learnt; they are near a half in the mean
-                    made["pmod"] = drawn(vtr.PMoD(), hidden_size, layers)
-                continue
             try:
-                policy = at_share(name, share, layers, side)
-                policy = drawn(policy, hidden_size, layers) if isinstance(policy, Learned) else policy
-                policy.check(layers)
-                made[label] = policy
-            except ValueError as error:
-                left[label] = str(error)
+                made[f"{name} {words}"] = weighted(at_share(name, share, layers, side), hidden_size, layers, narrow)
+            except (ValueError, NotImplementedError) as error:
+                left[f"{name} {words}"] = str(error)
+    made["pmod"] = drawn(vtr.PMoD(), hidden_size, layers)  # how many pass is what it was trained for
     return made, left
 
 
+def weighted(policy: Any, hidden_size: int, layers: int, narrow: bool) -> Any:
+    """With random weights, if it has any.
+
+    Raises:
+        ValueError: the model has too few layers for it.
+    """
+    if isinstance(policy, vtr.DynamicLLaVA) and narrow:
+        policy = dataclasses.replace(policy, width=16, heads=2, inner=24)
+    policy = drawn(policy, hidden_size, layers) if isinstance(policy, Learned) else policy
+    policy.check(layers)
+    return policy
+
+
 def mix(policies: dict[str, Any]) -> list[Any]:
-    """Eight rows as a server may get them together: seven policies at a third, one unreduced."""
-    own = [policy for label, policy in policies.items() if label.endswith((" 33 %", "pmod"))]
-    own += [policies["fastv 11 %"], policies["fastv 100 %"]]
-    return [None, *own][:8]
+    """Eight rows as a server may get them together: one unreduced, seven policies at a third, or FastV at a ninth."""
+    own = [policy for label, policy in policies.items() if label.endswith(("33 %", "pmod"))]
+    more = [policies[label] for label in ("fastv 11 %", "fastv 100 %") if label in policies]
+    return [None, *own, *more][:8]
