@@ -15,9 +15,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from vtr.eval.cost import work
+from vtr.eval.cost.engine import facts
 from vtr.eval.cost.midsize import Size
 
 PLAIN = {
@@ -32,11 +34,23 @@ def available() -> bool:
     return shutil.which("valgrind") is not None and shutil.which("callgrind_control") is not None
 
 
-def measure(size: Size, seed: int = 0) -> dict[str, tuple[int, int]]:
-    """Instructions of both sides of every comparison of :func:`vtr.eval.cost.work.sides`, by name.
+def measure(size: Size, seed: int = 0) -> dict[str, Any]:
+    """Like :func:`vtr.eval.cost.work.measure`, of one turn.
 
     Raises:
-        RuntimeError: valgrind is not installed, or the child failed.
+        RuntimeError: valgrind is not installed, or counting failed.
+    """
+    out = facts(size, "cpu", torch.float32, 1, seed) | {"counted": "instructions", "threads": 1}
+    for name, (over, under) in instructions(size, seed).items():
+        out |= work.flat(f"counted_{name}", work.summary([over], [under]))
+    return out
+
+
+def instructions(size: Size, seed: int) -> dict[str, tuple[int, int]]:
+    """Of both sides of every comparison of :func:`vtr.eval.cost.work.sides`, by name.
+
+    Raises:
+        RuntimeError: valgrind is not installed, or counting failed.
     """
     if not available():
         raise RuntimeError("valgrind is not installed here: take --count cpu")
@@ -51,12 +65,13 @@ def measure(size: Size, seed: int = 0) -> dict[str, tuple[int, int]]:
         )  # fmt: skip
         if child.returncode:
             raise RuntimeError(f"counting under valgrind failed: {child.stderr[-1500:]}")
-        names: list[str] = json.loads(child.stdout.splitlines()[-1])
-        counts = [counted(Path(folder) / f"out.{i + 1}") for i in range(2 * len(names) + 1)]
-    nothing, own = counts[0], [n - counts[0] for n in counts[1:]]
-    if not all(n > nothing for n in own):
-        raise RuntimeError(f"valgrind counted {own} instructions, {nothing} for nothing at all")
-    return {name: (own[2 * i], own[2 * i + 1]) for i, name in enumerate(names)}
+        runs: list[tuple[str, int]] = json.loads(child.stdout.splitlines()[-1])
+        counts = [counted(Path(folder) / f"out.{i + 1}") for i in range(len(runs))]
+    switching = counts[0] / runs[0][1]
+    own = [count - round(switching * times) for count, (_, times) in zip(counts, runs, strict=True)][1:]
+    if min(own) <= 0:
+        raise RuntimeError(f"valgrind counted {counts} instructions, the first of them for nothing at all")
+    return {name: (own[i], own[i + 1]) for i, (name, _) in enumerate(runs[1:]) if i % 2 == 0}
 
 
 def counted(dump: Path) -> int:
@@ -72,12 +87,30 @@ def control(*told: str) -> None:
     subprocess.run(["callgrind_control", *told, str(os.getpid())], check=True, stdout=subprocess.DEVNULL)
 
 
-def count(run: Callable[[], object]) -> None:
-    """Dump the instructions of one ``run()``."""
-    control("-i", "on")
-    run()
-    control("-i", "off")
-    control("--dump")
+class Switch:
+    """Stands in for a counter: its first reading has valgrind count, the second one has it stop, and so on.
+
+    Attributes:
+        armed: False while warming up. times: how often it was switched on.
+    """
+
+    def __init__(self) -> None:
+        self.armed, self.on, self.times = False, False, 0
+
+    def read(self) -> float:
+        if self.armed:
+            self.on = not self.on
+            self.times += self.on
+            control("-i", "on" if self.on else "off")
+        return 0.0
+
+    def dump(self, run: Callable[[], object]) -> int:
+        """Write the instructions of one ``run()`` to the next file. Returns how often it was switched on."""
+        self.armed, self.times = True, 0
+        run()
+        self.armed = False
+        control("--dump")
+        return self.times
 
 
 @torch.no_grad()
@@ -86,13 +119,14 @@ def child(told: str) -> None:
     given = json.loads(told)
     size = Size(**{**given["size"], "decode_tokens": tuple(given["size"]["decode_tokens"])})
     torch.set_num_threads(1)
-    sides = work.sides(work.counter("cpu"), work.bench_of(size, 1, given["seed"]))
-    count(lambda: None)
-    for pair in sides.values():
+    switch = Switch()
+    sides = work.sides(work.Counter("instructions", switch.read), work.bench_of(size, 1, given["seed"]))
+    runs = [("nothing", switch.dump(lambda: (switch.read(), switch.read())))]
+    for name, pair in sides.items():
         for run in pair:
             run()
-            count(run)
-    print(json.dumps(list(sides)))
+            runs.append((name, switch.dump(run)))
+    print(json.dumps(runs))
 
 
 if __name__ == "__main__":

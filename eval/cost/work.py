@@ -78,19 +78,19 @@ def instructions() -> Counter:
 
 
 def counter(kind: str) -> Counter:
-    """What to count. "auto": instructions where the machine counts them, else this thread's CPU time.
+    """What to count in turns. "auto": instructions where the machine counts them, else this thread's CPU time.
 
     Raises:
         ValueError: an unknown kind. RuntimeError: instructions were asked for, and there are none.
     """
     if kind not in KINDS:
-        raise ValueError(f"count={kind!r}: choose one of {', '.join(KINDS)}")
+        raise ValueError(f"count={kind!r}: choose one of {', '.join((*KINDS, 'callgrind'))}")
     if kind != "cpu":
         try:
             return instructions()
         except RuntimeError as error:
             if kind == "instructions":
-                raise RuntimeError(f"{error}. Take --count cpu") from error
+                raise RuntimeError(f"{error}. Take --count callgrind or --count cpu") from error
     return Counter("CPU time", time.thread_time)
 
 
@@ -179,7 +179,11 @@ def measure(
 ) -> dict[str, Any]:
     """Ratios over the limit on the CPU in float32, as flat data: key, ``key_min``, ``key_max`` (95 %), ``key_turns``.
 
-    One thread runs while it is measured. done: called with what has been measured.
+    One thread runs while it is measured.
+
+    Args:
+        kind: see :func:`counter`.
+        done: called with the name of what has been measured.
 
     Raises:
         ValueError, RuntimeError: see :func:`counter`.
