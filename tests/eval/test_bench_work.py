@@ -121,9 +121,8 @@ def test_what_is_counted_is_the_text_model() -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(midsize, "SMALL", TINY)
-    monkeypatch.setattr(work, "MOST", 2)
-    monkeypatch.setattr(work.compare, "__defaults__", (2, 2))
-    monkeypatch.setattr(work.measure, "__defaults__", ("auto", 2, 2, 0, work.measure.__defaults__[-1]))
+    compare = work.compare
+    monkeypatch.setattr(work, "compare", lambda over, under, fewest, most: compare(over, under, fewest, most=2))
     out = tmp_path / "work.json"
     told = ["bench", "engine", "--small", "--count", "cpu", "--repeats", "2", "--json", str(out)]
     done = CliRunner().invoke(app, told, env={"COLUMNS": "160"})
