@@ -154,7 +154,7 @@ def test_valgrind_is_switched_on_and_off(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_a_dump_says(tmp_path: Path) -> None:
     dump = tmp_path / "out.1"
-    dump.write_text("events: Ir\nsummary: 1234567\n\nfn=(1)\n1 2\n\ntotals: 1234567\n")
+    dump.write_text("events: Ir\nsummary: 0\n\nfn=(1)\n1 2\n\ntotals: 1234567\n")
     assert callgrind.counted(dump) == 1234567
     dump.write_text("events: Ir\n")
     with pytest.raises(RuntimeError, match="no totals"):
