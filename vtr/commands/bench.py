@@ -83,7 +83,8 @@ def bench_engine(
     On a machine that others use, wall-clock times differ by tenths. `--count` compares prefills with their limit by
     what one thread executes (`counted_…`): policy and limit take turns until the 95 % interval of the median ratio is
     within ±0.5 %, or 600 turns. `auto` takes the processor's count of instructions where there is one, else CPU time.
-    `callgrind` counts instructions under valgrind: minutes, but the same whatever else runs.
+    `callgrind` counts instructions of a narrow model under valgrind: a quarter of an hour, the same whatever else runs,
+    to be compared with other commits.
 
     Examples:
 
@@ -128,7 +129,7 @@ def counted_work(size: Any, kind: str, device: str, dtype: str | None, repeats: 
     if device != "cpu" or dtype not in (None, "float32"):
         raise ValueError("--count compares the work of a CPU, in float32: leave out --device and --dtype")
     if kind == "callgrind":
-        return callgrind.measure(size)
+        return callgrind.measure(callgrind.NARROW)
     with tqdm(total=len(work.policies(size.layers)) + 1, unit="ratio", desc="vtr bench engine") as bar:
         return work.measure(size, kind, repeats or work.FEWEST, done=lambda name: bar.update())
 
