@@ -2,15 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-try:
-    import vtr.integrations  # noqa: F401  (makes the model families known)
-except ModuleNotFoundError as error:
-    if error.name != "vtr.integrations":
-        raise
-    raise ModuleNotFoundError(
-        "vtr is not installed: its model families stand beside it in the repository. Run pip install -e . there",
-        name=error.name,
-    ) from None
+import vtr._checkout  # (finds the families where vtr is not installed)
+import vtr.integrations  # noqa: F401  (makes the model families known)
 from vtr import (
     _moved,  # noqa: F401  (old names of modules)
     pocket,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,24 +77,27 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def text_times(model: Any) -> Iterator[list[float]]:
+def text_times(model: Any, read: Callable[[], float] | None = None) -> Iterator[list[float]]:
     """Seconds of each forward of the text model, and of what a patched model does before it on behalf of a policy.
 
     Merged embeddings go in, hidden states come out: vision tower, projector and head are not in it.
+
+    Args:
+        read: counts something else, e.g. instructions; None: time.
     """
     spans: list[float] = []
-    text, device = model.get_decoder(), model.device
-    marks: list[Any] = []
+    text, marks = model.get_decoder(), list[Any]()
+    here = partial(mark, model.device) if read is None else read
 
     def begin(*_: Any) -> None:
-        marks[:] = [mark(device)]
+        marks[:] = [here()]
 
     def note(*_: Any) -> None:
-        marks.append(mark(device))
+        marks.append(here())
 
     def end(*_: Any) -> None:
         asked, began, starts = marks
-        spans.append(between(asked, began) + between(starts, mark(device)))
+        spans.append(between(asked, began) + between(starts, here()))
 
     hooks = [
         model.register_forward_pre_hook(begin, prepend=True),

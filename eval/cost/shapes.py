@@ -145,6 +145,29 @@ def build(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
     return model.eval()
 
 
+def sharing(model: Any, shape: Shape, seed: int = 0) -> Any:
+    """A model of ``shape`` on the weights of another family's with the same text model, tower and projector.
+
+    Only what that one lacks is drawn (LLaVA-NeXT's newline), so that both need the memory of one.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        made = AutoModelForImageTextToText.from_config(config_of(shape), dtype=model.dtype, attn_implementation="sdpa")
+    own = twin(model)
+    for name, child in own.model.named_children():
+        setattr(made.model, name, child)
+    made.lm_head = own.lm_head
+    draw = torch.Generator().manual_seed(seed)
+    for name, weight in list(made.named_parameters()):
+        if weight.is_meta:
+            drawn = torch.randn(weight.shape, generator=draw) / shape.text["hidden_size"] ** 0.5
+            module = made.get_submodule(name.rpartition(".")[0])
+            setattr(module, name.rpartition(".")[2], torch.nn.Parameter(drawn.to(model.device, model.dtype)))
+    made.generation_config.eos_token_id = None
+    return made.eval()
+
+
 def with_side(model: Any, shape: Shape, side: int, seed: int = 0) -> Any:
     """The unpatched model with a tower for pictures of side × side tokens a tile; the rest is on the same weights."""
     from transformers import AutoModel

@@ -25,6 +25,13 @@ WHAT = {
     "peak_memory_ratio": "peak memory growth of a forward under FastV keep=0.25 ÷ unpatched",
 }
 """Key of the result → what is divided by what."""
+COUNTED = {
+    "counted_no_policy": "{counted} of a prefill, patched and no policy ÷ unpatched",
+    "counted_fastv": "{counted} of a prefill under FastV (a quarter from layer 2 on) ÷ stock layers on those lengths",
+    "counted_gsearch": "{counted} of a prefill under G-Search, a cut at every layer ÷ stock layers on those lengths",
+    "counted_pyramid": "{counted} of a prefill under PyramidDrop ÷ stock layers on those lengths",
+}
+"""The same for what ``--count`` gives."""
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -32,7 +39,10 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     out = []
     for key in (key for key in result if f"{key}_min" in result):
         name = key.removesuffix("_flash_attention_2")
-        what = WHAT[name].format(result["decode_tokens"].get(name.rsplit("_", 1)[-1]))
+        if name in COUNTED:
+            what = COUNTED[name].format(**result)
+        else:
+            what = WHAT[name].format(result["decode_tokens"].get(name.rsplit("_", 1)[-1]))
         low, high = result[f"{key}_min"], result[f"{key}_max"]
         out.append((key, f"{result[key]:.3f}", "exact" if low == high else f"{low:.3f}–{high:.3f}", what))
     return out
@@ -40,10 +50,33 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def footer(result: Mapping[str, Any]) -> list[str]:
     """What the table was measured on, in words."""
+    said = (
+        counted(result)
+        if "counted" in result
+        else "Both sides of a prefill take merged embeddings and fill a cache. A decode ratio is one of sums, its "
+        "spread that of eighths of the run."
+    )
     lines = [
         "{device}, {dtype}, {threads} threads; Llama {layers} × {hidden_size}, {vision_tokens} vision + {text_tokens} "
         "text tokens; torch {torch}, transformers {transformers}, vtr {vtr}".format(**result),
-        "Both sides of a prefill take merged embeddings and fill a cache. A decode ratio is one of sums, its spread "
-        "that of eighths of the run.",
+        said,
     ]
     return [*lines, result["note"]] if "note" in result else lines
+
+
+def counted(result: Mapping[str, Any]) -> str:
+    """What was counted in turns, how many there were, and what the intervals are."""
+    turns = {
+        key.removeprefix("counted_").removesuffix("_turns"): result[key] for key in result if key.endswith("_turns")
+    }
+    if set(turns.values()) == {1}:
+        return f"Counted: {result['counted']}, which are the same in every run."
+    quartiles = [
+        f"{name} {turns[name]} ({low:.3f}–{high:.3f})"
+        for name in turns
+        for low, high in [result[f"counted_{name}_quartiles"]]
+    ]
+    return (
+        f"Counted: {result['counted']}; both sides in turns, medians of the turns' ratios with their 95 % intervals "
+        f"(bootstrap). Turns (quartiles): {', '.join(quartiles)}."
+    )

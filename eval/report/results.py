@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from vtr.files import read_json
 
 Kind = Literal[
-    "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve"
+    "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve", "gpu"
 ]  # fmt: skip
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
@@ -45,7 +46,10 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        found[package] = importlib.metadata.version(package)
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+            found[package] = importlib.import_module("vtr" if package == PACKAGES[0] else package).__version__
     return found
 
 
@@ -61,6 +65,17 @@ def command() -> str:
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 
+def head(kind: Kind, seed: int, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What every result file says first: the command that is running, and on what.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
+    return {"kind": kind, "command": command(), "hardware": hardware(device), "versions": versions(), "seed": seed}
+
+
 def save(
     path: str | Path, kind: Kind, body: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
@@ -69,10 +84,7 @@ def save(
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind={kind!r}: choose one of {', '.join(get_args(Kind))}")
-    head = {"kind": kind, "command": command(), "hardware": hardware(device), "versions": versions(), "seed": seed}
-    data = {**head, **body}
+    data = {**head(kind, seed, device), **body}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")  # a reader never sees half a file

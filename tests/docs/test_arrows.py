@@ -22,7 +22,7 @@ ROOMS = {
     "vllm": "integrations.vllm",
     "integrations": "integrations",
     "commands": "auto cli commands",
-    "vtr": "__init__ _moved",
+    "vtr": "__init__ _checkout _moved",
 }
 """Room → modules below ``vtr``, the longest name that fits counts; others are rooms of their own."""
 

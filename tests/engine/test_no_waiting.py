@@ -91,7 +91,7 @@ def test_reading_is_noticed() -> None:
 @pytest.mark.parametrize("policies", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_is_not_waited_for(policies: list[Any], dtype: torch.dtype) -> None:
-    model = vtr.patch(tiny.llava_next(head=16).to("cuda", dtype))
+    model = vtr.patch(tiny.llava_next(head_dim=16).to("cuda", dtype))
     inputs = {name: t.to("cuda") for name, t in tiny.batch(model.cpu(), ROWS).items()}
     model.to("cuda")
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
@@ -107,7 +107,7 @@ def test_a_gpu_is_not_waited_for(policies: list[Any], dtype: torch.dtype) -> Non
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_kernel_for_all_rows_is_row_by_row() -> None:
-    model = vtr.patch(tiny.llava_next(head=16).to("cuda", torch.bfloat16))
+    model = vtr.patch(tiny.llava_next(head_dim=16).to("cuda", torch.bfloat16))
     inputs = {name: t.to("cuda") for name, t in tiny.batch(tiny.llava_next(), ROWS).items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     together = model(**inputs, policy=POLICIES[0]).logits

@@ -226,7 +226,7 @@ def test_no_kernel_and_no_gpu_go_row_by_row(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("family", ["llava_next", "internvl"])
 def test_one_kernel_says_what_row_by_row_says(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    model = vtr.patch(getattr(tiny, family)(head=16))
+    model = vtr.patch(getattr(tiny, family)(head_dim=16))
     inputs = tiny.batch(model, [["ab", IMAGE, "what"], ["abcdef"], ["a", IMAGE, "bc", IMAGE, "which"]])
     policies = [vtr.FastV(0.5, layer=2), None, vtr.Pyramid()]
     want = model(**inputs, policy=policies).logits
@@ -257,7 +257,7 @@ def test_flash_attention_never_gets_a_mask(version: int, policy: Any, monkeypatc
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, causal[None, None], **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, flash)
-    stock = tiny.llava(head=16)
+    stock = tiny.llava(head_dim=16)
     inputs = tiny.batch(
         stock, [["ab", IMAGE, "what"], ["abc", IMAGE, "what"], ["abcdef"], ["a", IMAGE, "b", IMAGE, "c"]]
     )

@@ -35,6 +35,8 @@ NEVER = [IMAGE_ID, VIDEO_ID]
 IMG, END_IMG = 6, 7
 """What stands around an image of InternVL."""
 SIDE, PATCH, WINDOW, FRAMES = 24, 4, 40, 3
+HEAD = 12
+"""How wide a head is; a GPU's kernels take multiples of 8 alone."""
 SIZES = [(40, 40), (20, 44), (48, 24), (30, 18)]
 """Pixel sizes (height, width) that a batch's AnyRes images take in turn; none fills its canvas."""
 TILES = [5, 1, 3, 4]
@@ -48,11 +50,11 @@ _WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-def _text(lm: str, layers: int, head: int = 12) -> Any:
+def _text(lm: str, layers: int, head_dim: int) -> Any:
     """Mistral has a sliding window in all layers, Qwen2 from layer 2 on; most rows are longer than it."""
     return LMS[lm](
-        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=head, max_position_embeddings=1024, pad_token_id=PAD, bos_token_id=BOS,
+        vocab_size=64, hidden_size=4 * head_dim, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=1024, pad_token_id=PAD, bos_token_id=BOS,
         eos_token_id=None, **_WINDOWS.get(lm, {}),
     )  # fmt: skip
 
@@ -75,41 +77,42 @@ def _ready(model: Any, attn: str) -> Any:
     return model.eval()
 
 
-def llava(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head: int = 12) -> Any:
+def llava(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head_dim: int = HEAD) -> Any:
     """LLaVA-1.5, grouped queries: 36 vision tokens an image."""
     torch.manual_seed(seed)
     vision = _tower(CLIPVisionConfig, image_size=SIDE, patch_size=PATCH, projection_dim=32)
-    config = LlavaConfig(vision_config=vision, text_config=_text(lm, layers, head), image_token_index=IMAGE_ID)
+    config = LlavaConfig(vision_config=vision, text_config=_text(lm, layers, head_dim), image_token_index=IMAGE_ID)
     return _ready(LlavaForConditionalGeneration(config), attn)
 
 
-def llava_next(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head: int = 12) -> Any:
+def llava_next(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head_dim: int = HEAD) -> Any:
     """LLaVA-NeXT: thumbnail, up to four crops, newline tokens."""
     torch.manual_seed(seed)
     vision = _tower(CLIPVisionConfig, image_size=SIDE, patch_size=PATCH, projection_dim=32)
-    text = _text(lm, layers, head)
+    text = _text(lm, layers, head_dim)
     config = LlavaNextConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE_ID, image_grid_pinpoints=GRIDS
     )
     return _ready(LlavaNextForConditionalGeneration(config), attn)
 
 
-def llava_onevision(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head: int = 12) -> Any:
+def llava_onevision(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head_dim: int = HEAD) -> Any:
     """LLaVA-OneVision over SigLIP: canvases of more than two tiles are scaled down; a video frame has 3 × 3 tokens."""
     torch.manual_seed(seed)
     vision = _tower(SiglipVisionConfig, image_size=SIDE, patch_size=PATCH, vision_use_head=False)
+    text = _text(lm, layers, head_dim)
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=_text(lm, layers, head), image_token_index=IMAGE_ID,
-        video_token_index=VIDEO_ID, image_grid_pinpoints=GRIDS, vision_aspect_ratio="anyres_max_2",
+        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, video_token_index=VIDEO_ID,
+        image_grid_pinpoints=GRIDS, vision_aspect_ratio="anyres_max_2",
     )  # fmt: skip
     return _ready(LlavaOnevisionForConditionalGeneration(config), attn)
 
 
-def internvl(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head: int = 12) -> Any:
+def internvl(attn: str = "sdpa", layers: int = 5, seed: int = 0, lm: str = "llama", head_dim: int = HEAD) -> Any:
     """InternVL: pixel shuffle leaves 9 tokens a tile, the thumbnail comes last."""
     torch.manual_seed(seed)
     vision = _tower(InternVLVisionConfig, image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH])
-    config = InternVLConfig(vision_config=vision, text_config=_text(lm, layers, head), image_token_id=IMAGE_ID)
+    config = InternVLConfig(vision_config=vision, text_config=_text(lm, layers, head_dim), image_token_id=IMAGE_ID)
     return _ready(InternVLForConditionalGeneration(config), attn)
 
 
