@@ -92,7 +92,7 @@ class Questions:
 
     def _kept(self, question: str, answers: dict[int, Any]) -> list[ranking.Kept]:
         """What each row keeps, checked; None for all of it."""
-        looking = [i for i, a in answers.items() if isinstance(a, Best) and isinstance(a.scores, _LookAhead)]
+        looking = sorted(i for i, a in answers.items() if isinstance(a, Best) and isinstance(a.scores, _LookAhead))
         found = answers[looking[0]].scores.together(looking) if looking else {}
         kept: list[ranking.Kept] = [None] * len(self.rows)
         for i, answer in answers.items():

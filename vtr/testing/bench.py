@@ -111,7 +111,19 @@ class Bench:
             raise Fault(f"{asked} raises {type(error).__name__}: {error}", _hint(error, self.family)) from error
 
 
-QUESTIONS = ("compress", "needs", "prune", "route", "remember", "remember_all", "recall", "resolve", "check")
+QUESTIONS = (
+    "compress",
+    "needs",
+    "prune",
+    "prune_all",
+    "route",
+    "route_all",
+    "remember",
+    "remember_all",
+    "recall",
+    "resolve",
+    "check",
+)
 
 
 def _hint(error: Exception, family: str) -> str:

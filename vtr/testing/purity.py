@@ -64,13 +64,13 @@ def in_place(bench: Bench) -> None:
     """What is handed over comes back as it was."""
     policy, found = fresh(bench.policy), []
 
-    def watch(question: str, shown: Callable[[Any], dict[str, Tensor]]) -> None:
+    def watch(question: str, shown: Callable[[Any], list[tuple[str, Tensor]]]) -> None:
         ask = getattr(policy, question)
 
         def asked(*args: Any) -> Any:
-            before = {name: (t, t.clone(), t._version) for name, t in shown(args[-1]).items()}
+            before = [(name, t, t.clone(), t._version) for name, t in shown(args[-1])]
             answer = ask(*args)
-            for name, (t, was, version) in before.items():
+            for name, t, was, version in before:
                 if t._version != version or not torch.equal(t.nan_to_num(), was.nan_to_num()):
                     found.append((question.removesuffix("_all"), name))
             return answer
@@ -78,10 +78,10 @@ def in_place(bench: Bench) -> None:
         setattr(policy, question, asked)
 
     for question, shown in {
-        "compress": _of_image, "prune": _of_tokens, "route": _of_tokens,
+        "compress": _of_image, "prune_all": _of_tokens, "route_all": _of_tokens,
         "remember_all": _of_decoded, "recall": _of_decoded,
     }.items():  # fmt: skip
-        if policy.asks(question if question in ("compress", "prune", "route") else "remember"):
+        if policy.asks("remember" if question == "recall" else question.removesuffix("_all")):
             watch(question, shown)
     bench.generate(bench.batch, policy)
     bench.generate(bench.batch, policy, use_cache=False)
@@ -94,28 +94,40 @@ def in_place(bench: Bench) -> None:
         )
 
 
-def _of_image(image: Any) -> dict[str, Tensor]:
-    shown = {}
+def _of_image(image: Any) -> list[tuple[str, Tensor]]:
+    shown = []
     for name in IMAGE_TENSORS:
         at = image
         for part in name.split("."):
             at = getattr(at, part)
         if at is not None:
-            shown[f"image.{name}"] = at
+            shown.append((f"image.{name}", at))
     return shown
 
 
-def _of_tokens(tokens: Any) -> dict[str, Tensor]:
+def _of_tokens(rows: Any) -> list[tuple[str, Tensor]]:
     """Every field, and from now on the same tensor whenever it is read."""
-    made = {name: getattr(tokens, name) for name in TOKENS}
-    inner = tokens._field
-    tokens._field = lambda name: made[name]
-    tokens._field.check = inner.check
-    return {f"tokens.{name}": t for name, t in made.items() if t is not None}
+    shown = []
+    for tokens in rows:
+        made = {name: getattr(tokens, name) for name in TOKENS}
+        check = tokens._field.check
+        tokens._field = _Shown(made, check)
+        shown += [(f"tokens.{name}", t) for name, t in made.items() if t is not None]
+    return shown
 
 
-def _of_decoded(tokens: Any) -> dict[str, Tensor]:
-    return {f"token.hidden of row {row}": token.hidden for row, token in enumerate(tokens)}
+class _Shown:
+    """Fields that are made already."""
+
+    def __init__(self, made: dict[str, Tensor], check: Callable[..., None]) -> None:
+        self.made, self.check = made, check
+
+    def __call__(self, name: str) -> Tensor:
+        return self.made[name]
+
+
+def _of_decoded(tokens: Any) -> list[tuple[str, Tensor]]:
+    return [(f"token.hidden of row {row}", token.hidden) for row, token in enumerate(tokens)]
 
 
 def counts(bench: Bench) -> None:
