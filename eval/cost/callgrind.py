@@ -1,8 +1,8 @@
 """Instructions of prefills, counted by valgrind where the machine does not: slow, and the same on a busy machine.
 
 A child process runs under callgrind, which counts nothing until the child has warmed up and asks for it. The model is
-narrow, for valgrind's sake: what the engine itself executes weighs more than in larger ones, so that these ratios are
-to be compared with those of other commits, not with the limit.
+narrow, for the sake of valgrind. What the engine itself executes weighs more there than in larger models: compare these
+ratios with those of other commits.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,10 +133,24 @@ class Storage:
 
     @classmethod
     def like(cls, keys: torch.Tensor, values: torch.Tensor, cells: int, windowed: bool) -> Storage:
-        """Zeros for so many tokens. keys, values: [1, kv_heads, T, head_dim], their sizes and dtypes."""
-        made = [t.new_zeros(cells, t.shape[1], t.shape[3]) for t in (keys, values)]
+        """Room for so many tokens. keys, values: [1, kv_heads, T, head_dim], their sizes and dtypes."""
+        made = [t.new_empty(cells, t.shape[1], t.shape[3]) for t in (keys, values)]
         at = torch.zeros(cells, dtype=torch.int64, device=keys.device) if windowed else None
         return cls(made[0], made[1], at)
+
+    def clear(self, buckets: Sequence[Bucket], shortest: Sequence[int]) -> None:
+        """Zeros where no token will be written: a mask hides what is there, but not if it is no number.
+
+        Args:
+            shortest: of each bucket, the tokens of its shortest row.
+        """
+        if self.keys.device.type != "cpu":  # a launch for all is cheaper than one a bucket
+            self.keys.zero_()
+            self.values.zero_()
+            return
+        for bucket, n in zip(buckets, shortest, strict=True):
+            bucket.keys[:, :, n:].zero_()
+            bucket.values[:, :, n:].zero_()
 
     def bucket(self, rows: list[int], first: int, capacity: int) -> Bucket:
         """An empty bucket of these rows, from cell ``first`` on."""

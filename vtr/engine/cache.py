@@ -384,6 +384,7 @@ class RaggedLayer(DynamicLayer):
             self.buckets.append(bucket)
             self.place.update({row: (bucket, i) for i, row in enumerate(rows)})
             at += size
+        storage.clear(self.buckets, [min(lengths[row] for row in rows) for rows in groups])
         return storage
 
     def _reserve(self, lengths: list[int]) -> None:

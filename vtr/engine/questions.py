@@ -168,12 +168,23 @@ class Questions:
 
     def _asked(self, kind: str, rows: list[int], passing: Passing) -> Queries:
         """The queries of some rows, where they stand among the tokens that pass the layer."""
-        index, weight, behind = self._text_queries(kind.startswith("last"), tuple(rows))
+        last = kind.startswith("last")
+        index, weight, behind = self._text_queries(last, tuple(rows))
         places, starts = self.packed.text.index_select(0, index), self._starts(rows)
         if passing.through is not None:  # text passes every layer
             places, starts = (torch.searchsorted(passing.through, t) for t in (places, starts))
         made = _queries(rows, places, starts, passing.lengths)
-        return replace(made, weight=weight, behind=behind, strongest=kind.endswith("-max"))
+        open_to_all = self._open(last, rows, passing.lengths) if behind else 0
+        return replace(made, weight=weight, behind=behind, open=open_to_all, strongest=kind.endswith("-max"))
+
+    def _open(self, last: bool, rows: Sequence[int], lengths: Sequence[int]) -> int:
+        """How many tokens in front of every row's first query there are, where no vision token is behind one."""
+        found = []
+        for i in rows:
+            queries = self.rows[i].text.queries
+            first = int(queries[-1 if last else 0])  # on the CPU
+            found.append(lengths[i] - (self.packed.texts[i] - first) + 1)
+        return min(found)
 
     def _starts(self, rows: Sequence[int]) -> torch.Tensor:
         starts = self.packed.starts[:-1]
@@ -307,7 +318,7 @@ class Questions:
             rope = tuple(torch.cat([t[:, spans[i]] for i in rows], 1) for t in rope)
             ids = torch.cat([ids[spans[i]] for i in rows])
         asked = _queries(rows, places, starts, [lengths[i] for i in rows], begin)
-        asked = replace(asked, behind=behind)
+        asked = replace(asked, behind=behind, open=self._open(True, rows, lengths) if behind else 0)
         window, keys = self.decoder.windows[index], None
         if any(past):
             assert self.layers is not None

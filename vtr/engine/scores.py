@@ -38,6 +38,7 @@ class Queries:
             queries is filled up with any of its tokens.
         weight: float32 [rows, 1, q], 0 where it is filled up; None where nothing is. With ``behind`` they sum up to 1.
         behind: all queries see all vision tokens of their row, so that the mean over queries is a weighted sum.
+        open: so many tokens, the first ones of each row, are seen by all of its queries: nothing masks them.
         starts: int64 [rows], places at which the rows begin. longest: tokens of the longest of them.
         run: the place at which the first of them begins, where they follow each other and are all as long; else None.
         strongest: of each query the largest over heads counts, not the mean.
@@ -50,12 +51,15 @@ class Queries:
     longest: int
     run: int | None
     behind: bool = False
+    open: int = 0
     strongest: bool = False
 
     def alone(self, past: int) -> Queries:
         """Of a single row, counted from its ``past`` cached tokens on, which come first."""
         places = self.places - self.starts[:, None] + past
-        return replace(self, places=places, starts=self.starts * 0, longest=self.longest + past, run=0)
+        return replace(
+            self, places=places, starts=self.starts * 0, longest=self.longest + past, open=self.open + past, run=0
+        )
 
     def flops(self, heads: int, head_dim: int, past: int = 0) -> int:
         """Matrix products of :func:`scores`, those of filled-up rows included, over so many cached tokens."""
@@ -92,7 +96,8 @@ def scores(
     if most == 0:
         return torch.zeros(tokens, device=key.device)
     columns = asked.columns()
-    hidden = columns[:, None] > asked.places[..., None]  # [rows, q, n]; so is all that is behind a row's end
+    # [rows, q, columns that are not open]; what stands behind a row's end is hidden too
+    hidden = columns[:, None, asked.open :] > asked.places[..., None]
     inside = columns if asked.run is not None else columns.clamp(max=tokens - 1)
     if asked.run is None:
         keys = key.index_select(1, inside.flatten())
@@ -101,7 +106,7 @@ def scores(
     if window is not None and positions is not None:
         at = positions.index_select(0, inside.flatten()).view_as(columns)
         now = positions.index_select(0, asked.places.flatten()).view_as(asked.places)
-        hidden = hidden | (now[..., None] - at[:, None] >= window)
+        hidden = hidden | (now[..., None] - at[:, None, asked.open :] >= window)
     paid = _paid(query.unflatten(1, (rows, most)), keys.unflatten(1, (rows, n)), hidden, asked, scaling)
     if not asked.behind:
         seen = ~hidden
@@ -148,7 +153,9 @@ def _paid_at_once(
     grouped = query.unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(kv_heads * rows, -1, width)
     keys = key.reshape(kv_heads * rows, n, width)
     logits = torch.baddbmm(grouped.new_empty(1, 1, 1), grouped, keys.transpose(1, 2), beta=0, alpha=scaling).float()
-    logits = logits.view(kv_heads, rows, heads // kv_heads, most, n).masked_fill_(hidden[None, :, None], float("-inf"))
+    logits = logits.view(kv_heads, rows, heads // kv_heads, most, n)
+    if hidden.shape[-1]:
+        logits[..., n - hidden.shape[-1] :].masked_fill_(hidden[None, :, None], float("-inf"))
     paid = logits.softmax(-1)
     by_query = paid.amax((0, 2)) if strongest else paid.sum((0, 2)) if weight is not None else None
     if weight is not None:
