@@ -50,7 +50,7 @@ _WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-def _text(lm: str, layers: int, head_dim: int) -> Any:
+def _text(lm: str, layers: int, head_dim: int = 12) -> Any:
     """Mistral has a sliding window in all layers, Qwen2 from layer 2 on; most rows are longer than it."""
     return LMS[lm](
         vocab_size=64, hidden_size=4 * head_dim, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
