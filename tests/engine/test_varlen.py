@@ -257,7 +257,7 @@ def test_flash_attention_never_gets_a_mask(version: int, policy: Any, monkeypatc
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, causal[None, None], **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, flash)
-    stock = tiny.llava(head_dim=16)
+    stock = tiny.llava()
     inputs = tiny.batch(
         stock, [["ab", IMAGE, "what"], ["abc", IMAGE, "what"], ["abcdef"], ["a", IMAGE, "b", IMAGE, "c"]]
     )
