@@ -48,6 +48,7 @@ def models(request: pytest.FixtureRequest) -> Models:
     return Models.from_family(request.param)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", LEARNT)
 def test_answers_have_the_probabilities_that_generate_gave_them(models: Models, name: str, padding: str) -> None:

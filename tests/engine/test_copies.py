@@ -136,6 +136,7 @@ def test_a_copy_made_while_generating(stock: Any, inputs: dict[str, Tensor]) -> 
 
 
 # ------------------------------------------------------------------------------------------------- pickles and files
+@pytest.mark.slow
 def test_a_pickle_is_read_in_another_process(stock: Any, fresh: Any, inputs: dict[str, Tensor], tmp_path: Path) -> None:
     plain = tiny.generate(stock, inputs, **RUN)
     want = tiny.generate(vtr.patch(stock), inputs, policy=F, **RUN)

@@ -59,6 +59,7 @@ def said(model: Any, inputs: dict[str, Tensor], policies: Any, **how: Any) -> tu
     return plain(out.sequences), plain(torch.stack(out.logits))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", SPLIT)
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_two_devices_say_what_one_says(kind: str, name: str) -> None:
@@ -152,6 +153,7 @@ def on_one(lm: str) -> tuple[Any, Any]:
     return stock, move(vtr.patch(copy.deepcopy(stock)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("lm", ["llama", "mistral"])
 @pytest.mark.parametrize("rows", [EQUAL, RAGGED], ids=["equal", "ragged"])
 @pytest.mark.parametrize(

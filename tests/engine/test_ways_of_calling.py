@@ -174,6 +174,7 @@ def language_model(model: Any) -> Any:
     return model
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
 @pytest.mark.parametrize("compiled", [whole, inside, language_model])
 def test_an_unreduced_call_compiles_into_one_graph(compiled: Any, family: str) -> None:

@@ -148,6 +148,7 @@ def test_a_failing_generate_ends_the_others(bench: engine.Bench) -> None:
         decode_in_turns({"runs": runs, "fails": fails}, bench.device)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not peak_memory.available(), reason="needs Linux's clear_refs")
 def test_peak_memory_grows_with_what_is_kept() -> None:
     size = midsize.Size(6, 64, 2048, 2, side=32, text_tokens=8, vocab_size=64)

@@ -224,10 +224,10 @@ def test_policies_that_cannot_work_are_left_out_of_all_but_not_refused_silently(
 ) -> None:
     from vtr.policies.blind.random_keep import Random
 
-    def broken(self: Any, layer: int, tokens: Any) -> Any:
+    def broken(self: Any, tokens: Any) -> Any:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(Random, "prune", broken)
+    monkeypatch.setattr(Random, "score", broken)
     monkeypatch.setattr(contenders, "FIRST", ("none", "uniform"))
     monkeypatch.setattr(vtr, "list_policies", lambda: ["random", "uniform"])
     found = evaluate(replace(settings, policies=("all",), limit=4), tmp_path / "all", processes=1)

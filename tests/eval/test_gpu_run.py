@@ -53,6 +53,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield float(value)
 
 
+@pytest.mark.slow
 def test_all_parts_are_done_in_a_bare_clone(ran: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, file = ran
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

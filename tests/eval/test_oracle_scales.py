@@ -45,6 +45,7 @@ def test_what_it_refuses() -> None:
         oracle.oracle(ROWS, ["none", "m3:tokens=36"])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     run.mkdir()

@@ -81,7 +81,7 @@ WAITS: dict[str, tuple[Callable[..., Any], str, int]] = {  # call, what it waits
     "an index of the CPU": (lambda x, **_: x[torch.tensor([0, 2])], "index from the host", 1),
     "a number at indices": (lambda x, i, **_: written(x, i, 1.0), "index from the host", 1),
     "cpu": (lambda x, **_: x.cpu(), "to(cpu)", 0),
-    "to": (lambda x, **_: x.to("cpu", non_blocking=True), "to(cpu)", 0),
+    "to": (lambda x, **_: x.to("cpu"), "to(cpu)", 0),
     "into the CPU": (lambda x, **_: torch.zeros(4, 6).copy_(x), "copy_ to the host", 0),
     "from the CPU": (lambda x, **_: x.copy_(torch.zeros(4, 6)), "copy_", 1),
     "a list as tensor": (lambda x, **_: torch.tensor([1, 2], device=x.device), "tensor(…, device=cuda)", 1),

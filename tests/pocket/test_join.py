@@ -101,6 +101,7 @@ def test_every_view_gives_gradients_to_what_it_trains(drawn) -> None:
     objective.remove()
 
 
+@pytest.mark.slow
 def test_the_stages_leave_one_model_for_both_policies(tmp_path, monkeypatch) -> None:
     short = {"list": {"steps": 2, "lr": 1e-3, "pictures": 1}, "join": {"steps": 6, "lr": 1e-3, "pictures": 1}}
     monkeypatch.setattr(train, "JOINT", short)

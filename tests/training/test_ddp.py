@@ -51,6 +51,7 @@ def train(rank: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch was built without gloo"
 )

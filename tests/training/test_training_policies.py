@@ -267,6 +267,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pmod", "dynamic"])
 def test_an_interrupted_run_ends_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
     """Stopped within an epoch, at its edge, while it writes a state or a model: over shuffled, noisy samples."""

@@ -181,8 +181,8 @@ class Questions:
         """How many tokens in front of every row's first query there are, where no vision token is behind one."""
         found = []
         for i in rows:
-            queries = self.rows[i].text.queries
-            first = int(queries[-1 if last else 0])  # on the CPU
+            text = self.rows[i].text
+            first = text.last if last else text.first
             found.append(lengths[i] - (self.packed.texts[i] - first) + 1)
         return min(found)
 
@@ -199,11 +199,10 @@ class Questions:
         """Which of the packed text ranks (int64 [rows * q], filled up), and ``Queries.weight`` and ``behind``."""
         if (last, rows) not in self._queries:
             first, device = sums(self.packed.texts), self.packed.text.device
-            texts, visions = ([getattr(self.rows[i], name) for i in rows] for name in ("text", "vision"))
+            texts = [self.rows[i].text for i in rows]
             picked = [text.queries[-1:] if last else text.queries for text in texts]
-            most, behind = max(map(len, picked)), not any(self.decoder.windows)
-            for text, vision, q in zip(texts, visions, picked, strict=True):
-                behind &= len(q) > 0 and bool(text.index[q[0]] > vision.index[-1])
+            most = max(map(len, picked))
+            behind = all(text.last_behind if last else text.behind for text in texts) and not any(self.decoder.windows)
             filled = [
                 torch.nn.functional.pad(q, (0, most - len(q))) + first[i] for q, i in zip(picked, rows, strict=True)
             ]

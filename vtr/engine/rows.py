@@ -47,6 +47,8 @@ class TextTokens:
         index: int64 [t], row-local, ascending. prompt: how many of them, the first ones, are no answer.
         queries: int64 [q], which of the text tokens may rank vision tokens.
         rankable: False if some vision token has no such query after it.
+        first, last: the numbers of the first and the last of the queries; -1 where there is none.
+        behind, last_behind: whether all of them, or the last one, stand behind all vision tokens.
         answer_slots: int64 [a], logical slots of the answer.
         decoded: int64, row-local: the answer but for its newest token, which a run without a cache meets again.
     """
@@ -58,13 +60,11 @@ class TextTokens:
         answer = text[~in_prompt]
         self.index, self.prompt = text, len(text) - len(answer)
         self.queries = ((text > first) & in_prompt).nonzero().squeeze(1)
+        self.first, self.last = (int(self.queries[0]), int(self.queries[-1])) if len(self.queries) else (-1, -1)
+        self.behind = self.first >= 0 and int(text[self.first]) > last
+        self.last_behind = self.last >= 0 and int(text[self.last]) > last
         self.rankable = bool(((text > last) & in_prompt).any())
         self.answer_slots, self.decoded = given.slots[answer], answer[:-1]
-
-    def ranking(self, kind: str) -> torch.Tensor:
-        """Row-local indices of the text tokens that rank: the last one, or all after the first vision token."""
-        chosen = self.queries[-1:] if kind.startswith("last") else self.queries
-        return self.index.index_select(0, chosen)
 
     def renumber(self, kept: torch.Tensor) -> None:
         """Only the row's tokens ``kept`` (row-local, ascending; all of the text among them) are left."""
