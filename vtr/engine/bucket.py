@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+
+from vtr.engine.once import from_host
 
 
 def block(length: int) -> int:
@@ -119,6 +122,37 @@ class Longest:
         return int(self.value) + bucket.upper - self.upper if self.arrived.query() else bucket.upper
 
 
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Where the packed tokens of a prefill are stored.
+
+    Attributes:
+        into: int64 [n], the cell of each token that is kept.
+        source: int64 [n], which packed tokens these are; None: all.
+    """
+
+    into: torch.Tensor
+    source: torch.Tensor | None
+
+    @classmethod
+    def of(cls, buckets: Sequence[Bucket], lengths: Sequence[int], kept: Sequence[int], device: torch.device) -> Cells:
+        """Of each row the last ``kept`` of its ``lengths`` tokens, from its first cell on."""
+        first_cell, at = [0] * len(kept), 0
+        for bucket in buckets:
+            for row in bucket.rows:
+                first_cell[row], at = at, at + bucket.keys.shape[2]
+        here = [cell - before for cell, before in zip(first_cell, accumulate([0, *kept]), strict=False)]
+        gone = [n - k for n, k in zip(lengths, kept, strict=True)]
+        table, total = from_host([here, list(accumulate(gone)), list(kept)], device), sum(kept)
+        each = torch.arange(total, device=device)
+        into = each + table[0].repeat_interleave(table[2], output_size=total)
+        return cls(into, each + table[1].repeat_interleave(table[2], output_size=total) if any(gone) else None)
+
+    def pick(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of all packed tokens [T, …] those that are kept."""
+        return tokens if self.source is None else tokens.index_select(0, self.source)
+
+
 @dataclass(eq=False)
 class Storage:
     """What the buckets of one layer are parts of, so that a prefill writes them all at once.
@@ -137,6 +171,13 @@ class Storage:
         made = [t.new_empty(cells, t.shape[1], t.shape[3]) for t in (keys, values)]
         at = torch.zeros(cells, dtype=torch.int64, device=keys.device) if windowed else None
         return cls(made[0], made[1], at)
+
+    def write(self, cells: Cells, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
+        """Store packed tokens, [1, kv_heads, T, head_dim] each; positions: int64 [T]."""
+        for store, new in ((self.keys, keys), (self.values, values)):
+            store.index_copy_(0, cells.into, cells.pick(new[0].transpose(0, 1)))
+        if self.positions is not None and positions is not None:
+            self.positions.index_copy_(0, cells.into, cells.pick(positions))
 
     def clear(self, buckets: Sequence[Bucket], shortest: Sequence[int]) -> None:
         """Zeros where no token will be written: a mask hides what is there, but not if it is no number.

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from vtr.base import UnsupportedError
-from vtr.engine.bucket import Bucket, Longest, Storage, block
+from vtr.engine.bucket import Bucket, Cells, Longest, Storage, block
 from vtr.engine.cache_state import CacheState
 from vtr.engine.once import from_host
 
@@ -253,34 +253,12 @@ class RaggedLayer(DynamicLayer):
     ) -> None:  # fmt: skip
         """Write the last ``kept`` tokens of each row, all rows at once. keys, values: [1, kv_heads, T, head_dim]."""
         sizes, device = tuple(bucket.keys.shape[2] for bucket in self.buckets), keys.device
-        cells, sources = self.state.once.of(  # most layers hold what the layer before holds
-            "cells", tuple(lengths), tuple(kept), sizes, device, make=lambda: self._cells(lengths, kept, device)
-        )
-        for store, new in ((storage.keys, keys), (storage.values, values)):
-            tokens = new[0].transpose(0, 1)
-            store.index_copy_(0, cells, tokens if sources is None else tokens.index_select(0, sources))
-        if storage.positions is not None and positions is not None:
-            storage.positions.index_copy_(
-                0, cells, positions if sources is None else positions.index_select(0, sources)
-            )
+        cells = self.state.once.of(  # most layers hold what the layer before holds
+            "cells", tuple(lengths), tuple(kept), sizes, device,
+            make=lambda: Cells.of(self.buckets, lengths, kept, device),
+        )  # fmt: skip
+        storage.write(cells, keys, values, positions)
         self._set_lengths(kept)
-
-    def _cells(
-        self, lengths: Sequence[int], kept: Sequence[int], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where in the storage each token goes, int64 [sum of kept]; and which packed token it is (None: all, as they
-        come)."""
-        cell, first = [0] * len(kept), 0
-        for bucket in self.buckets:
-            for row in bucket.rows:
-                cell[row], first = first, first + bucket.keys.shape[2]
-        here = [start - before for start, before in zip(cell, accumulate([0, *kept]), strict=False)]
-        gone = [n - k for n, k in zip(lengths, kept, strict=True)]
-        table, total = from_host([here, list(accumulate(gone)), list(kept)], device), sum(kept)
-        each = torch.arange(total, device=device)
-        cells = each + table[0].repeat_interleave(table[2], output_size=total)
-        sources = each + table[1].repeat_interleave(table[2], output_size=total) if any(gone) else None
-        return cells, sources
 
     def _seen_later(self, n: int, end: int, positions: torch.Tensor | None) -> int:
         """How many of a row's first ``n`` tokens, which end at ``end``, any token to come can see."""
