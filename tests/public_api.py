@@ -50,6 +50,9 @@ class Answers(vtr.Policy):
         halves = image.features.chunk(2)
         return vtr.Pooled(torch.stack([half.mean(0) for half in halves]), [[0], [len(image) - 1]])
 
+    def prune(self, layer: int, tokens: vtr.Tokens) -> vtr.Best | None:
+        return vtr.Best(tokens.hidden.norm(dim=-1), len(tokens)) if layer else None
+
     def route(self, layer: int, tokens: vtr.Tokens) -> vtr.Route | None:
         return vtr.Route(keep=torch.arange(len(tokens)))
 

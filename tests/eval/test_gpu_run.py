@@ -67,6 +67,7 @@ def test_all_parts_are_done_in_a_bare_clone(ran: tuple[subprocess.CompletedProce
     assert all(case["kept as on the CPU"] and case["says the same without a cache"] for case in cases.values())
 
 
+@pytest.mark.slow
 def test_times_are_beside_unpatched_and_the_bound(ran: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     data = table.load(ran[1])
     for name in TIMED:
