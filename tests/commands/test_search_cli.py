@@ -34,6 +34,7 @@ def small_data(folder: Path, count: int = 8) -> Path:
     return folder / "data.jsonl"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["gsearch", "psigmoid"])
 def test_the_command_writes_a_schedule_with_a_report_and_goes_on_from_its_state(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "schedule"

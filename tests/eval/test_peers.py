@@ -152,6 +152,7 @@ def test_failed_installs_make_a_row_a_method(plan: Plan) -> None:
     assert [(row.peer, row.method, row.error) for row in rows] == [("x", "slow", "pip: no"), ("x", "half", "pip: no")]
 
 
+@pytest.mark.slow
 def test_environments_borrow_torch_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(venvs, "_pip", lambda python, arguments, timeout: asked.append(arguments))

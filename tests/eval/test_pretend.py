@@ -253,6 +253,7 @@ POLICIES: list[Any] = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_model_says_the_same_tokens(family: str, policy: Any, counts: Counts) -> None:

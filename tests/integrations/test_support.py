@@ -88,6 +88,7 @@ def test_off_is_off(models: Models) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- every cell
+@pytest.mark.sample(2)
 @cells("works")
 def test_a_policy_on_a_family(models: Models, policy: str) -> None:
     inputs = models.inputs()
