@@ -63,6 +63,14 @@ class Bucket:
         self.ragged, self.sizes, self.upper = (None if same else lens), (None if same else sizes), max(sizes)
         self.asked = None
 
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
+        """Write all that its rows have, of ``upper`` tokens each: [1, kv_heads, T, head_dim], row behind row."""
+        rows, n = len(self.rows), self.upper
+        for store, new in ((self.keys, keys), (self.values, values)):
+            store[:, :, :n] = new[0].unflatten(1, (rows, n)).transpose(0, 1)
+        if self.positions is not None and positions is not None:
+            self.positions[:, :n] = positions.view(rows, n)
+
     def grow(self, capacity: int) -> None:
         for name in ("keys", "values"):
             old = getattr(self, name)

@@ -252,13 +252,16 @@ class RaggedLayer(DynamicLayer):
         positions: torch.Tensor | None,
     ) -> None:  # fmt: skip
         """Write the last ``kept`` tokens of each row, all rows at once. keys, values: [1, kv_heads, T, head_dim]."""
+        self._set_lengths(kept)
+        if self.one_bucket and self.buckets[0].equal and list(lengths) == kept:
+            self.buckets[0].fill(keys, values, positions)
+            return
         sizes, device = tuple(bucket.keys.shape[2] for bucket in self.buckets), keys.device
         cells = self.state.once.of(  # most layers hold what the layer before holds
             "cells", tuple(lengths), tuple(kept), sizes, device,
             make=lambda: Cells.of(self.buckets, lengths, kept, device),
         )  # fmt: skip
         storage.write(cells, keys, values, positions)
-        self._set_lengths(kept)
 
     def _seen_later(self, n: int, end: int, positions: torch.Tensor | None) -> int:
         """How many of a row's first ``n`` tokens, which end at ``end``, any token to come can see."""
