@@ -42,10 +42,6 @@ class Probe:
     row: int | None = None
     """The only row asked for, where rows have cached tokens; its scores are then of its own tokens [n]."""
 
-    def ranked(self) -> tuple[int, ...]:
-        """The rows that the scores are of."""
-        return self.asked.rows
-
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -210,24 +206,19 @@ def _rank(
         if number in plan.sink:
             continue
         with nullcontext() if plan.clock is None else plan.clock:
-            asked, keys, at = probe.asked, key[0], plan.positions
+            asked, keys, at = probe.asked, key[0], None if window is None else plan.positions
             picked = query[0].index_select(1, asked.places.flatten())
-            if probe.row is not None and plan.past:
+            if probe.row is not None:
                 row, past = probe.row, plan.past[probe.row]
-                start, n = sum(plan.lengths[:row]), plan.lengths[row]
-                own = key[0, :, start : start + n]
-                cache = plan.layers[module.layer_idx]
-                keys = torch.cat([cache.row(row, past)[0][0], own], 1) if past else own
-                if window is not None and at is not None:
-                    at = (
-                        torch.cat([cache.positions(row, past), at[start : start + n]])
-                        if past
-                        else at[start : start + n]
-                    )
-                asked = asked.alone(past)
-                plan.sink[number] = scores(picked, keys, asked, scaling, at, window)[-n:]
-            else:
-                plan.sink[number] = scores(picked, keys, asked, scaling, at, window)
+                start = sum(plan.lengths[:row])
+                here = slice(start, start + plan.lengths[row])
+                keys, at, asked = keys[:, here], None if at is None else at[here], asked.alone(past)
+                if past:
+                    cache = plan.layers[module.layer_idx]
+                    keys = torch.cat([cache.row(row, past)[0][0], keys], 1)
+                    at = None if at is None else torch.cat([cache.positions(row, past), at])
+            found = scores(picked, keys, asked, scaling, at, window)
+            plan.sink[number] = found if probe.row is None else found[-plan.lengths[probe.row] :]
 
 
 def _window_mask(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> WindowMask | None:

@@ -88,20 +88,23 @@ class Captures:
 
     def _run_tiles(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
         """One image's part of a run's output, the thumbnail in front."""
+        self._check_ran(runs, what)
+        mine = runs[place.run][place.first : place.first + place.count]
+        return mine.roll(1, 0) if layout.thumbnail_last else mine
+
+    def _check_ran(self, runs: list[torch.Tensor], what: str) -> None:
         if len(runs) != len(self.tiles) or any(len(run) < n for run, n in zip(runs, self.tiles, strict=True)):
             raise UnsupportedError(
                 f"the {what} of {type(self.patch.model).__name__} did not run for all images of this call, but a "
                 "policy needs what it gives: pass pixel_values, and memoise images (if at all) in the vision tower's "
                 "own forward, not above it"
             )
-        mine = runs[place.run][place.first : place.first + place.count]
-        return mine.roll(1, 0) if layout.thumbnail_last else mine
 
     @torch.no_grad()
     def _cls_attention(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if place not in self._scores:
             if self.keeps_states:
-                self._run_tiles(self.states, place, layout, "vision tower")  # raises where it did not run for it
+                self._check_ran(self.states, "vision tower")
                 self._score(place)
             else:
                 tiles = self._tiles(features, layout, place).float()

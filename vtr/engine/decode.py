@@ -38,7 +38,7 @@ class DecodeStep:
         device = execution_device(layer) or hidden.device
         if device != hidden.device:  # the layers from here on are on another one
             hidden = hidden.to(device)
-            self.state.memos = [on_device(memo, device) for memo in self.state.memos]
+            self.state.memos = [memo_on(memo, device) for memo in self.state.memos]
         if self.renumbers:
             self._renumber(index, hidden, kwargs)
         if self.asks:
@@ -60,7 +60,7 @@ class DecodeStep:
             plan.layers[index].staged = plan
 
 
-def on_device(memo: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def memo_on(memo: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What a policy noted of a token, its tensors on the device."""
     return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in memo.items()}
 

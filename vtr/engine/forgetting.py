@@ -14,7 +14,7 @@ import torch
 
 from vtr.base import Token
 from vtr.engine.checks import version, write_error
-from vtr.engine.decode import answers, as_tensor, on_device
+from vtr.engine.decode import answers, as_tensor, memo_on
 from vtr.engine.packed import Packed
 from vtr.engine.rows import Row
 from vtr.engine.trace import Trace
@@ -38,7 +38,7 @@ class Forgetting:
         return cls(rows, given, trace) if may else None
 
     def to(self, device: torch.device) -> None:
-        self.memos = [[on_device(memo, device) for memo in memos] for memos in self.memos]
+        self.memos = [[memo_on(memo, device) for memo in memos] for memos in self.memos]
 
     def drop(self, index: int, packed: Packed, hidden: torch.Tensor) -> torch.Tensor | None:
         """Decoded words: packed indices of what enters layer ``index``; None for all. Reads the device."""

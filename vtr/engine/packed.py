@@ -73,18 +73,15 @@ class Packed:
     # -- parts of it -----------------------------------------------------------------------------------------------
     def spans(self) -> list[slice]:
         """Where each row lies in the packed sequence."""
-        ends = sums(self.lengths)
-        return [slice(a, b) for a, b in pairwise(ends)]
+        return _slices(self.lengths)
 
     def vision_spans(self) -> list[slice]:
         """Where each row's vision tokens lie in ``vision`` and ``alive``."""
-        ends = sums(self.counts)
-        return [slice(a, b) for a, b in pairwise(ends)]
+        return _slices(self.counts)
 
     def text_spans(self) -> list[slice]:
         """Where each row's text lies in ``text``."""
-        ends = sums(self.texts)
-        return [slice(a, b) for a, b in pairwise(ends)]
+        return _slices(self.texts)
 
     def of_rows(self, values: torch.Tensor, rows: Sequence[int], spans: Sequence[slice]) -> torch.Tensor:
         """What of ``values`` (along dimension 0) lies in the spans of these rows."""
@@ -117,7 +114,7 @@ class Packed:
         marks = torch.searchsorted(places, marks)
         self.vision, self._anchors = marks[: len(kept)], marks[len(kept) :]
         self.alive = self.alive.index_select(0, kept)
-        self.lengths = [n - (old - new) for n, old, new in zip(self.lengths, self.counts, counts, strict=True)]
+        self.lengths = less(self.lengths, self.counts, counts)
         self.counts = counts
         self._tell_rows()
         return places
@@ -132,7 +129,7 @@ class Packed:
         places = torch.cat([self.vision, text]).sort().values
         marks = torch.searchsorted(places, torch.cat([self.vision, text, self.starts]))
         self.vision, self._anchors = marks[: len(self.vision)], marks[len(self.vision) :]
-        self.lengths = [n - (old - new) for n, old, new in zip(self.lengths, self.texts, texts, strict=True)]
+        self.lengths = less(self.lengths, self.texts, texts)
         self.texts = texts
         self._tell_rows()
         return places
@@ -186,12 +183,22 @@ def sums(numbers: Sequence[int]) -> list[int]:
     return [0, *accumulate(numbers)]
 
 
+def less(lengths: Sequence[int], before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """Of rows of these lengths, what is left when some of their tokens, so many before, are so many after."""
+    return [n - (old - new) for n, old, new in zip(lengths, before, after, strict=True)]
+
+
 def on_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """int64 tensors [n] each from the host, in one copy that nobody waits for."""
     if device.type == "cpu":
         return list(parts)
     moved = torch.cat(list(parts)).to(device, non_blocking=True)
     return list(moved.split([len(part) for part in parts]))
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    """Where things of these sizes lie, one behind the other."""
+    return [slice(a, b) for a, b in pairwise(sums(sizes))]
 
 
 def _ranges(spans: Sequence[slice]) -> torch.Tensor:

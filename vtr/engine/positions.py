@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vtr.engine.packed import on_device
+from vtr.engine.once import from_host
 
 
 class Positions:
@@ -88,13 +88,12 @@ class Positions:
         self.open = False
         offset = self.first - starts[:-1]
         if any(self.shift):
-            (shift,) = on_device([torch.tensor(self.shift)], hidden.device)
-            offset = offset - shift
+            offset = offset - from_host(self.shift, hidden.device)
         row = self.slots // columns if len(self.lost) > 1 else None
         offset = offset if row is None else offset.index_select(0, row)
         closed = torch.arange(self.slots.shape[0], device=hidden.device) + offset
         if row is not None and not all(self.lost):
-            (lost,) = on_device([torch.tensor(self.lost)], hidden.device)
+            lost = from_host(self.lost, hidden.device)
             closed = torch.where(lost.index_select(0, row) > 0, closed, self.ids[0])
         self._become(closed[None], hidden)
 
@@ -113,8 +112,7 @@ class Positions:
         made.select(index)
         made._table = torch.cat([made.ids, (made.slots + moved)[None]])
         if made.first is not None:
-            (rows,) = on_device([torch.tensor(list(old))], index.device)
-            made.first = made.first.index_select(0, rows)
+            made.first = made.first.index_select(0, from_host(old, index.device))
         made.shift, made.lost = [0] * len(old), [self.lost[row] for row in old]
         return made
 

@@ -15,7 +15,8 @@ from vtr.engine.attention import Probe
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.checks import GuardedFields, check_best, check_count, check_route, checked_keep
 from vtr.engine.decoder import Decoder
-from vtr.engine.packed import Packed, on_device, sums
+from vtr.engine.once import from_host
+from vtr.engine.packed import Packed, less, on_device, sums
 from vtr.engine.positions import Positions
 from vtr.engine.rows import Row
 from vtr.engine.scores import Queries, ahead
@@ -128,7 +129,7 @@ class Questions:
             everything = torch.arange(hidden.shape[1], device=hidden.device)
             return passing._replace(through=everything, weights=weights)
         chosen, counts = ranking.keep(kept, packed.counts, hidden.device)
-        lengths = [n - (old - new) for n, old, new in zip(packed.lengths, packed.counts, counts, strict=True)]
+        lengths = less(packed.lengths, packed.counts, counts)
         alive = packed.alive.index_select(0, chosen)
         return Passing(lengths, counts, alive, packed.passing(chosen), weights)
 
@@ -192,8 +193,7 @@ class Questions:
             return starts
         if rows[-1] - rows[0] == len(rows) - 1:
             return starts[rows[0] : rows[-1] + 1]
-        (chosen,) = on_device([torch.tensor(list(rows))], starts.device)
-        return starts.index_select(0, chosen)
+        return starts.index_select(0, from_host(rows, starts.device))
 
     def _text_queries(self, last: bool, rows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """Which of the packed text ranks (int64 [rows * q], filled up), and ``Queries.weight`` and ``behind``."""
@@ -250,7 +250,7 @@ class Questions:
                     part = part.new_zeros(total).index_copy(0, self._through, part)
                 found = part if found is None else found + part
         self.scores = found
-        self.ranked = {row for n in self.taken for row in self._probes[n].ranked()}
+        self.ranked = {row for n in self.taken for row in self._probes[n].asked.rows}
         self.taken = {}
 
     # -- asking ----------------------------------------------------------------------------------------------------
@@ -303,15 +303,9 @@ class Questions:
         rope, ids = self.positions.rope, self.positions.ids[0]
         starts = packed.starts[:-1]
         if len(rows) < len(self.rows):  # the other rows need no keys
-            gone, each = on_device(
-                [
-                    torch.tensor([spans[i].start - b for i, b in zip(rows, begin, strict=False)]),
-                    torch.tensor([spans[i].start - b for i, b in zip(rows, begin, strict=False)]).repeat_interleave(
-                        torch.tensor([packed.counts[i] for i in rows])
-                    ),
-                ],
-                places.device,
-            )
+            nearer = torch.tensor([spans[i].start - b for i, b in zip(rows, begin, strict=False)])
+            counts = torch.tensor([packed.counts[i] for i in rows])
+            gone, each = on_device([nearer, nearer.repeat_interleave(counts)], places.device)
             places, vision, starts = places - gone, vision - each, self._starts(rows) - gone
             hidden = torch.cat([hidden[:, spans[i]] for i in rows], 1)
             rope = tuple(torch.cat([t[:, spans[i]] for i in rows], 1) for t in rope)

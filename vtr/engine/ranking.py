@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vtr.engine.once import from_host
 from vtr.engine.packed import on_device, sums
 
 Kept = tuple[torch.Tensor, int] | torch.Tensor | None
@@ -62,8 +63,7 @@ def _best(scores: Sequence[torch.Tensor], keep: Sequence[int], starts: Sequence[
             elif starts[0]:
                 order = order + starts[0]
         else:
-            (begin,) = on_device([torch.tensor(list(starts))], flat.device)
-            order = order + begin[:, None]
+            order = order + from_host(starts, flat.device)[:, None]
         return order.flatten().sort().values
     put = [torch.arange(n) + i * longest for i, n in enumerate(sizes)]
     take = [torch.arange(k) + i * longest for i, k in enumerate(keep)]

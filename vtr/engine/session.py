@@ -28,7 +28,7 @@ from vtr.engine.positions import Positions
 from vtr.engine.questions import Passing, Questions
 from vtr.engine.request import Request, check_rows, rows_of
 from vtr.engine.rows import Row
-from vtr.engine.trace import PackedTrace, Trace
+from vtr.engine.trace import PackedTrace, RowTrace, Trace
 
 
 class Session:
@@ -100,9 +100,7 @@ class Session:
         if self.state is not None and position_ids.dim() == 2:  # positions of one axis have closed up
             lost = [len(row.given.slots) - row.length for row in self.rows]
             self.state.dropped = [old + new for old, new in zip(self.state.dropped, lost, strict=True)]
-        self.log.rows = [
-            row.trace(self.offset, first) for row, first in zip(self.rows, self.packed.first_vision, strict=True)
-        ]
+        self.log.rows = self._traces()
         if captures is not None:
             self.log.trace.selector_flops += captures.flops
             captures.flops = 0
@@ -153,6 +151,10 @@ class Session:
                 mine = given[:, i].index_select(1, self.rows[i].given.slots.to(ids.device, non_blocking=True))
                 ids[:, spans[i]] = made.means(mine.T).T
         return ids
+
+    def _traces(self) -> list[RowTrace]:
+        """What is noted of each row, before anything is."""
+        return [row.trace(self.offset, first) for row, first in zip(self.rows, self.packed.first_vision, strict=True)]
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -271,9 +273,7 @@ class Session:
         made.questions = self.questions.fork(made.rows, made.packed, made.positions, index, old, trace)
         made.forgetting = Forgetting.from_rows(made.rows, True, trace)
         made.log = PackedTrace(trace, self.device)
-        made.log.rows = [
-            row.trace(self.offset, first) for row, first in zip(made.rows, made.packed.first_vision, strict=True)
-        ]
+        made.log.rows = made._traces()
         check_rows(made.rows, False, decoder.depth, decoder.text.rotary_emb)
         return made, index
 
