@@ -142,10 +142,10 @@ MISUSES: dict[str, tuple[type[Exception], str, Callable[[World], Any]]] = {
         lambda w: w.model(**ends_in_image(w), policy=F),
     ),
     "static cache": (vtr.UnsupportedError, "plain DynamicCache", lambda w: w.run(F, past_key_values=static_cache(w))),
-    "static cache by name": (
+    "offloaded static cache by name": (
         vtr.UnsupportedError,
-        "cache_implementation='static'",
-        lambda w: w.generate(F, cache_implementation="static"),
+        "take cache_implementation='static'",
+        lambda w: w.generate(F, cache_implementation="offloaded_static"),
     ),
     "a cache filled unreduced": (
         vtr.UnsupportedError,

@@ -301,8 +301,8 @@ class RaggedLayer(DynamicLayer):
 
     def _capacity(self, longest: int) -> int:
         """Tokens a bucket gets storage for, whose longest row has ``longest``; no more than a window has."""
-        if self.state.room:
-            return roomy(longest, self.state.room)
+        if self.state.constant is not None:
+            return roomy(longest, self.state.constant.room)
         growing = longest + block(longest)
         return growing if self.window is None else max(longest, min(growing, self.window - 1))
 
@@ -358,7 +358,8 @@ class RaggedLayer(DynamicLayer):
 
     def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> Storage:
         """Empty buckets for rows of these lengths, in one storage."""
-        groups = alike_in_shape(lengths) if self.state.compiles else similar(lengths)
+        constant = self.state.constant
+        groups = alike_in_shape(lengths) if constant is not None and constant.compiles else similar(lengths)
         self.buckets, self.place = [], {}
         capacities = [self._capacity(max(lengths[row] for row in rows)) for rows in groups]
         sizes = [len(rows) * capacity for rows, capacity in zip(groups, capacities, strict=True)]
@@ -375,7 +376,8 @@ class RaggedLayer(DynamicLayer):
 
     def whole_storage(self) -> Storage:
         """The one storage that all of its buckets are parts of, with room for what is to come."""
-        room, storage = self.state.room, self.buckets[0].part_of
+        assert self.state.constant is not None
+        room, storage = self.state.constant.room, self.buckets[0].part_of
         if storage is not None and all(
             b.part_of is storage and b.keys.shape[2] >= b.upper + room for b in self.buckets
         ):
@@ -397,6 +399,12 @@ class RaggedLayer(DynamicLayer):
             at += len(bucket.rows) * capacity
         return storage
 
+    @property
+    def may_freeze(self) -> bool:
+        """Whether its rows may go on with constant shapes; drafts, which are taken back, go on in the ragged layers."""
+        constant = self.state.constant
+        return constant is not None and constant.room > 1 and not self.record_past
+
     def thaw(self) -> None:
         """Take the rows back from whoever decodes them with constant shapes."""
         if self.state.decoding is not None:
@@ -406,7 +414,8 @@ class RaggedLayer(DynamicLayer):
         for bucket in self.buckets:
             need = max(lengths[r] for r in bucket.rows)
             if need > bucket.keys.shape[2]:
-                bucket.grow(roomy(need, self.state.room) if self.state.room else need + block(need))
+                constant = self.state.constant
+                bucket.grow(need + block(need) if constant is None else roomy(need, constant.room))
 
     def _set_lengths(self, lengths: list[int]) -> None:
         for bucket in self.buckets:

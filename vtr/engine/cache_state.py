@@ -12,6 +12,20 @@ from vtr.base import Policy
 from vtr.engine.once import Once, from_host
 
 
+@dataclass(frozen=True)
+class Constant:
+    """How a ``generate`` decodes with constant shapes.
+
+    Attributes:
+        room: tokens that each row may get. compiles: whether transformers compiles its steps.
+        captures: whether they are captured as a CUDA graph.
+    """
+
+    room: int
+    compiles: bool = False
+    captures: bool = False
+
+
 @dataclass(eq=False)
 class CacheState:
     """What the engine knows of a ragged cache between calls; shared by the layers, carried by the cache object."""
@@ -21,10 +35,8 @@ class CacheState:
     """Per row: how many positions the prompt really lost before the decoder (compression renumbers positions)."""
     shift: list[list[int]] = field(default_factory=list)
     """Per layer and row: how many positions more were lost by cuts in the decoder that renumber."""
-    room: int = 0
-    """Tokens a row that a running ``generate`` with constant shapes may still add; 0 for storage that grows."""
-    compiles: bool = False
-    """Whether its steps are compiled: rows then lie in one of two ways, whatever their lengths."""
+    constant: Constant | None = None
+    """How it decodes with constant shapes; None if its storage grows."""
     logical: int = 0
     tail: int = 0
     """Tokens appended since the last reduction, the same for every row: what ``crop`` may take back."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,6 +40,7 @@ class Generation:
         length: columns of input_ids as passed. started: True after the first forward.
         captures: what its policies want of the vision tower, or None.
         ids: int64 [prompts, L], the prompt's new part; None where only embeddings are known.
+        until_done: what ends with it.
     """
 
     key: object
@@ -52,6 +53,7 @@ class Generation:
     started: bool = False
     cache_layers: list[RaggedLayer] | None = None
     attended_before: list[Any] | None = None
+    until_done: ExitStack = field(default_factory=ExitStack)
 
     def note_forward(self, layers: list[RaggedLayer] | None) -> None:
         """Note that a forward is under way, and on which cache (counted from what it had attended to before)."""

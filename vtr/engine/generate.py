@@ -11,7 +11,9 @@ import torch
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import is_ragged
+from vtr.engine.cache_state import Constant
 from vtr.engine.call import Generation, busy, running
+from vtr.engine.capture import WORTHWHILE, can_capture
 from vtr.engine.captures import begin, capturing
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in, cache_name
@@ -47,12 +49,19 @@ class PreparesCache:
         else:
             cache = StaticRaggedCache(config=self.patch.decoder.text.config)
             model_kwargs[cache_name(type(self.patch.inner))] = cache  # type: ignore[arg-type]
-        cache.room = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        cache.room = max(cache.room - generation.length, 1)
-        cache.compiles = generation_config.compile_config is not None
+        cache.constant = self._constant(generation_config, generation)
         if is_ragged(cache):
-            cache.layers[0].state.room, cache.layers[0].state.compiles = cache.room, cache.compiles
+            cache.layers[0].state.constant = cache.constant
         return None
+
+    def _constant(self, generation_config: Any, generation: Generation) -> Constant:
+        longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+        room, compiles = max(longest - generation.length, 1), generation_config.compile_config is not None
+        wanted = not compiles and not getattr(generation_config, "disable_compile", False) and room >= WORTHWHILE
+        captures = wanted and can_capture(self.patch.decoder.text)
+        if captures:
+            generation.until_done.enter_context(self.patch.graphs.standing_in())
+        return Constant(room, compiles and not generation_config.disable_compile, captures)
 
 
 class MakesMasks:
@@ -89,7 +98,7 @@ class Generate:
             given = None  # another model's draft: that model checks it, and has encoded the images already
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         generation, tried = self._prepared(given, ids, kwargs)
-        with self._running(generation):
+        with self._running(generation), generation.until_done:
             try:
                 out = self.__wrapped__(*args, **kwargs)
             finally:

@@ -16,6 +16,7 @@ from vtr.base import UnsupportedError
 from vtr.engine.adapters import Adapter
 from vtr.engine.attention import AttentionConfig, Plan, attention_name, mlp_scale
 from vtr.engine.call import last_traces, pending_request
+from vtr.engine.capture import GraphedForward
 from vtr.engine.captures import VisionHooks
 from vtr.engine.choice import MISSING, PolicyChoice
 from vtr.engine.decode import DecodeStep
@@ -50,6 +51,7 @@ class Patch:
         closed = all(p.kind is not p.VAR_KEYWORD for p in parameters)
         self.request_by_context = closed or self.inner is not model
         self.entry = self.inner if self.request_by_context else adapter.multimodal_module(model)
+        self.graphs = GraphedForward(self.decoder.text)
         self.forward_hooks, self.text_hooks, self.vision = ForwardHooks(self), TextHooks(self), VisionHooks(self)
         attention_name(self.decoder.text.config._attn_implementation)  # raises if it cannot run packed rows
 
@@ -87,6 +89,7 @@ class Patch:
         model.__dict__[NAME] = self
 
     def remove(self) -> None:
+        self.graphs.leave()
         for handle in self.handles:
             handle.remove()
         for layer in self.decoder.text.layers:

@@ -93,7 +93,7 @@ def check_cache(cache: Any) -> None:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     kept = (DynamicLayer, DynamicSlidingWindowLayer)
-    plain = (type(cache) is DynamicCache or hasattr(cache, "room")) and all(
+    plain = (type(cache) is DynamicCache or hasattr(cache, "constant")) and all(
         type(layer) in kept for layer in cache.layers
     )
     if not plain or cache.offloading:

@@ -18,7 +18,9 @@ from transformers.cache_utils import DynamicCache
 from vtr.base import Policy, Token
 from vtr.engine.attention import attend_filled
 from vtr.engine.cache import RaggedLayer
+from vtr.engine.cache_state import Constant
 from vtr.engine.call import PIXELS
+from vtr.engine.capture import StepGraph
 from vtr.engine.decode import answers, as_tensor, memo_on
 from vtr.engine.once import from_host
 from vtr.engine.trace import Trace
@@ -28,16 +30,14 @@ class StaticRaggedCache(DynamicCache):
     """The cache of a reduced ``generate(…, cache_implementation="static")``; ``generate(cache=…)`` goes on with it.
 
     Attributes:
-        room: tokens that each row may get in the running ``generate``.
-        compiles: whether transformers is to compile the steps.
+        constant: what the running ``generate`` wants of it.
     """
 
-    room: int = 0
-    compiles: bool = False
+    constant: Constant | None = None
 
     @property
     def is_compileable(self) -> bool:
-        return self.compiles
+        return self.constant is not None and self.constant.compiles
 
 
 @dataclass(eq=False)
@@ -99,11 +99,14 @@ class Decoding:
         said: bool [layers, rows, room], which tokens were remembered; None if none is ever forgotten.
         steps: int64 [1], how many there have been; attended: like ``next``, keys attended to. Kept where ``said`` is.
         flops: what the policies' own matrix products cost a step.
+        graph: its steps as a CUDA graph; None before the first, and where they are not captured.
     """
 
     def __init__(self, layers: list[RaggedLayer], trace: Trace) -> None:
         self.ragged, self.trace, self.state = layers, trace, layers[0].state
-        self.rows, self.flops = len(layers[0].place), 0
+        assert self.state.constant is not None
+        self.constant, self.rows, self.flops = self.state.constant, len(layers[0].place), 0
+        self.graph: StepGraph | None = None
         self.asked = _may_forget(self.state.policies)
         self.next: list[torch.Tensor] = []
         self.first: list[torch.Tensor] = []
@@ -122,7 +125,7 @@ class Decoding:
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.said = self.steps = None
         if self.asked:
-            self.said = torch.ones(len(layers), self.rows, self.state.room, dtype=torch.bool, device=device)
+            self.said = torch.ones(len(layers), self.rows, self.constant.room, dtype=torch.bool, device=device)
             self.steps = torch.zeros(1, dtype=torch.int64, device=device)
         self.attended = [torch.zeros_like(cells) for cells in self.next] if self.asked else []
         self._pin()
@@ -140,7 +143,7 @@ class Decoding:
         if key not in self._known:
             self._known[key] = self._line(layer, on, device)
         lengths, parts, order = self._known[key]
-        hides = layer.window is not None and self.state.logical + self.state.room >= layer.window
+        hides = layer.window is not None and self.state.logical + self.constant.room >= layer.window
         window = layer.window if hides else None
         return Frozen(storage.keys, storage.values, storage.positions, parts, order, on, lengths, window, stage)
 
@@ -248,10 +251,14 @@ class StaticStep:
         self._memos: list[dict[str, Any]] = [{} for _ in range(decoding.rows)] if decoding.asked else []
         self._kept: list[torch.Tensor | None] = [None] * len(decoding.layers)
 
-    @property
-    def layered(self) -> bool:
-        """Whether something has to be done in front of every layer."""
-        return self.decoding.stages > 1 or self.decoding.spread or bool(self.decoding.asked)
+    def arguments(self) -> dict[str, Any]:
+        """What the text model gets with its tokens."""
+        decoding = self.decoding
+        at = self.positions[decoding.layers[0].stage]
+        given = {"position_ids": at, "attention_mask": decoding.no_mask, "vtr_plan": self}  # 4-D: taken as it is
+        if decoding.stages > 1 or decoding.spread or decoding.asked:  # something is to be done in front of every layer
+            given["vtr_session"] = self
+        return given
 
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Put the layer's positions into ``kwargs``, ask what it remembers. hidden: [rows, 1, D]."""

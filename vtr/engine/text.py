@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import RaggedLayer, is_ragged
 from vtr.engine.cache_state import CacheState
 from vtr.engine.call import Generation
+from vtr.engine.capture import StepGraph
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
 from vtr.engine.decode import DecodeStep, note_cache
@@ -19,7 +21,7 @@ from vtr.engine.positions import many_axes
 from vtr.engine.refusals import check_cache, refuse_compiled
 from vtr.engine.request import Request
 from vtr.engine.session import Session
-from vtr.engine.static import StaticStep, freeze, takes_static_step, thaw
+from vtr.engine.static import Decoding, StaticStep, freeze, takes_static_step, thaw
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
@@ -75,8 +77,8 @@ class TextCall:
             return None
         assert self.request is not None
         rows = self.embeds.shape[0]
-        room, compiles = getattr(self.cache, "room", 0), getattr(self.cache, "compiles", False)
-        state = CacheState(list(self.request.policies), [0] * rows, [[0] * rows for _ in windows], room, compiles)
+        constant = getattr(self.cache, "constant", None)
+        state = CacheState(list(self.request.policies), [0] * rows, [[0] * rows for _ in windows], constant)
         layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
         if any(getattr(layer, "record_past", False) for layer in getattr(self.cache, "layers", ())):
             for layer in layers:  # assisted decoding will take drafts back
@@ -143,14 +145,25 @@ class TextHooks:
         return generation if generation is not None and generation.owns_cache(cache) else None
 
     def _static_step(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a step of constant shapes."""
         decoding = cache.layers[0].state.decoding
-        step = StaticStep(decoding, kwargs["position_ids"], module.rotary_emb)
-        kwargs["position_ids"] = step.positions[decoding.layers[0].stage]
-        kwargs["attention_mask"] = decoding.no_mask  # 4-D: taken as is, no mask is built
-        kwargs["vtr_plan"] = step
-        if step.layered:
-            kwargs["vtr_session"] = step
-        return kwargs
+        if not decoding.constant.captures:
+            return {**kwargs, **StaticStep(decoding, kwargs["position_ids"], module.rotary_emb).arguments()}
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = module.get_input_embeddings()(kwargs.pop("input_ids"))
+        if decoding.graph is None:
+            kept = {name: value for name, value in kwargs.items() if name not in ("inputs_embeds", "position_ids")}
+            decoding.graph = StepGraph(partial(self._whole_step, module, decoding, kept))
+        return {**kwargs, "vtr_graph": decoding.graph}
+
+    def _whole_step(
+        self, module: Any, decoding: Decoding, kwargs: dict[str, Any], embeds: torch.Tensor, positions: torch.Tensor
+    ) -> Any:
+        """A step of the text model from its embeddings [rows, 1, D] to its output, with all that hooks would do."""
+        step = StaticStep(decoding, positions, module.rotary_emb)
+        out = self.patch.graphs.original(**{**kwargs, "inputs_embeds": embeds, **step.arguments()})
+        step.finish()
+        return out
 
     def _trace(self, generation: Generation | None) -> Trace:
         return generation.trace if generation is not None else Trace(self.patch.decoder.geometry)
@@ -211,7 +224,7 @@ class TextHooks:
             out.last_hidden_state = session.unpack(out.last_hidden_state)
             session.finish()
             trace, layers, generation = session.log.trace, session.layers, session.generation
-            if generation is not None and layers is not None and layers[0].state.room > 1 and not layers[0].record_past:
+            if generation is not None and layers is not None and layers[0].may_freeze:
                 freeze(layers, trace)
         elif plan is not None:
             trace, layers, generation = plan.trace, plan.layers, self.patch.choice.generation()
