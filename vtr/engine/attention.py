@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
@@ -28,6 +29,10 @@ from vtr.engine.varlen import packed_attention
 
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "vtr_"
+SDPA_EXTRAS = ("softcap", "position_bias", "output_attentions")
+"""What transformers' "sdpa" may be asked for beside plain attention and dropout."""
+_registered: dict[str, str] = {}
+"""Base → the name of our function over it, where it is registered."""
 
 mlp_scale: ContextVar[torch.Tensor | None] = ContextVar("vtr_mlp_scale", default=None)
 """Weights the running layer's MLP output is multiplied by. Set by the attention function, which runs before the MLP in
@@ -101,6 +106,7 @@ def attention_name(base: str) -> str:
     name = PREFIX + base
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base))
+    _registered[base] = name
     return name
 
 
@@ -116,7 +122,7 @@ class AttentionConfig:
     @property
     def _attn_implementation(self) -> str:
         base = self.own._attn_implementation
-        return attention_name(base) if base in BASES else base
+        return _registered.get(base) or (attention_name(base) if base in BASES else base)
 
     def __getattr__(self, name: str) -> Any:
         if name == "own" or name.startswith("__"):  # asked by copy and pickle before there is a config
@@ -259,25 +265,74 @@ def _decode(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """One new token per row, query [rows, heads, 1, d]: one call per bucket of rows of similar length."""
-    outs, now = [], cache.here(plan.positions, query.device)
-    for bucket in cache.buckets:
+    now = None if window is None or plan.positions is None else cache.parted(cache.here(plan.positions, query))
+    plain, outs = _plain_sdpa(base, query, kwargs), []
+    for i, (bucket, q) in enumerate(zip(cache.buckets, cache.parted(query), strict=True)):
         n, of, mask = bucket.upper + 1, base, None
-        seen = None if bucket.equal else plan.once.of("seen", bucket.ragged, n, make=partial(_filled, bucket, n))
-        if window is not None and bucket.positions is not None and now is not None:
-            near = cache.pick(bucket, now)[:, None] - bucket.positions[:, :n] < window
-            seen = near if seen is None else seen & near
-        if seen is not None:
+        near = None if now is None or bucket.positions is None else _near(now[i], bucket.positions, n, window)
+        if near is not None or bucket.ragged is not None:
             of = "sdpa" if base.startswith("flash") else base  # flash wrappers copy all that a mask lets through
-            mask = _as_mask(of, seen[:, None, None], query.dtype)
-        call = base_function(of, module)
-        outs.append(call(cache.pick(bucket, query), bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
+            mask = _decode_mask(plan.once, of, bucket, n, near, query.dtype)
+        k, v = bucket.keys.narrow(2, 0, n), bucket.values.narrow(2, 0, n)
+        if plain:
+            outs.append(_one_token(q, k, v, mask, kwargs.get("scaling")))
+        else:
+            outs.append(base_function(of, module)(q, k, v, mask, **kwargs)[0])
     cache.attend_done(plan.remember, plan.said)
     return cache.in_order(outs)
 
 
-def _filled(bucket: Bucket, n: int) -> torch.Tensor:
-    """bool [b, n]: which of a bucket's places hold a token of the row, the one of this step among them."""
-    return torch.arange(n, device=bucket.keys.device)[None] <= bucket.lens[:, None]
+def _plain_sdpa(base: str, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' function would do nothing for one token a row that :func:`_one_token` does not."""
+    return (
+        base == "sdpa"
+        and query.device.type in ("cpu", "cuda")
+        and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        and not kwargs.get("dropout")
+        and all(kwargs.get(name) is None for name in SDPA_EXTRAS)
+    )
+
+
+def _one_token(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """Of one token a row, [b, heads, 1, d] → [b, 1, heads, d]: heads that share keys are queries of one head."""
+    rows, heads, _, size = query.shape
+    kv_heads = keys.shape[1]
+    if heads != kv_heads:
+        query = query.reshape(rows, kv_heads, heads // kv_heads, size)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, -1)
+
+
+def _near(now: torch.Tensor, positions: torch.Tensor, n: int, window: int | None) -> torch.Tensor:
+    """bool [b, n]: which of a bucket's first ``n`` places a sliding window lets the tokens at ``now`` ([b]) see."""
+    return now[:, None] - positions[:, :n] < window
+
+
+def _decode_mask(
+    once: Once, base: str, bucket: Bucket, n: int, near: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """[b, 1, 1, n] that lets a bucket's rows see what they hold, the token of this step among it, and is ``near``.
+
+    In numbers, which "sdpa" would make of a bool one in every layer; layers of the same lengths share it.
+    """
+    least = float("-inf") if base == "sdpa" else torch.finfo(dtype).min
+
+    def numbers(seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, least)
+
+    def make() -> torch.Tensor:
+        wide = -(-n // 16) * 16  # kernels of GPUs take rows that begin at multiples of 16
+        seen = torch.arange(wide, device=bucket.keys.device) <= bucket.lens[:, None]
+        return numbers(seen)[:, None, None, :n]
+
+    if near is None:
+        made: torch.Tensor = once.of("mask", bucket.ragged, n, dtype, least, make=make)
+        return made
+    if bucket.ragged is not None:
+        near = near & (torch.arange(n, device=near.device) <= bucket.lens[:, None])
+    return numbers(near)[:, None, None]
 
 
 def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
