@@ -29,8 +29,6 @@ from vtr.engine.varlen import packed_attention
 
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "vtr_"
-SDPA_EXTRAS = ("softcap", "position_bias", "output_attentions")
-"""What transformers' "sdpa" may be asked for beside plain attention and dropout."""
 _registered: dict[str, str] = {}
 """Base → the name of our function over it, where it is registered."""
 
@@ -284,13 +282,10 @@ def _decode(
 
 def _plain_sdpa(base: str, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether transformers' function would do nothing for one token a row that :func:`_one_token` does not."""
-    return (
-        base == "sdpa"
-        and query.device.type in ("cpu", "cuda")
-        and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-        and not kwargs.get("dropout")
-        and all(kwargs.get(name) is None for name in SDPA_EXTRAS)
-    )
+    if base != "sdpa" or query.device.type not in ("cpu", "cuda") or kwargs.get("dropout"):
+        return False
+    said = kwargs.get("softcap"), kwargs.get("position_bias"), kwargs.get("output_attentions")
+    return said == (None, None, None) and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 
 def _one_token(

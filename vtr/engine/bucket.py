@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -85,6 +86,12 @@ class Bucket:
     def known(self) -> list[int] | None:
         """Tokens of each row; None where only the device knows."""
         return [self.upper] * len(self.rows) if self.equal else self.sizes
+
+    def live(self) -> Any:
+        """Tokens of all rows: an int, or a 0-d tensor where only the device knows."""
+        if self.ragged is None:
+            return self.upper * len(self.rows)
+        return self.ragged.sum() if self.sizes is None else sum(self.sizes)
 
     def hold(self, lens: torch.Tensor | None, sizes: list[int] | None, upper: int = 0) -> None:
         """The rows have so many tokens now. ``lens`` may be None where ``sizes`` are all the same.

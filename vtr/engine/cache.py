@@ -179,8 +179,7 @@ class RaggedLayer(DynamicLayer):
 
     def live(self) -> Any:
         """Tokens held, all rows: an int, or a 0-d tensor where only the device knows."""
-        known = [(b, b.known()) for b in self.buckets]
-        return sum(b.lens.sum() if sizes is None else sum(sizes) for b, sizes in known)
+        return sum(map(Bucket.live, self.buckets))
 
     def allocated(self) -> int:
         """Bytes of key and value storage."""
@@ -296,14 +295,22 @@ class RaggedLayer(DynamicLayer):
 
     def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
-        at = None if positions is None or self.window is None else self.parted(positions)
-        for i, (bucket, k, v) in enumerate(zip(self.buckets, self.parted(keys), self.parted(values), strict=True)):
-            here, room = at and at[i], bucket.keys.shape[2] - bucket.upper
-            if room < 1:
-                self._make_room(bucket, here)
-            elif room <= 2 and bucket.asked is None and bucket.known() is None and k.device.type == "cuda":
-                bucket.asked = Longest(bucket)
-            bucket.append(k, v, here, self.state.once)
+        if len(self.buckets) == 1:
+            return self._append(self.buckets[0], keys, values, positions)
+        at = [None] * len(self.buckets) if positions is None else self.parted(positions)
+        for each in zip(self.buckets, self.parted(keys), self.parted(values), at, strict=True):
+            self._append(*each)
+
+    def _append(
+        self, bucket: Bucket, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:  # fmt: skip
+        """:meth:`_append_one` of one bucket."""
+        room = bucket.keys.shape[2] - bucket.upper
+        if room < 1:
+            self._make_room(bucket, positions)
+        elif room <= 2 and bucket.asked is None and bucket.known() is None and keys.device.type == "cuda":
+            bucket.asked = Longest(bucket)
+        bucket.append(keys, values, positions, self.state.once)
 
     def attend_done(self, remember: torch.Tensor | None, said: Sequence[bool] | None = None) -> None:
         """After the step's attention: the current token is kept (``remember`` None or True) or is forgotten.
@@ -321,7 +328,7 @@ class RaggedLayer(DynamicLayer):
                 self.attended = self.attended + bucket.upper * count
                 continue
             sizes = bucket.known()
-            held = once.of("sum", bucket.ragged, make=bucket.lens.sum) if sizes is None else sum(sizes)
+            held = once.of("sum", bucket.ragged, make=bucket.live) if sizes is None else sum(sizes)
             self.attended = self.attended + held + count
             more = [True] * count if remember is None else said and [said[row] for row in bucket.rows]
             known = [n + m for n, m in zip(sizes, more, strict=True)] if sizes and more else None
