@@ -23,6 +23,8 @@ CEILINGS = {
     "dynamic-llava": 2.0, "seven policies": 3.0,
 }  # fmt: skip
 """Policy → launches of a prefill of eight rows ÷ those of the unpatched model."""
+DECODED = {"pyramid": 1.04, "m3": 1.02, "globalcom2": 1.02, "dynamic-llava": 1.08, "seven policies": 1.55}
+"""Policy → launches of a decoded token of eight equal rows ÷ those of the unpatched model; the others: as many."""
 GROWTH = 1.25
 """Launches of 32 rows ÷ those of 8."""
 
@@ -104,6 +106,12 @@ EITHER = pytest.mark.parametrize("rows", ROWS)
 def test_launches_of_a_prefill(name: str, rows: str) -> None:
     most = CEILINGS[name] * asked("unpatched", rows).prefill.launches.total()
     assert asked(name, rows).prefill.launches.total() <= most
+
+
+@EVERY
+def test_launches_of_a_decoded_token(name: str) -> None:
+    most = DECODED.get(name, 1.0) * asked("unpatched", "equal").decoding.launches.total()
+    assert asked(name, "equal").decoding.launches.total() <= most
 
 
 @pytest.mark.parametrize(

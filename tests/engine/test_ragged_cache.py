@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vtr.base import UnsupportedError
 from vtr.engine import cache
 from vtr.engine.attention import Plan
+from vtr.engine.bucket import SPARE, grouped
 from vtr.engine.cache import CacheState, RaggedLayer
 
 HEADS, DIM = 2, 3
@@ -80,6 +81,53 @@ def test_allocation_stays_near_what_is_live(lengths: list[int]) -> None:
         live = 2 * HEADS * DIM * 4 * int(layer.live())
         assert layer.allocated() <= 1.25 * live
         step(layer, rows)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "token_bytes", "expected"),
+    [
+        ([100, 95, 40], 1 << 20, [[0, 1], [2]]),  # what is similar is together, at whatever price
+        ([116, 109, 102, 95, 88, 81, 74, 67], 1280, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ([116, 109, 102, 95, 88, 81, 74, 67], 1 << 20, [[0, 1], [2, 3], [4, 5], [6], [7]]),  # reading costs more
+        ([30, 300], 1, [[1], [0]]),  # it would take too much memory
+        ([7, 7, 7], 1, [[0, 1, 2]]),
+    ],
+)
+def test_rows_share_a_bucket_where_a_call_of_their_own_costs_more(
+    lengths: list[int], token_bytes: int, expected: list[list[int]]
+) -> None:
+    assert grouped(lengths, token_bytes, CPU) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(100, 2000), min_size=1, max_size=12), st.sampled_from(["cpu", "cuda"]))
+def test_shared_buckets_waste_little(lengths: list[int], device: str) -> None:
+    groups = grouped(lengths, 1280, torch.device(device))
+    assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+    assert sum(len(rows) * lengths[rows[0]] for rows in groups) <= (1 + SPARE) * sum(lengths)
+    assert all(lengths[rows[0]] == max(lengths[row] for row in rows) for rows in groups)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [5, 90, 9]], ids=["equal", "ragged"])
+def test_a_head_reads_its_tokens_in_one_piece(lengths: list[int]) -> None:
+    layer = make(len(lengths))
+    rows = prefill(layer, lengths)
+    for _ in range(20):  # also after it has grown
+        for row, n in enumerate(layer.lengths()):
+            assert all(t.stride()[2:] == (DIM, 1) for t in layer.row(row, n))
+        step(layer, rows)
+
+
+def test_parts_of_buckets_come_back_in_order() -> None:
+    layer = make(5)
+    prefill(layer, [10, 300, 11, 290, 100])
+    given_rows = torch.arange(5)
+    parts = layer.parted(given_rows)
+    assert [part.tolist() for part in parts] == [bucket.rows for bucket in layer.buckets] and len(parts) > 1
+    assert torch.equal(layer.in_order(parts), given_rows)
 
 
 def test_growing_copies_in_blocks() -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
@@ -29,6 +29,8 @@ from vtr.engine.varlen import packed_attention
 
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX = "vtr_"
+_registered: dict[str, str] = {}
+"""Base → the name of our function over it, where it is registered."""
 
 mlp_scale: ContextVar[torch.Tensor | None] = ContextVar("vtr_mlp_scale", default=None)
 """Weights the running layer's MLP output is multiplied by. Set by the attention function, which runs before the MLP in
@@ -102,6 +104,7 @@ def attention_name(base: str) -> str:
     name = PREFIX + base
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base))
+    _registered[base] = name
     return name
 
 
@@ -117,7 +120,7 @@ class AttentionConfig:
     @property
     def _attn_implementation(self) -> str:
         base = self.own._attn_implementation
-        return attention_name(base) if base in BASES else base
+        return _registered.get(base) or (attention_name(base) if base in BASES else base)
 
     def __getattr__(self, name: str) -> Any:
         if name == "own" or name.startswith("__"):  # asked by copy and pickle before there is a config
@@ -262,46 +265,83 @@ def _decode(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """One new token per row, query [rows, heads, 1, d]: one call per bucket of rows of similar length."""
-    outs, now = [], cache.here(plan.positions, query.device)
-    for bucket in cache.buckets:
+    now = None if window is None or plan.positions is None else cache.parted(cache.here(plan.positions, query))
+    plain, outs = _plain_sdpa(base, query, kwargs), []
+    for i, (bucket, q) in enumerate(zip(cache.buckets, cache.parted(query), strict=True)):
         n, of, mask = bucket.upper + 1, base, None
-        seen = None if bucket.equal else plan.once.of("seen", bucket.ragged, n, make=partial(_filled, bucket, n))
-        if window is not None and bucket.positions is not None and now is not None:
-            near = cache.pick(bucket, now)[:, None] - bucket.positions[:, :n] < window
-            seen = near if seen is None else seen & near
-        if seen is not None:
+        near = None
+        if now is not None and bucket.positions is not None and window is not None:
+            near = now[i][:, None] - bucket.positions[:, :n] < window
+        if near is not None or bucket.ragged is not None:
             of = "sdpa" if base.startswith("flash") else base  # flash wrappers copy all that a mask lets through
-            mask = _as_mask(of, seen[:, None, None], query.dtype)
-        call = base_function(of, module)
-        outs.append(call(cache.pick(bucket, query), bucket.keys[:, :, :n], bucket.values[:, :, :n], mask, **kwargs)[0])
+            mask = _decode_mask(plan.once, of, bucket, n, near, query.dtype)
+        k, v = bucket.keys.narrow(2, 0, n), bucket.values.narrow(2, 0, n)
+        if plain:
+            outs.append(_one_token(q, k, v, mask, kwargs.get("scaling")))
+        else:
+            outs.append(base_function(of, module)(q, k, v, mask, **kwargs)[0])
     cache.attend_done(plan.remember, plan.said)
     return cache.in_order(outs)
 
 
-def _filled(bucket: Bucket, n: int) -> torch.Tensor:
-    """bool [b, n]: which of a bucket's places hold a token of the row, the one of this step among them."""
-    return torch.arange(n, device=bucket.keys.device)[None] <= bucket.lens[:, None]
+def _plain_sdpa(base: str, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' function would do nothing for one token a row that :func:`_one_token` does not."""
+    if base != "sdpa" or query.device.type not in ("cpu", "cuda") or kwargs.get("dropout"):
+        return False
+    said = kwargs.get("softcap"), kwargs.get("position_bias"), kwargs.get("output_attentions")
+    return said == (None, None, None) and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def _one_token(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """Of one token a row, [b, heads, 1, d] → [b, 1, heads, d]: heads that share keys are queries of one head."""
+    rows, heads, _, size = query.shape
+    kv_heads = keys.shape[1]
+    if heads != kv_heads:
+        query = query.reshape(rows, kv_heads, heads // kv_heads, size)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, -1)
+
+
+def _decode_mask(
+    once: Once, base: str, bucket: Bucket, n: int, near: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """[b, 1, 1, n] that lets a bucket's rows see what they hold, the token of this step among it, and is ``near``.
+
+    Layers of the same lengths share it.
+    """
+
+    def make() -> torch.Tensor:
+        wide = -(-n // 16) * 16  # kernels of GPUs take rows that begin at multiples of 16
+        seen = torch.arange(wide, device=bucket.keys.device) <= bucket.lens[:, None]
+        return as_numbers(seen, base, dtype)[:, None, None, :n]
+
+    if near is None:
+        made: torch.Tensor = once.of("mask", bucket.ragged, n, dtype, base, make=make)
+        return made
+    if bucket.ragged is not None:
+        near = near & (torch.arange(n, device=near.device) <= bucket.lens[:, None])
+    return as_numbers(near, base, dtype)[:, None, None]
 
 
 def attend_filled(
-    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor,
+    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
-    """One query a row over the keys that ``seen`` (bool [b, m]) lets through. [b, heads, 1, d] → [b, 1, heads, d]."""
-    if base == "eager":
-        kwargs.pop("position_ids", None)
-        out: torch.Tensor = base_function(base, module)(
-            q, k, v, _as_mask(base, seen[:, None, None], q.dtype), **kwargs
-        )[0]
-        return out
-    rows, heads, _, width = q.shape
-    # the heads that share a key are queries of it: under a mask, transformers would copy all keys for each of them
-    grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], width)
-    dropout = kwargs.get("dropout", 0.0)
-    out = scaled_dot_product_attention(
-        grouped, k, v, attn_mask=seen[:, None, None], dropout_p=dropout, scale=kwargs.get("scaling")
-    )
-    return out.reshape(rows, 1, heads, v.shape[-1])
+    """One token a row over the keys that ``mask`` lets it see, [b, heads, 1, d] → [b, 1, heads, d]."""
+    kwargs.pop("position_ids", None)
+    of = "sdpa" if base.startswith("flash") else base
+    if _plain_sdpa(of, q, kwargs):
+        return _one_token(q, k, v, mask, kwargs.get("scaling"))
+    out: torch.Tensor = base_function(of, module)(q, k, v, mask, **kwargs)[0]
+    return out
+
+
+def as_numbers(seen: torch.Tensor, base: str, dtype: torch.dtype) -> torch.Tensor:
+    """bool, True = may be seen, as numbers to be added to scores, which "sdpa" would make of it in every layer."""
+    least = torch.finfo(dtype).min if base == "eager" else float("-inf")
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, least)
 
 
 def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

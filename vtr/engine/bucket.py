@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
-from vtr.engine.once import from_host
+from vtr.engine.once import Once, from_host
+
+SIMILAR = 0.92
+"""Rows at least this fraction of a bucket's longest row may share the bucket."""
+
+SPARE = 0.12
+"""Buckets are joined as long as their rows, each as long as its bucket's longest, take no more than this beyond what
+they hold."""
+
+CALL = {"cpu": 2**19}
+"""What a bucket of its own costs a decoded token, in bytes of keys and values that could be read instead."""
+
+CALL_ELSEWHERE = 2**25
 
 
 def block(length: int) -> int:
@@ -20,6 +33,41 @@ def roomy(length: int, room: int) -> int:
     """Storage for ``length`` tokens and ``room`` more, on a coarse grid, so that other prompts find the same shapes."""
     step = max(8, 1 << max(length.bit_length() - 4, 0))  # eight to sixteen of them are the length
     return -(-length // step) * step + -(-room // 8) * 8
+
+
+def grouped(lengths: Sequence[int], token_bytes: int, device: torch.device) -> list[list[int]]:
+    """Which rows share a bucket, the longest first.
+
+    Args:
+        lengths: tokens of each row. token_bytes: of one token's keys and values.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if groups and lengths[row] >= SIMILAR * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    live, most = sum(lengths), CALL.get(device.type, CALL_ELSEWHERE)
+    spare = (1 + SPARE) * live - sum(lengths[rows[0]] * len(rows) for rows in groups)
+    while len(groups) > 1:
+        adds = [(lengths[a[0]] - lengths[b[0]]) * len(b) for a, b in pairwise(groups)]
+        least = min(adds)
+        if least > spare or least * token_bytes > most:
+            break
+        spare, i = spare - least, adds.index(least)
+        groups[i : i + 2] = [groups[i] + groups[i + 1]]
+    return groups
+
+
+def alike_in_shape(lengths: Sequence[int], apart: bool) -> list[list[int]]:
+    """Rows that share a bucket where the steps are compiled: all of them, or each has its own.
+
+    How rows are grouped is part of what is compiled, so that grouping them by their lengths would compile most batches
+    anew. Together they lie where padding costs at most a quarter, unless they have been ``apart`` in a layer before.
+    """
+    rows = range(len(lengths))
+    together = not apart and len(rows) * max(lengths) <= 1.25 * sum(lengths)
+    return [list(rows)] if together or len(rows) == 1 else [[row] for row in rows]
 
 
 @dataclass(eq=False)
@@ -58,6 +106,12 @@ class Bucket:
         """Tokens of each row; None where only the device knows."""
         return [self.upper] * len(self.rows) if self.equal else self.sizes
 
+    def live(self) -> Any:
+        """Tokens of all rows: an int, or a 0-d tensor where only the device knows."""
+        if self.ragged is None:
+            return self.upper * len(self.rows)
+        return self.ragged.sum() if self.sizes is None else sum(self.sizes)
+
     def hold(self, lens: torch.Tensor | None, sizes: list[int] | None, upper: int = 0) -> None:
         """The rows have so many tokens now. ``lens`` may be None where ``sizes`` are all the same.
 
@@ -79,12 +133,31 @@ class Bucket:
         if self.positions is not None and positions is not None:
             self.positions[:, :n] = positions.view(rows, n)
 
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None, once: Once) -> None:
+        """Write one token more behind each row's last: [b, kv_heads, 1, head_dim] each; positions: int64 [b]."""
+        if self.ragged is None:
+            self.keys.narrow(2, self.upper, 1).copy_(keys)
+            self.values.narrow(2, self.upper, 1).copy_(values)
+            if positions is not None and self.positions is not None:
+                self.positions[:, self.upper] = positions
+            return
+        where = self.ragged
+        k, v = once.of(
+            "where", where, keys.shape, values.shape,
+            make=lambda: [where[:, None, None, None].expand(t.shape) for t in (keys, values)],
+        )  # fmt: skip
+        self.keys.scatter_(2, k, keys)
+        self.values.scatter_(2, v, values)
+        if positions is not None and self.positions is not None:
+            self.positions.scatter_(1, where[:, None], positions[:, None])
+
     def grow(self, capacity: int) -> None:
         self.part_of = None
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.upper] = old[:, :, : self.upper]
+            new[:, :, self.upper :].zero_()  # a mask hides what is there, but not if it is no number
             setattr(self, name, new)
         if self.positions is not None:
             missing = capacity - self.positions.shape[1]
@@ -168,8 +241,8 @@ class Cells:
         return cls(into, each + table[1].repeat_interleave(table[2], output_size=total) if any(gone) else None)
 
     def pick(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of all packed tokens [T, …] those that are kept."""
-        return tokens if self.source is None else tokens.index_select(0, self.source)
+        """Of all packed tokens, [T] or [kv_heads, T, head_dim], those that are kept."""
+        return tokens if self.source is None else tokens.index_select(max(tokens.dim() - 2, 0), self.source)
 
 
 @dataclass(eq=False)
@@ -177,7 +250,8 @@ class Storage:
     """What the buckets of one layer are parts of, so that a prefill writes them all at once.
 
     Attributes:
-        keys, values: [cells, kv_heads, head_dim]. positions: int64 [cells]; None without a sliding window.
+        keys, values: [kv_heads, cells, head_dim], so that a head reads a row's tokens in one piece.
+        positions: int64 [cells]; None without a sliding window.
     """
 
     keys: torch.Tensor
@@ -187,14 +261,14 @@ class Storage:
     @classmethod
     def like(cls, keys: torch.Tensor, values: torch.Tensor, cells: int, windowed: bool) -> Storage:
         """Room for so many tokens. keys, values: [1, kv_heads, T, head_dim], their sizes and dtypes."""
-        made = [t.new_empty(cells, t.shape[1], t.shape[3]) for t in (keys, values)]
+        made = [t.new_empty(t.shape[1], cells, t.shape[3]) for t in (keys, values)]
         at = torch.zeros(cells, dtype=torch.int64, device=keys.device) if windowed else None
         return cls(made[0], made[1], at)
 
     def write(self, cells: Cells, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """Store packed tokens, [1, kv_heads, T, head_dim] each; positions: int64 [T]."""
         for store, new in ((self.keys, keys), (self.values, values)):
-            store.index_copy_(0, cells.into, cells.pick(new[0].transpose(0, 1)))
+            store.index_copy_(1, cells.into, cells.pick(new[0]))
         if self.positions is not None and positions is not None:
             self.positions.index_copy_(0, cells.into, cells.pick(positions))
 
@@ -214,11 +288,11 @@ class Storage:
 
     def bucket(self, rows: list[int], first: int, capacity: int) -> Bucket:
         """An empty bucket of these rows, from cell ``first`` on."""
-        here = slice(first, first + len(rows) * capacity)
+        b = len(rows)
 
-        def part(t: torch.Tensor) -> torch.Tensor:
-            return t[here].unflatten(0, (len(rows), capacity))
+        def part(t: torch.Tensor, dim: int) -> torch.Tensor:
+            return t.narrow(dim, first, b * capacity).unflatten(dim, (b, capacity))
 
-        at = None if self.positions is None else part(self.positions)
-        keys, values = part(self.keys).transpose(1, 2), part(self.values).transpose(1, 2)
+        at = None if self.positions is None else part(self.positions, 0)
+        keys, values = part(self.keys, 1).transpose(0, 1), part(self.values, 1).transpose(0, 1)
         return Bucket(rows, keys, values, positions=at, part_of=self)

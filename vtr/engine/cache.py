@@ -15,12 +15,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from vtr.base import UnsupportedError
-from vtr.engine.bucket import Bucket, Cells, Longest, Storage, block, roomy
+from vtr.engine.bucket import Bucket, Cells, Longest, Storage, alike_in_shape, block, grouped, roomy
 from vtr.engine.cache_state import CacheState
 from vtr.engine.once import from_host
-
-SIMILAR = 0.92
-"""Rows at least this fraction of a bucket's longest row may share the bucket."""
 
 READABLE = ("cpu",)
 """Devices whose tensors can be read without waiting for them."""
@@ -37,6 +34,8 @@ class RaggedLayer(DynamicLayer):
         self.record_past, self._committed = False, 0
         self.staged: Any = None
         self.buckets: list[Bucket] = []
+        self._order: list[int] | None = None
+        self._back: list[int] = []
         self.place: dict[int, tuple[Bucket, int]] = {}
         self.attended: Any = 0
         self.is_initialized = True
@@ -64,12 +63,12 @@ class RaggedLayer(DynamicLayer):
                 "this cache was filled by a model patched with vtr and holds rows of different lengths, so only that "
                 "model can go on with it: vtr.patch(model) again, or start with a new cache"
             )
-        self.lazy_initialization(key_states, value_states)
         if self.index == 0:
             self.state.once.clear()
         if plan.decode:
-            self._append_one(key_states, value_states, self.here(plan.positions, key_states.device))
+            self._append_one(key_states, value_states, self.here(plan.positions, key_states))
         else:
+            self.lazy_initialization(key_states, value_states)
             self._append_packed(key_states, value_states, plan.lengths, plan.positions)
         return key_states, value_states
 
@@ -89,7 +88,7 @@ class RaggedLayer(DynamicLayer):
         readable, same = beam_idx.device.type in READABLE, len(beam_idx) == len(self.place)
         if self.one_bucket and same and not readable and self.state.alike():
             (bucket,) = self.buckets
-            at = self.here(beam_idx, bucket.keys.device)
+            at = self.here(beam_idx, bucket.keys)
             bucket.take(at)
             if not bucket.equal:
                 lens = once.of("taken", bucket.ragged, at, make=lambda: bucket.lens.index_select(0, at))
@@ -145,28 +144,28 @@ class RaggedLayer(DynamicLayer):
         """True if one bucket holds all rows, in order."""
         return len(self.buckets) == 1
 
-    def here(self, t: Any, device: torch.device) -> Any:
-        """A tensor of the whole forward on the layer's device, sent there once for all of its layers; None as None."""
-        if t is None or t.device == device:
+    def here(self, t: Any, beside: torch.Tensor) -> Any:
+        """A tensor of the whole forward on the device of ``beside``, sent there once for all layers; None as None."""
+        if t is None or t.device == beside.device:
             return t
-        return self.state.once.of("here", t, device, make=lambda: t.to(device))
+        return self.state.once.of("here", t, beside.device, make=lambda: t.to(beside.device))
 
-    def pick(self, bucket: Bucket, t: torch.Tensor) -> torch.Tensor:
-        """[rows, …] → [b, …]: what belongs to the rows of the bucket."""
-        first, last = bucket.rows[0], bucket.rows[-1]
-        if last - first + 1 == len(bucket.rows):
-            return t[first : last + 1]
-        return t.index_select(0, self.state.on_device(bucket.rows, t.device))
+    def parted(self, t: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[rows, …] → [b, …] of each bucket's rows."""
+        if len(self.buckets) == 1:
+            return (t,)
+        if self._order is not None:
+            t = t.index_select(0, self.state.on_device(self._order, t.device))
+        return t.split([len(bucket.rows) for bucket in self.buckets])
 
-    def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+    def in_order(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Put per-bucket results ([b, …] each) back into the order of the rows."""
-        if self.one_bucket:
+        if len(parts) == 1:
             return parts[0]
-        rows = [row for bucket in self.buckets for row in bucket.rows]
-        order, joined = sorted(range(len(rows)), key=rows.__getitem__), torch.cat(parts)
-        if order == sorted(rows):
+        joined = torch.cat(list(parts))
+        if self._order is None:
             return joined
-        return joined.index_select(0, self.state.on_device(order, joined.device))
+        return joined.index_select(0, self.state.on_device(self._back, joined.device))
 
     def row(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one row, [1, kv_heads, length, head_dim] each."""
@@ -189,8 +188,7 @@ class RaggedLayer(DynamicLayer):
 
     def live(self) -> Any:
         """Tokens held, all rows: an int, or a 0-d tensor where only the device knows."""
-        known = [(b, b.known()) for b in self.buckets]
-        return sum(b.lens.sum() if sizes is None else sum(sizes) for b, sizes in known)
+        return sum(map(Bucket.live, self.buckets))
 
     def allocated(self) -> int:
         """Bytes of key and value storage."""
@@ -308,24 +306,22 @@ class RaggedLayer(DynamicLayer):
 
     def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
-        for bucket in self.buckets:
-            new_k, new_v = self.pick(bucket, keys)[:, :, 0], self.pick(bucket, values)[:, :, 0]
-            at = None if positions is None or bucket.positions is None else self.pick(bucket, positions)
-            room = bucket.keys.shape[2] - bucket.upper
-            if room < 1:
-                self._make_room(bucket, at)
-            elif room <= 2 and bucket.asked is None and bucket.known() is None and keys.device.type == "cuda":
-                bucket.asked = Longest(bucket)
-            where: Any = bucket.upper
-            if bucket.equal:
-                bucket.keys[:, :, where], bucket.values[:, :, where] = new_k, new_v
-                if at is not None:
-                    bucket.positions[:, where] = at  # type: ignore[index]
-                continue
-            each, where = self.state.on_device(range(len(bucket.rows)), keys.device), bucket.lens
-            bucket.keys[each, :, where], bucket.values[each, :, where] = new_k, new_v
-            if at is not None:
-                bucket.positions[each, where] = at  # type: ignore[index]
+        if len(self.buckets) == 1:
+            return self._append(self.buckets[0], keys, values, positions)
+        at = [None] * len(self.buckets) if positions is None else self.parted(positions)
+        for each in zip(self.buckets, self.parted(keys), self.parted(values), at, strict=True):
+            self._append(*each)
+
+    def _append(
+        self, bucket: Bucket, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:  # fmt: skip
+        """:meth:`_append_one` of one bucket."""
+        room = bucket.keys.shape[2] - bucket.upper
+        if room < 1:
+            self._make_room(bucket, positions)
+        elif room <= 2 and bucket.asked is None and bucket.known() is None and keys.device.type == "cuda":
+            bucket.asked = Longest(bucket)
+        bucket.append(keys, values, positions, self.state.once)
 
     def attend_done(self, remember: torch.Tensor | None, said: Sequence[bool] | None = None) -> None:
         """After the step's attention: the current token is kept (``remember`` None or True) or is forgotten.
@@ -336,37 +332,47 @@ class RaggedLayer(DynamicLayer):
         once = self.state.once
         if said is None and remember is not None and remember.device.type in READABLE:
             said = once.of("said", remember, make=remember.tolist)
-        for bucket in self.buckets:
-            sizes, count = bucket.known(), len(bucket.rows)
-            held = once.of("sum", bucket.ragged, make=bucket.lens.sum) if sizes is None else sum(sizes)
-            self.attended = self.attended + held + count
-            if remember is None and bucket.equal:
+        for i, bucket in enumerate(self.buckets):
+            count = len(bucket.rows)
+            if remember is None and bucket.ragged is None:
                 bucket.upper += 1
+                self.attended = self.attended + bucket.upper * count
                 continue
+            sizes = bucket.known()
+            held = once.of("sum", bucket.ragged, make=bucket.live) if sizes is None else sum(sizes)
+            self.attended = self.attended + held + count
             more = [True] * count if remember is None else said and [said[row] for row in bucket.rows]
             known = [n + m for n, m in zip(sizes, more, strict=True)] if sizes and more else None
-            bucket.hold(self._grown(bucket, remember), known, bucket.upper + 1)
+            same = known is not None and min(known) == max(known)
+            bucket.hold(None if same else self._grown(bucket, i, remember), known, bucket.upper + 1)
 
-    def _grown(self, bucket: Bucket, remember: torch.Tensor | None) -> torch.Tensor:
+    def _grown(self, bucket: Bucket, number: int, remember: torch.Tensor | None) -> torch.Tensor:
         """int64 [b]: the rows' lengths when their new tokens are counted; the same tensor for layers alike."""
 
         def make() -> torch.Tensor:
-            return bucket.lens + (1 if remember is None else self.pick(bucket, remember))
+            return bucket.lens + (1 if remember is None else self.parted(remember)[number])
 
         alike = (bucket.ragged, bucket.upper, tuple(bucket.rows), bucket.keys.device)
         return cast(torch.Tensor, self.state.once.of("grown", *alike, remember, make=make))
 
     def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> Storage:
         """Empty buckets for rows of these lengths, in one storage."""
+        token = sum(t.shape[1] * t.shape[3] * t.element_size() for t in (keys, values))
         constant = self.state.constant
-        groups = alike_in_shape(lengths) if constant is not None and constant.compiles else similar(lengths)
+        if constant is not None and constant.compiles:
+            groups = alike_in_shape(lengths, self.state.apart)
+            self.state.apart = len(groups) > 1
+        else:
+            groups = [sorted(rows) for rows in grouped(lengths, token, keys.device)]
+        rows_in_order = [row for rows in groups for row in rows]
+        self._back = sorted(range(len(lengths)), key=rows_in_order.__getitem__)
+        self._order = None if self._back == rows_in_order == sorted(rows_in_order) else rows_in_order
         self.buckets, self.place = [], {}
         capacities = [self._capacity(max(lengths[row] for row in rows)) for rows in groups]
         sizes = [len(rows) * capacity for rows, capacity in zip(groups, capacities, strict=True)]
         storage = Storage.like(keys, values, sum(sizes), self.window is not None)
         at = 0
         for rows, capacity, size in zip(groups, capacities, sizes, strict=True):
-            rows.sort()
             bucket = storage.bucket(rows, at, capacity)
             self.buckets.append(bucket)
             self.place.update({row: (bucket, i) for i, row in enumerate(rows)})
@@ -461,27 +467,6 @@ class RaggedLayer(DynamicLayer):
         if not bucket.equal:
             lens = once.of("taken", bucket.ragged, at, make=lambda: bucket.lens.index_select(0, at))
             bucket.hold(lens, bucket.sizes and [bucket.sizes[i] for i in local], bucket.upper)
-
-
-def similar(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows that share a bucket, the longest first."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-        if groups and lengths[row] >= SIMILAR * lengths[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
-def alike_in_shape(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows that share a bucket where the steps are compiled: all of them, or each has its own.
-
-    How rows are grouped is part of what is compiled, so that grouping them by their lengths would compile most batches
-    anew. Together they lie where padding costs at most a quarter.
-    """
-    rows = range(len(lengths))
-    return [list(rows)] if len(rows) * max(lengths) <= 1.25 * sum(lengths) else [[row] for row in rows]
 
 
 def is_ragged(cache: Any) -> bool:

@@ -44,6 +44,8 @@ class CacheState:
     """False once ``remember`` has refused a token: rows then end at different places."""
     floor: int = 0
     """Logical length that ``crop`` cannot go below: tokens that a sliding window would need are gone."""
+    apart: bool = False
+    """Whether rows of compiled steps lie apart, in this layer and all behind it."""
     decoding: Any = None
     """Who has the rows while they decode with constant shapes, see ``vtr/engine/static.py``; else None."""
     memos: list[dict[str, Any]] = field(default_factory=list)

@@ -12,13 +12,26 @@ from vtr.engine.attention import Plan
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.cache_state import CacheState
 from vtr.engine.checks import version, write_error
-from vtr.engine.devices import execution_device
 from vtr.engine.once import from_host
+from vtr.engine.positions import many_axes
 from vtr.engine.trace import Trace
+
+
+class NewToken(Token):
+    """A row's new token, whose hidden state is looked up when its policy asks for it. states: [rows, 1, D]."""
+
+    def __init__(self, states: torch.Tensor, row: int, memo: dict[str, Any]) -> None:
+        self._states, self._row, self.memo, self.flops = states, row, memo, 0
+
+    @property
+    def hidden(self) -> torch.Tensor:  # type: ignore[override]
+        return self._states[self._row, 0]
 
 
 class DecodeStep:
     """One decoded token per row, where some layer has to be asked: positions differ by layer, or tokens are forgotten.
+
+    Layers that come to the same share a plan.
 
     Args:
         positions: int64 [rows, 1], as layer 0 sees them without renumbering cuts. rotary: the model's rotary embedding.
@@ -26,95 +39,119 @@ class DecodeStep:
 
     def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Any, trace: Trace) -> None:
         self.state, self.positions, self.rotary, self.trace = state, positions, rotary, trace
-        self.asks = any(p is not None and p.asks("remember") for p in state.policies)
+        groups: dict[int, tuple[Policy, list[int]]] = {}
+        for row, p in enumerate(state.policies):
+            if p is not None and p.asks("remember"):
+                groups.setdefault(id(p), (p, []))[1].append(row)
+        self._groups = list(groups.values())
         self.renumbers = any(map(any, state.shift))
-        self._shift: list[int] = [0] * len(state.policies)
-        self._changed: dict[str, Any] = {}
-        if self.asks:
+        self._stages: list[tuple[list[int], dict[str, Any]]] = []
+        self._said: list[Any] = []
+        self._decided: tuple[torch.Tensor | None, tuple[bool, ...] | None] = None, None
+        self._plan: Plan | None = None
+        if self._groups:
             state.memos = [{} for _ in state.policies]
+
+    @property
+    def asks(self) -> bool:
+        """Whether some row's policy may forget its token."""
+        return bool(self._groups)
 
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Put this layer's positions and its plan into ``kwargs``. hidden: [rows, 1, D], returned on its device."""
-        device = execution_device(layer) or hidden.device
+        plan: Plan = kwargs["vtr_plan"]
+        device = plan.layers[index].buckets[0].keys.device
         if device != hidden.device:  # the layers from here on are on another one
-            hidden = hidden.to(device)
+            hidden, self._said = hidden.to(device), []
             self.state.memos = [memo_on(memo, device) for memo in self.state.memos]
-        if self.renumbers:
-            self._renumber(index, hidden, kwargs)
-        if self.asks:
-            self.trace.selector_flops += remembering(index, hidden, kwargs)
-            self.trace.remembered.setdefault(index, []).append(kwargs["vtr_plan"].remember)
+        at = plan.positions
+        if self.renumbers and (changed := self._renumbered(index, hidden)):
+            kwargs.update(changed)
+            at = None if at is None else changed["position_ids"][:, 0]
+        kept, known = self._remembered(index, hidden) if self._groups else (None, None)
+        if at is not plan.positions or kept is not None:
+            last = self._plan
+            if last is None or last.positions is not at or last.remember is not kept:
+                self._plan = last = replace(plan, positions=at, remember=kept, said=known)
+            kwargs["vtr_plan"] = plan.layers[index].staged = last
         return hidden
 
-    def _renumber(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    def _renumbered(self, index: int, hidden: torch.Tensor) -> dict[str, Any]:
+        """The arguments of layer ``index`` that renumbering cuts before it have changed; empty if none has."""
         shift = self.state.shift[index]
-        if shift != self._shift:
-            at = self.positions - self.state.on_device(shift, self.positions.device)[:, None]
-            self._changed = {"position_embeddings": self.rotary(hidden, position_ids=at.to(hidden.device))}
-            self._changed["position_ids"] = at
-            self._shift = shift
-        kwargs.update(self._changed)
-        plan: Plan = kwargs["vtr_plan"]
-        if self._changed and plan.positions is not None:
-            kwargs["vtr_plan"] = plan = replace(plan, positions=self._changed["position_ids"][:, 0])
-            plan.layers[index].staged = plan
+        if not self._stages:
+            self._stages = [([0] * len(shift), {}), *self._ropes(hidden)]
+        return next(changed for other, changed in self._stages if other == shift)
+
+    def _ropes(self, hidden: torch.Tensor) -> list[tuple[list[int], dict[str, Any]]]:
+        """Per shift of positions that some layer has: that shift, its positions and their rope; made together."""
+        shifts = [list(s) for s in dict.fromkeys(map(tuple, self.state.shift)) if any(s)]
+        rows, device = len(shifts[0]), self.positions.device
+        lost = self.state.on_device([n for shift in shifts for n in shift], device)
+        at = self.positions.repeat(len(shifts), 1) - lost[:, None]
+        if getattr(self.rotary, "rope_type", None) in FIXED_ROPES and not many_axes(self.rotary):
+            cos, sin = (t.split(rows) for t in self.rotary(hidden, position_ids=at.to(hidden.device)))
+            ropes = list(zip(cos, sin, strict=True))
+        else:  # made for the longest of the positions that it is given
+            ropes = [self.rotary(hidden, position_ids=ids.to(hidden.device)) for ids in at.split(rows)]
+        return [
+            (shift, {"position_ids": ids, "position_embeddings": rope})
+            for shift, ids, rope in zip(shifts, at.split(rows), ropes, strict=True)
+        ]
+
+    def _remembered(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor | None, tuple[bool, ...] | None]:
+        """Ask the rows' policies whether layer ``index`` remembers their new tokens. hidden: [rows, 1, D].
+
+        Rows that share a policy are asked together. Decisions may stay on the device (bool tensors) or be plain bools;
+        rows without such a policy remember all.
+
+        Returns:
+            bool [rows], or None if all do; and the same as the host knows it, or None.
+
+        Raises:
+            TypeError, ValueError: a policy answered with something else.
+        """
+        before, memos = version(hidden), self.state.memos
+        said: list[Any] = []
+        for p, rows in self._groups:
+            tokens = [NewToken(hidden, row, memos[row]) for row in rows]
+            said.append(p.remember_all(index, tokens))
+            if version(hidden) != before:
+                raise write_error(p, "remember", "token.hidden")
+            self.trace.selector_flops += sum(token.flops for token in tokens)
+        if not self._said or any(new is not old for new, old in zip(said, self._said, strict=True)):
+            self._said, self._decided = said, self._decide(said, hidden.device)
+        self.trace.remembered.setdefault(index, []).append(self._decided[0])
+        return self._decided
+
+    def _decide(
+        self, said: list[Any], device: torch.device
+    ) -> tuple[torch.Tensor | None, tuple[bool, ...] | None]:  # fmt: skip
+        """What the groups' answers come to."""
+        found: list[Any] = [True] * len(self.state.policies)
+        for (p, rows), answer in zip(self._groups, said, strict=True):
+            each = answers(p, answer, len(rows))
+            if isinstance(answer, torch.Tensor) and len(rows) == len(found):
+                self.state.exact = False
+                return answer.to(device), None
+            for row, one in zip(rows, each, strict=True):
+                found[row] = one
+        if all(one is True for one in found):
+            return None, None
+        self.state.exact = False
+        if all(isinstance(one, bool) for one in found):
+            known, once = tuple(found), self.state.once
+            return once.of("kept", known, device, make=lambda: from_host(known, device)), known
+        return torch.stack([as_tensor(one, device) for one in found]), None
+
+
+FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary embeddings that depend on nothing but each position."""
 
 
 def memo_on(memo: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What a policy noted of a token, its tensors on the device."""
     return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in memo.items()}
-
-
-def remembering(index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> int:
-    """Ask the rows' policies whether layer ``index`` remembers their new tokens. hidden: [rows, 1, D].
-
-    Rows that share a policy are asked together. Decisions may stay on the device (bool tensors) or be plain bools; rows
-    without such a policy remember all.
-
-    Returns:
-        What the policies' own matrix products cost.
-
-    Raises:
-        TypeError, ValueError: a policy answered with something else.
-    """
-    plan: Plan = kwargs["vtr_plan"]
-    cache, flops = plan.layers[index], 0
-    groups: dict[int, tuple[Policy, list[int]]] = {}
-    for row, p in enumerate(cache.state.policies):
-        if p is not None and p.asks("remember"):
-            groups.setdefault(id(p), (p, []))[1].append(row)
-    found: list[Any] = [True] * len(cache.state.policies)
-    whole: torch.Tensor | None = None
-    before = version(hidden)
-    for p, rows in groups.values():
-        tokens = [Token(hidden[row, 0], cache.state.memos[row]) for row in rows]
-        answer = p.remember_all(index, tokens)
-        said = answers(p, answer, len(tokens))
-        if version(hidden) != before:
-            raise write_error(p, "remember", "token.hidden")
-        whole = answer if isinstance(answer, torch.Tensor) and len(rows) == len(found) else None
-        for row, each in zip(rows, said, strict=True):
-            found[row] = each
-        flops += sum(token.flops for token in tokens)
-    kept, known = None, None
-    if not all(each is True for each in found):
-        cache.state.exact = False
-        if all(isinstance(each, bool) for each in found):
-            known = tuple(found)
-            kept = plan.once.of("kept", known, hidden.device, make=lambda: from_host(known, hidden.device))
-        else:
-            kept = _decided(found, whole, hidden.device)
-    plan = replace(plan, remember=kept, said=known)
-    cache.staged = plan
-    kwargs["vtr_plan"] = plan
-    return flops
-
-
-def _decided(found: list[Any], whole: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """bool [rows]: the answers of all rows; ``whole`` as it is if one policy said them together."""
-    if whole is not None:
-        return whole.to(device)
-    return torch.stack([as_tensor(answer, device) for answer in found])
 
 
 def answers(policy: Policy, found: Any, count: int) -> list[Any]:
@@ -124,6 +161,8 @@ def answers(policy: Policy, found: Any, count: int) -> list[Any]:
         TypeError, ValueError: it answered with something else.
     """
     who = f"{type(policy).__name__}.remember"
+    if isinstance(found, torch.Tensor) and found.dtype == torch.bool and found.shape == (count,):
+        return list(found.unbind(0)) if count > 1 else [found]
     found = list(found.unbind(0)) if isinstance(found, torch.Tensor) and found.dim() == 1 else found
     if not isinstance(found, list) or len(found) != count:
         raise ValueError(f"{who} must answer for each of {count} tokens, got {found!r}")

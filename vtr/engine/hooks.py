@@ -7,6 +7,7 @@ images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -71,9 +72,8 @@ class Patch:
         for index, layer in enumerate(text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
-                layer.register_forward_pre_hook(LayerHook(index), with_kwargs=True),
+                layer.register_forward_pre_hook(LayerHook(index, self.handles), with_kwargs=True),
                 layer.register_forward_hook(after_layer, with_kwargs=True),
-                layer.mlp.register_forward_hook(after_mlp),
             ]
         stands_in: dict[str, tuple[Any, Any]] = {"generate": (model, Generate(self, model.generate))}
         inner = self.inner
@@ -117,11 +117,18 @@ class Patch:
         self.last = trace
 
 
-class LayerHook:
-    """A decoder layer's pre-hook."""
+_hooking = threading.Lock()
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+
+class LayerHook:
+    """A decoder layer's pre-hook.
+
+    Args:
+        handles: of the model's hooks. That of the layer's MLP comes with the first route that has weights.
+    """
+
+    def __init__(self, index: int, handles: list[Any]) -> None:
+        self.index, self.handles, self.weighs = index, handles, False
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session: Session | DecodeStep | None = kwargs.pop("vtr_session", None)
@@ -133,10 +140,18 @@ class LayerHook:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = session.layer(self.index, module, hidden, kwargs)
+        if not self.weighs and kwargs["vtr_plan"].scale is not None:
+            self._weigh(module)
         if args:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def _weigh(self, module: Any) -> None:
+        with _hooking:
+            if not self.weighs:
+                self.handles.append(module.mlp.register_forward_hook(after_mlp))
+                self.weighs = True
 
 
 def clear_pending_request(module: Any, args: tuple[Any, ...], out: Any) -> None:

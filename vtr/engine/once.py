@@ -16,10 +16,11 @@ class Once:
 
     def of(self, what: str, *given: Any, make: Callable[[], Any]) -> Any:
         """The value ``what`` of ``given``; ``make()`` makes it when it is first asked for."""
-        key = (what, *(id(g) if isinstance(g, torch.Tensor) else g for g in given))
-        if key not in self._made:
-            self._made[key] = given, make()  # with what it is made of, so that no other tensor gets that id
-        return self._made[key][1]
+        key = (what, *[id(g) if isinstance(g, torch.Tensor) else g for g in given])
+        found = self._made.get(key)
+        if found is None:  # kept with what it is made of, so that no other tensor gets that id
+            found = self._made[key] = given, make()
+        return found[1]
 
     def clear(self) -> None:
         self._made.clear()

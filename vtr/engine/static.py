@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from vtr.base import Policy, Token
-from vtr.engine.attention import attend_filled
+from vtr.engine.attention import as_numbers, attend_filled
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.cache_state import Constant
 from vtr.engine.call import PIXELS
@@ -60,9 +60,10 @@ class Part:
         return t if self.rows is None else t.index_select(0, self.rows)
 
     def block(self, t: torch.Tensor) -> torch.Tensor:
-        """[cells, kv_heads, d] → [b, kv_heads, capacity, d]; [cells] → [b, capacity]."""
-        here = t[self.first : self.last].unflatten(0, tuple(self.cells.shape))
-        return here.transpose(1, 2) if here.dim() == 4 else here
+        """[kv_heads, cells, d] → [b, kv_heads, capacity, d]; [cells] → [b, capacity]."""
+        if t.dim() == 1:
+            return t[self.first : self.last].view(self.cells.shape)
+        return t[:, self.first : self.last].unflatten(1, tuple(self.cells.shape)).transpose(0, 1)
 
 
 @dataclass(eq=False)
@@ -70,7 +71,7 @@ class Frozen:
     """One layer's storage while it decodes.
 
     Attributes:
-        keys, values: [cells, kv_heads, head_dim]. positions: int64 [cells], with a sliding window only.
+        keys, values: [kv_heads, cells, head_dim]. positions: int64 [cells], with a sliding window only.
         parts: see :class:`Part`. order: int64 [rows], from the parts' rows to the batch's; None: as they come.
         on, lengths: on which device, and which of the lengths there, see :class:`Decoding`.
         window: the sliding window, if it will hide anything. stage: which of the positions.
@@ -197,7 +198,7 @@ class Decoding:
                     local = place.index_copy(0, part.rows, each).index_select(0, at.index_select(0, part.rows))
                 for t in (layer.keys, layer.values, layer.positions):
                     if t is not None:
-                        block = t[part.first : part.last].unflatten(0, tuple(part.cells.shape))
+                        block = part.block(t)
                         block.copy_(block.index_select(0, local))
         if self.said is not None:
             self.said.copy_(self.said.index_select(1, beam_idx.to(self.said.device)))
@@ -241,13 +242,13 @@ class StaticStep:
         positions: int64 [rows, 1], or [axes, rows, 1] of several axes, as ``generate`` counts them.
     """
 
-    routing = None
+    routing = scale = None
 
     def __init__(self, decoding: Decoding, positions: torch.Tensor, rotary: Any) -> None:
         self.decoding, self.rotary = decoding, rotary
         self.positions = [positions if by is None else positions - by for by in decoding.offsets]
         self._ropes: list[Any] = [None] * decoding.stages
-        self._filled: dict[Any, list[torch.Tensor]] = {}
+        self._masks: dict[Any, torch.Tensor] = {}
         self._memos: list[dict[str, Any]] = [{} for _ in range(decoding.rows)] if decoding.asked else []
         self._kept: list[torch.Tensor | None] = [None] * len(decoding.layers)
 
@@ -285,29 +286,33 @@ class StaticStep:
         """[rows, heads, 1, d], [rows, kv_heads, 1, d] → [rows, 1, heads, d]."""
         frozen = self.decoding.layers[module.layer_idx]
         cell = self.decoding.next[frozen.on][frozen.lengths]
-        frozen.keys.index_copy_(0, cell, key[:, :, 0])
-        frozen.values.index_copy_(0, cell, value[:, :, 0])
+        frozen.keys.index_copy_(1, cell, key[:, :, 0].transpose(0, 1))
+        frozen.values.index_copy_(1, cell, value[:, :, 0].transpose(0, 1))
         at = None
         if frozen.positions is not None:
             at = self.positions[frozen.stage].to(cell.device)[:, 0].expand(len(cell))
             frozen.positions.index_copy_(0, cell, at)
         outs = []
-        for part, filled in zip(frozen.parts, self._masks(frozen, cell), strict=True):
-            if frozen.window is not None and frozen.positions is not None and at is not None:
-                filled = filled & (part.pick(at)[:, None] - part.block(frozen.positions) < frozen.window)
+        for i, part in enumerate(frozen.parts):
+            mask = self._mask(frozen, i, cell, at, base, query.dtype)
             q, k, v = part.pick(query), part.block(frozen.keys), part.block(frozen.values)
-            outs.append(attend_filled(base, module, q, k, v, filled, kwargs))
+            outs.append(attend_filled(base, module, q, k, v, mask, kwargs))
         if len(outs) == 1:
             return outs[0]
         joined = torch.cat(outs)
         return joined if frozen.order is None else joined.index_select(0, frozen.order)
 
-    def _masks(self, frozen: Frozen, cell: torch.Tensor) -> list[torch.Tensor]:
-        """Of each part, bool [b, capacity]: which cells are filled, that of this step among them."""
-        key = frozen.on, frozen.lengths
-        if key not in self._filled:
-            self._filled[key] = [part.cells <= part.pick(cell)[:, None] for part in frozen.parts]
-        return self._filled[key]
+    def _mask(
+        self, frozen: Frozen, i: int, cell: torch.Tensor, at: torch.Tensor | None, base: str, dtype: torch.dtype
+    ) -> torch.Tensor:  # fmt: skip
+        """[b, 1, 1, capacity]: what the rows of part ``i`` see. Layers that lie alike share it, but for windows."""
+        part, key = frozen.parts[i], (frozen.on, frozen.lengths, i)
+        if frozen.window is not None and frozen.positions is not None and at is not None:
+            near = part.pick(at)[:, None] - part.block(frozen.positions) < frozen.window
+            return as_numbers(near & (part.cells <= part.pick(cell)[:, None]), base, dtype)[:, None, None]
+        if key not in self._masks:
+            self._masks[key] = as_numbers(part.cells <= part.pick(cell)[:, None], base, dtype)[:, None, None]
+        return self._masks[key]
 
     def _remembered(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """bool [rows]; None for all."""
