@@ -47,23 +47,14 @@ class Part:
     Attributes:
         rows: int64 [b], which of the batch; None: all, in order.
         cells: int64 [b, capacity], where in the storage they lie.
-        first, last: the cells of the block.
     """
 
     rows: torch.Tensor | None
     cells: torch.Tensor
-    first: int
-    last: int
 
     def pick(self, t: torch.Tensor) -> torch.Tensor:
         """[rows, …] → [b, …]."""
         return t if self.rows is None else t.index_select(0, self.rows)
-
-    def block(self, t: torch.Tensor) -> torch.Tensor:
-        """[kv_heads, cells, d] → [b, kv_heads, capacity, d]; [cells] → [b, capacity]."""
-        if t.dim() == 1:
-            return t[self.first : self.last].view(self.cells.shape)
-        return t[:, self.first : self.last].unflatten(1, tuple(self.cells.shape)).transpose(0, 1)
 
 
 @dataclass(eq=False)
@@ -86,6 +77,20 @@ class Frozen:
     lengths: int
     window: int | None
     stage: int
+
+    def blocks(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """By part, [kv_heads, cells, d] → [b, kv_heads, capacity, d]; [cells] → [b, capacity].
+
+        Where a part begins is told by the sizes of tensors, which a compiled step takes for variables.
+        """
+        if t.dim() == 1:
+            split = t.split([part.cells.numel() for part in self.parts])
+            return [piece.view(part.cells.shape) for piece, part in zip(split, self.parts, strict=True)]
+        split = t.split([part.cells.numel() for part in self.parts], 1)
+        return [
+            piece.unflatten(1, tuple(part.cells.shape)).transpose(0, 1)
+            for piece, part in zip(split, self.parts, strict=True)
+        ]
 
 
 class Decoding:
@@ -157,7 +162,7 @@ class Decoding:
             shape = len(bucket.rows), bucket.keys.shape[2]
             cells = torch.arange(at, at + shape[0] * shape[1], device=device).view(shape)
             mine = None if layer.one_bucket else from_host(bucket.rows, device)
-            parts.append(Part(mine, cells, at, at + shape[0] * shape[1]))
+            parts.append(Part(mine, cells))
             at += shape[0] * shape[1]
         order = None
         if rows != sorted(rows):
@@ -190,16 +195,15 @@ class Decoding:
             self.next[on].copy_(self.first[on] + lens)
         for layer in self.layers:
             at = beam_idx.to(layer.keys.device)
-            for part in layer.parts:
+            stores = [t for t in (layer.keys, layer.values, layer.positions) if t is not None]
+            for part, *blocks in zip(layer.parts, *map(layer.blocks, stores), strict=True):
                 local = at
                 if part.rows is not None:  # of the part's rows, the one that stands at beam_idx
                     place = torch.zeros(self.rows, dtype=torch.int64, device=at.device)
                     each = torch.arange(len(part.rows), device=at.device)
                     local = place.index_copy(0, part.rows, each).index_select(0, at.index_select(0, part.rows))
-                for t in (layer.keys, layer.values, layer.positions):
-                    if t is not None:
-                        block = part.block(t)
-                        block.copy_(block.index_select(0, local))
+                for block in blocks:
+                    block.copy_(block.index_select(0, local))
         if self.said is not None:
             self.said.copy_(self.said.index_select(1, beam_idx.to(self.said.device)))
 
@@ -248,7 +252,7 @@ class StaticStep:
         self.decoding, self.rotary = decoding, rotary
         self.positions = [positions if by is None else positions - by for by in decoding.offsets]
         self._ropes: list[Any] = [None] * decoding.stages
-        self._masks: dict[Any, torch.Tensor] = {}
+        self._masks: dict[Any, list[torch.Tensor]] = {}
         self._memos: list[dict[str, Any]] = [{} for _ in range(decoding.rows)] if decoding.asked else []
         self._kept: list[torch.Tensor | None] = [None] * len(decoding.layers)
 
@@ -293,25 +297,30 @@ class StaticStep:
             at = self.positions[frozen.stage].to(cell.device)[:, 0].expand(len(cell))
             frozen.positions.index_copy_(0, cell, at)
         outs = []
-        for i, part in enumerate(frozen.parts):
-            mask = self._mask(frozen, i, cell, at, base, query.dtype)
-            q, k, v = part.pick(query), part.block(frozen.keys), part.block(frozen.values)
-            outs.append(attend_filled(base, module, q, k, v, mask, kwargs))
+        masks = self._masks_of(frozen, cell, at, base, query.dtype)
+        blocks = frozen.blocks(frozen.keys), frozen.blocks(frozen.values)
+        for part, mask, k, v in zip(frozen.parts, masks, *blocks, strict=True):
+            outs.append(attend_filled(base, module, part.pick(query), k, v, mask, kwargs))
         if len(outs) == 1:
             return outs[0]
         joined = torch.cat(outs)
         return joined if frozen.order is None else joined.index_select(0, frozen.order)
 
-    def _mask(
-        self, frozen: Frozen, i: int, cell: torch.Tensor, at: torch.Tensor | None, base: str, dtype: torch.dtype
-    ) -> torch.Tensor:  # fmt: skip
-        """[b, 1, 1, capacity]: what the rows of part ``i`` see. Layers that lie alike share it, but for windows."""
-        part, key = frozen.parts[i], (frozen.on, frozen.lengths, i)
+    def _masks_of(
+        self, frozen: Frozen, cell: torch.Tensor, at: torch.Tensor | None, base: str, dtype: torch.dtype
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """By part, [b, 1, 1, capacity]: what its rows see. Layers that lie alike share it, but for windows."""
+        key, parts = (frozen.on, frozen.lengths), frozen.parts
         if frozen.window is not None and frozen.positions is not None and at is not None:
-            near = part.pick(at)[:, None] - part.block(frozen.positions) < frozen.window
-            return as_numbers(near & (part.cells <= part.pick(cell)[:, None]), base, dtype)[:, None, None]
+            near = [
+                part.pick(at)[:, None] - stands < frozen.window
+                for part, stands in zip(parts, frozen.blocks(frozen.positions), strict=True)
+            ]
+            seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
+            return [as_numbers(a & b, base, dtype)[:, None, None] for a, b in zip(near, seen, strict=True)]
         if key not in self._masks:
-            self._masks[key] = as_numbers(part.cells <= part.pick(cell)[:, None], base, dtype)[:, None, None]
+            seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
+            self._masks[key] = [as_numbers(one, base, dtype)[:, None, None] for one in seen]
         return self._masks[key]
 
     def _remembered(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
