@@ -48,7 +48,7 @@ def test_the_result_is_said_in_words(result: dict[str, Any]) -> None:
 
 def test_one_thread_while_it_is_measured() -> None:
     before, seen = torch.get_num_threads(), []
-    work.measure(TINY, "cpu", fewest=2, most=2, done=lambda name: seen.append(torch.get_num_threads()))
+    work.measure(TINY, "cpu", fewest=2, most=2, done=lambda found: seen.append(torch.get_num_threads()))
     assert seen == [1] * len(NAMES) and torch.get_num_threads() == before
 
 
