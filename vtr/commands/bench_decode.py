@@ -47,9 +47,10 @@ def bench_decode(
 
     All five take turns, a token each, and what is compared is CPU time of one thread: it hardly changes with what else
     runs. The first tokens do not count. A ratio is one of sums, with those of eighths of the run in brackets; less is
-    better. `ms` — of a token, median; `same` — says the tokens that `vtr` says; `KV` — bytes of the cache at the end,
-    live / allocated; `compiled in` — seconds on the clock, each case anew. With `--device cuda` they run one after
-    another, and time is that of the clock.
+    better. With `--device cuda` they run one after another, and time is that of the clock.
+
+    * `ms` — of a token, median; `same` — says the tokens that `vtr` says; `KV` — bytes of the cache at the end, live /
+      allocated; `compiled in` — seconds on the clock (kernels that an earlier case needed are there already).
 
     * `fastv` keeps a quarter from layer 2 on; `mixed` — eight rows, six policies, a row without a picture;
       `dynamic-llava` forgets words; `keep all` drops nothing: equal lengths with transformers.
@@ -72,6 +73,8 @@ def bench_decode(
     try:
         check_targets(json_file, folder)
         check_file(plot, "--plot", made=True)
+        if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"--plot {plot}: name a .png, .pdf or .svg file")
         size, precision = measure.choose(small, device, dtype)
         lengths = tokens or (measure.FEW_TOKENS if small else measure.TOKENS)
         given = (policy or measure.EVERY, batch or measure.BATCHES, lengths)
@@ -94,15 +97,19 @@ def bench_decode(
 
 def progress(measure: Any, *given: Any) -> dict[str, Any]:
     """Measure with a bar; each case is printed as it is there."""
+    from contextlib import ExitStack
+
     from tqdm import tqdm
 
     from vtr.eval.report import decoded
 
-    with tqdm(unit="token", desc="vtr bench decode") as bar:
+    bars: list[Any] = []
+    with ExitStack() as stack:
 
         def done(count: int, total: int) -> None:
-            bar.total = total
-            bar.update(count - bar.n)
+            if not bars:  # what is wrong with the options has been said before
+                bars.append(stack.enter_context(tqdm(total=total, unit="token", desc="vtr bench decode")))
+            bars[0].update(count - bars[0].n)
 
         found: dict[str, Any] = measure.measure(*given, done=done, found=lambda row: say(decoded.lines(row)))
     return found

@@ -416,13 +416,13 @@ def decode(result: Result) -> Table:
 def decode_short(result: Result) -> Table:
     """The same of the largest batch and the fewest tokens, without spreads."""
     heads, found = decoded.rows({"rows": decoded.short(result.data)})
-    rows = [Row([policy(name), *(Cell(one.split(" (")[0]) for one in ratios)]) for name, _, _, _, *ratios in found]
+    rows = [Row([policy(name), *(_beside(one.split(" (")[0]) for one in ratios)]) for name, _, _, _, *ratios in found]
     few = decoded.short(result.data)[0]
     caption = f"{few['batch']} rows, {few['tokens']} tokens; {result.model}; {result.machine}."
     return _decode("short", [heads[0], *heads[4:]], rows, caption)
 
 
-def decode_all(result: Result) -> Table:
+def decode_ways(result: Result) -> Table:
     """All that was measured, a row a case and way."""
     heads, found = decoded.details(result.data)
     rows = [Row([policy(name), *map(_beside, cells)]) for name, *cells in found]
@@ -451,11 +451,15 @@ MAKERS = {
     "serve": (serve,),
     "engine": (engine,),
     "launches": (launches,),
-    "decode": (decode, decode_all),
+    "decode": (decode,),
     "peers": (peers,),
 }
 
-MORE = {"eval": (short,), "launches": tuple(map(counts_of, counted.PARTS)), "decode": (decode_short,)}
+MORE = {
+    "eval": (short,),
+    "launches": tuple(map(counts_of, counted.PARTS)),
+    "decode": (decode_short, decode_ways),
+}
 """Tables that Markdown files can have, and the page has not."""
 
 
