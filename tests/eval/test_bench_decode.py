@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import CompileConfig, StaticCache
 from typer.testing import CliRunner
 from vtr.eval.cost import decode, midsize
@@ -20,6 +21,7 @@ from vtr.eval.report.page.data import read
 import vtr
 from tests import result_files
 from vtr.cli import app
+from vtr.commands import _console
 
 TINY = midsize.Size(4, 32, 64, 2, side=6, text_tokens=8, vocab_size=64)
 
@@ -178,10 +180,6 @@ def test_each_case_is_printed_as_it_comes(monkeypatch: pytest.MonkeyPatch, capfd
 
     monkeypatch.setattr(decode, "measure_case", one)
     monkeypatch.setattr(decode, "NARROW", TINY)
-    from rich.console import Console
-
-    from vtr.commands import _console
-
     monkeypatch.setattr(_console, "console", Console(width=160))
     with pytest.raises(SystemExit) as done:
         app(["bench", "decode", "--small", "--policy", "fastv", "--tokens", "8"])
