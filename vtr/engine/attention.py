@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
@@ -158,10 +159,12 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
     """Attention as transformers asks for it; with a plan, row by row. query [1, heads, T, d] → [1, T, heads, d]."""
-    plan: Plan | None = kwargs.pop("vtr_plan", None)
+    plan: Any = kwargs.pop("vtr_plan", None)
     if plan is None:
         as_ever: tuple[torch.Tensor, Any] = base_function(base, module)(query, key, value, attention_mask, **kwargs)
         return as_ever
+    if not isinstance(plan, Plan):  # a step of constant shapes
+        return plan.attend(base, module, query, key, value, kwargs), None
     # rope is applied already; a flash wrapper would read gaps between kept positions as separate sequences
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
@@ -278,6 +281,27 @@ def _decode(
 def _filled(bucket: Bucket, n: int) -> torch.Tensor:
     """bool [b, n]: which of a bucket's places hold a token of the row, the one of this step among them."""
     return torch.arange(n, device=bucket.keys.device)[None] <= bucket.lens[:, None]
+
+
+def attend_filled(
+    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """One query a row over the keys that ``seen`` (bool [b, m]) lets through. [b, heads, 1, d] → [b, 1, heads, d]."""
+    if base == "eager":
+        kwargs.pop("position_ids", None)
+        out: torch.Tensor = base_function(base, module)(
+            q, k, v, _as_mask(base, seen[:, None, None], q.dtype), **kwargs
+        )[0]
+        return out
+    rows, heads, _, width = q.shape
+    # the heads that share a key are queries of it: under a mask, transformers would copy all keys for each of them
+    grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], width)
+    dropout = kwargs.get("dropout", 0.0)
+    out = scaled_dot_product_attention(
+        grouped, k, v, attn_mask=seen[:, None, None], dropout_p=dropout, scale=kwargs.get("scaling")
+    )
+    return out.reshape(rows, 1, heads, v.shape[-1])
 
 
 def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

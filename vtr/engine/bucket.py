@@ -16,6 +16,12 @@ def block(length: int) -> int:
     return max(8, length // 10)
 
 
+def roomy(length: int, room: int) -> int:
+    """Storage for ``length`` tokens and ``room`` more, on a coarse grid, so that other prompts find the same shapes."""
+    step = max(8, 1 << max(length.bit_length() - 4, 0))  # eight to sixteen of them are the length
+    return -(-length // step) * step + -(-room // 8) * 8
+
+
 @dataclass(eq=False)
 class Bucket:
     """Rows of similar length. keys, values: [b, kv_heads, capacity, head_dim], left aligned."""
@@ -31,6 +37,8 @@ class Bucket:
     """int64 [b] on the device: tokens of each row; None where every row has exactly ``upper``."""
     positions: torch.Tensor | None = None
     """int64 [b, capacity]: of the cached tokens; only where a sliding window asks for them."""
+    part_of: Storage | None = None
+    """The storage of the whole layer that it still is a part of."""
     asked: Longest | None = None
     """Of rows whose lengths only the device knows, the longest, once it has been asked for."""
 
@@ -72,6 +80,7 @@ class Bucket:
             self.positions[:, :n] = positions.view(rows, n)
 
     def grow(self, capacity: int) -> None:
+        self.part_of = None
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
@@ -83,6 +92,7 @@ class Bucket:
 
     def take(self, index: torch.Tensor) -> None:
         """Row i of the bucket is what row ``index[i]`` (int64 [b]) was; the lengths are left to the caller."""
+        self.part_of = None
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         if self.positions is not None:
             self.positions = self.positions.index_select(0, index)
@@ -105,6 +115,7 @@ class Bucket:
             left: how many that leaves each row, or a bound where only the device knows.
         """
         assert self.positions is not None
+        self.part_of = None
         device, last = self.keys.device, self.keys.shape[2] - 1
         index = (torch.arange(capacity, device=device) + by[:, None]).clamp_(max=last)
         for name in ("keys", "values"):
@@ -209,4 +220,5 @@ class Storage:
             return t[here].unflatten(0, (len(rows), capacity))
 
         at = None if self.positions is None else part(self.positions)
-        return Bucket(rows, part(self.keys).transpose(1, 2), part(self.values).transpose(1, 2), positions=at)
+        keys, values = part(self.keys).transpose(1, 2), part(self.values).transpose(1, 2)
+        return Bucket(rows, keys, values, positions=at, part_of=self)

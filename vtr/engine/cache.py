@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from vtr.base import UnsupportedError
-from vtr.engine.bucket import Bucket, Cells, Longest, Storage, block
+from vtr.engine.bucket import Bucket, Cells, Longest, Storage, block, roomy
 from vtr.engine.cache_state import CacheState
 from vtr.engine.once import from_host
 
@@ -43,7 +43,8 @@ class RaggedLayer(DynamicLayer):
 
     # -- what transformers asks ------------------------------------------------------------------------------------
     def get_seq_length(self) -> int:
-        return self.state.logical
+        taken: int = 0 if self.state.decoding is None else self.state.decoding.taken()
+        return self.state.logical + taken
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.state.logical + query_length, 0
@@ -55,6 +56,8 @@ class RaggedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values as the staged plan says; returns them as they came."""
+        if self.state.decoding is not None:
+            return key_states, value_states  # attention writes them, where it knows into which cells
         plan, self.staged = self.staged, None
         if plan is None:
             raise UnsupportedError(
@@ -77,6 +80,10 @@ class RaggedLayer(DynamicLayer):
         to know which row comes from where: it waits for ``beam_idx`` then, once for all layers.
         """
         once = self.state.once
+        if self.state.decoding is not None:
+            if self.index == 0:
+                self.state.decoding.reorder(beam_idx)
+            return
         if self.index == 0:
             once.clear()
         readable, same = beam_idx.device.type in READABLE, len(beam_idx) == len(self.place)
@@ -99,6 +106,7 @@ class RaggedLayer(DynamicLayer):
         self._take([row for row in range(len(self.place)) for _ in range(repeats)])
 
     def reset(self) -> None:
+        self.state.decoding = None
         self.buckets, self.place, self.attended = [], {}, 0
         self.state.logical = self.state.tail = self.state.floor = self._committed = 0
 
@@ -107,6 +115,7 @@ class RaggedLayer(DynamicLayer):
         self.record_past, self._committed = True, self.state.logical
 
     def crop(self, tokens_to_remove: int) -> None:
+        self.thaw()
         n = abs(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove from the end")
@@ -292,8 +301,10 @@ class RaggedLayer(DynamicLayer):
 
     def _capacity(self, longest: int) -> int:
         """Tokens a bucket gets storage for, whose longest row has ``longest``; no more than a window has."""
-        roomy = longest + block(longest)
-        return roomy if self.window is None else max(longest, min(roomy, self.window - 1))
+        if self.state.room:
+            return roomy(longest, self.state.room)
+        growing = longest + block(longest)
+        return growing if self.window is None else max(longest, min(growing, self.window - 1))
 
     def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
@@ -347,13 +358,7 @@ class RaggedLayer(DynamicLayer):
 
     def _allocate(self, lengths: list[int], keys: torch.Tensor, values: torch.Tensor) -> Storage:
         """Empty buckets for rows of these lengths, in one storage."""
-        order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
-        groups: list[list[int]] = []
-        for row in order:
-            if groups and lengths[row] >= SIMILAR * lengths[groups[-1][0]]:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
+        groups = alike_in_shape(lengths) if self.state.compiles else similar(lengths)
         self.buckets, self.place = [], {}
         capacities = [self._capacity(max(lengths[row] for row in rows)) for rows in groups]
         sizes = [len(rows) * capacity for rows, capacity in zip(groups, capacities, strict=True)]
@@ -368,11 +373,40 @@ class RaggedLayer(DynamicLayer):
         storage.clear(self.buckets, [min(lengths[row] for row in rows) for rows in groups])
         return storage
 
+    def whole_storage(self) -> Storage:
+        """The one storage that all of its buckets are parts of, with room for what is to come."""
+        room, storage = self.state.room, self.buckets[0].part_of
+        if storage is not None and all(
+            b.part_of is storage and b.keys.shape[2] >= b.upper + room for b in self.buckets
+        ):
+            return storage
+        capacities = [roomy(b.upper, room) for b in self.buckets]
+        cells = sum(len(b.rows) * capacity for b, capacity in zip(self.buckets, capacities, strict=True))
+        storage, at = Storage.like(self.buckets[0].keys, self.buckets[0].values, cells, self.window is not None), 0
+        storage.keys.zero_()
+        storage.values.zero_()
+        old, self.buckets = self.buckets, []
+        for bucket, capacity in zip(old, capacities, strict=True):
+            made, n = storage.bucket(bucket.rows, at, capacity), bucket.upper
+            made.keys[:, :, :n], made.values[:, :, :n] = bucket.keys[:, :, :n], bucket.values[:, :, :n]
+            if made.positions is not None and bucket.positions is not None:
+                made.positions[:, :n] = bucket.positions[:, :n]
+            made.hold(bucket.ragged, bucket.known(), n)
+            self.buckets.append(made)
+            self.place.update({row: (made, i) for i, row in enumerate(bucket.rows)})
+            at += len(bucket.rows) * capacity
+        return storage
+
+    def thaw(self) -> None:
+        """Take the rows back from whoever decodes them with constant shapes."""
+        if self.state.decoding is not None:
+            self.state.decoding.thaw()
+
     def _reserve(self, lengths: list[int]) -> None:
         for bucket in self.buckets:
             need = max(lengths[r] for r in bucket.rows)
             if need > bucket.keys.shape[2]:
-                bucket.grow(need + block(need))
+                bucket.grow(roomy(need, self.state.room) if self.state.room else need + block(need))
 
     def _set_lengths(self, lengths: list[int]) -> None:
         for bucket in self.buckets:
@@ -386,6 +420,7 @@ class RaggedLayer(DynamicLayer):
 
     def _take(self, sources: list[int]) -> None:
         """New row i is old row ``sources[i]`` (beam search reorders, batches are selected and repeated)."""
+        self.thaw()
         if self.index == 0:
             self.state.take(sources)
         if not self.place:
@@ -417,6 +452,27 @@ class RaggedLayer(DynamicLayer):
         if not bucket.equal:
             lens = once.of("taken", bucket.ragged, at, make=lambda: bucket.lens.index_select(0, at))
             bucket.hold(lens, bucket.sizes and [bucket.sizes[i] for i in local], bucket.upper)
+
+
+def similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that share a bucket, the longest first."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if groups and lengths[row] >= SIMILAR * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def alike_in_shape(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that share a bucket where the steps are compiled: all of them, or each has its own.
+
+    How rows are grouped is part of what is compiled, so that grouping them by their lengths would compile most batches
+    anew. Together they lie where padding costs at most a quarter.
+    """
+    rows = range(len(lengths))
+    return [list(rows)] if len(rows) * max(lengths) <= 1.25 * sum(lengths) else [[row] for row in rows]
 
 
 def is_ragged(cache: Any) -> bool:

@@ -21,6 +21,10 @@ class CacheState:
     """Per row: how many positions the prompt really lost before the decoder (compression renumbers positions)."""
     shift: list[list[int]] = field(default_factory=list)
     """Per layer and row: how many positions more were lost by cuts in the decoder that renumber."""
+    room: int = 0
+    """Tokens a row that a running ``generate`` with constant shapes may still add; 0 for storage that grows."""
+    compiles: bool = False
+    """Whether its steps are compiled: rows then lie in one of two ways, whatever their lengths."""
     logical: int = 0
     tail: int = 0
     """Tokens appended since the last reduction, the same for every row: what ``crop`` may take back."""
@@ -28,6 +32,8 @@ class CacheState:
     """False once ``remember`` has refused a token: rows then end at different places."""
     floor: int = 0
     """Logical length that ``crop`` cannot go below: tokens that a sliding window would need are gone."""
+    decoding: Any = None
+    """Who has the rows while they decode with constant shapes, see ``vtr/engine/static.py``; else None."""
     memos: list[dict[str, Any]] = field(default_factory=list)
     once: Once = field(default_factory=Once)
     """What the layers share within one forward, or one reordering of the rows."""

@@ -23,6 +23,7 @@ from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
 from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_continue, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
+from vtr.engine.static import takes_static_step
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -41,6 +42,8 @@ class ForwardHooks:
         self.names, self.inner_names = names_of(patch.entry), names_of(patch.inner)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if takes_static_step(cache_in(kwargs), kwargs):
+            return args, kwargs
         if torch.compiler.is_compiling():
             if self.check_compiling(kwargs):
                 kwargs["vtr_request"] = None

@@ -10,18 +10,69 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
+from vtr.engine.cache import is_ragged
 from vtr.engine.call import Generation, busy, running
 from vtr.engine.captures import begin, capturing
 from vtr.engine.choice import MISSING
+from vtr.engine.compat import cache_in, cache_name
 from vtr.engine.decode import note_cache
 from vtr.engine.dense import dense_generation
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
 from vtr.engine.refusals import check_call, check_generation
 from vtr.engine.resolve import check_resolvable, resolve_rows
+from vtr.engine.static import StaticRaggedCache, decoding_of
 from vtr.engine.trace import Trace, Tried
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
+
+
+class PreparesCache:
+    """Stands in for the model's ``_prepare_cache_for_generation``: makes the static cache of a reduced ``generate``.
+
+    Follows a deep copy of the model.
+    """
+
+    def __init__(self, patch: Patch, original: Callable[..., Any]) -> None:
+        self.patch, self.original = patch, original
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        generation, cache = self.patch.choice.generation(), cache_in(model_kwargs)
+        reduces = generation is not None and generation.policies is not None and not generation.started
+        again = isinstance(cache, StaticRaggedCache)
+        if generation is None or not reduces or not (again or (cache is None and _wants_static(generation_config))):
+            return self.original(generation_config, model_kwargs, *args, **kwargs)
+        if again:
+            self.original(generation_config, model_kwargs, *args, **kwargs)
+        else:
+            cache = StaticRaggedCache(config=self.patch.decoder.text.config)
+            model_kwargs[cache_name(type(self.patch.inner))] = cache  # type: ignore[arg-type]
+        cache.room = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache.room = max(cache.room - generation.length, 1)
+        cache.compiles = generation_config.compile_config is not None
+        if is_ragged(cache):
+            cache.layers[0].state.room, cache.layers[0].state.compiles = cache.room, cache.compiles
+        return None
+
+
+class MakesMasks:
+    """Stands in for ``create_masks_for_generate``: a reduced prefill wants the 2-D mask, the steps after it none.
+
+    Follows a deep copy of the model.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_in(kwargs)
+        if isinstance(cache, StaticRaggedCache):
+            return None if decoding_of(cache) is not None else kwargs.get("attention_mask")
+        return self.original(*args, **kwargs)
+
+
+def _wants_static(generation_config: Any) -> bool:
+    return generation_config.cache_implementation == "static" and generation_config.use_cache is not False
 
 
 class Generate:
@@ -39,7 +90,11 @@ class Generate:
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         generation, tried = self._prepared(given, ids, kwargs)
         with self._running(generation):
-            out = self.__wrapped__(*args, **kwargs)
+            try:
+                out = self.__wrapped__(*args, **kwargs)
+            finally:
+                if generation.cache_layers:
+                    generation.cache_layers[0].thaw()
         if generation.started:
             for layer in generation.cache_layers or []:
                 layer.drop_unseen()

@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_masks_for_generate
 
 from vtr.base import UnsupportedError
 from vtr.engine.adapters import Adapter
@@ -20,7 +21,7 @@ from vtr.engine.choice import MISSING, PolicyChoice
 from vtr.engine.decode import DecodeStep
 from vtr.engine.decoder import Decoder
 from vtr.engine.forward import ForwardHooks
-from vtr.engine.generate import Generate
+from vtr.engine.generate import Generate, MakesMasks, PreparesCache
 from vtr.engine.outer import install_outer
 from vtr.engine.session import Session
 from vtr.engine.text import TextHooks
@@ -72,8 +73,17 @@ class Patch:
                 layer.register_forward_hook(after_layer, with_kwargs=True),
                 layer.mlp.register_forward_hook(after_mlp),
             ]
-        self.own_generate = model.__dict__.get("generate", MISSING)
-        model.generate = Generate(self, model.generate)
+        stands_in: dict[str, tuple[Any, Any]] = {"generate": (model, Generate(self, model.generate))}
+        inner = self.inner
+        if hasattr(inner, "_prepare_cache_for_generation"):
+            masks = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
+            prepares = PreparesCache(self, inner._prepare_cache_for_generation)
+            stands_in["_prepare_cache_for_generation"] = inner, prepares
+            stands_in["create_masks_for_generate"] = inner, MakesMasks(masks)
+        self.own = {name: module.__dict__.get(name, MISSING) for name, (module, _) in stands_in.items()}
+        self.replaced = {name: module for name, (module, _) in stands_in.items()}
+        for name, (module, made) in stands_in.items():
+            setattr(module, name, made)
         model.__dict__[NAME] = self
 
     def remove(self) -> None:
@@ -81,9 +91,11 @@ class Patch:
             handle.remove()
         for layer in self.decoder.text.layers:
             layer.self_attn.config = layer.self_attn.config.own
-        del self.model.__dict__["generate"], self.model.__dict__[NAME]
-        if self.own_generate is not MISSING:
-            self.model.generate = self.own_generate
+        del self.model.__dict__[NAME]
+        for name, module in self.replaced.items():
+            del module.__dict__[name]
+            if self.own[name] is not MISSING:
+                setattr(module, name, self.own[name])
 
     def pop_request(self) -> Any:
         """What the model's pre-hook left for the text model's, where the model passes no keyword arguments on.

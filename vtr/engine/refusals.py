@@ -51,10 +51,10 @@ def check_generation(kwargs: Mapping[str, Any], default: Any, policies: Sequence
     check_pixels(kwargs)
     config = kwargs.get("generation_config") or default
     implementation = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if implementation not in (None, "dynamic", "dynamic_full"):
+    if implementation not in (None, "dynamic", "dynamic_full", "static"):
         raise UnsupportedError(
-            f"cache_implementation={implementation!r} cannot hold rows of different lengths: leave it out, or pass "
-            "policy=None"
+            f"cache_implementation={implementation!r} cannot hold rows of different lengths: leave it out, take "
+            "cache_implementation='static', or pass policy=None"
         )
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise UnsupportedError(
@@ -93,7 +93,9 @@ def check_cache(cache: Any) -> None:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     kept = (DynamicLayer, DynamicSlidingWindowLayer)
-    plain = type(cache) is DynamicCache and all(type(layer) in kept for layer in cache.layers)
+    plain = (type(cache) is DynamicCache or hasattr(cache, "room")) and all(
+        type(layer) in kept for layer in cache.layers
+    )
     if not plain or cache.offloading:
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise UnsupportedError(

@@ -19,6 +19,7 @@ from vtr.engine.positions import many_axes
 from vtr.engine.refusals import check_cache, refuse_compiled
 from vtr.engine.request import Request
 from vtr.engine.session import Session
+from vtr.engine.static import StaticStep, freeze, takes_static_step, thaw
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class TextCall:
             return None
         assert self.request is not None
         rows = self.embeds.shape[0]
-        state = CacheState(list(self.request.policies), [0] * rows, [[0] * rows for _ in windows])
+        room, compiles = getattr(self.cache, "room", 0), getattr(self.cache, "compiles", False)
+        state = CacheState(list(self.request.policies), [0] * rows, [[0] * rows for _ in windows], room, compiles)
         layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
         if any(getattr(layer, "record_past", False) for layer in getattr(self.cache, "layers", ())):
             for layer in layers:  # assisted decoding will take drafts back
@@ -93,6 +95,8 @@ class TextHooks:
         cache: Any = cache_in(kwargs)
         ragged = is_ragged(cache)
         asked = kwargs.pop("vtr_request", MISSING)
+        if takes_static_step(cache, kwargs):
+            return args, self._static_step(module, cache, kwargs)
         if torch.compiler.is_compiling():
             if ragged or (asked is not None and asked is not MISSING):
                 refuse_compiled()
@@ -123,6 +127,7 @@ class TextHooks:
             UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
         """
         embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        thaw(cache)
         past = cache.get_seq_length() if is_ragged(cache) else 0
         mask = _checked_mask(cache, past, embeds.shape, kwargs.get("attention_mask"))
         positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
@@ -136,6 +141,16 @@ class TextHooks:
         """The ``generate`` that goes on with ``cache``; None for a call by hand, also inside a generate."""
         generation = self.patch.choice.generation()
         return generation if generation is not None and generation.owns_cache(cache) else None
+
+    def _static_step(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        decoding = cache.layers[0].state.decoding
+        step = StaticStep(decoding, kwargs["position_ids"], module.rotary_emb)
+        kwargs["position_ids"] = step.positions[decoding.layers[0].stage]
+        kwargs["attention_mask"] = decoding.no_mask  # 4-D: taken as is, no mask is built
+        kwargs["vtr_plan"] = step
+        if step.layered:
+            kwargs["vtr_session"] = step
+        return kwargs
 
     def _trace(self, generation: Generation | None) -> Trace:
         return generation.trace if generation is not None else Trace(self.patch.decoder.geometry)
@@ -189,10 +204,15 @@ class TextHooks:
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Back to [rows, L, D]; note what the forward did."""
         session, plan = kwargs.get("vtr_session"), kwargs.get("vtr_plan")
+        if isinstance(plan, StaticStep):
+            plan.finish()
+            return None
         if isinstance(session, Session):
             out.last_hidden_state = session.unpack(out.last_hidden_state)
             session.finish()
             trace, layers, generation = session.log.trace, session.layers, session.generation
+            if generation is not None and layers is not None and layers[0].state.room > 1 and not layers[0].record_past:
+                freeze(layers, trace)
         elif plan is not None:
             trace, layers, generation = plan.trace, plan.layers, self.patch.choice.generation()
             generation = generation if generation is not None and generation.trace is trace else None

@@ -1,0 +1,378 @@
+"""Decoding with constant shapes: storage that does not grow, and lengths that stay on the device.
+
+After a reduced prefill each row gets one token a step. ``freeze`` then takes the ragged layers over: a step writes each
+row's key and value into its next cell, attends over all of the storage under the mask of what is filled, and moves the
+cells on. No shape and nothing on the host depends on what is decoded, so that a step can be compiled as one graph, or
+captured in a CUDA graph. ``thaw`` gives the rows back to the ragged layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from vtr.base import Policy, Token
+from vtr.engine.attention import attend_filled
+from vtr.engine.cache import RaggedLayer
+from vtr.engine.call import PIXELS
+from vtr.engine.decode import answers, as_tensor, memo_on
+from vtr.engine.once import from_host
+from vtr.engine.trace import Trace
+
+
+class StaticRaggedCache(DynamicCache):
+    """The cache of a reduced ``generate(…, cache_implementation="static")``; ``generate(cache=…)`` goes on with it.
+
+    Attributes:
+        room: tokens that each row may get in the running ``generate``.
+        compiles: whether transformers is to compile the steps.
+    """
+
+    room: int = 0
+    compiles: bool = False
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.compiles
+
+
+@dataclass(eq=False)
+class Part:
+    """Rows that lie in one dense block of a layer's storage.
+
+    Attributes:
+        rows: int64 [b], which of the batch; None: all, in order.
+        cells: int64 [b, capacity], where in the storage they lie.
+        first, last: the cells of the block.
+    """
+
+    rows: torch.Tensor | None
+    cells: torch.Tensor
+    first: int
+    last: int
+
+    def pick(self, t: torch.Tensor) -> torch.Tensor:
+        """[rows, …] → [b, …]."""
+        return t if self.rows is None else t.index_select(0, self.rows)
+
+    def block(self, t: torch.Tensor) -> torch.Tensor:
+        """[cells, kv_heads, d] → [b, kv_heads, capacity, d]; [cells] → [b, capacity]."""
+        here = t[self.first : self.last].unflatten(0, tuple(self.cells.shape))
+        return here.transpose(1, 2) if here.dim() == 4 else here
+
+
+@dataclass(eq=False)
+class Frozen:
+    """One layer's storage while it decodes.
+
+    Attributes:
+        keys, values: [cells, kv_heads, head_dim]. positions: int64 [cells], with a sliding window only.
+        parts: see :class:`Part`. order: int64 [rows], from the parts' rows to the batch's; None: as they come.
+        on, lengths: on which device, and which of the lengths there, see :class:`Decoding`.
+        window: the sliding window, if it will hide anything. stage: which of the positions.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor | None
+    parts: list[Part]
+    order: torch.Tensor | None
+    on: int
+    lengths: int
+    window: int | None
+    stage: int
+
+
+class Decoding:
+    """The rows of a ragged cache between a prefill and the end of ``generate``.
+
+    Attributes:
+        next: per device, int64 [lengths, rows]: the cell that each row's next token goes to. Layers whose rows are as
+            long and lie alike share a line.
+        first: per device, int64 [lengths, rows]: each row's first cell.
+        offsets: per stage int64 [rows, 1], what to take off the positions; None for nothing.
+        asked: policies that may forget, each with its rows.
+        said: bool [layers, rows, room], which tokens were remembered; None if none is ever forgotten.
+        steps: int64 [1], how many there have been; attended: like ``next``, keys attended to. Kept where ``said`` is.
+        flops: what the policies' own matrix products cost a step.
+    """
+
+    def __init__(self, layers: list[RaggedLayer], trace: Trace) -> None:
+        self.ragged, self.trace, self.state = layers, trace, layers[0].state
+        self.rows, self.flops = len(layers[0].place), 0
+        self.asked = _may_forget(self.state.policies)
+        self.next: list[torch.Tensor] = []
+        self.first: list[torch.Tensor] = []
+        self._devices: list[torch.device] = []
+        self._known: dict[Any, tuple[int, list[Part], torch.Tensor | None]] = {}
+        self._lines: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        stages = list(dict.fromkeys(map(tuple, self.state.shift)))
+        self.layers = [self._frozen(layer, stages.index(tuple(self.state.shift[i]))) for i, layer in enumerate(layers)]
+        self.next = [torch.stack(lines) for lines, _ in self._lines]
+        self.first = [torch.stack(lines) for _, lines in self._lines]
+        device = self._devices[0]
+        off = [[d + s for d, s in zip(self.state.dropped, stage, strict=True)] for stage in stages]
+        self.offsets = [from_host(by, device)[:, None] if any(by) else None for by in off]
+        self.stages, self.spread = len(stages), len(self._devices) > 1
+        self.windowed = any(layer.positions is not None for layer in self.layers)
+        self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self.said = self.steps = None
+        if self.asked:
+            self.said = torch.ones(len(layers), self.rows, self.state.room, dtype=torch.bool, device=device)
+            self.steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self.attended = [torch.zeros_like(cells) for cells in self.next] if self.asked else []
+        self._pin()
+
+    def _frozen(self, layer: RaggedLayer, stage: int) -> Frozen:
+        storage = layer.whole_storage()
+        device = storage.keys.device
+        if device not in self._devices:
+            self._devices.append(device)
+            self._lines.append(([], []))
+        on = self._devices.index(device)
+        sizes = tuple((tuple(b.rows), b.keys.shape[2], b.ragged if b.known() is None else tuple(b.known() or ()))
+                      for b in layer.buckets)  # fmt: skip
+        key = (on, sizes, layer.index if self.asked else None)
+        if key not in self._known:
+            self._known[key] = self._line(layer, on, device)
+        lengths, parts, order = self._known[key]
+        hides = layer.window is not None and self.state.logical + self.state.room >= layer.window
+        window = layer.window if hides else None
+        return Frozen(storage.keys, storage.values, storage.positions, parts, order, on, lengths, window, stage)
+
+    def _line(
+        self, layer: RaggedLayer, on: int, device: torch.device
+    ) -> tuple[int, list[Part], torch.Tensor | None]:  # fmt: skip
+        """A line of lengths of its own for the layer: which, and how its rows lie."""
+        parts, at, rows = [], 0, [row for bucket in layer.buckets for row in bucket.rows]
+        for bucket in layer.buckets:
+            shape = len(bucket.rows), bucket.keys.shape[2]
+            cells = torch.arange(at, at + shape[0] * shape[1], device=device).view(shape)
+            mine = None if layer.one_bucket else from_host(bucket.rows, device)
+            parts.append(Part(mine, cells, at, at + shape[0] * shape[1]))
+            at += shape[0] * shape[1]
+        order = None
+        if rows != sorted(rows):
+            order = from_host(sorted(range(len(rows)), key=rows.__getitem__), device)
+        firsts, lens = torch.cat([p.cells[:, 0] for p in parts]), torch.cat([b.lens for b in layer.buckets])
+        firsts, lens = (t if order is None else t.index_select(0, order) for t in (firsts, lens))
+        lines = self._lines[on]
+        lines[0].append(firsts + lens)
+        lines[1].append(firsts)
+        return len(lines[0]) - 1, parts, order
+
+    def _pin(self) -> None:
+        """Tell torch.compile that these tensors stay where they are."""
+        for layer in self.layers:
+            for t in (layer.keys, layer.values, layer.positions):
+                if t is not None:
+                    torch._dynamo.mark_static_address(t)
+        for t in (*self.next, *self.attended, self.said, self.steps):
+            if t is not None:
+                torch._dynamo.mark_static_address(t)
+
+    def reorder(self, beam_idx: torch.Tensor) -> None:
+        """Row i goes on from what row ``beam_idx[i]`` (int64 [rows]) has, which is a beam of the same prompt.
+
+        Beams of a prompt lie in one part. All is written in place.
+        """
+        for on, device in enumerate(self._devices):
+            at = beam_idx.to(device)
+            lens = (self.next[on] - self.first[on]).index_select(1, at)
+            self.next[on].copy_(self.first[on] + lens)
+        for layer in self.layers:
+            at = beam_idx.to(layer.keys.device)
+            for part in layer.parts:
+                local = at
+                if part.rows is not None:  # of the part's rows, the one that stands at beam_idx
+                    place = torch.zeros(self.rows, dtype=torch.int64, device=at.device)
+                    each = torch.arange(len(part.rows), device=at.device)
+                    local = place.index_copy(0, part.rows, each).index_select(0, at.index_select(0, part.rows))
+                for t in (layer.keys, layer.values, layer.positions):
+                    if t is not None:
+                        block = t[part.first : part.last].unflatten(0, tuple(part.cells.shape))
+                        block.copy_(block.index_select(0, local))
+        if self.said is not None:
+            self.said.copy_(self.said.index_select(1, beam_idx.to(self.said.device)))
+
+    def taken(self) -> int:
+        """Steps so far (reads the device)."""
+        if self.steps is not None:
+            return int(self.steps)
+        bucket = self.ragged[0].buckets[0]
+        return int((self.next[0][0] - self.first[0][0])[bucket.rows[0]]) - int(bucket.lens[0])
+
+    def thaw(self) -> None:
+        """Give the rows back to the ragged layers and note what the steps came to (reads the device)."""
+        state, steps, trace = self.state, self.taken(), self.trace
+        lens = [(after - first).tolist() for after, first in zip(self.next, self.first, strict=True)]
+        said = None if self.said is None else self.said[:, :, :steps].cpu()
+        for index, (layer, frozen) in enumerate(zip(self.ragged, self.layers, strict=True)):
+            here = lens[frozen.on][frozen.lengths]
+            if self.attended:
+                attended = int(self.attended[frozen.on][frozen.lengths].sum())
+            else:
+                attended = sum(steps * (n - steps) + steps * (steps + 1) // 2 for n in here)
+            layer.attended = layer.attended + attended
+            layer._set_lengths(here)
+            if said is not None:
+                trace.remembered.setdefault(index, []).extend(said[index].unbind(1))
+        state.decoding = None
+        state.logical += steps
+        state.tail += steps
+        state.exact = state.exact and (said is None or bool(said.all()))
+        state.once.clear()
+        trace.decode_steps += steps
+        trace.decode_flops += steps * self.rows * sum(trace.geometry.linear_flops)
+        trace.selector_flops += steps * self.flops
+
+
+class StaticStep:
+    """One decoded token per row. Stands for both the session and the plan of a step that is not static.
+
+    Args:
+        positions: int64 [rows, 1], or [axes, rows, 1] of several axes, as ``generate`` counts them.
+    """
+
+    routing = None
+
+    def __init__(self, decoding: Decoding, positions: torch.Tensor, rotary: Any) -> None:
+        self.decoding, self.rotary = decoding, rotary
+        self.positions = [positions if by is None else positions - by for by in decoding.offsets]
+        self._ropes: list[Any] = [None] * decoding.stages
+        self._filled: dict[Any, list[torch.Tensor]] = {}
+        self._memos: list[dict[str, Any]] = [{} for _ in range(decoding.rows)] if decoding.asked else []
+        self._kept: list[torch.Tensor | None] = [None] * len(decoding.layers)
+
+    @property
+    def layered(self) -> bool:
+        """Whether something has to be done in front of every layer."""
+        return self.decoding.stages > 1 or self.decoding.spread or bool(self.decoding.asked)
+
+    def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Put the layer's positions into ``kwargs``, ask what it remembers. hidden: [rows, 1, D]."""
+        frozen = self.decoding.layers[index]
+        device = frozen.keys.device
+        if hidden.device != device:
+            hidden = hidden.to(device)
+            self._memos = [memo_on(memo, device) for memo in self._memos]
+        if self.decoding.stages > 1:
+            if self._ropes[frozen.stage] is None:
+                at = self.positions[frozen.stage].to(device)
+                self._ropes[frozen.stage] = self.rotary(hidden, position_ids=at)
+            rope = self._ropes[frozen.stage]
+            kwargs["position_embeddings"] = tuple(t.to(device) for t in rope)
+            kwargs["position_ids"] = self.positions[frozen.stage]
+        if self.decoding.asked:
+            self._kept[index] = self._remembered(index, hidden)
+        return hidden
+
+    def attend(
+        self, base: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:  # fmt: skip
+        """[rows, heads, 1, d], [rows, kv_heads, 1, d] → [rows, 1, heads, d]."""
+        frozen = self.decoding.layers[module.layer_idx]
+        cell = self.decoding.next[frozen.on][frozen.lengths]
+        frozen.keys.index_copy_(0, cell, key[:, :, 0])
+        frozen.values.index_copy_(0, cell, value[:, :, 0])
+        at = None
+        if frozen.positions is not None:
+            at = self.positions[frozen.stage].to(cell.device)[:, 0].expand(len(cell))
+            frozen.positions.index_copy_(0, cell, at)
+        outs = []
+        for part, filled in zip(frozen.parts, self._masks(frozen, cell), strict=True):
+            if frozen.window is not None and frozen.positions is not None and at is not None:
+                filled = filled & (part.pick(at)[:, None] - part.block(frozen.positions) < frozen.window)
+            q, k, v = part.pick(query), part.block(frozen.keys), part.block(frozen.values)
+            outs.append(attend_filled(base, module, q, k, v, filled, kwargs))
+        if len(outs) == 1:
+            return outs[0]
+        joined = torch.cat(outs)
+        return joined if frozen.order is None else joined.index_select(0, frozen.order)
+
+    def _masks(self, frozen: Frozen, cell: torch.Tensor) -> list[torch.Tensor]:
+        """Of each part, bool [b, capacity]: which cells are filled, that of this step among them."""
+        key = frozen.on, frozen.lengths
+        if key not in self._filled:
+            self._filled[key] = [part.cells <= part.pick(cell)[:, None] for part in frozen.parts]
+        return self._filled[key]
+
+    def _remembered(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """bool [rows]; None for all."""
+        found: list[Any] = [True] * self.decoding.rows
+        flops = 0
+        for policy, rows in self.decoding.asked:
+            tokens = [Token(hidden[row, 0], self._memos[row]) for row in rows]
+            answer = policy.remember_all(index, tokens)
+            if isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.shape == (len(found),):
+                found = [answer]
+            else:
+                for row, each in zip(rows, answers(policy, answer, len(tokens)), strict=True):
+                    found[row] = each
+            flops += sum(token.flops for token in tokens)
+        self.decoding.flops = flops if index == 0 else self.decoding.flops + flops
+        if len(found) == 1 and isinstance(found[0], torch.Tensor) and found[0].dim() == 1:
+            return found[0]
+        if all(each is True for each in found):
+            return None
+        return torch.stack([as_tensor(each, hidden.device) for each in found])
+
+    def finish(self) -> None:
+        """Move on: what was remembered counts as cached."""
+        decoding = self.decoding
+        if decoding.said is None or decoding.steps is None:
+            for cells in decoding.next:
+                cells.add_(1)
+            return
+        for on, cells in enumerate(decoding.next):
+            decoding.attended[on].add_(cells - decoding.first[on] + 1)
+            ones = torch.ones_like(cells[0])
+            kept = [self._kept[i] for i, layer in enumerate(decoding.layers) if layer.on == on]
+            cells.add_(torch.stack([ones if k is None else k.to(cells) for k in kept]))
+        device = decoding.said.device
+        every = torch.ones(decoding.rows, dtype=torch.bool, device=device)
+        said = torch.stack([every if k is None else k.to(device) for k in self._kept])
+        decoding.said.index_copy_(2, decoding.steps, said[..., None])
+        decoding.steps.add_(1)
+
+
+def decoding_of(cache: Any) -> Decoding | None:
+    """What goes on in a cache while it decodes with constant shapes; else None."""
+    if not isinstance(cache, StaticRaggedCache) or not cache.layers:
+        return None
+    state = getattr(cache.layers[0], "state", None)
+    found: Decoding | None = None if state is None else state.decoding
+    return found
+
+
+def takes_static_step(cache: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward is a decoded token of each row of a cache that decodes with constant shapes."""
+    if decoding_of(cache) is None or kwargs.get("position_ids") is None or "policy" in kwargs:
+        return False
+    return kwargs["position_ids"].shape[-1] == 1 and all(kwargs.get(name) is None for name in PIXELS)
+
+
+def freeze(layers: list[RaggedLayer], trace: Trace) -> None:
+    """From now on the rows of these layers get one token a step, ``room`` of them at most."""
+    layers[0].state.decoding = Decoding(layers, trace)
+
+
+def thaw(cache: Any) -> None:
+    """Give the rows of a cache back to its ragged layers, if it decodes with constant shapes."""
+    decoding = decoding_of(cache)
+    if decoding is not None:
+        decoding.thaw()
+
+
+def _may_forget(policies: Sequence[Policy | None]) -> list[tuple[Policy, list[int]]]:
+    """Those that ``remember`` is asked of, each with its rows."""
+    groups: dict[int, tuple[Policy, list[int]]] = {}
+    for row, p in enumerate(policies):
+        if p is not None and p.asks("remember"):
+            groups.setdefault(id(p), (p, []))[1].append(row)
+    return list(groups.values())
