@@ -32,7 +32,7 @@ from vtr.eval.cost.timing import milliseconds, now
 
 import vtr
 
-NARROW = Size(4, 256, 704, 4, side=12, text_tokens=32)
+NARROW = Size(4, 256, 704, 4, side=24)
 BATCHES, TOKENS, FEW_TOKENS = (1, 8), (64, 512), (64,)
 WARM = 4
 """So many decoded tokens come before those that count: the first compiles."""

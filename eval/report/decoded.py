@@ -123,9 +123,9 @@ def _reached(yes: bool) -> str:
 def footer(result: Mapping[str, Any]) -> str:
     """What was measured, in words."""
     model = result["model"]
-    text = model["text"]
+    text, one = model["text"], " of one thread" if result["clock"] == "CPU time" else ""
     return (
-        f"{result['clock']} of a decoded token over that with transformers' dynamic cache, in turns: ratio of sums "
+        f"A decoded token's {result['clock']}{one} over that with transformers' dynamic cache, in turns: ratio of sums "
         f"(smallest–largest of eighths). {text['num_hidden_layers']} layers × {text['hidden_size']}, "
         f"{model['vision_tokens']} vision + {model['text_tokens']} text tokens a row, {result['dtype']}, random "
         "weights."

@@ -410,7 +410,7 @@ def decode(result: Result) -> Table:
     """A decoded token, a row a case: every way over transformers' dynamic cache."""
     heads, found = decoded.rows(result.data)
     rows = [Row([policy(name), *map(_beside, cells)]) for name, *cells in found]
-    return _decode("decode", heads, rows, f"{decoded.footer(result.data)} {result.machine}.")
+    return _decode("decode", heads, rows, f"{decoded.footer(result.data)} {result.data['hardware']['name']}.")
 
 
 def decode_short(result: Result) -> Table:
@@ -418,7 +418,7 @@ def decode_short(result: Result) -> Table:
     heads, found = decoded.rows({"rows": decoded.short(result.data)})
     rows = [Row([policy(name), *(_beside(one.split(" (")[0]) for one in ratios)]) for name, _, _, _, *ratios in found]
     few = decoded.short(result.data)[0]
-    caption = f"{few['batch']} rows, {few['tokens']} tokens; {result.model}; {result.machine}."
+    caption = f"{few['batch']} rows, {few['tokens']} tokens. {decoded.footer(result.data)}"
     return _decode("short", [heads[0], *heads[4:]], rows, caption)
 
 
