@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,14 +86,22 @@ def bench_decode(
             plots.decode(body).savefig(plot, dpi=130)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error
-    heads, rows = decoded.rows(body)
-    if console.width < 120:  # the lines above had the spreads
-        rows = [[cell.split(" (")[0] for cell in row] for row in rows]
-        heads = [head.replace(", ", ",\n") for head in heads]
+    heads, rows = table(body)
     show(heads[:1], heads[1:], rows, right=True)
     console.print(decoded.footer(body), highlight=False)
     for line in decoded.refusals(body) + decoded.goals(body):
         console.print(line, highlight=False, markup=False)
+
+
+def table(body: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows. On a narrow terminal without spreads, which the lines above it had."""
+    from vtr.commands._console import console
+    from vtr.eval.report import decoded
+
+    heads, rows = decoded.rows(body)
+    if console.width >= 120:
+        return heads, rows
+    return [head.replace(", ", ",\n") for head in heads], [[cell.split(" (")[0] for cell in row] for row in rows]
 
 
 def progress(measure: Any, *given: Any) -> dict[str, Any]:
