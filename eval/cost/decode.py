@@ -38,7 +38,7 @@ WARM = 4
 """So many decoded tokens come before those that count: the first compiles."""
 DRAWN = ("fastv", "gsearch", "pyramid", "m3", "dynamic-llava")
 """Those of :func:`vtr.eval.cost.launches.policies` that are decoded under; Dynamic-LLaVA forgets words."""
-MIXED, KEEP_ALL = "mixed", "keep all"
+MIXED, KEEP_ALL = "mixed", "keep-all"
 EVERY = (*DRAWN, MIXED, KEEP_ALL)
 
 

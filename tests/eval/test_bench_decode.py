@@ -69,7 +69,7 @@ def run(*args: Any) -> Any:
 def test_every_way_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ways(monkeypatch, vtr_static=Growing(True), vtr_static_compiled=Growing(True))
     threads, seen = torch.get_num_threads(), []
-    found = decode.measure(TINY, names=["fastv", "keep all", "mixed"], batches=[8], tokens=[9], found=seen.append)
+    found = decode.measure(TINY, names=["fastv", "keep-all", "mixed"], batches=[8], tokens=[9], found=seen.append)
     assert json.loads(json.dumps(found)) == found and found["rows"] == seen
     assert torch.get_num_threads() == threads and found["threads"] == 1
     for row in found["rows"]:
@@ -147,7 +147,7 @@ def test_the_cases() -> None:
     found = decode.cases(stock, TINY, decode.EVERY, [1, 8], [8, 16])
     assert len(found) == 2 * (2 * len(decode.EVERY) - 1), "one row is not mixed"
     policies = {case.name: case.policies[0] for case in found}
-    assert policies["fastv"] == vtr.FastV(0.25, layer=2) and policies["keep all"] == vtr.FastV(1.0, layer=2)
+    assert policies["fastv"] == vtr.FastV(0.25, layer=2) and policies["keep-all"] == vtr.FastV(1.0, layer=2)
     forgets = policies["dynamic-llava"]
     assert forgets is not None and forgets.asks("remember")
     own = decode.cases(stock, TINY, ["random:keep=0.5"], [3], [8])

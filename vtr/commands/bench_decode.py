@@ -22,7 +22,7 @@ def bench_decode(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="fastv, gsearch, pyramid, m3, dynamic-llava, mixed, 'keep all', or a spec; may be given again; "
+            help="fastv, gsearch, pyramid, m3, dynamic-llava, mixed, keep-all, or a spec; may be given again; "
             "default: all that have a name"
         ),
     ] = None,
@@ -54,7 +54,7 @@ def bench_decode(
       allocated; `compiled in` — seconds on the clock (kernels that an earlier case needed are there already).
 
     * `fastv` keeps a quarter from layer 2 on; `mixed` — eight rows, six policies, a row without a picture;
-      `dynamic-llava` forgets words; `keep all` drops nothing: equal lengths with transformers.
+      `dynamic-llava` forgets words; `keep-all` drops nothing: equal lengths with transformers.
 
     What cannot run is listed as refused, with what it said.
 
