@@ -2,7 +2,7 @@
 # Measures the committed figures again and writes them where they are kept.
 #   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
 #   eval/measure.sh best       the README's table: settings compared on some questions, the best ones reported on others (minutes)
-#   eval/measure.sh cost       what they cost: time and memory (about an hour and a half; nothing else may run beside it)
+#   eval/measure.sh cost       what they cost: time and memory (about three hours; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
 # Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
 # that are no longer shipped) and docs/results/apart.* (python -m vtr.eval.studies.apart, on backbones to be trained first).
@@ -68,6 +68,7 @@ cost() {
   vtr bench policies --shapes llava-next-mid --budget 0.25 --json eval/results/policies-anyres.json
   vtr bench batch --json eval/results/batch.json
   vtr bench scale --out eval/results
+  vtr bench decode --out eval/results/decode.json
 }
 serve() {
   export PATH=${VTR_VLLM_VENV:-$PWD/.venv-vllm}/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

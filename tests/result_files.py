@@ -213,9 +213,34 @@ def launches(seed: int = 0) -> dict[str, Any]:
     return {"note": NOTE, **shape, "policies": {"fastv": "fastv:keep=0.25,layer=2"}, "rows": rows}
 
 
+def decode(seed: int = 0) -> dict[str, Any]:
+    """Kind decode: the last way is refused in the last case."""
+    rng = np.random.default_rng(seed)
+    factors = {"hf": 1.0, "hf_static_compiled": 0.6, "vtr": 0.8, "vtr_static": 0.75, "vtr_static_compiled": 0.5}
+    rows = []
+    for name, batch in (("fastv", 1), ("fastv", 8), ("mixed", 8)):
+        ways: dict[str, Any] = {}
+        for way, factor in factors.items():
+            value = factor * (1 + 0.05 * float(rng.random()) * (way != "hf"))
+            ratio, compiled = {"value": value, "low": 0.95 * value, "high": 1.1 * value}, way.endswith("compiled")
+            ways[way] = {
+                "refused": None, "ms": ms(rng, 20 * value), "ratio": ratio,
+                "over_hf_static": {key: one / 0.6 for key, one in ratio.items()}, "same_tokens": way.startswith("vtr"),
+                "kv_live": 2**22 * batch, "kv_allocated": 5 * 2**20 * batch, "compile_s": 31.0 if compiled else None,
+                "graphs": int(compiled), "graphs_while_timed": 0,
+            }  # fmt: skip
+        specs = ["fastv:keep=0.25"] if name == "fastv" else ["none", "fastv:keep=0.25"] * 4
+        about = {"policy": name, "specs": specs, "batch": batch, "tokens": 64, "prompt_tokens": [640] * batch}
+        rows.append({**about, "ways": ways})
+    rows[-1]["ways"]["vtr_static_compiled"] = {"refused": "UnsupportedError: cannot be had"}
+    model = {**SHAPE, "text_tokens": 64}
+    shape = {"model": model, "dtype": "float32", "threads": 1, "clock": "CPU time"}
+    return {"note": NOTE, **shape, "rows": rows}
+
+
 MADE = {
     "eval": evaluation, "policies": policies, "batch": batch, "scale": scale, "serve": serve,
-    "engine": engine_ratios, "launches": launches, "peers": peers,
+    "engine": engine_ratios, "launches": launches, "decode": decode, "peers": peers,
 }  # fmt: skip
 
 
@@ -227,6 +252,7 @@ COMMANDS = {
     "serve": "vtr bench serve --json serve.json",
     "engine": "vtr bench engine --small --json engine.json",
     "launches": "vtr bench launches --json launches.json",
+    "decode": "vtr bench decode --out decode.json",
     "peers": "vtr bench peers --json peers.json",
 }
 

@@ -113,36 +113,42 @@ def text_times(model: Any, read: Callable[[], float] | None = None) -> Iterator[
 
 
 class Turns(StoppingCriteria):
-    """Handed to a ``generate``: notes the seconds of every decoded token, waits while the others have their turns."""
+    """Handed to a ``generate``: notes what every decoded token took, waits while the others have their turns."""
 
     def __init__(self, index: int, ring: Ring) -> None:
-        self.index, self.ring, self.device = index, ring, ring.device
-        self.seconds: list[float] = []
-        self.started: float | None = None
+        self.index, self.ring = index, ring
+        self.spent: list[Any] = []
+        self.started: Any = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.started is not None:
-            self.seconds.append(now(self.device) - self.started)
+            self.spent.append(self.ring.read() - self.started)
         self.ring.hand_over(self.index)  # also after the prompt's forward: all prompts come first
         self.ring.wait(self.index)
         self.ring.done()
         stop = torch.full((input_ids.shape[0],), self.ring.broken, dtype=torch.bool, device=input_ids.device)
-        self.started = now(self.device)
+        self.started = self.ring.read()
         return stop
 
 
 class Ring:
     """Whose turn it is: several threads, of which one runs."""
 
-    def __init__(self, count: int, device: torch.device, done: Callable[[], Any]) -> None:
-        self.device, self.done, self.broken = device, done, False
+    def __init__(self, count: int, read: Callable[[], Any], done: Callable[[], Any]) -> None:
+        self.read, self.done, self.broken = read, done, False
         self._turn = [threading.Semaphore(0) for _ in range(count)]
+        self._gone: set[int] = set()
 
     def wait(self, index: int) -> None:
         self._turn[index].acquire()
 
     def hand_over(self, index: int) -> None:
-        self._turn[(index + 1) % len(self._turn)].release()
+        """The next one of those who still run has its turn."""
+        count = len(self._turn)
+        after = (one % count for one in range(index + 1, index + 1 + count))
+        next_one = next((one for one in after if one not in self._gone), None)
+        if next_one is not None:
+            self._turn[next_one].release()
 
     def stop(self) -> None:
         """One has failed: the others end at their next token."""
@@ -150,7 +156,7 @@ class Ring:
         for turn in self._turn:
             turn.release()
 
-    def run(self, index: int, generate: Callable[[StoppingCriteriaList], Any]) -> list[float]:
+    def run(self, index: int, generate: Callable[[StoppingCriteriaList], Any]) -> list[Any]:
         turns = Turns(index, self)
         self.wait(index)
         try:
@@ -159,24 +165,49 @@ class Ring:
         except BaseException:
             self.stop()
             raise
+        self._gone.add(index)
         self.hand_over(index)
-        return turns.seconds
+        return turns.spent
 
 
 def decode_in_turns(
     generates: Mapping[str, Callable[[StoppingCriteriaList], Any]],
     device: torch.device,
     done: Callable[[], Any] = lambda: None,
-) -> dict[str, list[float]]:
-    """Run ``generate`` calls of equal length side by side, a token each: seconds of each decoded token.
+    read: Callable[[], Any] | None = None,
+) -> dict[str, list[Any]]:
+    """Run ``generate`` calls side by side, a token each: seconds of each decoded token.
 
-    All of what a token costs is in it: the text model, the head, and generate's own work.
+    All of what a token costs is in it: the text model, the head, and generate's own work. Whoever ends early leaves
+    the turns to the others.
 
     Args:
         generates: each takes the stopping criteria it must pass on. done: called after every token.
+        read: what is read before and after each token, whose difference is noted (a number or an array); None: time.
     """
-    ring = Ring(len(generates), device, done)
+    ring = Ring(len(generates), partial(now, device) if read is None else read, done)
     with ThreadPoolExecutor(len(generates)) as pool:
         tasks = [pool.submit(ring.run, i, generate) for i, generate in enumerate(generates.values())]
         ring.hand_over(-1)
-        return {name: task.result() for name, task in zip(generates, tasks, strict=True)}
+        try:
+            return {name: task.result() for name, task in zip(generates, tasks, strict=True)}
+        except BaseException:  # also Ctrl-C, which reaches this thread alone
+            ring.stop()
+            raise
+
+
+def decode_one_by_one(
+    generates: Mapping[str, Callable[[StoppingCriteriaList], Any]],
+    done: Callable[[], Any],
+    read: Callable[[], Any],
+) -> dict[str, list[Any]]:
+    """The same, each ``generate`` from its first token to its last, in the thread that calls.
+
+    For CUDA graphs, which torch keeps for the thread that captured them, on a device that nobody else uses.
+    """
+    spent = {}
+    for name, generate in generates.items():
+        ring = Ring(1, read, done)
+        ring.hand_over(-1)
+        spent[name] = ring.run(0, generate)
+    return spent

@@ -175,7 +175,7 @@ def measure(
     fewest: int = FEWEST,
     most: int = MOST,
     seed: int = 0,
-    done: Callable[[str], Any] = lambda name: None,
+    done: Callable[[dict[str, Any]], Any] = lambda found: None,
 ) -> dict[str, Any]:
     """Ratios over the limit on the CPU in float32, as flat data: key, ``key_min``, ``key_max`` (95 %), ``key_turns``.
 
@@ -183,7 +183,7 @@ def measure(
 
     Args:
         kind: see :func:`counter`.
-        done: called with the name of what has been measured.
+        done: is given each ratio as it is there, flat as in the result, with what was counted.
 
     Raises:
         ValueError, RuntimeError: see :func:`counter`.
@@ -194,8 +194,9 @@ def measure(
     try:
         out = facts(size, "cpu", torch.float32, fewest, seed) | {"counted": count.name}
         for name, (over, under) in sides(count, bench_of(size, fewest, seed)).items():
-            out |= flat(f"counted_{name}", compare(over, under, fewest, most))
-            done(name)
+            found = flat(f"counted_{name}", compare(over, under, fewest, most))
+            out |= found
+            done({"counted": count.name, **found})
         return out
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Plots of result files: policies, batch, scale and serve; each takes the file's data and returns a figure."""
+"""Plots of result files: policies, batch, scale, decode and serve; each takes the file's data and returns a figure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vtr.eval.report import decoded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,6 +91,29 @@ def scale(result: Mapping[str, Any]) -> Figure:
             panel.plot(x, np.exp(middle + line["slope"] * (np.log(x) - np.log(x).mean())), color=f"C{number}", lw=1)
         panel.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="ms")
         panel.legend(fontsize=7)
+    return made
+
+
+def decode(result: Mapping[str, Any]) -> Figure:
+    """Each way of decoding over HF's dynamic cache, a panel for each batch and number of tokens."""
+    at = list(dict.fromkeys((row["batch"], row["tokens"]) for row in result["rows"]))
+    made, panels = figure(1, len(at), width=8)
+    names = list(decoded.WORDS)[1:]
+    for panel, (batch, tokens) in zip(panels, at, strict=True):
+        rows = [row for row in result["rows"] if (row["batch"], row["tokens"]) == (batch, tokens)]
+        for number, name in enumerate(names):
+            found = [(i, row["ways"][name]) for i, row in enumerate(rows) if row["ways"][name]["refused"] is None]
+            label = decoded.WORDS[name] + ("" if len(found) == len(rows) else " (refused)" if not found else "*")
+            ratios = [way["ratio"] for _, way in found]
+            value, low, high = (np.array([one[key] for one in ratios]) for key in ("value", "low", "high"))
+            where = np.array([i + (number - (len(names) - 1) / 2) * 0.2 for i, _ in found])
+            spread = np.maximum([value - low, high - value], 0)  # a few tokens may be in no eighth
+            panel.bar(where, value, 0.19, yerr=spread if found else None, capsize=2, color=f"C{number}", label=label)
+        panel.axhline(1.0, color="k", lw=0.8)
+        panel.set_xticks(range(len(rows)), [row["policy"] for row in rows], rotation=15, ha="right", fontsize=8)
+        words = f"{batch} row{'s' * (batch > 1)}, {tokens} tokens"
+        panel.set(title=f"a decoded token ÷ HF dynamic: {words}", ylabel="ratio, less is better")
+    panels[0].legend(fontsize=8, ncols=2)
     return made
 
 

@@ -18,7 +18,8 @@ import torch
 from vtr.files import read_json
 
 Kind = Literal[
-    "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve", "gpu"
+    "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve", "gpu",
+    "decode",
 ]  # fmt: skip
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")

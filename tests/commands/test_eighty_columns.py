@@ -14,7 +14,7 @@ from vtr.eval.report import ratios, results
 
 import vtr
 from vtr.cli import app
-from vtr.commands import _console, bench
+from vtr.commands import _console, bench, bench_decode
 from vtr.commands import eval as eval_command
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
@@ -25,12 +25,18 @@ def of_policies(body: Any) -> tuple[Any, ...]:
     return columns[:1], columns[1:], rows, True
 
 
+def of_decode(body: Any) -> tuple[Any, ...]:
+    heads, rows = bench_decode.table(body)
+    return heads[:1], heads[1:], rows, True
+
+
 TABLES: dict[str, Any] = {
     "policies": of_policies,
     "policies-anyres": of_policies,
     "batch": lambda body: (["eight rows"], ["ms", "÷ its rows alone", "÷ unpatched, padded"], batch.table(body), True),
     "scale": lambda body: (["what grows", "policy"], ["from", "to", "slope"], scale.table(body), True),
     "serve": lambda body: (["at a time × tokens"], bench.SERVED, bench.medians(serve.table(body)), True),
+    "decode": of_decode,
     "engine": lambda body: (["ratio", "median", "min–max"], ["what ÷ what"], ratios.rows(body), False),
 }
 

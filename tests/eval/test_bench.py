@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 from vtr.eval.cost import engine, midsize, peak_memory
-from vtr.eval.cost.interleave import decode_in_turns, in_turns, median_ratio, text_times, total_ratio
+from vtr.eval.cost.interleave import decode_in_turns, decode_one_by_one, in_turns, median_ratio, text_times, total_ratio
 from vtr.eval.report import results
 
 import vtr
@@ -146,6 +149,30 @@ def test_a_failing_generate_ends_the_others(bench: engine.Bench) -> None:
 
     with pytest.raises(ValueError, match="no such luck"):
         decode_in_turns({"runs": runs, "fails": fails}, bench.device)
+
+
+def generating(bench: engine.Bench, tokens: int) -> Any:
+    def run(criteria: Any) -> None:
+        bench.stock.generate(**bench.prompt(), max_new_tokens=tokens, do_sample=False, stopping_criteria=criteria)
+
+    return run
+
+
+def test_who_ends_early_leaves_the_turns_to_the_others(bench: engine.Bench) -> None:
+    """Also who never took one; what is read may be an array."""
+    reads = itertools.count()
+    runs = {"none": lambda criteria: None, "few": generating(bench, 3), "many": generating(bench, 9)}
+    spent = decode_in_turns(runs, bench.device, read=lambda: np.array([next(reads), 0]))
+    assert {name: len(tokens) for name, tokens in spent.items()} == {"none": 0, "few": 2, "many": 8}
+    assert [tuple(token) for token in spent["few"] + spent["many"]] == [(1, 0)] * 10, "nothing else runs in a turn"
+
+
+def test_one_by_one_each_runs_to_its_end_in_this_thread(bench: engine.Bench) -> None:
+    seen: list[Any] = []
+    runs = {name: generating(bench, tokens) for name, tokens in (("a", 4), ("b", 6))}
+    spent = decode_one_by_one(runs, lambda: seen.append(threading.current_thread()), lambda: 1.0)
+    assert {name: len(tokens) for name, tokens in spent.items()} == {"a": 3, "b": 5}
+    assert seen == [threading.main_thread()] * 10
 
 
 @pytest.mark.slow

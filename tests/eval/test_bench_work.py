@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 from vtr.eval.cost import callgrind, engine, midsize, work
 from vtr.eval.report import ratios
 
 import vtr
 from vtr.cli import app
+from vtr.commands import _console
 
 TINY = midsize.Size(6, 32, 64, 2, side=6, text_tokens=8, vocab_size=64, decode_tokens=(9, 10, 17), repeats=2)
 NAMES = ["no_policy", "fastv", "gsearch", "pyramid"]
@@ -48,7 +50,7 @@ def test_the_result_is_said_in_words(result: dict[str, Any]) -> None:
 
 def test_one_thread_while_it_is_measured() -> None:
     before, seen = torch.get_num_threads(), []
-    work.measure(TINY, "cpu", fewest=2, most=2, done=lambda name: seen.append(torch.get_num_threads()))
+    work.measure(TINY, "cpu", fewest=2, most=2, done=lambda found: seen.append(torch.get_num_threads()))
     assert seen == [1] * len(NAMES) and torch.get_num_threads() == before
 
 
@@ -117,6 +119,23 @@ def test_what_is_counted_is_the_text_model() -> None:
         assert {name: (over(), under()) for name, (over, under) in sides.items()} == {
             "no_policy": (2.0, 2.0), "fastv": (2.0, 1.0), "gsearch": (2.0, 1.0), "pyramid": (2.0, 1.0),
         }  # fmt: skip
+
+
+def test_each_ratio_is_printed_as_it_comes(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal too: when the second one is begun, the first is there to be read."""
+    seen: list[str] = []
+
+    def compare(*_: Any) -> work.Compared:
+        seen.append(capfd.readouterr().out)
+        return work.summary([3.0, 3.0], [2.0, 2.0])
+
+    monkeypatch.setattr(midsize, "SMALL", TINY)
+    monkeypatch.setattr(work, "compare", compare)
+    monkeypatch.setattr(_console, "console", Console(width=160))
+    with pytest.raises(SystemExit) as done:
+        app(["bench", "engine", "--small", "--count", "cpu"])
+    assert not done.value.code
+    assert seen == ["", *(f"counted_{name} 1.500 (exact, 2 turns)\n" for name in NAMES[:3])]
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

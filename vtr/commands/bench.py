@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vtr.commands._bench import Device, Dtype, Json, Out, check_targets, medians, say, show, write
 from vtr.commands._options import shared
+from vtr.commands.bench_decode import bench_decode
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
-Json = Annotated[Path | None, typer.Option("--json", help="write the result here, and its plot beside it")]
-Out = Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda for the shapes of LLaVA-1.5-7B")]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default on cpu) or bfloat16 (default on cuda)")]
-WIDE = 100
 SERVED = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
 
 
@@ -44,8 +40,13 @@ def bench_main() -> None:
 
     * `vtr bench scale --small` — how cost grows
 
+    * `vtr bench decode --small` — a decoded token beside transformers' own, with growing and static caches
+
     * `vtr bench launches` — what a GPU would be asked for, counted without one
     """
+
+
+bench.command("decode")(bench_decode)
 
 
 @bench.command("engine")
@@ -118,7 +119,7 @@ def bench_engine(
 
 
 def counted_work(size: Any, kind: str, device: str, dtype: str | None, repeats: int | None) -> dict[str, Any]:
-    """The work of prefills over their limits, with a progress bar.
+    """The work of prefills over their limits, each ratio printed as it comes.
 
     Raises:
         ValueError: another device or precision than the CPU's float32, or an unknown kind.
@@ -127,13 +128,20 @@ def counted_work(size: Any, kind: str, device: str, dtype: str | None, repeats: 
     from tqdm import tqdm
 
     from vtr.eval.cost import callgrind, work
+    from vtr.eval.report import ratios
 
     if device != "cpu" or dtype not in (None, "float32"):
         raise ValueError("--count compares the work of a CPU, in float32: leave out --device and --dtype")
     if kind == "callgrind":
         return callgrind.measure(callgrind.NARROW)
+
+    def found(one: dict[str, Any]) -> None:
+        [(key, ratio, interval, _)] = ratios.rows(one)
+        say([f"{key} {ratio} ({interval}, {one[key + '_turns']} turns)"])
+        bar.update()
+
     with tqdm(total=len(work.policies(size.layers)) + 1, unit="ratio", desc="vtr bench engine") as bar:
-        return work.measure(size, kind, repeats or work.FEWEST, done=lambda name: bar.update())
+        return work.measure(size, kind, repeats or work.FEWEST, done=found)
 
 
 @bench.command("policies")
@@ -184,7 +192,7 @@ def bench_policies(
     from vtr.eval.cost.engine import choose as precision_of
 
     try:
-        _check_targets(given.json_file, given.out)
+        check_targets(given.json_file, given.out)
         precision = precision_of(given.small, given.device, given.dtype, given.repeats)[1]
         setup = measure.choose(given.small, given.device, shape)
         body = measure.measure(setup, given.device, precision, given.repeats, given.seed, budget or (), policy or ())
@@ -214,7 +222,7 @@ def bench_batch(given: Bench) -> None:
     from vtr.eval.cost import batch as measure
 
     try:
-        _check_targets(given.json_file, given.out)
+        check_targets(given.json_file, given.out)
         size, precision, times = measure.choose(given.small, given.device, given.dtype, given.repeats)
         body = measure.measure(size, given.device, precision, times, given.seed)
         write(body, "batch", given.json_file, given.out, given.seed, given.device)
@@ -242,7 +250,7 @@ def bench_scale(given: Bench) -> None:
     from vtr.eval.cost.engine import choose
 
     try:
-        _check_targets(given.json_file, given.out)
+        check_targets(given.json_file, given.out)
         precision = choose(given.small, given.device, given.dtype, given.repeats)[1]
         ladder = measure.SMALL if given.small else measure.CUDA if given.device == "cuda" else measure.CPU
         body = measure.measure(ladder, given.device, precision, given.repeats, given.seed)
@@ -339,7 +347,7 @@ def bench_serve(
 
     steps = measure.loads(small)
     try:
-        _check_targets(json_file, out)
+        check_targets(json_file, out)
         check_url(url)
         name = model or measure.first_model(url)
         with tqdm(total=len(steps) * len(measure.CONTENDERS) * (rounds + 1), desc="bench serve", unit="round") as bar:
@@ -350,48 +358,3 @@ def bench_serve(
     show(["at a time × tokens"], SERVED, medians(measure.table(body)), right=True)
     for name, specs in measure.CONTENDERS.items():
         console.print(f"{name}: {', '.join(specs)}", highlight=False)
-
-
-def _check_targets(json_file: Path | None, out: Path | None) -> None:
-    """Raise ValueError unless results can be written there: asked before anything is measured."""
-    from vtr.commands._console import check_file, check_folder
-
-    check_file(json_file, "--json", made=True)
-    check_folder(out)
-    if json_file is not None and json_file.suffix != ".json":
-        raise ValueError(f"--json {json_file}: a result file's name ends in .json (its plot is a .png beside it)")
-
-
-def write(body: Mapping[str, Any], kind: Any, json_file: Path | None, out: Path | None, seed: int, device: str) -> None:
-    """The result file and its plot, where they were asked for."""
-    from vtr.eval.report import plots, results
-
-    for path in {json_file, None if out is None else out / f"{kind}.json"} - {None}:
-        assert path is not None
-        data = results.save(path, kind, body, seed=seed, device=device)
-        draw: Callable[[Any], Any] = getattr(plots, kind)
-        draw(data).savefig(path.with_suffix(".png"), dpi=130)
-
-
-def medians(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """On a narrow terminal, medians without their ranges in brackets; the files have everything."""
-    from vtr.commands._console import console
-
-    return [[cell if console.width >= WIDE else cell.split(" (")[0] for cell in row] for row in rows]
-
-
-def show(fixed: Sequence[str], others: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> None:
-    """Print a table; ``fixed`` columns are never folded."""
-    from rich import box
-    from rich.table import Table
-
-    from vtr.commands._console import console
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for name in fixed:
-        table.add_column(name, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right" if right else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -28,6 +28,7 @@ TITLES = {
     "serve": "Behind a server",
     "engine": "The engine against its limit",
     "launches": "What a GPU is asked for",
+    "decode": "A decoded token, five ways",
     "peers": "Against other implementations",
 }
 """Kinds of result in the page's order → the heading of their part."""

@@ -12,7 +12,7 @@ from vtr.eval.report import results
 T = TypeVar("T")
 LISTS = {
     "eval": "policies", "policies": "rows", "batch": "rows", "scale": "series", "serve": "rows", "engine": "",
-    "launches": "rows", "peers": "rows",
+    "launches": "rows", "decode": "rows", "peers": "rows",
 }  # fmt: skip
 """Kinds the page shows → the list that holds their rows (an engine's result is flat)."""
 BASELINES = ("none", "random", "uniform", "pool", "downsample")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
-from vtr.eval.report import counted, ratios
+from vtr.eval.report import counted, decoded, ratios
 from vtr.eval.report.page import plots
 from vtr.eval.report.page.data import Result
 
@@ -406,6 +406,43 @@ def counts_of(part: str) -> Callable[[Result], Table]:
     return make
 
 
+def decode(result: Result) -> Table:
+    """A decoded token, a row a case: every way over transformers' dynamic cache."""
+    heads, found = decoded.rows(result.data)
+    rows = [Row([policy(name), *map(_beside, cells)]) for name, *cells in found]
+    return _decode("decode", heads, rows, f"{decoded.footer(result.data)} {result.data['hardware']['name']}.")
+
+
+def decode_short(result: Result) -> Table:
+    """The same of the largest batch and the fewest tokens, without spreads."""
+    heads, found = decoded.rows({"rows": decoded.short(result.data)})
+    rows = [Row([policy(name), *(_beside(one.split(" (")[0]) for one in ratios)]) for name, _, _, _, *ratios in found]
+    few = decoded.short(result.data)[0]
+    caption = f"{few['batch']} rows, {few['tokens']} tokens. {decoded.footer(result.data)}"
+    return _decode("short", [heads[0], *heads[4:]], rows, caption)
+
+
+def decode_ways(result: Result) -> Table:
+    """All that was measured, a row a case and way."""
+    heads, found = decoded.details(result.data)
+    rows = [Row([policy(name), *map(_beside, cells)]) for name, *cells in found]
+    return _decode("ways", heads, rows, " ".join(decoded.refusals(result.data)))
+
+
+def _decode(name: str, heads: list[str], rows: list[Row], caption: str) -> Table:
+    columns = [Column(heads[0], numeric=False), *map(Column, heads[1:])]
+    return Table(name, "A decoded token, five ways", columns, rows, caption)
+
+
+def _beside(text: str) -> Cell:
+    """A number is sorted as one; a spread in brackets is the smaller part."""
+    first, _, spread = text.partition(" (")
+    try:
+        return Cell(first, float(first), spread.removesuffix(")"))
+    except ValueError:
+        return Cell(text, text)
+
+
 MAKERS = {
     "eval": (leaderboard, by_kind),
     "policies": (bench_policies,),
@@ -414,10 +451,15 @@ MAKERS = {
     "serve": (serve,),
     "engine": (engine,),
     "launches": (launches,),
+    "decode": (decode,),
     "peers": (peers,),
 }
 
-MORE = {"eval": (short,), "launches": tuple(map(counts_of, counted.PARTS))}
+MORE = {
+    "eval": (short,),
+    "launches": tuple(map(counts_of, counted.PARTS)),
+    "decode": (decode_short, decode_ways),
+}
 """Tables that Markdown files can have, and the page has not."""
 
 

@@ -145,7 +145,7 @@ def time_limits(found: Sequence[Result], kinds: set[str]) -> list[str]:
     out.append(
         "GFLOPs and KV are the text model's alone; image tower and projector, the same for most policies, come on top."
     )
-    if kinds & {"policies", "batch", "scale", "engine"}:
+    if kinds & {"policies", "batch", "scale", "engine", "decode"}:
         out.append("The benches run models with random weights where they say so: they show cost, never quality.")
     if "launches" in kinds:
         out.append("Launches, waits and copies were counted on a pretended GPU: they say nothing about times.")
