@@ -157,6 +157,15 @@ def check_cache(models: tuple[Any, Any], drawn: list[tuple[list[str], Any]], see
     close(torch.stack(cached.logits), torch.stack(plain.logits))
 
 
+def check_static(models: tuple[Any, Any], drawn: list[tuple[list[str], Any]], padding: str, seed: int) -> None:
+    (stock, patched), policy = models, [policy for _, policy in drawn]
+    inputs = tiny.batch(stock, [parts for parts, _ in drawn], padding, seed=seed)
+    growing = tiny.generate(patched, inputs, policy=policy, **RUN)
+    static = tiny.generate(patched, inputs, policy=policy, cache_implementation="static", **RUN)
+    assert torch.equal(static.sequences, growing.sequences)
+    close(torch.stack(static.logits), torch.stack(growing.logits))
+
+
 pixel_seeds = st.integers(0, 1000)
 paddings = st.sampled_from(["left", "right"])
 
@@ -174,3 +183,8 @@ def test_a_row_is_the_same_in_any_batch(models: Any, drawn: list[Any], padding: 
 @given(pairs, batches, pixel_seeds)
 def test_decoding_without_a_cache_is_the_same(models: Any, drawn: list[Any], seed: int) -> None:
     check_cache(models, drawn, seed)
+
+
+@given(pairs, batches, paddings, pixel_seeds)
+def test_decoding_with_constant_shapes_is_the_same(models: Any, drawn: list[Any], padding: str, seed: int) -> None:
+    check_static(models, drawn, padding, seed)

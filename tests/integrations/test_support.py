@@ -23,6 +23,7 @@ from tests.families import FAMILIES, Family, Inputs, QwenVL
 from tests.support import POLICIES, ROWS, STEPS, Models
 from tests.tiny import real
 from vtr.engine.adapters import find_adapter
+from vtr.engine.static import StaticRaggedCache
 
 EAGER = {"llava_next", "internvl", "qwen2_5_vl", "smolvlm"}
 
@@ -145,9 +146,13 @@ def check_alone(models: Models, inputs: Inputs, policies: list[Any], logits: Ten
 
 
 def check_generate(models: Models, inputs: Inputs, policies: list[Any]) -> None:
-    """Ids and logits of each row are those it has alone, and those of a run without a cache."""
+    """Ids and logits of each row are those it has alone, those with constant shapes, and those without a cache."""
     family, run = models.family, {"max_new_tokens": STEPS}
     ids, logits, _ = family.generate(models.patched, inputs, policy=policies, **run)
+    static, said, cache = family.generate(models.patched, inputs, policy=policies, cache_implementation="static", **run)
+    assert isinstance(cache, StaticRaggedCache)
+    assert torch.equal(ids, static)
+    close(logits, said)
     for b, policy in enumerate(policies):
         single = family.single(models.stock, inputs, b)
         alone, said, _ = family.generate(models.patched, single, policy=policy, **run)
