@@ -150,7 +150,8 @@ def check_generate(models: Models, inputs: Inputs, policies: list[Any]) -> None:
     family, run = models.family, {"max_new_tokens": STEPS}
     ids, logits, _ = family.generate(models.patched, inputs, policy=policies, **run)
     static, said, cache = family.generate(models.patched, inputs, policy=policies, cache_implementation="static", **run)
-    assert isinstance(cache, StaticRaggedCache)
+    assert isinstance(cache, StaticRaggedCache) and cache.constant is not None
+    assert cache.constant.room == STEPS
     assert torch.equal(ids, static)
     close(logits, said)
     for b, policy in enumerate(policies):

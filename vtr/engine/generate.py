@@ -38,25 +38,31 @@ class PreparesCache:
     def __init__(self, patch: Patch, original: Callable[..., Any]) -> None:
         self.patch, self.original = patch, original
 
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        max_cache_length: int, *args: Any,
+    ) -> Any:  # fmt: skip
+        args = generation_mode, batch_size, max_cache_length, *args
         generation, cache = self.patch.choice.generation(), cache_in(model_kwargs)
         reduces = generation is not None and generation.policies is not None and not generation.started
         again = isinstance(cache, StaticRaggedCache)
         if generation is None or not reduces or not (again or (cache is None and _wants_static(generation_config))):
-            return self.original(generation_config, model_kwargs, *args, **kwargs)
+            return self.original(generation_config, model_kwargs, *args)
         if again:
-            self.original(generation_config, model_kwargs, *args, **kwargs)
+            self.original(generation_config, model_kwargs, *args)
         else:
             cache = StaticRaggedCache(config=self.patch.decoder.text.config)
             model_kwargs[cache_name(type(self.patch.inner))] = cache  # type: ignore[arg-type]
-        cache.constant = self._constant(generation_config, generation)
+        embeds = model_kwargs.get("inputs_embeds")
+        prompt = generation.length if embeds is None else embeds.shape[1]
+        longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache.constant = self._constant(generation_config, generation, max(longest + 1 - prompt, 1))
         if is_ragged(cache):
             cache.layers[0].state.constant = cache.constant
         return None
 
-    def _constant(self, generation_config: Any, generation: Generation) -> Constant:
-        longest = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        room, compiles = max(longest - generation.length, 1), generation_config.compile_config is not None
+    def _constant(self, generation_config: Any, generation: Generation, room: int) -> Constant:
+        compiles = generation_config.compile_config is not None
         wanted = not compiles and not getattr(generation_config, "disable_compile", False) and room >= WORTHWHILE
         captures = wanted and can_capture(self.patch.decoder.text)
         if captures:

@@ -36,7 +36,8 @@ def refuse_compiled() -> None:
 
 COMPILED = (
     "a reduced call cannot be compiled (how many tokens stay depends on the call): call the model itself instead of "
-    "torch.compile(model), or pass policy=None"
+    "torch.compile(model), or pass policy=None. The steps of generate can be: cache_implementation='static' with "
+    "compile_config=CompileConfig(…)"
 )
 _reason = {"reason": COMPILED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 refuse_compiled = torch.compiler.disable(refuse_compiled, **_reason)  # traced, it would not reach the user
@@ -100,7 +101,8 @@ def check_cache(cache: Any) -> None:
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise UnsupportedError(
             f"a reduced call needs a plain DynamicCache, got {type(cache).__name__}({', '.join(kinds)}): leave out "
-            "the cache and cache_implementation (rows get caches of their own length), or pass policy=None"
+            "the cache (rows get caches of their own length; generate(…, cache_implementation='static') makes one of "
+            "constant shapes), or pass policy=None"
         )
     if cache.get_seq_length() > 0:
         raise UnsupportedError(

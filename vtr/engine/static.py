@@ -134,7 +134,8 @@ class Decoding:
             self.said = torch.ones(len(layers), self.rows, self.constant.room, dtype=torch.bool, device=device)
             self.steps = torch.zeros(1, dtype=torch.int64, device=device)
         self.attended = [torch.zeros_like(cells) for cells in self.next] if self.asked else []
-        self._pin()
+        if self.constant.compiles:
+            self._pin()
 
     def _frozen(self, layer: RaggedLayer, stage: int) -> Frozen:
         storage = layer.whole_storage()
