@@ -43,6 +43,7 @@ def test_the_same_answer_from_a_fraction_of_the_tokens(pocket: Any) -> None:
     assert row.vision_tokens == [744, 744] + [186] * (len(row.vision_tokens) - 2)
 
 
+@pytest.mark.slow
 def test_the_model_reads_and_the_questions_need_the_picture(pocket: Any) -> None:
     """A small held-out sample; the model card has the full figures."""
     model, processor = pocket

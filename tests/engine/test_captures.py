@@ -23,7 +23,7 @@ from tests.tiny import IMAGE, VIDEO
 from vtr.engine.captures import capturing
 from vtr.image import arrange
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 SOME = [M(9), G(0.5), None, M([1, 9]), vtr.FastV(0.5)]
 

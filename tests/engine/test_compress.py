@@ -22,7 +22,7 @@ from vtr.engine.adapters import find_adapter
 from vtr.engine.prompt import read_prompt
 from vtr.image import Layout
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 NOISE = 1e-5
 STEPS = 6

@@ -32,7 +32,7 @@ def models(request: pytest.FixtureRequest) -> Models:
     return Models.from_family(request.param)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["fastv", "gsearch", "pyramid", "m3", "pool", "uniform", "pmod", None])
 def test_drafts_change_neither_words_nor_what_is_kept(models: Models, name: str | None) -> None:
     """Prompt lookup; a draft that is refused (another model) and one that is accepted (the same weights)."""

@@ -51,7 +51,7 @@ def seen(model: Any, inputs: dict[str, Tensor], policy: Any, by_hand: Any, **kwa
     return found
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("policy", BLIND + RANKS)
 def test_another_picture_is_reduced_as_the_main_one(model: Any, policy: str, cached: bool) -> None:
@@ -109,7 +109,7 @@ def test_it_may_keep_a_cache_of_its_own(model: Any, policy: str) -> None:
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", [None, BLIND[1], RANKS[0], ["m3:tokens=9", None, RANKS[0]]])
 @pytest.mark.parametrize("length", [4, 30, 90])
 def test_text_without_pictures_runs_unreduced(model: Any, policy: Any, length: int) -> None:

@@ -145,7 +145,7 @@ MODES: dict[str, Callable[[Any, dict[str, Tensor]], list[Tensor]]] = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_patched_without_a_policy_is_the_stock_model(models: Pair, mode: str, padding: str) -> None:

@@ -87,7 +87,7 @@ def accelerate_hooks(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("first", ["patched first", "offloaded first"])
 @pytest.mark.parametrize("offload", WAYS)
 def test_offloaded_weights_give_the_same(

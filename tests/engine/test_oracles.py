@@ -18,7 +18,7 @@ from tests.alone import check_beams, check_decoding
 from tests.conftest import Pair
 from tests.tiny import IMAGE
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 NOISE = 1e-5
 STEPS = 7

@@ -80,7 +80,7 @@ def compiling(**more: Any) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------- eager
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @EVERY
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)

@@ -99,6 +99,7 @@ def test_a_model_built_on_meta_is_what_transformers_builds(name: str) -> None:
         assert bool(a.isfinite().all()) and spreads[0] == pytest.approx(spreads[1], abs=0.06), key
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", list(shapes.SHAPES))
 @torch.no_grad()
 def test_shapes_run_whole_and_downsampled(name: str) -> None:

@@ -45,6 +45,7 @@ def body() -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------- the policies
+@pytest.mark.slow
 def test_every_policy_is_there_at_every_budget(body: dict[str, Any]) -> None:
     names = [(row["name"], row["budget"]) for row in body["rows"]]
     assert names[0] == ("none", None)
@@ -139,6 +140,7 @@ def test_keys_projected_to_look_ahead_are_not_cached_ones() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- setups
+@pytest.mark.slow
 def test_who_cannot_be_set_to_a_budget_on_the_served_grid_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nested scales of 6 × 6 have a quarter, those of 5 × 5 do not; and the other way round."""
     no_processes(monkeypatch)
@@ -243,6 +245,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_policies, "choose", lambda small, device, shape: replace(tiny_setup(), budgets=(0.25,)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
@@ -263,6 +266,7 @@ def test_commands_print_write_and_draw(small: None, tmp_path: Any, command: str,
     assert (tmp_path / f"{command}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_json_names_the_file_and_the_plot_stands_beside_it(small: None, tmp_path: Any) -> None:
     result = run("batch", "--small", "--repeats", "1", "--json", str(tmp_path / "mine.json"))
     assert result.exit_code == 0, result.output

@@ -238,6 +238,7 @@ def test_policies_that_cannot_work_are_left_out_of_all_but_not_refused_silently(
         evaluate(replace(settings, policies=("random",), limit=4), tmp_path / "one", processes=1)
 
 
+@pytest.mark.slow
 def test_latency_is_measured_in_turns(settings: Settings, tmp_path: Path) -> None:
     found = evaluate(replace(settings, limit=4), tmp_path, processes=1, latency=1)
     assert found is not None

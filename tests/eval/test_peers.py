@@ -114,6 +114,7 @@ def test_what_a_library_prints_is_not_taken_for_an_answer(tmp_path: Path) -> Non
         worker.ask("start", 20)
 
 
+@pytest.mark.slow
 def test_rows_of_all_peers_are_written_also_where_one_cannot_be_installed(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

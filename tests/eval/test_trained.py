@@ -32,6 +32,7 @@ def asked() -> list[Example]:
     return [Example(s["image"], s["question"], s["answer"]) for s in vtr.pocket.samples(24, "val", 5)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("spec", [*SPECS, "pmod:weights=pocket", "dynamic-llava:weights=pocket"])
 def test_shipped_weights_answer_questions(pocket, asked, spec: str) -> None:
     model, processor = pocket
@@ -79,6 +80,7 @@ def test_weights_that_are_not_shipped_are_said_to_be_missing() -> None:
         vtr.policy("pmod:weights=pockets")
 
 
+@pytest.mark.slow
 def test_policies_of_equal_cost(pocket, asked) -> None:
     model, processor = pocket
     sizes = trained.prompt_sizes(model, processor, asked[:3])
@@ -99,6 +101,7 @@ def test_policies_of_equal_cost(pocket, asked) -> None:
         assert all(abs(n / flops["itself"] - 1) < 0.02 for n in flops.values()), flops
 
 
+@pytest.mark.slow
 def test_times_and_cache_behind_answers(pocket, asked) -> None:
     model, processor = pocket
     policies = {"none": None, "Dynamic-LLaVA": vtr.policy(SPECS[1])}

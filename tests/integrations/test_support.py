@@ -89,7 +89,7 @@ def test_off_is_off(models: Models) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- every cell
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @cells("works")
 def test_a_policy_on_a_family(models: Models, policy: str) -> None:
     inputs = models.inputs()

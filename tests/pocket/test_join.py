@@ -76,6 +76,7 @@ def test_what_dynamic_llava_may_forget_is_the_long_answer(drawn) -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_view_gives_gradients_to_what_it_trains(drawn) -> None:
     model = vtr.pocket.load()[0].requires_grad_(True)
     batch, rng = make_batch(random.Random(4), "val", 1, listing=True), random.Random(0)

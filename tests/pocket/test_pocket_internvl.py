@@ -47,6 +47,7 @@ def asked() -> list[dict[str, Any]]:
     return list(vtr.pocket.samples(48, split="test", seed=21))
 
 
+@pytest.mark.slow
 def test_another_process_loads_it_offline() -> None:
     """By transformers' auto classes, without vtr and without a network."""
     code = (
@@ -169,6 +170,7 @@ def test_by_its_name_on_the_command_line(tmp_path: Path) -> None:
     assert ran.exit_code == 1 and "serve pocket" in ran.output
 
 
+@pytest.mark.slow
 def test_all_leaves_out_what_was_trained_into_the_llava_next() -> None:
     bench, left_out, _ = prepare(Settings(model="pocket-internvl", limit=2, batch_size=2), Rank())
     assert {"pmod", "dynamic-llava"} <= set(left_out)
@@ -197,6 +199,7 @@ def test_dropped_tokens_leave_the_others_in_place(keep: float) -> None:
     assert starts == ({183} if keep == 1 else {183, got.shape[1] + 1})
 
 
+@pytest.mark.slow
 def test_it_starts_near_the_llava_next_and_training_goes_on_where_it_was(tmp_path: Path) -> None:
     teacher = vtr.pocket.load()[0]
     model = build(teacher)

@@ -17,7 +17,7 @@ from tests.conftest import Pair
 from tests.engine.test_oracles import RUN, STEPS, UNKNOWN, close, counted, forward, kept, live
 from tests.tiny import IMAGE
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(1)
 
 LAYERS = 5
 ROWS = [["ab", IMAGE, "what"], [IMAGE, "cde"], ["abcdef"], ["a", IMAGE, "bc", IMAGE, "whichone"], ["a", IMAGE, "b"]]
@@ -107,6 +107,7 @@ def test_a_row_decodes_the_same_in_any_batch(pair: Pair, policies: list[Any]) ->
     check_decoding(pair.patched, tiny.batch(pair.stock, ROWS), policies, RUN, close)
 
 
+@pytest.mark.slow
 def test_200_decoded_tokens_in_a_mixed_batch() -> None:
     """A row of each policy and None: the same as alone, cached keys as many as were remembered."""
     model = vtr.patch(tiny.llava())

@@ -26,6 +26,7 @@ def monotone(levels: tuple[float, ...], layers: int) -> list[list[float]]:
     return [[1.0, *rest] for rest in itertools.combinations_with_replacement(sorted((*levels, 1.0))[::-1], layers - 1)]
 
 
+@pytest.mark.slow
 def test_gsearch_against_all_monotone_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = short(4)
     data, tolerance = list(questions(4)), 0.1
@@ -116,6 +117,7 @@ def test_an_interrupted_search_goes_on_to_the_same_schedule(
         assert json.dumps(resumed.record[name]) == json.dumps(whole.record[name])  # bit for bit
 
 
+@pytest.mark.slow
 def test_more_trials_a_layer_go_on_from_a_search_that_is_over(tmp_path: Path) -> None:
     model, processor = short(4)
     data, state = list(questions(3)), tmp_path / "state.json"

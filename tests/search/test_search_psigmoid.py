@@ -140,6 +140,7 @@ def test_an_interrupted_search_goes_on_to_the_same_schedule(tmp_path: Path, monk
     assert other.record["trials"] != whole.record["trials"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [(4, 10), (2, 6, 8)])
 def test_more_trials_go_on_from_a_search_that_is_over(parts: tuple[int, ...], tmp_path: Path) -> None:
     """As many from the start propose and score the same; what was scored is looked up, none of it scored again."""

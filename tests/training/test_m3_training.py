@@ -90,6 +90,7 @@ def trained(folder: Path, data: list[Any], recipe: m3.Recipe = RECIPE, **more: A
     return m3.train(vtr.patch(model), processor, data, folder, recipe, **more)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_weights(
     tmp_path: Path, data: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def test_rows_and_images_of_a_batch(pocket: Any) -> None:
         visualize.last(model, inputs, picture, image=1)
 
 
+@pytest.mark.slow
 def test_vtr_run_writes_an_animation(tmp_path: Path) -> None:
     args = [
         "run",
