@@ -3,7 +3,8 @@
 FLOPs are those of the decoder's matrix products (2 · in · out a token for each Linear, 4 · n · m · head_dim a head for
 n queries over m keys, attention counted in full), prefill and decode. Vision tower, projector, language-model head and
 the selectors are not in it; the selectors' score products stand apart in ``selector_flops``. Decoding counts the keys
-a row really has; rows that share a cache bucket compute up to 8 % more of the (small) attention part.
+a row really has; rows that share a cache bucket compute up to an eighth more of the (small) attention part, and those
+of a static cache attend to the room for tokens to come as well.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_launches_of_a_prefill(name: str, rows: str) -> None:
 
 @EVERY
 def test_launches_of_a_decoded_token(name: str) -> None:
-    most = DECODED.get(name, 1.0) * asked("unpatched", "equal").decoding.launches.total()
+    most = 1 + DECODED.get(name, 1.0) * asked("unpatched", "equal").decoding.launches.total()  # a mask, once a call
     assert asked(name, "equal").decoding.launches.total() <= most
 
 

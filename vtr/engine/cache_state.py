@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -57,6 +58,11 @@ class CacheState:
         """int64: ``values`` that come again at every step (rows of a bucket, shifts), copied to the device once."""
         key = tuple(values)
         return cast(torch.Tensor, self._lists.of("list", key, device, make=lambda: from_host(key, device)))
+
+    def no_mask(self, device: torch.device) -> torch.Tensor:
+        """A 4-D mask, which transformers takes as it is: none is built."""
+        make = partial(torch.ones, 1, 1, 1, 1, dtype=torch.bool, device=device)
+        return cast(torch.Tensor, self._lists.of("no mask", device, make=make))
 
     def alike(self) -> bool:
         """Whether nothing is known of one row that is not known of all."""

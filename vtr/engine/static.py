@@ -127,8 +127,7 @@ class Decoding:
         off = [[d + s for d, s in zip(self.state.dropped, stage, strict=True)] for stage in stages]
         self.offsets = [from_host(by, device)[:, None] if any(by) else None for by in off]
         self.stages, self.spread = len(stages), len(self._devices) > 1
-        self.windowed = any(layer.positions is not None for layer in self.layers)
-        self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self.no_mask = self.state.no_mask(device)
         self.said = self.steps = None
         if self.asked:
             self.said = torch.ones(len(layers), self.rows, self.constant.room, dtype=torch.bool, device=device)
@@ -261,7 +260,7 @@ class StaticStep:
         """What the text model gets with its tokens."""
         decoding = self.decoding
         at = self.positions[decoding.layers[0].stage]
-        given = {"position_ids": at, "attention_mask": decoding.no_mask, "vtr_plan": self}  # 4-D: taken as it is
+        given = {"position_ids": at, "attention_mask": decoding.no_mask, "vtr_plan": self}
         if decoding.stages > 1 or decoding.spread or decoding.asked:  # something is to be done in front of every layer
             given["vtr_session"] = self
         return given

@@ -135,7 +135,10 @@ class TextHooks:
         positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
         if given is not None and request is not None and request.generation is None:
             _check_one_sequence(positions, mask)
-        kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as is, no mask is built
+        if past:
+            kwargs["attention_mask"] = cache.layers[0].state.no_mask(embeds.device)
+        else:
+            kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as it is
         generation = self._generation(cache) if request is None else request.generation
         return TextCall(module, request, cache, past, embeds, mask, positions, generation, kwargs)
 
