@@ -91,10 +91,14 @@ def test_says_the_same_as_a_growing_cache(kind: str, name: str, way: str) -> Non
     inputs = tiny.batch(model, ONE if way == "drafts" else ROWS)
     want = said(model, inputs, policy, **WAYS[way])
     growing = vtr.report(model)
-    got = said(model, inputs, policy, **STATIC, **WAYS[way])
+    try:
+        got = said(model, inputs, policy, **STATIC, **WAYS[way])
+    except ValueError as error:  # older versions of transformers
+        assert way == "drafts" and "not supported with Static cache" in str(error)
+        pytest.skip("this transformers refuses drafts on a static cache")
     same(got, want)
     report = vtr.report(model)
-    assert isinstance(got.cache, StaticRaggedCache)
+    assert isinstance(got.past_key_values, StaticRaggedCache)
     assert report.rows == growing.rows
     assert (report.steps, report.prefill_flops, report.selector_flops) == (
         growing.steps, growing.prefill_flops, growing.selector_flops
@@ -114,7 +118,7 @@ def test_without_a_policy_the_cache_is_that_of_transformers() -> None:
     model = model_of("llava")
     inputs = tiny.batch(model, ROWS)
     out = said(model, inputs, None, **STATIC)
-    assert type(out.cache).__name__ == "StaticCache"
+    assert type(out.past_key_values).__name__ == "StaticCache"
     same(out, said(model, inputs, None))
 
 
@@ -128,12 +132,12 @@ def test_a_conversation_goes_on(name: str) -> None:
         first = said(model, inputs, policy, **more)
         ids = torch.cat([first.sequences, torch.full((len(ROWS), 3), 17)], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), STEPS + 3, dtype=torch.int64)], 1)
-        second = said(model, {"input_ids": ids, "attention_mask": mask}, policy, cache=first.cache)
+        second = said(model, {"input_ids": ids, "attention_mask": mask}, policy, past_key_values=first.past_key_values)
         found.append((second, vtr.report(model)))
     (want, growing), (got, report) = found
     same(got, want)
-    assert isinstance(got.cache, StaticRaggedCache)
-    assert got.cache.get_seq_length() == want.cache.get_seq_length()
+    assert isinstance(got.past_key_values, StaticRaggedCache)
+    assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
     assert (report.flops, report.kv_bytes, report.steps) == (growing.flops, growing.kv_bytes, growing.steps)
 
 
@@ -144,7 +148,7 @@ def test_a_forward_by_hand_goes_on_where_generate_ended() -> None:
     for more in ({}, STATIC):
         out = said(model, inputs, "pyramid", **more)
         with torch.no_grad():
-            steps.append(model(input_ids=out.sequences[:, -1:], cache=out.cache).logits)
+            steps.append(model(input_ids=out.sequences[:, -1:], past_key_values=out.past_key_values).logits)
     torch.testing.assert_close(steps[1], steps[0], atol=NOISE, rtol=0)
 
 
@@ -171,7 +175,7 @@ def test_rows_of_the_cache_are_selected_while_it_decodes() -> None:
 def test_a_call_that_fails_leaves_the_cache_in_order() -> None:
     model = model_of("llava")
     inputs = tiny.batch(model, ROWS)
-    cache = said(model, inputs, "fastv:layer=2", **STATIC).cache
+    cache = said(model, inputs, "fastv:layer=2", **STATIC).past_key_values
 
     class Fails(StoppingCriteria):
         def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -180,7 +184,7 @@ def test_a_call_that_fails_leaves_the_cache_in_order() -> None:
 
     before = cache.get_seq_length()
     ids = torch.full((len(ROWS), before + 2), 17)
-    more = {"cache": cache, "attention_mask": torch.ones_like(ids)}
+    more = {"past_key_values": cache, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(KeyError, match="mine"):
         said(model, {"input_ids": ids}, "fastv:layer=2", stopping_criteria=StoppingCriteriaList([Fails()]), **more)
     assert decoding_of(cache) is None
