@@ -346,6 +346,4 @@ def as_numbers(seen: torch.Tensor, base: str, dtype: torch.dtype) -> torch.Tenso
 
 def _as_mask(base: str, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """bool, True = may be seen, in the form ``base`` takes."""
-    if base == "sdpa":
-        return seen
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return seen if base == "sdpa" else as_numbers(seen, base, dtype)

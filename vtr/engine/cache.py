@@ -299,10 +299,15 @@ class RaggedLayer(DynamicLayer):
 
     def _capacity(self, longest: int) -> int:
         """Tokens a bucket gets storage for, whose longest row has ``longest``; no more than a window has."""
-        if self.state.constant is not None:
-            return roomy(longest, self.state.constant.room)
-        growing = longest + block(longest)
-        return growing if self.window is None else max(longest, min(growing, self.window - 1))
+        growing = self._with_room(longest)
+        if self.window is None or self.state.constant is not None:
+            return growing
+        return max(longest, min(growing, self.window - 1))
+
+    def _with_room(self, tokens: int) -> int:
+        """Storage for so many tokens and some more."""
+        constant = self.state.constant
+        return tokens + block(tokens) if constant is None else roomy(tokens, constant.room)
 
     def _append_one(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:
         """One token per row, [b, kv_heads, 1, head_dim]. Always written; it counts as cached only if remembered."""
@@ -367,17 +372,21 @@ class RaggedLayer(DynamicLayer):
         rows_in_order = [row for rows in groups for row in rows]
         self._back = sorted(range(len(lengths)), key=rows_in_order.__getitem__)
         self._order = None if self._back == rows_in_order == sorted(rows_in_order) else rows_in_order
-        self.buckets, self.place = [], {}
-        capacities = [self._capacity(max(lengths[row] for row in rows)) for rows in groups]
+        storage = self._lay_out(
+            groups, [self._capacity(max(lengths[row] for row in rows)) for rows in groups], keys, values
+        )
+        storage.clear(self.buckets, [min(lengths[row] for row in rows) for rows in groups])
+        return storage
+
+    def _lay_out(
+        self, groups: Sequence[list[int]], capacities: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    ) -> Storage:  # fmt: skip
+        """New buckets of these rows and capacities, parts of one storage. keys, values: their sizes and dtypes."""
         sizes = [len(rows) * capacity for rows, capacity in zip(groups, capacities, strict=True)]
         storage = Storage.like(keys, values, sum(sizes), self.window is not None)
-        at = 0
-        for rows, capacity, size in zip(groups, capacities, sizes, strict=True):
-            bucket = storage.bucket(rows, at, capacity)
-            self.buckets.append(bucket)
-            self.place.update({row: (bucket, i) for i, row in enumerate(rows)})
-            at += size
-        storage.clear(self.buckets, [min(lengths[row] for row in rows) for rows in groups])
+        starts = accumulate(sizes, initial=0)
+        self.buckets = [storage.bucket(rows, at, c) for rows, at, c in zip(groups, starts, capacities, strict=False)]
+        self.place = {row: (bucket, i) for bucket in self.buckets for i, row in enumerate(bucket.rows)}
         return storage
 
     def whole_storage(self) -> Storage:
@@ -388,21 +397,16 @@ class RaggedLayer(DynamicLayer):
             b.part_of is storage and b.keys.shape[2] >= b.upper + room for b in self.buckets
         ):
             return storage
-        capacities = [roomy(b.upper, room) for b in self.buckets]
-        cells = sum(len(b.rows) * capacity for b, capacity in zip(self.buckets, capacities, strict=True))
-        storage, at = Storage.like(self.buckets[0].keys, self.buckets[0].values, cells, self.window is not None), 0
+        old, first = self.buckets, self.buckets[0]
+        storage = self._lay_out([b.rows for b in old], [roomy(b.upper, room) for b in old], first.keys, first.values)
         storage.keys.zero_()
         storage.values.zero_()
-        old, self.buckets = self.buckets, []
-        for bucket, capacity in zip(old, capacities, strict=True):
-            made, n = storage.bucket(bucket.rows, at, capacity), bucket.upper
+        for bucket, made in zip(old, self.buckets, strict=True):
+            n = bucket.upper
             made.keys[:, :, :n], made.values[:, :, :n] = bucket.keys[:, :, :n], bucket.values[:, :, :n]
             if made.positions is not None and bucket.positions is not None:
                 made.positions[:, :n] = bucket.positions[:, :n]
             made.hold(bucket.ragged, bucket.known(), n)
-            self.buckets.append(made)
-            self.place.update({row: (made, i) for i, row in enumerate(bucket.rows)})
-            at += len(bucket.rows) * capacity
         return storage
 
     @property
@@ -420,8 +424,7 @@ class RaggedLayer(DynamicLayer):
         for bucket in self.buckets:
             need = max(lengths[r] for r in bucket.rows)
             if need > bucket.keys.shape[2]:
-                constant = self.state.constant
-                bucket.grow(need + block(need) if constant is None else roomy(need, constant.room))
+                bucket.grow(self._with_room(need))
 
     def _set_lengths(self, lengths: list[int]) -> None:
         for bucket in self.buckets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,11 +40,7 @@ class DecodeStep:
 
     def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Any, trace: Trace) -> None:
         self.state, self.positions, self.rotary, self.trace = state, positions, rotary, trace
-        groups: dict[int, tuple[Policy, list[int]]] = {}
-        for row, p in enumerate(state.policies):
-            if p is not None and p.asks("remember"):
-                groups.setdefault(id(p), (p, []))[1].append(row)
-        self._groups = list(groups.values())
+        self._groups = may_forget(state.policies)
         self.renumbers = any(map(any, state.shift))
         self._stages: list[tuple[list[int], dict[str, Any]]] = []
         self._said: list[Any] = []
@@ -128,14 +125,10 @@ class DecodeStep:
         self, said: list[Any], device: torch.device
     ) -> tuple[torch.Tensor | None, tuple[bool, ...] | None]:  # fmt: skip
         """What the groups' answers come to."""
-        found: list[Any] = [True] * len(self.state.policies)
-        for (p, rows), answer in zip(self._groups, said, strict=True):
-            each = answers(p, answer, len(rows))
-            if isinstance(answer, torch.Tensor) and len(rows) == len(found):
-                self.state.exact = False
-                return answer.to(device), None
-            for row, one in zip(rows, each, strict=True):
-                found[row] = one
+        found = each_row(self._groups, said, len(self.state.policies))
+        if isinstance(found, torch.Tensor):
+            self.state.exact = False
+            return found.to(device), None
         if all(one is True for one in found):
             return None, None
         self.state.exact = False
@@ -152,6 +145,30 @@ FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 def memo_on(memo: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What a policy noted of a token, its tensors on the device."""
     return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in memo.items()}
+
+
+def may_forget(policies: Sequence[Policy | None]) -> list[tuple[Policy, list[int]]]:
+    """Those that ``remember`` is asked of, each with its rows."""
+    groups: dict[int, tuple[Policy, list[int]]] = {}
+    for row, p in enumerate(policies):
+        if p is not None and p.asks("remember"):
+            groups.setdefault(id(p), (p, []))[1].append(row)
+    return list(groups.values())
+
+
+def each_row(groups: Sequence[tuple[Policy, list[int]]], said: Sequence[Any], rows: int) -> torch.Tensor | list[Any]:
+    """What policies ``said`` of their rows: bool [rows] if one said it of all, else a bool or 0-d bool tensor each.
+
+    Raises:
+        TypeError, ValueError: a policy answered with something else.
+    """
+    found: list[Any] = [True] * rows
+    for (p, mine), answer in zip(groups, said, strict=True):
+        if isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.shape == (rows,) == (len(mine),):
+            return answer
+        for row, one in zip(mine, answers(p, answer, len(mine)), strict=True):
+            found[row] = one
+    return found
 
 
 def answers(policy: Policy, found: Any, count: int) -> list[Any]:

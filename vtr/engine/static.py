@@ -8,20 +8,20 @@ captured in a CUDA graph. ``thaw`` gives the rows back to the ragged layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from vtr.base import Policy, Token
+from vtr.base import Token
 from vtr.engine.attention import as_numbers, attend_filled
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.cache_state import Constant
 from vtr.engine.call import PIXELS
 from vtr.engine.capture import StepGraph
-from vtr.engine.decode import answers, as_tensor, memo_on
+from vtr.engine.decode import as_tensor, each_row, may_forget, memo_on
 from vtr.engine.once import from_host
 from vtr.engine.trace import Trace
 
@@ -113,7 +113,7 @@ class Decoding:
         assert self.state.constant is not None
         self.constant, self.rows, self.flops = self.state.constant, len(layers[0].place), 0
         self.graph: StepGraph | None = None
-        self.asked = _may_forget(self.state.policies)
+        self.asked = may_forget(self.state.policies)
         self.next: list[torch.Tensor] = []
         self.first: list[torch.Tensor] = []
         self._devices: list[torch.device] = []
@@ -219,10 +219,11 @@ class Decoding:
         state, steps, trace = self.state, self.taken(), self.trace
         lens = [(after - first).tolist() for after, first in zip(self.next, self.first, strict=True)]
         said = None if self.said is None else self.said[:, :, :steps].cpu()
+        counted = [keys.sum(1).tolist() for keys in self.attended]
         for index, (layer, frozen) in enumerate(zip(self.ragged, self.layers, strict=True)):
             here = lens[frozen.on][frozen.lengths]
-            if self.attended:
-                attended = int(self.attended[frozen.on][frozen.lengths].sum())
+            if counted:
+                attended = counted[frozen.on][frozen.lengths]
             else:
                 attended = sum(steps * (n - steps) + steps * (steps + 1) // 2 for n in here)
             layer.attended = layer.attended + attended
@@ -311,34 +312,30 @@ class StaticStep:
     ) -> list[torch.Tensor]:  # fmt: skip
         """By part, [b, 1, 1, capacity]: what its rows see. Layers that lie alike share it, but for windows."""
         key, parts = (frozen.on, frozen.lengths), frozen.parts
+        if frozen.window is None and key in self._masks:
+            return self._masks[key]
+        seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
         if frozen.window is not None and frozen.positions is not None and at is not None:
-            near = [
-                part.pick(at)[:, None] - stands < frozen.window
-                for part, stands in zip(parts, frozen.blocks(frozen.positions), strict=True)
+            seen = [
+                one & (part.pick(at)[:, None] - stands < frozen.window)
+                for one, part, stands in zip(seen, parts, frozen.blocks(frozen.positions), strict=True)
             ]
-            seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
-            return [as_numbers(a & b, base, dtype)[:, None, None] for a, b in zip(near, seen, strict=True)]
-        if key not in self._masks:
-            seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
-            self._masks[key] = [as_numbers(one, base, dtype)[:, None, None] for one in seen]
-        return self._masks[key]
+        masks = [as_numbers(one, base, dtype)[:, None, None] for one in seen]
+        if frozen.window is None:
+            self._masks[key] = masks
+        return masks
 
     def _remembered(self, index: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """bool [rows]; None for all."""
-        found: list[Any] = [True] * self.decoding.rows
-        flops = 0
+        said, flops = [], 0
         for policy, rows in self.decoding.asked:
             tokens = [Token(hidden[row, 0], self._memos[row]) for row in rows]
-            answer = policy.remember_all(index, tokens)
-            if isinstance(answer, torch.Tensor) and answer.dtype == torch.bool and answer.shape == (len(found),):
-                found = [answer]
-            else:
-                for row, each in zip(rows, answers(policy, answer, len(tokens)), strict=True):
-                    found[row] = each
+            said.append(policy.remember_all(index, tokens))
             flops += sum(token.flops for token in tokens)
         self.decoding.flops = flops if index == 0 else self.decoding.flops + flops
-        if len(found) == 1 and isinstance(found[0], torch.Tensor) and found[0].dim() == 1:
-            return found[0]
+        found = each_row(self.decoding.asked, said, self.decoding.rows)
+        if isinstance(found, torch.Tensor):
+            return found
         if all(each is True for each in found):
             return None
         return torch.stack([as_tensor(each, hidden.device) for each in found])
@@ -381,19 +378,3 @@ def takes_static_step(cache: Any, kwargs: Mapping[str, Any]) -> bool:
 def freeze(layers: list[RaggedLayer], trace: Trace) -> None:
     """From now on the rows of these layers get one token a step, ``room`` of them at most."""
     layers[0].state.decoding = Decoding(layers, trace)
-
-
-def thaw(cache: Any) -> None:
-    """Give the rows of a cache back to its ragged layers, if it decodes with constant shapes."""
-    decoding = decoding_of(cache)
-    if decoding is not None:
-        decoding.thaw()
-
-
-def _may_forget(policies: Sequence[Policy | None]) -> list[tuple[Policy, list[int]]]:
-    """Those that ``remember`` is asked of, each with its rows."""
-    groups: dict[int, tuple[Policy, list[int]]] = {}
-    for row, p in enumerate(policies):
-        if p is not None and p.asks("remember"):
-            groups.setdefault(id(p), (p, []))[1].append(row)
-    return list(groups.values())

@@ -21,7 +21,7 @@ from vtr.engine.positions import many_axes
 from vtr.engine.refusals import check_cache, refuse_compiled
 from vtr.engine.request import Request
 from vtr.engine.session import Session
-from vtr.engine.static import Decoding, StaticStep, freeze, takes_static_step, thaw
+from vtr.engine.static import Decoding, StaticStep, freeze, takes_static_step
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
@@ -129,8 +129,10 @@ class TextHooks:
             UnsupportedError, ValueError: a cache, mask or positions that a reduced call cannot take.
         """
         embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
-        thaw(cache)
-        past = cache.get_seq_length() if is_ragged(cache) else 0
+        past = 0
+        if is_ragged(cache):
+            cache.layers[0].thaw()
+            past = cache.get_seq_length()
         mask = _checked_mask(cache, past, embeds.shape, kwargs.get("attention_mask"))
         positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
         if given is not None and request is not None and request.generation is None:
