@@ -23,6 +23,13 @@ class Idefics3(Adapter):
     family = "Idefics3, SmolVLM"
     classes = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
     image_inputs = ("pixel_values", "pixel_attention_mask")
+    lacks = MappingProxyType(
+        {
+            "projector": "it merges states in front of the projector, which here takes several patches at once (pixel "
+            "shuffle)",
+            "cls_token": "it is about the vision tower's CLS token, and SigLIP has none",
+        }
+    )
     unsupported = MappingProxyType(
         {
             "globalcom2": "which tile is the whole picture that guides the crops is not in the model's inputs; m3 and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ class InternVL(Adapter):
 
     family = "InternVL"
     classes = ("InternVLForConditionalGeneration",)
+    lacks = MappingProxyType(
+        {
+            "projector": "it merges states in front of the projector, which here takes 2 × 2 patches at once (pixel "
+            "shuffle)"
+        }
+    )
 
     def grid(self, model: nn.Module, pixels: torch.Tensor) -> tuple[int, int]:
         """(height, width) of a tile in tokens, after the pixel shuffle."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from vtr.base import UnsupportedError
 from vtr.engine.adapters import Adapter
-from vtr.engine.captures import leading_tokens
+from vtr.engine.tower import leading_tokens
 from vtr.image import Layout, remembered
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class LlavaOnevision(Adapter):
 
     family = "LLaVA-OneVision"
     classes = ("LlavaOnevisionForConditionalGeneration",)
+    lacks = MappingProxyType({"cls_token": "it is about the vision tower's CLS token, and SigLIP has none"})
 
     def placeholders(self, model: nn.Module) -> tuple[int, ...]:
         config: Any = model.config

@@ -230,7 +230,15 @@ class LlavaOriginal(Adapter):
         first = [sum(counts[:i]) for i in range(len(counts))]
         rows = [_images_of(row, layouts, b) for b, row in enumerate(merged)]
         places = [[Place(0, first[i], counts[i]) for i in row] for row in rows]
-        return Prompt(merged > 0, [[layouts[i] for i in row] for row in rows], places, merged != PADDING, labels)
+        words, named = torch.full(merged.shape, -1), ids != IMAGE if valid is None else (ids != IMAGE) & valid
+        for b, row in enumerate(merged):
+            at = (row == WORD).nonzero().squeeze(1)
+            words[b, at] = ids[b][named[b]][: len(at)]
+        own = [[layouts[i] for i in row] for row in rows]
+        return Prompt(merged > 0, own, places, merged != PADDING, labels, words)
+
+    def features_at(self, model: Any) -> int:
+        return int(model.get_vision_tower().select_layer)
 
     def check_generation(self, model: Any, prompt: Prompt) -> None:
         """

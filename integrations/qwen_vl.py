@@ -41,6 +41,13 @@ class Qwen25VL(Adapter):
     family = "Qwen2-VL, Qwen2.5-VL"
     classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
     image_inputs = ("pixel_values", "image_grid_thw")
+    lacks = MappingProxyType(
+        {
+            "projector": "it merges states in front of the projector, which here takes 2 × 2 patches at once (the "
+            "tower's merger)",
+            "cls_token": "it is about the vision tower's CLS token, and this tower has none",
+        }
+    )
     unsupported = MappingProxyType(
         {
             "autoscale": "pictures have grids of their own size, which share no scales to choose from; give each image "
@@ -57,6 +64,17 @@ class Qwen25VL(Adapter):
 
     def projector(self, model: nn.Module) -> Any:
         return model.model.visual.merger  # type: ignore[union-attr]
+
+    def patch_order(self, model: nn.Module, layout: Layout) -> torch.Tensor | None:
+        """Qwen2.5-VL's tower takes patches window by window."""
+        vision: Any = model.config.vision_config  # type: ignore[union-attr]
+        if getattr(vision, "window_size", None) is None:
+            return None
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        height, width = layout.grid
+        down, across = -(-height // side), -(-width // side)
+        window = (layout.tile * down + layout.y // side) * across + layout.x // side
+        return window.argsort(stable=True).argsort()
 
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """One grid per image or video, from ``image_grid_thw`` and ``video_grid_thw``.

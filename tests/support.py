@@ -213,10 +213,16 @@ class Outcomes:
             self.of[kind, policy] = TESTS[name] if report.passed else report.outcome
 
 
+def why_not(family: Family, name: str) -> str | None:
+    """Why a policy, with its default settings, cannot work on a family, as its adapter says; None: it can."""
+    cls = policy_class(name)
+    return family.adapter.why_not(cls if isinstance(cls.wants, tuple) else cls())  # type: ignore[arg-type]
+
+
 def declared() -> dict[tuple[str, str], str]:
     """The outcomes that the adapters promise."""
     return {
-        (family.kind, policy): "refused" if policy in family.adapter.unsupported else "works"
+        (family.kind, policy): "refused" if why_not(family, policy) else "works"
         for family in FAMILIES
         for policy in POLICIES
     }
@@ -236,7 +242,7 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
         cells = []
         for policy in POLICIES:
             found = {outcomes.get((family.kind, policy), "not run") for family in several}
-            why, limit = several[0].adapter.unsupported.get(policy), several[0].limits.get(policy)
+            why, limit = why_not(several[0], policy), several[0].limits.get(policy)
             if found == {"works"}:
                 cells.append("✓" + (note(limit) if limit else ""))
             elif found == {"refused"}:

@@ -18,6 +18,7 @@ question        asked                                            answer
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
@@ -31,8 +32,21 @@ if TYPE_CHECKING:
     import torch
 
 
-Wanted = Literal["tiles", "cls"]
-"""What ``compress`` may want beside the image's tokens: ``Image.tiles``, ``Image.cls_attention()``."""
+WANTED = ("tiles", "cls", "hidden_states", "attentions", "cls_token", "projector", "question")
+"""What ``compress`` may want beside the image's tokens.
+
+``"tiles"``: ``Image.tiles``. ``"cls"``: ``Image.cls_attention()``. ``"hidden_states"``, ``"attentions"``: what
+``Image.tower`` has of the layer whose output the model uses; ``"hidden_states[3]"``, ``"attentions[-1]"``: of another,
+counted as transformers counts them. ``"cls_token"``: towers without one are refused. ``"projector"``:
+``Image.tower.project``. ``"question"``: ``Image.question`` (the class then says ``question_guided = True``)."""
+_TOWER = re.compile(r"(hidden_states|attentions)(?:\[(-?\d{1,3})\])?")
+
+
+def tower_wish(wish: str) -> tuple[str, int | None] | None:
+    """``"attentions[-2]"`` as ("attentions", -2), ``"attentions"`` as ("attentions", None); None for other wishes."""
+    match = _TOWER.fullmatch(wish)
+    return None if match is None else (match[1], None if match[2] is None else int(match[2]))
+
 
 Scores = Literal["last", "text", "last-max", "text-max"]
 """``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token. Mean
@@ -211,13 +225,15 @@ class Policy(Settings):
 
     question_guided: ClassVar[bool] = False
     """True if what is kept depends on the question of this turn (a later turn may miss something)."""
-    wants: ClassVar[tuple[Wanted, ...]] = ()
-    """What ``compress`` needs of the vision tower beside the tokens; nothing is captured that no row's policy wants."""
+    wants: ClassVar[tuple[str, ...]] = ()
+    """What ``compress`` needs beside the tokens (:data:`WANTED`); nothing is captured that no row's policy wants. A
+    class whose settings decide makes it a property."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A class that answers a question anew is asked row by row, whatever the class above does for all rows."""
         super().__init_subclass__(**kwargs)
-        for name in [f"{name}_all" for name in vars(cls)]:
+        wider = [f"{name}_all" for name in vars(cls)] + ["compress_row"] * ("compress" in vars(cls))
+        for name in wider:
             if hasattr(cls, name) and name not in vars(cls):
                 setattr(cls, name, next(vars(c)[name] for c in reversed(cls.__mro__) if name in vars(c)))
 
@@ -324,6 +340,11 @@ class Policy(Settings):
                 here = n if kept is None else min(kept.count, n) if isinstance(kept, Best) else len(kept)
             counts.append(here)
         return counts
+
+    def compress_row(self, images: Sequence[Image]) -> Sequence[torch.Tensor | Pooled | None]:
+        """:meth:`compress`, asked of all images of a row at once; for methods that divide one budget among them. An
+        answer for each; define :meth:`compress` as well, for one image alone."""
+        return [self.compress(image) for image in images]
 
     def prune_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor | Best | None]:
         """:meth:`prune`, asked of all rows that share this policy; for where that is cheaper. An answer for each."""

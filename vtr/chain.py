@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vtr.base import QUESTIONS, Policy, Scores, Tries, Wanted
+from vtr.base import QUESTIONS, Policy, Scores, Tries
 from vtr.settings import MOST_PARTS, build, check_names_no_file, parse, register_policy
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Chain(Policy):
                 raise ValueError(f"{both} both {question}: only one policy of a chain may, drop one of them")
             if askable:
                 self._answers[question] = askable[0]
-                for name in (question, f"{question}_all"):
+                for name in (question, f"{question}_all", f"{question}_row"):
                     if question != "resolve" and hasattr(askable[0], name):
                         setattr(self, name, getattr(askable[0], name))
         if "remember" in self._answers:
@@ -78,7 +78,7 @@ class Chain(Policy):
         return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
 
     @property
-    def wants(self) -> tuple[Wanted, ...]:  # type: ignore[override]
+    def wants(self) -> tuple[str, ...]:  # type: ignore[override]
         return self._answers["compress"].wants if "compress" in self._answers else ()
 
     @property

@@ -44,6 +44,12 @@ def check_on_continue(value: str) -> None:
         raise ValueError(f"on_continue={value!r}: choose one of {', '.join(ON_CONTINUE)}")
 
 
+def check_placement(placement: str) -> None:
+    """Raise unless ``placement`` is one of the two ways in which tokens can lie afterwards."""
+    if placement not in ("true", "official"):
+        raise ValueError(f"placement={placement!r}: choose 'true' or 'official'")
+
+
 def check_before(before_decoder: bool, layer: int) -> None:
     """Raise unless ``before_decoder`` is a bool, and ``layer`` is 0 where it is true."""
     if not isinstance(before_decoder, bool):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -84,7 +85,69 @@ class Layout:
         return self.has_all_patches
 
 
-@dataclass(frozen=True, eq=False)
+class Tower(ABC):
+    """What the vision tower has of one image. Tiles are in the layout's order (0 the thumbnail), tokens row by row.
+
+    Layers are counted as transformers counts ``hidden_states`` (0 enters the first layer, −1 leaves the last) and
+    ``attentions`` (0 the first layer, −1 the last). None is the layer whose output the model uses: with LLaVA's
+    ``vision_feature_layer=-2``, ``hidden_states[-2]``, and the attention of the layer that made it, ``attentions[-2]``.
+    Where a token is made of several patches (pixel shuffle, mergers), it has their mean.
+
+    All of it is there only for policies whose ``wants`` name it.
+    """
+
+    @property
+    @abstractmethod
+    def has_cls(self) -> bool:
+        """Whether the tower puts a CLS token in front of the patches (CLIP, InternViT)."""
+
+    @abstractmethod
+    def hidden_states(self, layer: int | None = None) -> torch.Tensor:
+        """[tiles, h * w, width]: the states of the patches, before the projector. Gradients flow."""
+
+    @abstractmethod
+    def cls_state(self, layer: int | None = None) -> torch.Tensor:
+        """[tiles, width]: the state of the CLS token.
+
+        Raises:
+            UnsupportedError: the tower has none.
+        """
+
+    @abstractmethod
+    def attention_from_cls(self, layer: int | None = None) -> torch.Tensor:
+        """float32 [tiles, heads, h * w]: the CLS query's attention after the softmax over all tokens, CLS included.
+
+        Raises:
+            UnsupportedError: the tower has no CLS token.
+        """
+
+    @abstractmethod
+    def attention_received(self, layer: int | None = None) -> torch.Tensor:
+        """float32 [tiles, h * w]: attention that each patch gets, mean over heads and all queries (CLS included)."""
+
+    @abstractmethod
+    def keys(self, layer: int | None = None) -> torch.Tensor:
+        """[tiles, leading + patches, heads, head_dim]: the keys of all tokens, CLS in front, bias included."""
+
+    @abstractmethod
+    def cls_query(self, layer: int | None = None) -> torch.Tensor:
+        """[tiles, heads, head_dim]: the query of the CLS token, bias included, not scaled.
+
+        Raises:
+            UnsupportedError: the tower has none.
+        """
+
+    @abstractmethod
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """[n, width] → [n, hidden_size]: the model's projector. Gradients flow. Families whose projector takes several
+        patches at once refuse policies that want it."""
+
+    @abstractmethod
+    def final_norm(self, states: torch.Tensor) -> torch.Tensor:
+        """The tower's ``post_layernorm`` of states [..., width]."""
+
+
+@dataclass(eq=False)
 class Image:
     """What ``compress`` sees of one image, before the decoder.
 
@@ -97,6 +160,11 @@ class Image:
             cut away or newline tokens come in; None unless the policy ``wants`` "tiles". Gradients flow through it.
         newline: [hidden_size], the embedding of a newline token; None where the family has none or nothing is wanted.
         scorer: what :meth:`cls_attention` calls; None unless the policy ``wants`` "cls".
+        tower: the vision tower's states and attention; None unless the policy ``wants`` some of it.
+        question: [t, hidden_size], the row's text behind its last image as the text model embeds it (chat template
+            included, no answer); None unless the policy ``wants`` "question".
+        question_ids: int64 [t] on the CPU, its tokens; None where the call gave embeddings.
+        flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.
     """
 
     features: torch.Tensor
@@ -106,6 +174,10 @@ class Image:
     tiles: torch.Tensor | None = None
     newline: torch.Tensor | None = None
     scorer: Callable[[], torch.Tensor] | None = None
+    tower: Tower | None = None
+    question: torch.Tensor | None = None
+    question_ids: torch.Tensor | None = None
+    flops: int = 0
 
     def __len__(self) -> int:
         return len(self.layout)

@@ -13,7 +13,7 @@ from torch import Tensor
 import vtr
 from tests import oracle
 from tests.tiny import IMAGE_ID, PATCH, SIDE
-from vtr.engine.captures import cls_scores
+from vtr.engine.tower import cls_scores
 from vtr.testing import tiny
 
 SQUARE = {"image_size": SIDE, "patch_size": PATCH}

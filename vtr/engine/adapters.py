@@ -26,6 +26,7 @@ class Adapter(ABC):
         classes: names of the model classes it serves.
         returns_new_tokens_only: ``generate`` gives the new tokens without the prompt in front of them.
         unsupported: policies (by name) that cannot work on this family, and why; asking for one raises.
+        lacks: what policies may want (:data:`vtr.base.WANTED`) and cannot have on this family, and why.
         image_inputs: what :meth:`encode` takes of a call's keyword arguments.
     """
 
@@ -33,6 +34,7 @@ class Adapter(ABC):
     classes: tuple[str, ...]
     returns_new_tokens_only = False
     unsupported: Mapping[str, str] = MappingProxyType({})
+    lacks: Mapping[str, str] = MappingProxyType({})
     image_inputs: tuple[str, ...] = (
         "pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy",
     )  # fmt: skip
@@ -71,6 +73,24 @@ class Adapter(ABC):
     def projector(self, model: nn.Module) -> Any:
         """The module that brings the tower's patches to the text model's width: [tiles, patches, hidden_size] out."""
         return model.model.multi_modal_projector  # type: ignore[union-attr]
+
+    def features_at(self, model: nn.Module) -> int:
+        """Which of the tower's ``hidden_states`` the projector gets.
+
+        Raises:
+            UnsupportedError: several of them together.
+        """
+        layer: Any = getattr(model.config, "vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            raise UnsupportedError(
+                f"this model projects several layers of its vision tower together (vision_feature_layer={layer}): use "
+                "a policy that reads none of them"
+            )
+        return layer
+
+    def patch_order(self, model: nn.Module, layout: Layout) -> torch.Tensor | None:
+        """int64 [tokens]: of an image with its own grid, where in the tower's order each token is; None: in order."""
+        return None
 
     def newline(self, model: nn.Module) -> Any:
         """The embedding of a newline token, [hidden_size]; None if the family has none."""
@@ -112,11 +132,16 @@ class Adapter(ABC):
         return []
 
     def refuse(self, policies: Iterable[Policy | None]) -> None:
-        """Raise UnsupportedError if one of ``policies`` (or a member of a chain) is ``unsupported`` here."""
+        """Raise UnsupportedError if one of ``policies`` (or a member of a chain) cannot work here."""
         for policy in policies:
             for part in getattr(policy, "policies", [policy]):
-                if part is not None and (why := self.unsupported.get(part.name)):
+                if part is not None and (why := self.why_not(part)):
                     raise UnsupportedError(f"{part.spec!r} does not work on {self.family}: {why}")
+
+    def why_not(self, policy: Policy) -> str | None:
+        """Why ``policy`` cannot work on this family; None: it can."""
+        wishes = (wish for name in policy.wants for wish in (name, name.partition("[")[0]))
+        return self.unsupported.get(policy.name) or next((self.lacks[w] for w in wishes if w in self.lacks), None)
 
     @abstractmethod
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:

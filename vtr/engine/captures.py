@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
+from torch.nn.functional import cosine_similarity
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import Policy, UnsupportedError, tower_wish
+from vtr.engine.tower import (
+    Entered,
+    ImageTower,
+    attention_index,
+    cls_scores,
+    entered,
+    has_cls,
+    layers_of,
+    leading_tokens,
+    on_grid,
+    state_index,
+)
 from vtr.image import Image, Layout, tokens_at
 
 if TYPE_CHECKING:
@@ -27,10 +39,6 @@ if TYPE_CHECKING:
     from vtr.engine.prompt import Prompt
 
 _attaching = threading.Lock()
-CLS = ("class_embedding", "cls_token")
-"""What towers with a CLS token call its embedding."""
-LEADING = (*CLS, "register_tokens", "distillation_token")
-"""What towers call the embeddings of all tokens that they put in front of the patches."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,22 @@ class Captures:
     Args:
         patch: whose model it is. projected, states: whether projector outputs and the tower's states are to be kept.
         tiles: how many there are in each run of the tower.
+        layers: of the tower, counted from 0, into which states are kept (one past the last: those that leave it).
+        places: of the call's images with their layouts; they are asked for where images have grids of their own.
+        projector: whether policies may run the projector.
     """
 
-    def __init__(self, patch: Patch, projected: bool, states: bool, tiles: list[int]) -> None:
-        self.patch, self.tiles = patch, tiles
-        self.keeps_projected, self.keeps_states = projected, states
+    def __init__(
+        self, patch: Patch, projected: bool, states: bool, tiles: list[int], layers: Sequence[int] = (),
+        places: Mapping[Place, Layout] = MappingProxyType({}), projector: bool = False,
+    ) -> None:  # fmt: skip
+        self.patch, self.tiles, self.places = patch, tiles, places
+        self.keeps_projected, self.keeps_states, self.keeps_projector = projected, states, projector
+        self.entered: dict[int, list[Entered]] = {layer: [] for layer in layers}
+        """Per layer of the tower that is asked for, and per run: what entered it."""
+        self.features_at = patch.adapter.features_at(patch.model) if layers else -1
+        self.made: dict[Any, torch.Tensor] = {}
+        """What policies have asked of the tower so far: rows that share an image share it."""
         self.projected: list[torch.Tensor] = []
         """Per run of the projector: [tiles, patches, hidden_size]."""
         self.states: list[torch.Tensor] = []
@@ -68,16 +87,30 @@ class Captures:
         """All images are compressed: take nothing in any more, and give free what is not needed again."""
         self.open = False
         if not keep:
-            self.projected, self.states, self._scores = [], [], {}
+            self.projected, self.states, self._scores, self.made = [], [], {}, {}
+            self.entered = {layer: [] for layer in self.entered}
 
     def image(
         self, features: torch.Tensor, layout: Layout, place: Place, index: int, count: int, policy: Policy
     ) -> Image:
-        """What ``policy.compress`` sees of one image."""
+        """What ``policy.compress`` sees of one image, but for the question."""
         tiles = self._tiles(features, layout, place) if "tiles" in policy.wants else None
         scorer = partial(self._cls_attention, features, layout, place) if "cls" in policy.wants else None
         newline = self.patch.adapter.newline(self.patch.model)
-        return Image(features, layout, index, count, tiles, newline, scorer)
+        tower = ImageTower(self, place, layout) if self.entered or self.keeps_projector else None
+        return Image(features, layout, index, count, tiles, newline, scorer, tower)
+
+    def span(self, place: Place) -> tuple[int, int]:
+        """Of images with grids of their own: where one's patches begin and end in the run."""
+        run = sorted((p for p in self.places if p.run == place.run), key=lambda p: p.first)
+        sizes = [_cells(self.places[p]) for p in run]
+        states = next(iter(self.entered.values()))[place.run].states
+        each, at = states.shape[0] // sum(sizes), run.index(place)
+        return sum(sizes[:at]) * each, sum(sizes[: at + 1]) * each
+
+    def order_of(self, place: Place) -> torch.Tensor | None:
+        """Where in the tower's order each token of an image is; None: they are in order."""
+        return self.patch.adapter.patch_order(self.patch.model, self.places[place])
 
     def _tiles(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if layout.has_all_patches:
@@ -88,11 +121,12 @@ class Captures:
 
     def _run_tiles(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
         """One image's part of a run's output, the thumbnail in front."""
-        self._check_ran(runs, what)
+        self.check_ran(runs, what)
         mine = runs[place.run][place.first : place.first + place.count]
         return mine.roll(1, 0) if layout.thumbnail_last else mine
 
-    def _check_ran(self, runs: list[torch.Tensor], what: str) -> None:
+    def check_ran(self, runs: list[torch.Tensor], what: str) -> None:
+        """Raise UnsupportedError unless tower or projector has given something for all images of the call."""
         if len(runs) != len(self.tiles) or any(len(run) < n for run, n in zip(runs, self.tiles, strict=True)):
             raise UnsupportedError(
                 f"the {what} of {type(self.patch.model).__name__} did not run for all images of this call, but a "
@@ -104,7 +138,7 @@ class Captures:
     def _cls_attention(self, features: torch.Tensor, layout: Layout, place: Place) -> torch.Tensor:
         if place not in self._scores:
             if self.keeps_states:
-                self._check_ran(self.states, "vision tower")
+                self.check_ran(self.states, "vision tower")
                 self._score(place)
             else:
                 tiles = self._tiles(features, layout, place).float()
@@ -133,128 +167,8 @@ capturing: ContextVar[Callable[[], Captures | None] | None] = ContextVar("vtr_ca
 """The call that is taking in tower and projector outputs, in this context."""
 
 
-def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The CLS row of a tower's last layer before the softmax, mean over heads, and the FLOPs it took.
-
-    The mean over heads of q · k / sqrt(head_dim) is one product over the whole width divided by heads · sqrt(head_dim).
-    No attention matrix is built, and the layer does not run again.
-
-    Args:
-        states: [tiles, 1 + patches, width], the last layer's input (``hidden_states[-2]``), CLS in front.
-
-    Returns:
-        float32 [tiles, patches].
-
-    Raises:
-        UnsupportedError: the tower's last layer has no such norm and projections.
-    """
-    norm, attention = last_layer(tower)
-    x = norm(states)
-    tiles, tokens, width = x.shape
-    q = attention.q_proj(x[:, :1])
-    flops = 2 * tiles * width * q.shape[-1]
-    normed = not isinstance(getattr(attention, "k_norm", None), nn.Identity | None)
-    if not normed and _plain(attention.k_proj, x):  # q · (W x + b) = (W' q) · x + q · b: the patches need no projection
-        key = attention.k_proj
-        asked = torch.matmul(q.float(), key.weight.float())
-        products = torch.matmul(x[:, 1:].float(), asked.transpose(1, 2))[..., 0]
-        if key.bias is not None:
-            products = products + (q.float() * key.bias.float()).sum(-1)
-        flops += 2 * tiles * width * (q.shape[-1] + tokens - 1)
-    else:
-        k = attention.k_proj(x[:, 1:])
-        q, k = (attention.q_norm(q), attention.k_norm(k)) if normed else (q, k)
-        products = torch.matmul(k.float(), q.float().transpose(1, 2))[..., 0]
-        flops += 2 * tiles * (tokens - 1) * q.shape[-1] * (width + 1)
-    heads = heads_of(attention)
-    return products / (heads * (q.shape[-1] // heads) ** 0.5), flops
-
-
-def _plain(projection: Any, x: torch.Tensor) -> bool:
-    """Whether a projection is its weights and nothing else: no adapter, no quantization, nothing that moves them in."""
-    weight = getattr(projection, "weight", None)
-    return type(projection) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
-
-
-class Unfused:
-    """Query and key projections of an attention module that has one for queries, keys and values together.
-
-    ``q_norm`` and ``k_norm``, where it has them, are over all heads at once (InternViT).
-    """
-
-    def __init__(self, attention: Any) -> None:
-        self.num_heads = attention.num_heads
-        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.q_proj, self.k_proj = (_third(attention.qkv, which) for which in (0, 1))
-
-
-def _third(qkv: Any, which: int) -> Any:
-    """One of three projections in one; where it is only its weights, as a module of its own on their memory."""
-    if not _plain(qkv, qkv.weight):
-        return lambda x: qkv(x).chunk(3, -1)[which]
-    made = nn.Linear(qkv.in_features, qkv.out_features // 3, qkv.bias is not None, device="meta")
-    made.weight = nn.Parameter(qkv.weight.detach().chunk(3)[which], requires_grad=False)
-    if qkv.bias is not None:
-        made.bias = nn.Parameter(qkv.bias.detach().chunk(3)[which], requires_grad=False)
-    return made
-
-
-def last_layer(tower: Any) -> tuple[Any, Any]:
-    """(norm before attention, attention) of the vision tower's last layer.
-
-    Raises:
-        UnsupportedError: it is built otherwise.
-    """
-    model = getattr(tower, "vision_model", tower)
-    encoder = getattr(model, "encoder", model)
-    layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
-    last = layers[-1] if layers else None
-    norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1") if (m := getattr(last, n, None))), None)
-    attention = next((m for n in ("self_attn", "attention", "attn") if (m := getattr(last, n, None))), None)
-    if isinstance(getattr(attention, "qkv", None), nn.Linear) and hasattr(attention, "num_heads"):
-        return norm, Unfused(attention)
-    plain = norm is not None and all(hasattr(attention, name) for name in ("q_proj", "k_proj"))
-    if not plain or heads_of(attention) is None:
-        raise UnsupportedError(
-            f"{type(tower).__name__} has a CLS token, but its last layer is not built of a norm and q_proj, k_proj, so "
-            "how it looks at the patches cannot be read: use a policy that needs no CLS scores"
-        )
-    if any("rope" in name.rpartition(".")[2] for name, _ in tower.named_modules()):
-        raise UnsupportedError(
-            f"{type(tower).__name__} has a CLS token, but turns the queries and keys of its patches by where they are "
-            "(rope), which CLS scores leave out: use a policy that needs none"
-        )
-    return norm, attention
-
-
-def heads_of(attention: Any) -> int | None:
-    """How many heads an attention module has, by itself or by its config; None if neither says."""
-    found = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads", None)
-    return found or getattr(getattr(attention, "config", None), "num_attention_heads", None)
-
-
-def has_cls(tower: Any) -> bool:
-    """Whether a vision tower puts a CLS token in front of the patches."""
-    return any(name.rpartition(".")[2] in CLS for name, _ in _embeddings(tower))
-
-
-def leading_tokens(tower: Any) -> int:
-    """How many tokens a vision tower puts in front of the patches: CLS, registers."""
-    return sum(p.numel() // p.shape[-1] for name, p in _embeddings(tower) if name.rpartition(".")[2] in LEADING)
-
-
-def _embeddings(tower: Any) -> list[tuple[str, Any]]:
-    """A tower's parameters by name, without those of a head that pools the patches (its CLS is no token of theirs)."""
-    return [(name, p) for name, p in tower.named_parameters() if "head" not in name.split(".")]
-
-
-def on_grid(scores: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Scores of patches [tiles, patches] as those of tokens [tiles, h * w]: the mean where a token is several."""
-    patches, tokens = scores.shape[1], grid[0] * grid[1]
-    if patches == tokens:
-        return scores
-    height = round(grid[0] * (patches / tokens) ** 0.5)
-    return adaptive_avg_pool2d(scores.view(len(scores), height, -1), grid).flatten(1)
+def _cells(layout: Layout) -> int:
+    return layout.tiles * layout.grid[0] * layout.grid[1]
 
 
 class VisionHooks:
@@ -264,7 +178,9 @@ class VisionHooks:
         self.patch = patch
         self.projector = patch.adapter.projector(patch.model)
         self.tower: Any = None
-        self.cls = False
+        self.cls, self.leading = False, 0
+        self.hooked: set[int] = set()
+        """Layers of the tower that have a hook: those that some call has asked for."""
 
     def install(self) -> list[Any]:
         """Register them; returns the handles."""
@@ -276,7 +192,7 @@ class VisionHooks:
             tower = self.patch.adapter.tower(self.patch.model) if self.tower is None else None
             if tower is None:
                 return []
-            self.tower, self.cls = tower, has_cls(tower)
+            self.tower, self.cls, self.leading = tower, has_cls(tower), leading_tokens(tower)
             return [
                 tower.register_forward_pre_hook(self.before_tower, with_kwargs=True),
                 tower.register_forward_hook(self.after_tower),
@@ -288,11 +204,68 @@ class VisionHooks:
         if not any(wants for wants, _ in asking):
             return None
         self.patch.handles += self.attach()
+        layers = self._layers({wish for wants, _ in asking for wish in wants})
         states = self.cls and any("cls" in wants for wants, _ in asking)
         tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
         last = {place.run: place.first + place.count for row in prompt.places for place in row}
         projected = any(not layout.has_all_patches for row in tiles for layout in row)
-        return Captures(self.patch, projected, states, [last[run] for run in sorted(last)])
+        pairs = zip(prompt.places, prompt.layouts, strict=True)
+        places = {place: layout for row in pairs for place, layout in zip(*row, strict=True)}
+        projector = any("projector" in wants for wants, _ in asking)
+        counts = [last[run] for run in sorted(last)]
+        return Captures(self.patch, projected, states, counts, layers, places, projector)
+
+    def _layers(self, wishes: Iterable[str]) -> list[int]:
+        """The layers that ``wishes`` name, with a hook on each.
+
+        Raises:
+            ValueError: a layer that the tower does not have.
+            UnsupportedError: a tower without CLS token or layers that can be read, or features of several layers.
+        """
+        named = [wish for wish in map(tower_wish, sorted(wishes)) if wish is not None]
+        name = type(self.tower).__name__
+        if "cls_token" in wishes and not self.cls:
+            raise UnsupportedError(f"{name} has no CLS token, which this policy is about: use another policy")
+        if not named:
+            return []
+        depth, at = len(layers_of(self.tower)), self.patch.adapter.features_at(self.patch.model)
+        if not depth:
+            raise UnsupportedError(f"the layers of {name} cannot be found: use a policy that reads none of them")
+        found = []
+        for kind, layer in named:
+            index = (state_index if kind == "hidden_states" else attention_index)(layer, depth, at)
+            most = depth if kind == "hidden_states" else depth - 1
+            if not 0 <= index <= most:
+                raise ValueError(
+                    f"{kind}[{layer}] is asked for, but {name} has {depth} layers: choose {-most - 1}…{most}"
+                )
+            found.append(index)
+        with _attaching:
+            for index in set(found) - self.hooked:
+                self._hook(index, depth)
+        return sorted(set(found))
+
+    def _hook(self, index: int, depth: int) -> None:
+        """Keep what enters a layer of the tower (or leaves the last one) from now on, where a call asks for it."""
+        layers = layers_of(self.tower)
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captures = self._active()
+            if captures is not None and index in captures.entered:
+                captures.entered[index].append(entered(args, kwargs))
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(args, kwargs)
+
+        def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            note((out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
+
+        if index < depth:
+            handle = layers[index].register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = layers[-1].register_forward_hook(after, with_kwargs=True)
+        self.patch.handles.append(handle)
+        self.hooked.add(index)
 
     def _active(self) -> Captures | None:
         if torch.compiler.is_compiling() or (found := capturing.get()) is None:

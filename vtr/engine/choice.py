@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
-from vtr.base import SCORES, Policy, UnsupportedError, Wanted
+from vtr.base import SCORES, WANTED, Policy, UnsupportedError, tower_wish
 from vtr.chain import policy as as_policy
 from vtr.engine.adapters import Adapter
 from vtr.engine.call import Generation, running
@@ -129,6 +129,15 @@ def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
                 "answer None there and rank from layer 1 on (or by tokens.ahead(), which any layer has)"
             )
     wants = p.wants
-    if not isinstance(wants, (tuple, list)) or any(one not in get_args(Wanted) for one in wants):
-        known = ", ".join(map(repr, get_args(Wanted)))
-        raise ValueError(f'{who}.wants = {wants!r}: write a tuple of what there is ({known}), e.g. wants = ("cls",)')
+    if not isinstance(wants, (tuple, list)) or any(not _can_be_wanted(one) for one in wants):
+        known = ", ".join(map(repr, WANTED))
+        raise ValueError(
+            f"{who}.wants = {wants!r}: write a tuple of what there is ({known}; of another layer of the tower "
+            '"hidden_states[3]", "attentions[-1]"), e.g. wants = ("cls",)'
+        )
+    if "question" in wants and not p.question_guided:
+        raise ValueError(f"{who} wants the question: write question_guided: ClassVar[bool] = True into the class")
+
+
+def _can_be_wanted(one: Any) -> bool:
+    return isinstance(one, str) and (one in WANTED or tower_wish(one) is not None)

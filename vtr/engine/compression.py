@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from vtr.engine.rows import FIELDS, Row
 from vtr.engine.trace import Sources
 from vtr.image import Image, Layout, Pooled
 
-IMAGE_TENSORS = ("features", "tiles", "newline", *(f"layout.{name}" for name in FIELDS))
+IMAGE_TENSORS = ("features", "tiles", "newline", "question", "question_ids", *(f"layout.{name}" for name in FIELDS))
 NOTHING = torch.empty(0)
 
 
@@ -43,10 +44,12 @@ class Compression:
     Attributes:
         kept: int64 [m], row-local indices (as before) of the tokens whose slots are left, ascending.
         pooled: the images that were pooled: where (as after) their new tokens are, and what became of the image.
+        flops: of the policy's own matrix products.
     """
 
     kept: torch.Tensor
     pooled: list[tuple[torch.Tensor, Shrunk]]
+    flops: int = 0
 
     def means(self, values: torch.Tensor) -> torch.Tensor:
         """[n, k] → [m, k]: kept tokens have their own values, a pooled token the mean of its sources'.
@@ -73,8 +76,13 @@ def compress_row(row: Row, embeds: torch.Tensor, captures: Captures | None) -> C
     Raises:
         TypeError, ValueError: the policy's answer is none that ``compress`` may give.
     """
-    images = row.vision.index.split([len(layout) for layout in row.given.layouts])
-    shrunk = [_shrink(row, i, old, embeds, captures) for i, old in enumerate(images)]
+    assert row.policy is not None
+    parts = row.vision.index.split([len(layout) for layout in row.given.layouts])
+    images = [_image(row, i, old, embeds, captures) for i, old in enumerate(parts)]
+    shrunk = [
+        _shrunk(old, image, *found) for old, image, found in zip(parts, images, asked(row.policy, images), strict=True)
+    ]
+    flops = sum(image.flops for image in images)
     sizes = [len(image.new) for image in shrunk]
     fields = {name: torch.cat([image.fields[name] for image in shrunk]) for name in FIELDS}
     fields["image"] = torch.arange(len(shrunk)).repeat_interleave(torch.tensor(sizes))
@@ -92,11 +100,11 @@ def compress_row(row: Row, embeds: torch.Tensor, captures: Captures | None) -> C
         sources=sources,
     )
     kept = row.shorten(vision)
-    return Compression(kept, [(torch.searchsorted(kept, i.new), i) for i in shrunk if i.pooled is not None])
+    return Compression(kept, [(torch.searchsorted(kept, i.new), i) for i in shrunk if i.pooled is not None], flops)
 
 
-def _shrink(row: Row, i: int, old: torch.Tensor, embeds: torch.Tensor, captures: Captures | None) -> Shrunk:
-    """Ask the row's policy about its ``i``-th image, whose tokens have the row-local indices ``old``."""
+def _image(row: Row, i: int, old: torch.Tensor, embeds: torch.Tensor, captures: Captures | None) -> Image:
+    """What the row's policy sees of its ``i``-th image, whose tokens have the row-local indices ``old``."""
     policy, given = row.policy, row.given
     assert policy is not None
     layout, slots, n = given.layouts[i], row.slots[old], len(old)
@@ -104,25 +112,50 @@ def _shrink(row: Row, i: int, old: torch.Tensor, embeds: torch.Tensor, captures:
     in_a_row = int(slots[-1]) - first + 1 == n  # as a rule an image's slots follow each other
     features = embeds[first : first + n] if in_a_row else embeds.index_select(0, slots.to(embeds.device))
     if captures is None or not policy.wants:
-        image = Image(features, layout, i, len(given.layouts))
-    else:
-        image = captures.image(features, layout, given.places[i], i, len(given.layouts), policy)
-    keep, pooled = compressed(policy, image)
-    known, where = _standing(layout, keep, pooled)
+        return Image(features, layout, i, len(given.layouts))
+    image = captures.image(features, layout, given.places[i], i, len(given.layouts), policy)
+    if "question" in policy.wants:
+        behind = row.text.index[row.text.queries]
+        behind = behind[behind > row.vision.index[-1]]
+        image.question = embeds.index_select(0, row.slots[behind].to(embeds.device, non_blocking=True))
+        image.question_ids = None if given.ids is None else given.ids[behind]
+    return image
+
+
+def _shrunk(old: torch.Tensor, image: Image, keep: torch.Tensor, pooled: Pooled | None) -> Shrunk:
+    known, where = _standing(image.layout, keep, pooled)
     return Shrunk(old, old[keep], {name: getattr(known, name)[where] for name in FIELDS}, pooled)
 
 
-def compressed(policy: Policy, image: Image) -> tuple[torch.Tensor, Pooled | None]:
-    """Which of the image's slots one image's new tokens take, and what they are (None: the tokens of these slots).
+Answered = tuple[torch.Tensor, Pooled | None]
+"""Which of an image's slots its new tokens take, and what they are (None: the tokens of these slots)."""
+
+
+def asked(policy: Policy, images: Sequence[Image]) -> list[Answered]:
+    """What becomes of a row's images.
 
     Raises:
         TypeError, ValueError: the policy's answer is none that ``compress`` may give.
     """
-    n, guarded = len(image), GuardedFields(partial(_tensor_of, image))
-    for name in IMAGE_TENSORS:
-        guarded(name)
-    answer = policy.compress(image)
-    guarded.check(policy, "compress", "image")
+    guards = [GuardedFields(partial(_tensor_of, image)) for image in images]
+    for guarded in guards:
+        for name in IMAGE_TENSORS:
+            guarded(name)
+    answers = policy.compress_row(images)
+    if not isinstance(answers, Sequence) or len(answers) != len(images):
+        raise ValueError(f"{type(policy).__name__}.compress_row must answer for each of {len(images)} images")
+    for guarded in guards:
+        guarded.check(policy, "compress", "image")
+    return [_checked(policy, image, answer) for image, answer in zip(images, answers, strict=True)]
+
+
+def compressed(policy: Policy, image: Image) -> Answered:
+    """Of one image by itself: as :func:`asked`."""
+    return asked(policy, [image])[0]
+
+
+def _checked(policy: Policy, image: Image, answer: torch.Tensor | Pooled | None) -> Answered:
+    n = len(image)
     if answer is None:
         return torch.arange(n), None
     if not isinstance(answer, Pooled):

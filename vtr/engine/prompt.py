@@ -26,6 +26,7 @@ class Prompt:
         places: likewise, where the vision tower has them.
         valid: bool [rows, L], False for padding; None if it was not said.
         labels: int64 [rows, L], -100 for what is asked; None where no answers are given along with the question.
+        ids: int64 [rows, L], the tokens; None where only embeddings were given.
     """
 
     is_vision: torch.Tensor
@@ -33,6 +34,7 @@ class Prompt:
     places: list[list[Place]]
     valid: torch.Tensor | None
     labels: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
     def answer_starts(self) -> tuple[list[int], list[int]]:
         """As :func:`vtr.engine.answers.answer_starts`."""
@@ -45,7 +47,8 @@ class Prompt:
         valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
         layouts = [row for row in self.layouts for _ in range(times)]
         places = [row for row in self.places for _ in range(times)]
-        return Prompt(self.is_vision.repeat_interleave(times, 0), layouts, places, valid)
+        ids = None if self.ids is None else self.ids.repeat_interleave(times, 0)
+        return Prompt(self.is_vision.repeat_interleave(times, 0), layouts, places, valid, ids=ids)
 
     def extended(self, length: int) -> Prompt:
         """With the tokens decoded since, up to ``length``: text, whatever their ids, and no padding."""
@@ -85,7 +88,8 @@ def read_prompt(
             "and its picture), or pass policy=None for this call"
         )
     layouts_of, places_of = [[lay for lay, _ in row] for row in rows], [[at for _, at in row] for row in rows]
-    return Prompt(is_vision, layouts_of, places_of, valid, inputs.get("labels"))
+    known = None if bool((ids < 0).any()) else ids
+    return Prompt(is_vision, layouts_of, places_of, valid, inputs.get("labels"), known)
 
 
 def ids_of(adapter: Adapter, model: Any, embeds: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,8 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
             continue
         prompt, policy, start = request.prompt, request.policies[b], request.answer_starts[b]
         is_vision, layouts, places = prompt.is_vision[b][slots], prompt.layouts[b], prompt.places[b]
-        rows.append(Row(RowInput(b, policy, slots, is_vision, layouts, places, start)))
+        ids = None if prompt.ids is None else prompt.ids[b].index_select(0, slots[slots < prompt.ids.shape[1]])
+        rows.append(Row(RowInput(b, policy, slots, is_vision, layouts, places, start, ids)))
     return rows
 
 

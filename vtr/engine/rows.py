@@ -29,6 +29,7 @@ class RowInput:
         is_vision: bool [n].
         layouts, places: the row's images, in order; empty where the row is treated as text only.
         answer_start: logical slot from which on text was decoded, or given as the answer (it ranks nothing).
+        ids: int64 [n], the row's tokens; None where they are not known.
     """
 
     index: int
@@ -38,6 +39,7 @@ class RowInput:
     layouts: list[Layout]
     places: list[Place]
     answer_start: int
+    ids: torch.Tensor | None = None
 
 
 class TextTokens:

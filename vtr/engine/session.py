@@ -112,6 +112,7 @@ class Session:
         with self.log.clock:
             compression = compress_row(row, embeds, captures)
         compress_features(row, compression, before)
+        self.log.trace.selector_flops += compression.flops
         return compression
 
     def _embeds(self, embeds: torch.Tensor, compressed: dict[int, Compression]) -> torch.Tensor:

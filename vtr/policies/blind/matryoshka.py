@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import avg_pool2d
 
-from vtr.base import Policy, UnsupportedError, Wanted
+from vtr.base import Policy, UnsupportedError
 from vtr.image import Image, Layout, Pooled, arrange, scales
 from vtr.settings import register_policy
 from vtr.shares import NEAR
@@ -85,7 +85,7 @@ class Matryoshka(Policy):
 
     tokens: int | Sequence[int] = 36
 
-    wants: ClassVar[tuple[Wanted, ...]] = ("tiles",)
+    wants: ClassVar[tuple[str, ...]] = ("tiles",)
 
     @classmethod
     def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vtr.base import Policy, Wanted
+from vtr.base import Policy
 from vtr.image import Image, Layout, cell
 from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.settings import register_policy
@@ -34,7 +34,7 @@ class ClsTop(Policy):
 
     keep: Keep = 0.25
 
-    wants: ClassVar[tuple[Wanted, ...]] = ("cls",)
+    wants: ClassVar[tuple[str, ...]] = ("cls",)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

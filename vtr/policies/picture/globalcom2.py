@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.nn.functional import interpolate, normalize
 
-from vtr.base import Policy, UnsupportedError, Wanted
+from vtr.base import Policy, UnsupportedError
 from vtr.checks import check_number
 from vtr.image import Image, Layout, Pooled, remembered, stitch, tokens_at
 from vtr.keep import keep_count
@@ -130,7 +130,7 @@ class GlobalCom2(Policy):
     budget: Literal["paper", "exact"] = "paper"
     temperature: float = 10.0
 
-    wants: ClassVar[tuple[Wanted, ...]] = ("cls",)
+    wants: ClassVar[tuple[str, ...]] = ("cls",)
 
     @classmethod
     def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,414 @@
+"""The vision tower's own parts: its layers, their queries and keys, and what one image's policy reads of them.
+
+A tower's layer says how its tokens look at each other with a norm, two projections and a softmax. These are read off
+the layer and applied to the states that entered it: no attention matrix is built, and no layer runs again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from vtr.base import UnsupportedError
+from vtr.image import Layout, Tower
+
+if TYPE_CHECKING:
+    from vtr.engine.captures import Captures, Place
+
+CLS = ("class_embedding", "cls_token")
+"""What towers with a CLS token call its embedding."""
+LEADING = (*CLS, "register_tokens", "distillation_token")
+"""What towers call the embeddings of all tokens that they put in front of the patches."""
+CHUNK = 2**24
+"""Attention weights that are there at once, where all queries are read."""
+
+
+class Entered(NamedTuple):
+    """What entered one layer of the tower in one run.
+
+    Attributes:
+        states: [tiles, leading + patches, width], or [patches, width] of all images if these have grids of their own.
+        rope: (cos, sin), [patches, head_dim] each; None where queries and keys are not turned.
+        edges: int64 [segments + 1] on the CPU: who attends to whom where states are in one row; None: each image all
+            of its own.
+    """
+
+    states: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    edges: torch.Tensor | None = None
+
+
+def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
+    """What a layer is called with."""
+    states = args[0] if args else kwargs["hidden_states"]
+    edges = kwargs.get("cu_seqlens")
+    if kwargs.get("position_embeddings") is not None and states.dim() == 3:
+        states = states[0]  # Pixtral's images lie one behind the other in a batch of one
+    return Entered(states, kwargs.get("position_embeddings"), None if edges is None else edges.cpu().long())
+
+
+def layers_of(tower: Any) -> Any:
+    """The tower's layers, first to last; empty if it is built otherwise."""
+    model = getattr(tower, "vision_model", tower)
+    encoder = getattr(model, "encoder", None) or getattr(model, "transformer", model)
+    found = (getattr(encoder, name, None) for name in ("layers", "layer", "blocks"))
+    return next((layers for layers in found if layers), ())
+
+
+def has_cls(tower: Any) -> bool:
+    """Whether a vision tower puts a CLS token in front of the patches."""
+    return any(name.rpartition(".")[2] in CLS for name, _ in _embeddings(tower))
+
+
+def leading_tokens(tower: Any) -> int:
+    """How many tokens a vision tower puts in front of the patches: CLS, registers."""
+    return sum(p.numel() // p.shape[-1] for name, p in _embeddings(tower) if name.rpartition(".")[2] in LEADING)
+
+
+def _embeddings(tower: Any) -> list[tuple[str, Any]]:
+    """A tower's parameters by name, without those of a head that pools the patches (its CLS is no token of theirs)."""
+    return [(name, p) for name, p in tower.named_parameters() if "head" not in name.split(".")]
+
+
+# -- one layer's attention ---------------------------------------------------------------------------------------------
+def attention_of(tower: Any, layer: Any) -> tuple[Any, Any]:
+    """(norm before attention, attention) of a layer of the vision tower.
+
+    Raises:
+        UnsupportedError: it is built otherwise.
+    """
+    norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1", "attention_norm")
+                 if (m := getattr(layer, n, None))), None)  # fmt: skip
+    attention = next((m for n in ("self_attn", "attention", "attn") if (m := getattr(layer, n, None))), None)
+    if isinstance(getattr(attention, "qkv", None), nn.Linear) and hasattr(attention, "num_heads"):
+        return norm, Unfused(attention)
+    plain = norm is not None and all(hasattr(attention, name) for name in ("q_proj", "k_proj"))
+    if not plain or heads_of(attention) is None:
+        raise UnsupportedError(
+            f"the layers of {type(tower).__name__} are not built of a norm and q_proj, k_proj, so how its tokens look "
+            "at each other cannot be read: use a policy that needs no scores of the vision tower"
+        )
+    return norm, attention
+
+
+class Unfused:
+    """Query and key projections of an attention module that has one for queries, keys and values together.
+
+    ``q_norm`` and ``k_norm``, where it has them, are over all heads at once (InternViT).
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.num_heads = attention.num_heads
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.q_proj, self.k_proj = (_third(attention.qkv, which) for which in (0, 1))
+
+
+def _third(qkv: Any, which: int) -> Any:
+    """One of three projections in one; where it is only its weights, as a module of its own on their memory."""
+    if not is_plain(qkv, qkv.weight):
+        return lambda x: qkv(x).chunk(3, -1)[which]
+    made = nn.Linear(qkv.in_features, qkv.out_features // 3, qkv.bias is not None, device="meta")
+    made.weight = nn.Parameter(qkv.weight.detach().chunk(3)[which], requires_grad=False)
+    if qkv.bias is not None:
+        made.bias = nn.Parameter(qkv.bias.detach().chunk(3)[which], requires_grad=False)
+    return made
+
+
+def is_plain(projection: Any, x: torch.Tensor) -> bool:
+    """Whether a projection is its weights and nothing else: no adapter, no quantization, nothing that moves them in."""
+    weight = getattr(projection, "weight", None)
+    return type(projection) is nn.Linear and type(weight) is nn.Parameter and weight.device == x.device
+
+
+def is_normed(attention: Any) -> bool:
+    """Whether queries and keys are normed (InternViT of 6B)."""
+    return not isinstance(getattr(attention, "k_norm", None), nn.Identity | None)
+
+
+def heads_of(attention: Any) -> int | None:
+    """How many heads an attention module has, by itself or by its config; None if neither says."""
+    found = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads", None)
+    return found or getattr(getattr(attention, "config", None), "num_attention_heads", None)
+
+
+def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The CLS row of a tower's last layer before the softmax, mean over heads, and the FLOPs it took.
+
+    The mean over heads of q · k / sqrt(head_dim) is one product over the whole width divided by heads · sqrt(head_dim).
+    No attention matrix is built, and the layer does not run again.
+
+    Args:
+        states: [tiles, 1 + patches, width], the last layer's input (``hidden_states[-2]``), CLS in front.
+
+    Returns:
+        float32 [tiles, patches].
+
+    Raises:
+        UnsupportedError: the tower's last layer has no such norm and projections.
+    """
+    layers = layers_of(tower)
+    norm, attention = attention_of(tower, layers[-1] if layers else None)
+    check_not_turned(tower)
+    x = norm(states)
+    tiles, tokens, width = x.shape
+    q = attention.q_proj(x[:, :1])
+    flops = 2 * tiles * width * q.shape[-1]
+    normed = is_normed(attention)
+    if not normed and is_plain(attention.k_proj, x):  # q · (W x + b) = (W' q) · x + q · b: patches need no projection
+        key = attention.k_proj
+        asked = torch.matmul(q.float(), key.weight.float())
+        products = torch.matmul(x[:, 1:].float(), asked.transpose(1, 2))[..., 0]
+        if key.bias is not None:
+            products = products + (q.float() * key.bias.float()).sum(-1)
+        flops += 2 * tiles * width * (q.shape[-1] + tokens - 1)
+    else:
+        k = attention.k_proj(x[:, 1:])
+        q, k = (attention.q_norm(q), attention.k_norm(k)) if normed else (q, k)
+        products = torch.matmul(k.float(), q.float().transpose(1, 2))[..., 0]
+        flops += 2 * tiles * (tokens - 1) * q.shape[-1] * (width + 1)
+    heads: int = heads_of(attention)  # type: ignore[assignment]
+    return products / (heads * (q.shape[-1] // heads) ** 0.5), flops
+
+
+def check_not_turned(tower: Any) -> None:
+    """Raise UnsupportedError if a tower with a CLS token turns queries and keys by where they are."""
+    if any("rope" in name.rpartition(".")[2] for name, _ in tower.named_modules()):
+        raise UnsupportedError(
+            f"{type(tower).__name__} has a CLS token, but turns the queries and keys of its patches by where they are "
+            "(rope), which CLS scores leave out: use a policy that needs none"
+        )
+
+
+def on_grid(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """What patches have, [tiles, patches] or [tiles, patches, channels], as what tokens have, [tiles, h * w, …].
+
+    The mean where a token is made of several patches.
+    """
+    have, tokens = patches.shape[1], grid[0] * grid[1]
+    if have == tokens:
+        return patches
+    height = round(grid[0] * (have / tokens) ** 0.5)
+    flat = patches if patches.dim() == 3 else patches[..., None]
+    cells = adaptive_avg_pool2d(flat.transpose(1, 2).unflatten(2, (height, -1)), grid).flatten(2).transpose(1, 2)
+    return cells if patches.dim() == 3 else cells[..., 0]
+
+
+# -- one image ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class ImageTower(Tower):
+    """What the vision tower has of one image: :class:`vtr.image.Tower` on what hooks have kept."""
+
+    captures: Captures
+    place: Place
+    layout: Layout
+
+    @property
+    def has_cls(self) -> bool:
+        return self.captures.patch.vision.cls
+
+    def hidden_states(self, layer: int | None = None) -> torch.Tensor:
+        return self._patches(self._entered(self._state_index(layer), "hidden_states", layer).states)
+
+    def cls_state(self, layer: int | None = None) -> torch.Tensor:
+        states = self._entered(self._state_index(layer), "hidden_states", layer).states
+        self._check_cls("state")
+        return self._tiles(states)[:, 0]
+
+    @torch.no_grad()
+    def attention_from_cls(self, layer: int | None = None) -> torch.Tensor:
+        self._check_cls("row of attention")
+        return self._once("from_cls", layer, self._from_cls)
+
+    @torch.no_grad()
+    def attention_received(self, layer: int | None = None) -> torch.Tensor:
+        return self._once("received", layer, self._received)
+
+    @torch.no_grad()
+    def keys(self, layer: int | None = None) -> torch.Tensor:
+        return self._projected(layer, "k")
+
+    @torch.no_grad()
+    def cls_query(self, layer: int | None = None) -> torch.Tensor:
+        self._check_cls("query")
+        return self._projected(layer, "q")[:, 0]
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        captures = self.captures
+        if not captures.keeps_projector:
+            raise ValueError('the projector is only there for policies that say so: wants = ("projector",)')
+        was, captures.open = captures.open, False  # its hook is not to take this for the call's own run
+        try:
+            projector = captures.patch.vision.projector
+            out: torch.Tensor = projector(states[None])[0]
+        finally:
+            captures.open = was
+        captures.flops += _linear_flops(projector, len(states))
+        return out
+
+    def final_norm(self, states: torch.Tensor) -> torch.Tensor:
+        tower = self.captures.patch.vision.tower
+        norm = getattr(getattr(tower, "vision_model", tower), "post_layernorm", None)
+        if norm is None:
+            raise UnsupportedError(f"{type(tower).__name__} has no post_layernorm: use a policy that needs none")
+        out: torch.Tensor = norm(states)
+        return out
+
+    # -- attention -------------------------------------------------------------------------------------------------
+    def _from_cls(self, at: Entered, norm: Any, attention: Any) -> torch.Tensor:
+        """float32 [tiles, heads, patches]."""
+        x = norm(self._tiles(at.states))
+        check_not_turned(self.captures.patch.vision.tower)
+        q = self._heads(attention, x[:, :1], "q")[:, 0]
+        tiles, heads, size = q.shape
+        plain = not is_normed(attention) and is_plain(attention.k_proj, x)
+        if plain:  # per head q · (W x + b) = (W' q) · x + q · b: the tokens need no projection
+            key = attention.k_proj
+            asked = torch.einsum("thd,hdc->thc", q.float(), key.weight.float().unflatten(0, (heads, size)))
+            logits = torch.matmul(x.float(), asked.transpose(1, 2)).transpose(1, 2)
+            if key.bias is not None:
+                logits = logits + (q.float() * key.bias.float().view(heads, size)).sum(-1, keepdim=True)
+            self.captures.flops += 2 * tiles * heads * x.shape[-1] * (size + x.shape[1])
+        else:
+            k = self._heads(attention, x, "k")
+            logits = torch.einsum("thd,tnhd->thn", q.float(), k.float())
+            self.captures.flops += 2 * tiles * heads * size * x.shape[1]
+        return (logits / size**0.5).softmax(-1)[..., self._leading :]
+
+    def _received(self, at: Entered, norm: Any, attention: Any) -> torch.Tensor:
+        """float32 [tiles, patches] or, of an image with a grid of its own, [1, patches]."""
+        flat = at.states.dim() == 2
+        first, last = self.captures.span(self.place) if flat else (0, 0)
+        x = norm(at.states[first:last][None] if flat else self._tiles(at.states))
+        q, k = (self._heads(attention, x, which).transpose(1, 2).float() for which in "qk")
+        if at.rope is not None:
+            cos, sin = (t[first:last].float() for t in at.rope)
+            q, k = (t * cos + _turned(t) * sin for t in (q, k))
+        edges = [0, x.shape[1]]
+        if at.edges is not None:
+            edges = sorted({0, x.shape[1], *(int(e) - first for e in at.edges if first < e < last)})
+        spans = list(itertools.pairwise(edges))
+        parts = [_columns(q[:, :, a:b], k[:, :, a:b]) for a, b in spans]
+        self.captures.flops += sum(2 * q[:, :, 0].numel() * (b - a) ** 2 for a, b in spans)
+        return torch.cat(parts, 1)[:, self._leading :]
+
+    def _heads(self, attention: Any, x: torch.Tensor, which: str) -> torch.Tensor:
+        """Queries or keys of tokens [tiles, n, width]: [tiles, n, heads, head_dim]."""
+        made = getattr(attention, f"{which}_proj")(x)
+        self.captures.flops += 2 * x.numel() * made.shape[-1]
+        made = getattr(attention, f"{which}_norm")(made) if is_normed(attention) else made
+        out: torch.Tensor = made.unflatten(-1, (heads_of(attention), -1))
+        return out
+
+    def _projected(self, layer: int | None, which: str) -> torch.Tensor:
+        _, at, norm, attention = self._layer(layer)
+        if at.states.dim() == 2:
+            raise UnsupportedError(
+                f"{type(self.captures.patch.vision.tower).__name__} turns queries and keys by where patches are "
+                "(rope), so they cannot be compared as they are: use another policy"
+            )
+        x = norm(self._tiles(at.states))
+        return self._heads(attention, x[:, :1] if which == "q" else x, which)
+
+    # -- what was kept ---------------------------------------------------------------------------------------------
+    @property
+    def _leading(self) -> int:
+        return self.captures.patch.vision.leading
+
+    def _depth(self) -> int:
+        return len(layers_of(self.captures.patch.vision.tower))
+
+    def _state_index(self, layer: int | None) -> int:
+        """Which of ``hidden_states`` it is, counted from 0."""
+        return state_index(layer, self._depth(), self.captures.features_at)
+
+    def _layer(self, layer: int | None) -> tuple[int, Entered, Any, Any]:
+        index = attention_index(layer, self._depth(), self.captures.features_at)
+        tower = self.captures.patch.vision.tower
+        norm, attention = attention_of(tower, layers_of(tower)[index])
+        return index, self._entered(index, "attentions", layer), norm, attention
+
+    def _entered(self, index: int, kind: str, layer: int | None) -> Entered:
+        want = kind if layer is None else f"{kind}[{layer}]"
+        runs = self.captures.entered.get(index)
+        if runs is None:
+            raise ValueError(f'the tower\'s {want} are only there for policies that say so: wants = ("{want}",)')
+        self.captures.check_ran([run.states for run in runs], "vision tower")
+        return runs[self.place.run]
+
+    def _once(self, what: str, layer: int | None, make: Callable[[Entered, Any, Any], torch.Tensor]) -> torch.Tensor:
+        """Rows that share an image share what is made of it: [tiles, …, h * w] of the image's tokens."""
+        index, at, norm, attention = self._layer(layer)
+        known = self.captures.made
+        if (key := (self.place, what, index)) not in known:
+            found = make(at, norm, attention)
+            lead = found.shape[1:-1]
+            patches = self._ordered(found.flatten(1, -2).transpose(1, 2) if lead else found, at.states.dim() == 2)
+            known[key] = patches.transpose(1, 2).unflatten(1, lead) if lead else patches
+        return known[key].clone()
+
+    def _tiles(self, states: torch.Tensor) -> torch.Tensor:
+        """The image's part of a run, the thumbnail in front: [tiles, leading + patches, width]."""
+        mine = states[self.place.first : self.place.first + self.place.count]
+        return mine.roll(1, 0) if self.layout.thumbnail_last else mine
+
+    def _patches(self, states: torch.Tensor) -> torch.Tensor:
+        """States of a run as those of the image's tokens, [tiles, h * w, width]."""
+        if states.dim() == 2:
+            first, last = self.captures.span(self.place)
+            return self._ordered(states[first:last][None], True)
+        return self._ordered(self._tiles(states)[:, self._leading :], False)
+
+    def _ordered(self, patches: torch.Tensor, flat: bool) -> torch.Tensor:
+        """What patches have, in the tower's order, as what tokens have: the mean where a token is several patches."""
+        if not flat:
+            return on_grid(patches, self.layout.grid)
+        tokens = self.layout.tiles * self.layout.grid[0] * self.layout.grid[1]
+        each = patches[0].unflatten(0, (tokens, -1)).mean(1)
+        order = self.captures.order_of(self.place)
+        each = each if order is None else each.index_select(0, order.to(each.device))
+        return each.unflatten(0, (self.layout.tiles, -1))
+
+    def _check_cls(self, what: str) -> None:
+        if not self.has_cls:
+            raise UnsupportedError(
+                f"{type(self.captures.patch.vision.tower).__name__} has no CLS token, so there is no {what} of one: "
+                "attention_received(layer) is there for every tower"
+            )
+
+
+def state_index(layer: int | None, depth: int, features_at: int) -> int:
+    """Which of ``depth`` + 1 ``hidden_states`` is meant, counted from 0; None: the one the model uses."""
+    at = features_at if layer is None else layer
+    return at if at >= 0 else depth + 1 + at
+
+
+def attention_index(layer: int | None, depth: int, features_at: int) -> int:
+    """Which of ``depth`` layers is meant, counted from 0; None: the one whose output the model uses."""
+    if layer is None:
+        return max(state_index(None, depth, features_at) - 1, 0)
+    return layer if layer >= 0 else depth + layer
+
+
+def _columns(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Attention that each key gets, mean over heads and queries; q, k: [tiles, heads, n, head_dim] → [tiles, n]."""
+    tiles, heads, n, size = q.shape
+    step = max(CHUNK // max(tiles * heads * n, 1), 1)
+    total = q.new_zeros(tiles, n)
+    for some in q.split(step, 2):
+        total += torch.matmul(some, k.transpose(2, 3)).div_(size**0.5).softmax(-1).sum((1, 2))
+    return total / (heads * n)
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def _linear_flops(module: Any, rows: int) -> int:
+    return sum(2 * rows * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

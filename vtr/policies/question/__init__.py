@@ -1,0 +1,1 @@
+"""Policies that look at the picture and the question, before the decoder."""
