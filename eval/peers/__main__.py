@@ -20,6 +20,7 @@ from vtr.eval.peers.driver import Plan, Row, Side, budget_of, calls, compare, fa
 from vtr.eval.report import results
 
 import vtr
+from vtr.settings import policy_class
 
 
 def run(peers: Sequence[Peer], plan: Plan, environments: Path, ours: Side) -> list[Row]:
@@ -128,12 +129,11 @@ def choose(checkout: Path, out: Path, rounds: int, threads: int) -> None:
     from vtr.eval.peers import selectors
 
     torch.set_num_threads(threads)
-    names = sorted(n for n in vtr.list_policies() if vtr.policy_class(n).__module__.startswith(selectors.ROOMS))
+    names = sorted(n for n in vtr.list_policies() if policy_class(n).__module__.startswith(selectors.ROOMS))
     names = [n for n in names if n not in selectors.LEFT_OUT]
     rows = selectors.Contest(midsize.MIDSIZE, checkout, 64, rounds).run(names)
-    results.save(
-        out, "selectors", {"keep": 64, "of": 576, "rounds": rounds, "rows": [asdict(row) for row in rows]}, seed=0
-    )
+    body = {"keep": 64, "of": 576, "rounds": rounds, "rows": [asdict(row) for row in rows]}
+    results.save(out, "selectors", body, seed=0)
     console = Console()
     console.print(selectors.table(rows))
     for row in rows:

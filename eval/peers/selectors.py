@@ -1,9 +1,9 @@
 """How long choosing takes: our policies before the decoder beside AngelSlim's token_compressor, on the same tensors.
 
-One image of 24 × 24 patches goes through a tower as wide as CLIP-L. What it gave (queries and keys of the layer in use,
-projected tokens) is handed to their function and to our policy in turns, in one process; CPU seconds are compared. Their
-functions need torch and a record of these tensors only, so they run in any transformers; their wrappers around whole
-models, which pin old ones, are not run.
+One image of 24 × 24 patches goes through a tower as wide as CLIP-L. What it gave (queries and keys, projected tokens)
+is handed to their function and to our policy in turns, in one process; CPU seconds are compared. Their functions need
+torch and a record of these tensors only, so they run in any transformers; their wrappers around whole models, which pin
+old ones, are not run. Ours also makes queries and keys of the tower's states, which theirs are given.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from vtr.image import Image
 PACKAGE = "angelslim.compressor.token_compressor"
 SIDE, WIDTH, HEADS = 24, 1024, 16
 """Of the tower: patches along a side, width, heads."""
-THEIRS = {
+DEPTH, OBJECT = 4, 1
+"""Layers of the tower, and the one where HiPrune looks for objects."""
+THEIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "divprune": ("algorithm.divprune", "divprune", {}),
-    "hiprune": ("algorithm.hiprune", "hiprune_pruning", {"layer_idx": -2, "object_layer_idx": -2}),
+    "hiprune": ("algorithm.hiprune", "hiprune_pruning", {"object_layer": OBJECT, "last_vit_layer": -2, "alpha": 0.1}),
     "scope": ("algorithm.scope", "scope_pruning", {"layer_idx": -2}),
     "visionzip": ("algorithm.visionzip", "visionzip", {"layer_idx": -2}),
     "vispruner": ("algorithm.vispruner", "vispruner_pruning", {"layer_idx": -2}),
@@ -81,12 +84,12 @@ def load(folder: Path, name: str) -> Any:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def build(size: midsize.Size, depth: int = 4) -> Any:
-    """A LLaVA-1.5 with a tower of CLIP-L's width and ``depth`` layers, random weights, patched."""
+def build(size: midsize.Size) -> Any:
+    """A LLaVA-1.5 with a tower of CLIP-L's width, random weights, patched."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=depth, num_attention_heads=HEADS,
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
         image_size=SIDE * midsize.PATCH, patch_size=midsize.PATCH,
     )  # fmt: skip
     text = LlamaConfig(
@@ -136,13 +139,16 @@ class Contest:
     def __init__(self, size: midsize.Size, checkout: Path | None, keep: int, rounds: int) -> None:
         self.model, self.size, self.checkout = build(size), size, checkout
         self.keep, self.rounds = keep, rounds
-        self.seen: dict[str, list[torch.Tensor]] = {"q": [], "k": []}
-        attention = self.model.model.vision_tower.encoder.layers[-2].self_attn
-        for which, found in self.seen.items():
-            getattr(attention, f"{which}_proj").register_forward_hook(lambda m, a, out, found=found: found.append(out))
+        self.seen: dict[tuple[str, int], torch.Tensor] = {}
+        for i, layer in enumerate(self.model.model.vision_tower.encoder.layers):
+            for which in "qk":
+                getattr(layer.self_attn, f"{which}_proj").register_forward_hook(partial(self._note, (which, i)))
         self.inputs = midsize.prompts(
             self.model, midsize.Size(**{**asdict(size), "side": SIDE}), [(1, size.text_tokens)]
         )
+
+    def _note(self, key: tuple[str, int], module: Any, args: Any, out: torch.Tensor) -> None:
+        self.seen.setdefault(key, out.unflatten(-1, (HEADS, -1)).transpose(1, 2))
 
     @torch.no_grad()
     def run(self, policies: Sequence[str]) -> list[Row]:
@@ -168,14 +174,15 @@ class Contest:
     def _context(self, image: Image) -> Any:
         """Their record of what the model gave."""
         record = load(self.checkout, "base.context")  # type: ignore[arg-type]
-        q, k = (found[-1].unflatten(-1, (HEADS, -1)).transpose(1, 2) for found in self.seen.values())
         ids = self.inputs["input_ids"]
         embeds = self.model.get_input_embeddings()(ids).clone()
         embeds[ids == midsize.IMAGE_ID] = image.features
         config = {"model_type": "llava", "image_token_index": midsize.IMAGE_ID}
         context = record.PruningContext(input_ids=ids, inputs_embeds=embeds, model_config=config)
-        context.vit_layer_num = depth = len(self.model.model.vision_tower.encoder.layers)
-        context.vit_q[depth - 2], context.vit_k[depth - 2] = q, k
+        context.vit_layer_num, context.spatial_merge_size = DEPTH, 1
+        context.image_grid_thw = torch.tensor([[1, SIDE, SIDE]])
+        for (which, layer), states in self.seen.items():
+            getattr(context, f"vit_{which}")[layer] = states
         return context
 
     def _row(self, name: str, policy: vtr.Policy, image: Image, context: Any) -> Row:
@@ -186,12 +193,12 @@ class Contest:
         kept = ours()
         if context is None or name not in THEIRS:
             return Row(policy.spec, statistics.median(seconds(ours) for _ in range(self.rounds)) * 1e3, 0.0)
-        module, function, settings = THEIRS[name]
-        count = len(image)
+        module, called, settings = THEIRS[name]
+        assert self.checkout is not None
+        function, count = getattr(load(self.checkout, module), called), len(image)
 
         def theirs() -> Any:
-            chosen = getattr(load(self.checkout, module), function)  # type: ignore[arg-type]
-            return chosen(context, ratio=1 - self.keep / count, **settings)
+            return function(context, ratio=1 - self.keep / count, **settings)
 
         try:
             mask = theirs()
