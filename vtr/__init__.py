@@ -20,6 +20,7 @@ from vtr.policies import (
     AutoScale,
     ClsTop,
     DynamicLLaVA,
+    FasterVLM,
     FastV,
     GlobalCom2,
     GSearch,
@@ -29,6 +30,7 @@ from vtr.policies import (
     Pyramid,
     Random,
     UniformGrid,
+    VisPruner,
 )
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
@@ -41,6 +43,7 @@ __all__ = [
     "ClsTop",
     "DynamicLLaVA",
     "FastV",
+    "FasterVLM",
     "GSearch",
     "GlobalCom2",
     "Image",
@@ -59,6 +62,7 @@ __all__ = [
     "Tokens",
     "UniformGrid",
     "UnsupportedError",
+    "VisPruner",
     "at_budget",
     "chat",
     "keep_count",

@@ -14,7 +14,9 @@ from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
+from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
+from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
@@ -24,6 +26,7 @@ __all__ = [
     "ClsTop",
     "DynamicLLaVA",
     "FastV",
+    "FasterVLM",
     "GSearch",
     "GlobalCom2",
     "Matryoshka",
@@ -32,6 +35,7 @@ __all__ = [
     "Pyramid",
     "Random",
     "UniformGrid",
+    "VisPruner",
 ]
 
 for _file in pkgutil.walk_packages(__path__, f"{__name__}."):
