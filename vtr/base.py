@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
-from vtr.image import Image, Layout, Pooled
+from vtr.image import Image, Layer, Layout, Pooled
 from vtr.keep import top
 from vtr.settings import Settings, policy_class
 from vtr.shares import one_cut, ratio
@@ -37,15 +37,18 @@ WANTED = ("tiles", "cls", "hidden_states", "attentions", "cls_token", "projector
 
 ``"tiles"``: ``Image.tiles``. ``"cls"``: ``Image.cls_attention()``. ``"hidden_states"``, ``"attentions"``: what
 ``Image.tower`` has of the layer whose output the model uses; ``"hidden_states[3]"``, ``"attentions[-1]"``: of another,
-counted as transformers counts them. ``"cls_token"``: towers without one are refused. ``"projector"``:
-``Image.tower.project``. ``"question"``: ``Image.question`` (the class then says ``question_guided = True``)."""
-_TOWER = re.compile(r"(hidden_states|attentions)(?:\[(-?\d{1,3})\])?")
+counted as transformers counts them; ``"attentions[0.375]"``: of the one at this share of the depth. ``"cls_token"``:
+towers without one are refused. ``"projector"``: ``Image.tower.project``. ``"question"``: ``Image.question`` (the class
+then says ``question_guided = True``)."""
+_TOWER = re.compile(r"(hidden_states|attentions)(?:\[(-?\d{1,3}|0\.\d+|1\.0)\])?")
 
 
-def tower_wish(wish: str) -> tuple[str, int | None] | None:
+def tower_wish(wish: str) -> tuple[str, Layer] | None:
     """``"attentions[-2]"`` as ("attentions", -2), ``"attentions"`` as ("attentions", None); None for other wishes."""
     match = _TOWER.fullmatch(wish)
-    return None if match is None else (match[1], None if match[2] is None else int(match[2]))
+    if match is None or match[2] is None:
+        return None if match is None else (match[1], None)
+    return match[1], float(match[2]) if "." in match[2] else int(match[2])
 
 
 Scores = Literal["last", "text", "last-max", "text-max"]

@@ -85,12 +85,17 @@ class Layout:
         return self.has_all_patches
 
 
+Layer = int | float | None
+"""Which layer of a vision tower: see :class:`Tower`."""
+
+
 class Tower(ABC):
     """What the vision tower has of one image. Tiles are in the layout's order (0 the thumbnail), tokens row by row.
 
     Layers are counted as transformers counts ``hidden_states`` (0 enters the first layer, −1 leaves the last) and
     ``attentions`` (0 the first layer, −1 the last). None is the layer whose output the model uses: with LLaVA's
     ``vision_feature_layer=-2``, ``hidden_states[-2]``, and the attention of the layer that made it, ``attentions[-2]``.
+    A float in (0, 1] is a share of the depth: 0.375 of 24 layers is the ninth, ``attentions[8]``, and what leaves it.
     Where a token is made of several patches (pixel shuffle, mergers), it has their mean.
 
     All of it is there only for policies whose ``wants`` name it.
@@ -102,11 +107,11 @@ class Tower(ABC):
         """Whether the tower puts a CLS token in front of the patches (CLIP, InternViT)."""
 
     @abstractmethod
-    def hidden_states(self, layer: int | None = None) -> torch.Tensor:
+    def hidden_states(self, layer: Layer = None) -> torch.Tensor:
         """[tiles, h * w, width]: the states of the patches, before the projector. Gradients flow."""
 
     @abstractmethod
-    def cls_state(self, layer: int | None = None) -> torch.Tensor:
+    def cls_state(self, layer: Layer = None) -> torch.Tensor:
         """[tiles, width]: the state of the CLS token.
 
         Raises:
@@ -114,7 +119,7 @@ class Tower(ABC):
         """
 
     @abstractmethod
-    def attention_from_cls(self, layer: int | None = None) -> torch.Tensor:
+    def attention_from_cls(self, layer: Layer = None) -> torch.Tensor:
         """float32 [tiles, heads, h * w]: the CLS query's attention after the softmax over all tokens, CLS included.
 
         Raises:
@@ -122,15 +127,15 @@ class Tower(ABC):
         """
 
     @abstractmethod
-    def attention_received(self, layer: int | None = None) -> torch.Tensor:
+    def attention_received(self, layer: Layer = None) -> torch.Tensor:
         """float32 [tiles, h * w]: attention that each patch gets, mean over heads and all queries (CLS included)."""
 
     @abstractmethod
-    def keys(self, layer: int | None = None) -> torch.Tensor:
+    def keys(self, layer: Layer = None) -> torch.Tensor:
         """[tiles, leading + patches, heads, head_dim]: the keys of all tokens, CLS in front, bias included."""
 
     @abstractmethod
-    def cls_query(self, layer: int | None = None) -> torch.Tensor:
+    def cls_query(self, layer: Layer = None) -> torch.Tensor:
         """[tiles, heads, head_dim]: the query of the CLS token, bias included, not scaled.
 
         Raises:

@@ -7,6 +7,7 @@ the layer and applied to the states that entered it: no attention matrix is buil
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtr.base import UnsupportedError
-from vtr.image import Layout, Tower
+from vtr.image import Layer, Layout, Tower
 
 if TYPE_CHECKING:
     from vtr.engine.captures import Captures, Place
@@ -212,29 +213,29 @@ class ImageTower(Tower):
     def has_cls(self) -> bool:
         return self.captures.patch.vision.cls
 
-    def hidden_states(self, layer: int | None = None) -> torch.Tensor:
+    def hidden_states(self, layer: Layer = None) -> torch.Tensor:
         return self._patches(self._entered(self._state_index(layer), "hidden_states", layer).states)
 
-    def cls_state(self, layer: int | None = None) -> torch.Tensor:
+    def cls_state(self, layer: Layer = None) -> torch.Tensor:
         states = self._entered(self._state_index(layer), "hidden_states", layer).states
         self._check_cls("state")
         return self._tiles(states)[:, 0]
 
     @torch.no_grad()
-    def attention_from_cls(self, layer: int | None = None) -> torch.Tensor:
+    def attention_from_cls(self, layer: Layer = None) -> torch.Tensor:
         self._check_cls("row of attention")
         return self._once("from_cls", layer, self._from_cls)
 
     @torch.no_grad()
-    def attention_received(self, layer: int | None = None) -> torch.Tensor:
+    def attention_received(self, layer: Layer = None) -> torch.Tensor:
         return self._once("received", layer, self._received)
 
     @torch.no_grad()
-    def keys(self, layer: int | None = None) -> torch.Tensor:
+    def keys(self, layer: Layer = None) -> torch.Tensor:
         return self._projected(layer, "k")
 
     @torch.no_grad()
-    def cls_query(self, layer: int | None = None) -> torch.Tensor:
+    def cls_query(self, layer: Layer = None) -> torch.Tensor:
         self._check_cls("query")
         return self._projected(layer, "q")[:, 0]
 
@@ -305,7 +306,7 @@ class ImageTower(Tower):
         out: torch.Tensor = made.unflatten(-1, (heads_of(attention), -1))
         return out
 
-    def _projected(self, layer: int | None, which: str) -> torch.Tensor:
+    def _projected(self, layer: Layer, which: str) -> torch.Tensor:
         _, at, norm, attention = self._layer(layer)
         if at.states.dim() == 2:
             raise UnsupportedError(
@@ -323,17 +324,17 @@ class ImageTower(Tower):
     def _depth(self) -> int:
         return len(layers_of(self.captures.patch.vision.tower))
 
-    def _state_index(self, layer: int | None) -> int:
+    def _state_index(self, layer: Layer) -> int:
         """Which of ``hidden_states`` it is, counted from 0."""
         return state_index(layer, self._depth(), self.captures.features_at)
 
-    def _layer(self, layer: int | None) -> tuple[int, Entered, Any, Any]:
+    def _layer(self, layer: Layer) -> tuple[int, Entered, Any, Any]:
         index = attention_index(layer, self._depth(), self.captures.features_at)
         tower = self.captures.patch.vision.tower
         norm, attention = attention_of(tower, layers_of(tower)[index])
         return index, self._entered(index, "attentions", layer), norm, attention
 
-    def _entered(self, index: int, kind: str, layer: int | None) -> Entered:
+    def _entered(self, index: int, kind: str, layer: Layer) -> Entered:
         want = kind if layer is None else f"{kind}[{layer}]"
         runs = self.captures.entered.get(index)
         if runs is None:
@@ -341,7 +342,7 @@ class ImageTower(Tower):
         self.captures.check_ran([run.states for run in runs], "vision tower")
         return runs[self.place.run]
 
-    def _once(self, what: str, layer: int | None, make: Callable[[Entered, Any, Any], torch.Tensor]) -> torch.Tensor:
+    def _once(self, what: str, layer: Layer, make: Callable[[Entered, Any, Any], torch.Tensor]) -> torch.Tensor:
         """Rows that share an image share what is made of it: [tiles, …, h * w] of the image's tokens."""
         index, at, norm, attention = self._layer(layer)
         known = self.captures.made
@@ -382,16 +383,18 @@ class ImageTower(Tower):
             )
 
 
-def state_index(layer: int | None, depth: int, features_at: int) -> int:
+def state_index(layer: Layer, depth: int, features_at: int) -> int:
     """Which of ``depth`` + 1 ``hidden_states`` is meant, counted from 0; None: the one the model uses."""
+    if isinstance(layer, float):
+        return max(math.ceil(layer * depth - 1e-9), 1)
     at = features_at if layer is None else layer
     return at if at >= 0 else depth + 1 + at
 
 
-def attention_index(layer: int | None, depth: int, features_at: int) -> int:
+def attention_index(layer: Layer, depth: int, features_at: int) -> int:
     """Which of ``depth`` layers is meant, counted from 0; None: the one whose output the model uses."""
-    if layer is None:
-        return max(state_index(None, depth, features_at) - 1, 0)
+    if layer is None or isinstance(layer, float):
+        return max(state_index(layer, depth, features_at) - 1, 0)
     return layer if layer >= 0 else depth + layer
 
 

@@ -16,6 +16,7 @@ from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
+from vtr.policies.picture.hiprune import HiPrune
 from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
@@ -29,6 +30,7 @@ __all__ = [
     "FasterVLM",
     "GSearch",
     "GlobalCom2",
+    "HiPrune",
     "Matryoshka",
     "PMoD",
     "Pool",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from vtr.image import Tower
+from vtr.image import Layer, Tower
 
 
-def saliency(tower: Tower | None, layer: int | None = None, without_cls: int | None = None) -> torch.Tensor:
+def saliency(tower: Tower | None, layer: Layer = None, without_cls: Layer = None) -> torch.Tensor:
     """float32 [tiles, h * w]: attention after the softmax, mean over heads.
 
     It is what the CLS token pays in ``layer``; in a tower without CLS token, what a patch gets of all queries in layer
