@@ -17,6 +17,7 @@ from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.hiprune import HiPrune
+from vtr.policies.picture.holov import HoloV
 from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
@@ -31,6 +32,7 @@ __all__ = [
     "GSearch",
     "GlobalCom2",
     "HiPrune",
+    "HoloV",
     "Matryoshka",
     "PMoD",
     "Pool",

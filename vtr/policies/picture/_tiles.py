@@ -130,3 +130,15 @@ def first_of(picks: torch.Tensor, counts: list[int], n: int) -> torch.Tensor:
     stays = torch.arange(picks.shape[1]) < torch.tensor(counts)[:, None]
     chosen = torch.zeros(len(picks), n, dtype=torch.bool, device=picks.device)
     return chosen.scatter(1, picks, stays.to(picks.device, non_blocking=True))
+
+
+def first_of_groups(order: torch.Tensor, group: torch.Tensor, quotas: torch.Tensor) -> torch.Tensor:
+    """int64 [k]: of each group so many of its members as ``quotas`` ([groups]) says, group by group.
+
+    Args:
+        order: int64 [n], all members, best first. group: int64 [n], the group of each member.
+    """
+    order = order[group[order].argsort(stable=True)]
+    sizes, mine = group.bincount(minlength=len(quotas)), group[order]
+    place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[mine]
+    return order[place < quotas[mine]]
