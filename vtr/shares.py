@@ -1,4 +1,4 @@
-"""A mean budget (the share of vision tokens that enters a layer, in the mean over layers) as cuts: the arithmetic."""
+"""A mean budget (the share of vision tokens that enters a layer, in the mean over layers) as cuts; a total divided."""
 
 from __future__ import annotations
 
@@ -53,3 +53,27 @@ def nearest_side(share: float, side: int) -> int:
     """The side of the square with a share of ``side`` × ``side`` tokens nearest to this one, at least 1."""
     exact = side * math.sqrt(share)
     return max(min((math.floor(exact), math.ceil(exact)), key=lambda s: abs((s / side) ** 2 - share)), 1)
+
+
+def apportion(shares: list[float], capacities: list[int], total: int) -> list[int]:
+    """Whole counts that add up to ``total``, as near to ``shares`` (scaled to that sum) as whole numbers come.
+
+    No count exceeds its capacity; what a full crop cannot take, the others share. Largest remainders are rounded up
+    first, the earlier crop among equal ones. ``total`` must not exceed the capacities' sum.
+    """
+    counts, scale = [0] * len(shares), 0.0
+    unfilled = [j for j, n in enumerate(capacities) if n]
+    while unfilled:
+        scale = (total - sum(counts)) / sum(shares[j] for j in unfilled)
+        full = [j for j in unfilled if shares[j] * scale >= capacities[j]]
+        if not full:
+            break
+        for j in full:
+            counts[j] = capacities[j]
+        unfilled = [j for j in unfilled if j not in full]
+    for j in unfilled:
+        counts[j] = math.floor(shares[j] * scale)
+    by_rest = sorted(unfilled, key=lambda j: (counts[j] - shares[j] * scale, j))
+    for j in by_rest[: total - sum(counts)]:
+        counts[j] += 1
+    return counts

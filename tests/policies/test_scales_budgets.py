@@ -19,7 +19,8 @@ from vtr.integrations.llava_onevision import anyres_max_layout, frames_layout
 import vtr
 from vtr.image import Image, Layout, arrange, scales
 from vtr.policies.blind.matryoshka import made_of, pool
-from vtr.policies.picture.globalcom2 import apportion, crops_of
+from vtr.policies.picture.globalcom2 import crops_of
+from vtr.shares import apportion
 
 M, G = vtr.Matryoshka, vtr.GlobalCom2
 

@@ -17,6 +17,7 @@ from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.hiprune import HiPrune
+from vtr.policies.picture.hired import HiRED
 from vtr.policies.picture.holov import HoloV
 from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.trained.autoscale import AutoScale
@@ -32,6 +33,7 @@ __all__ = [
     "GSearch",
     "GlobalCom2",
     "HiPrune",
+    "HiRED",
     "HoloV",
     "Matryoshka",
     "PMoD",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from vtr.checks import check_number
 from vtr.image import Image, Layout, Pooled, remembered, stitch, tokens_at
 from vtr.keep import keep_count
 from vtr.settings import register_policy
-from vtr.shares import ratio
+from vtr.shares import apportion, ratio
 
 TINIEST = 1e-9
 """Of no picture does a smaller share keep a whole token."""
@@ -69,30 +68,6 @@ def ratios(thumbnail: torch.Tensor, crops: Crops, retention: float, temperature:
     weights = ((sums - sums.max()) / temperature).exp()
     weights = weights / (weights.sum() + 1e-8)
     return (retention * (1 + weights - weights.mean())).clamp(max=1.0).tolist()
-
-
-def apportion(shares: list[float], capacities: list[int], total: int) -> list[int]:
-    """Whole counts that add up to ``total``, as near to ``shares`` (scaled to that sum) as whole numbers come.
-
-    No count exceeds its capacity; what a full crop cannot take, the others share. Largest remainders are rounded up
-    first, the earlier crop among equal ones. ``total`` must not exceed the capacities' sum.
-    """
-    counts, scale = [0] * len(shares), 0.0
-    unfilled = [j for j, n in enumerate(capacities) if n]
-    while unfilled:
-        scale = (total - sum(counts)) / sum(shares[j] for j in unfilled)
-        full = [j for j in unfilled if shares[j] * scale >= capacities[j]]
-        if not full:
-            break
-        for j in full:
-            counts[j] = capacities[j]
-        unfilled = [j for j in unfilled if j not in full]
-    for j in unfilled:
-        counts[j] = math.floor(shares[j] * scale)
-    by_rest = sorted(unfilled, key=lambda j: (counts[j] - shares[j] * scale, j))
-    for j in by_rest[: total - sum(counts)]:
-        counts[j] += 1
-    return counts
 
 
 def best(scores: torch.Tensor, k: int) -> torch.Tensor:
