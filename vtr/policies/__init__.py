@@ -19,6 +19,7 @@ from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.hiprune import HiPrune
 from vtr.policies.picture.hired import HiRED
 from vtr.policies.picture.holov import HoloV
+from vtr.policies.picture.prunesid import PruneSID
 from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
@@ -38,6 +39,7 @@ __all__ = [
     "Matryoshka",
     "PMoD",
     "Pool",
+    "PruneSID",
     "Pyramid",
     "Random",
     "UniformGrid",
