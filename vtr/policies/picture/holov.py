@@ -74,7 +74,8 @@ def holistic(features: torch.Tensor, attention: torch.Tensor, sizes: list[int], 
     spread = (alike - alike.sum(2, keepdim=True) / others[..., None]) * (real[:, None] & real[..., None])
     variance = spread.square().sum(2) / others * (size > 1)
     gamma = a.sum(1, keepdim=True) / size / (variance.sum(1, keepdim=True) / size + EPS)
-    return (a + alpha * gamma * variance)[real]
+    score: torch.Tensor = a + alpha * gamma * variance
+    return score[real]
 
 
 @register_policy("holov")

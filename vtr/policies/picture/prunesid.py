@@ -26,7 +26,7 @@ def loadings(states: torch.Tensor, there: torch.Tensor, groups: int) -> torch.Te
     values = states.sigmoid()
     values = (values - values.mean(2, keepdim=True)) * there[..., None]
     products = values @ values.transpose(1, 2)
-    vectors = torch.linalg.eigh(products if products.is_cuda else products.cpu()).eigenvectors  # (MPS has none)
+    vectors: torch.Tensor = torch.linalg.eigh(products if products.is_cuda else products.cpu())[1]  # (MPS has none)
     return vectors.flip(2)[:, :, :groups].abs()
 
 
