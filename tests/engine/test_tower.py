@@ -272,6 +272,21 @@ def test_what_is_not_there_says_so(kind: str, policy: vtr.Policy, says: str) -> 
         forward(models.patched, models.inputs(), policy=policy)
 
 
+def test_a_layer_may_be_named_by_its_share_of_the_depth() -> None:
+    """0.5 of three layers is the second, and what leaves it; 1.0 the last."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def read(tower: Any) -> None:
+        seen.append((tower.hidden_states(0.5), tower.hidden_states(2)))
+        seen.append((tower.attention_received(0.5), tower.attention_received(1)))
+        seen.append((tower.attention_from_cls(1.0), tower.attention_from_cls(-1)))
+
+    wants = ("hidden_states[0.5]", "hidden_states[2]", "attentions[0.5]", "attentions[1]", "attentions[1.0]")
+    models = Models.from_family(KINDS["llava"])
+    forward(models.patched, models.inputs(), policy=looking(*wants, "attentions[-1]", read=read))
+    assert seen and all(torch.equal(share, number) for share, number in seen)
+
+
 def test_nothing_is_kept_that_no_row_wants() -> None:
     """No hook before a policy asks; afterwards none that outlives unpatch, and no state that outlives the call."""
     models = Models.from_family(KINDS["llava"])
