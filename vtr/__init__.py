@@ -19,6 +19,7 @@ from vtr.keep import keep_count, top
 from vtr.policies import (
     AutoScale,
     ClsTop,
+    DivPrune,
     DynamicLLaVA,
     FastV,
     GlobalCom2,
@@ -39,6 +40,7 @@ __all__ = [
     "Best",
     "Chain",
     "ClsTop",
+    "DivPrune",
     "DynamicLLaVA",
     "FastV",
     "GSearch",

@@ -14,6 +14,7 @@ from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
+from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
@@ -22,6 +23,7 @@ from vtr.policies.trained.pmod import PMoD
 __all__ = [
     "AutoScale",
     "ClsTop",
+    "DivPrune",
     "DynamicLLaVA",
     "FastV",
     "GSearch",
