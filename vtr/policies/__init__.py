@@ -16,11 +16,13 @@ from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.globalcom2 import GlobalCom2
+from vtr.policies.picture.mmr import MMR
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
+    "MMR",
     "AutoScale",
     "ClsTop",
     "DivPrune",
