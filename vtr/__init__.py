@@ -30,6 +30,7 @@ from vtr.policies import (
     Pool,
     Pyramid,
     Random,
+    Scope,
     UniformGrid,
 )
 from vtr.schedule import Schedule
@@ -58,6 +59,7 @@ __all__ = [
     "Report",
     "Route",
     "Schedule",
+    "Scope",
     "ScorePolicy",
     "Token",
     "Tokens",

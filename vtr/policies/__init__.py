@@ -17,6 +17,7 @@ from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.mmr import MMR
+from vtr.policies.picture.scope import Scope
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
@@ -35,6 +36,7 @@ __all__ = [
     "Pool",
     "Pyramid",
     "Random",
+    "Scope",
     "UniformGrid",
 ]
 
