@@ -19,6 +19,7 @@ from vtr.keep import keep_count, top
 from vtr.policies import (
     MMR,
     AutoScale,
+    CDPruner,
     ClsTop,
     DivPrune,
     DynamicLLaVA,
@@ -42,6 +43,7 @@ __all__ = [
     "MMR",
     "AutoScale",
     "Best",
+    "CDPruner",
     "Chain",
     "ClsTop",
     "DivPrune",

@@ -18,6 +18,7 @@ from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.mmr import MMR
 from vtr.policies.picture.scope import Scope
+from vtr.policies.question.cdpruner import CDPruner
 from vtr.policies.question.mmtok import MMTok
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
@@ -26,6 +27,7 @@ from vtr.policies.trained.pmod import PMoD
 __all__ = [
     "MMR",
     "AutoScale",
+    "CDPruner",
     "ClsTop",
     "DivPrune",
     "DynamicLLaVA",
