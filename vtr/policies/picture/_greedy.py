@@ -132,7 +132,7 @@ def marginal(
     bar = barred(there, importance)
     if not count:
         return torch.empty(len(units), 0, dtype=torch.int64, device=units.device), 0
-    row, flops = cosines(units, count - min(parallel, count))
+    row, flops = cosines(units, count - 1 - (count - 1) % parallel)  # all but the last ones chosen are asked about
     scores, weighed = importance + bar, trade * importance + bar
     near, picks, left = torch.full_like(scores, -2.0), [], count
     while left:
