@@ -66,7 +66,7 @@ def test_the_port(case: dict[str, Any]) -> None:
 
 def layout_of(case: dict[str, Any]) -> Layout:
     side = case["side"]
-    if case["grid_wh"] is None:
+    if case["tiles"] == 1:
         return tile_layout(side, side)
     (width, height), (across, down) = case["image_size_wh"], case["grid_wh"]
     if case["merge"] == "spatial":

@@ -37,7 +37,7 @@ def test_picks(case: dict[str, Any]) -> None:
         there[tile, out] = False
     picks, _ = covering(table, case["k"], there)
     assert picks.sort(1).values.tolist() == UNIT[f"{name}.picks_sorted"].tolist()
-    if case["path"] != "pass":
+    if case["path"] != "pass" and case["float64_same"]:
         assert picks.tolist() == UNIT[f"{name}.picks_in_order_float64"].tolist()
     if case["padding"]:
         return

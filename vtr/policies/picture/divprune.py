@@ -50,6 +50,7 @@ class DivPrune(Poolwise):
             return min(max(round(self.keep * n), int(self.keep > 0)), n)
         return super().count(n)
 
+    @torch.no_grad()
     def choose(self, images: Sequence[Image], candidates: list[torch.Tensor], count: int) -> torch.Tensor:
         picks, flops = farthest(unit(features_of(images, candidates))[None], count)
         images[0].flops += flops

@@ -54,6 +54,7 @@ class MMR(Poolwise):
             raise ValueError(f"trade={self.trade} must lie in [0, 1]: 1 is importance alone, 0 diversity")
         check_count(self.parallel, "parallel", 1, 2**20)
 
+    @torch.no_grad()
     def choose(self, images: Sequence[Image], candidates: list[torch.Tensor], count: int) -> torch.Tensor:
         scores = []
         for image, some in zip(images, candidates, strict=True):
