@@ -83,6 +83,7 @@ def test_picks(case: dict[str, Any]) -> None:
     policy, image = given(UNIT, name, count, frames(tiles, n))
     units, relevance = unit(UNIT[f"{name}.features"]), policy.relevance_of(image, None)
     close(relevance, UNIT[f"{name}.relevance"])
+    assert (relevance > 0).all()
     close((units * units).sum(-1) * relevance**2, UNIT[f"{name}.kernel_diagonal"])
     if f"{name}.kernel" in UNIT:
         alike = units @ units.transpose(1, 2)
@@ -251,7 +252,7 @@ def test_the_tower_is_no_setting(checkpoint: Path, tmp_path: Path) -> None:
     assert vtr.Policy.from_pretrained(tmp_path) == policy
 
 
-def test_the_tower_that_a_setting_names(checkpoint: Path) -> None:
+def test_the_tower_that_a_setting_names(checkpoint: Path, tmp_path: Path) -> None:
     named = CDPruner(6, text_tower=str(checkpoint), question="ab")
     assert vtr.policy(named.spec) == named and named.asks_clip
     again = dataclasses.replace(named, question="cd")
@@ -261,6 +262,9 @@ def test_the_tower_that_a_setting_names(checkpoint: Path) -> None:
     assert CDPruner.names_file(named.config()) and not CDPruner.names_file(CDPruner(6).config())
     with pytest.raises(ValueError, match="name another file"):
         settings.check_names_no_file("cdpruner", named.config())
+    with pytest.raises(ValueError, match="call load_text_tower after loading"):
+        named.save_pretrained(tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
     with pytest.raises(OSError, match="no-such-clip"):
         CDPruner(6, text_tower="./no-such-clip")
 
