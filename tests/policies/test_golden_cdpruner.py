@@ -81,7 +81,8 @@ def given(values: dict[str, Tensor], name: str, keep: int, layout: Layout, **oth
 def test_picks(case: dict[str, Any]) -> None:
     name, tiles, n, count = case["case"], case["B"], case["N"], case["T"]
     policy, image = given(UNIT, name, count, frames(tiles, n))
-    units, relevance = unit(UNIT[f"{name}.features"]), policy.relevance_of(image, None)
+    units = unit(UNIT[f"{name}.features"])
+    relevance = policy.relevance_of(image, units, None)
     close(relevance, UNIT[f"{name}.relevance"])
     assert (relevance > 0).all()
     close((units * units).sum(-1) * relevance**2, UNIT[f"{name}.kernel_diagonal"])

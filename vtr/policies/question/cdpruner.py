@@ -17,11 +17,12 @@ from vtr.policies.question._clip_text import ClipGuided
 from vtr.settings import register_policy
 
 
-def likeness(features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """float32 [tiles, n]: the mean cosine of features [tiles, n, width] with texts [m, width]; 0 without any."""
+def likeness(units: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """float32 [tiles, n]: the mean cosine of ``units`` [tiles, n, width], of length 1, with texts [m, width]; 0 without
+    any."""
     if not len(texts):
-        return features.new_zeros(features.shape[:2], dtype=torch.float32)
-    return torch.matmul(unit(features), unit(texts).mean(0)[:, None])[..., 0]
+        return torch.zeros_like(units[..., 0])
+    return torch.matmul(units, unit(texts).mean(0)[:, None])[..., 0]
 
 
 def scaled(goal: torch.Tensor, floor: float, there: torch.Tensor | None = None) -> torch.Tensor:
@@ -89,17 +90,20 @@ class CDPruner(Tilewise, ClipGuided):
         return ("tiles", "question", *(("hidden_states",) if self.asks_clip else ()))
 
     @torch.no_grad()
-    def relevance_of(self, image: Image, there: torch.Tensor | None) -> torch.Tensor:
-        """float32 [tiles, n], above or equal 0: how much each token has to do with the question."""
-        assert image.tiles is not None
+    def relevance_of(self, image: Image, units: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
+        """float32 [tiles, n], at least 0: how much each token has to do with the question.
+
+        Args:
+            units: the image's tiles, every token of length 1.
+        """
         clip, theta = self.asks_clip, self.theta
         if clip:
             r = scaled(self._unlike_the_question(image), 1e-6, there)
         else:
             self._tell()
             assert image.question is not None
-            r = scaled(likeness(image.tiles, image.question), 0.0, there)
-            image.flops += 2 * r.numel() * image.tiles.shape[-1] * bool(len(image.question))
+            r = scaled(likeness(units, image.question), 0.0, there)
+            image.flops += 2 * units.numel() * bool(len(image.question))
             theta = 0.5 if theta is None else theta
         if theta is None:
             return r
@@ -117,7 +121,7 @@ class CDPruner(Tilewise, ClipGuided):
         before = clip.flops
         patches = clip.project(tower.final_norm(tower.hidden_states()))
         segments: Literal["official", "whole"] = "official" if self.placement == "official" else "whole"
-        goal = -likeness(patches, clip.embed(clip.question(image, self.question), segments, patches.device))
+        goal = -likeness(unit(patches), clip.embed(clip.question(image, self.question), segments, patches.device))
         image.flops += clip.flops - before + 2 * patches.numel()
         return goal
 
@@ -135,7 +139,7 @@ class CDPruner(Tilewise, ClipGuided):
     @torch.no_grad()
     def choose(self, image: Image, counts: list[int], there: torch.Tensor) -> torch.Tensor:
         assert image.tiles is not None
-        some = only(there)
-        picks, flops = determinant(unit(image.tiles), self.relevance_of(image, some), max(counts), some)
+        some, units = only(there), unit(image.tiles)
+        picks, flops = determinant(units, self.relevance_of(image, units, some), max(counts), some)
         image.flops += flops
         return first_of(picks, counts, there.shape[1])
