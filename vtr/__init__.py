@@ -17,17 +17,22 @@ from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
+    MMR,
     AutoScale,
+    CDPruner,
     ClsTop,
+    DivPrune,
     DynamicLLaVA,
     FastV,
     GlobalCom2,
     GSearch,
     Matryoshka,
+    MMTok,
     PMoD,
     Pool,
     Pyramid,
     Random,
+    Scope,
     UniformGrid,
 )
 from vtr.schedule import Schedule
@@ -35,15 +40,19 @@ from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
+    "MMR",
     "AutoScale",
     "Best",
+    "CDPruner",
     "Chain",
     "ClsTop",
+    "DivPrune",
     "DynamicLLaVA",
     "FastV",
     "GSearch",
     "GlobalCom2",
     "Image",
+    "MMTok",
     "Matryoshka",
     "PMoD",
     "Policy",
@@ -54,6 +63,7 @@ __all__ = [
     "Report",
     "Route",
     "Schedule",
+    "Scope",
     "ScorePolicy",
     "Token",
     "Tokens",
