@@ -17,8 +17,11 @@ from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
+    MMR,
     AutoScale,
+    CDPruner,
     ClsTop,
+    DivPrune,
     DynamicLLaVA,
     FasterVLM,
     FastV,
@@ -28,11 +31,13 @@ from vtr.policies import (
     HiRED,
     HoloV,
     Matryoshka,
+    MMTok,
     PMoD,
     Pool,
     PruneSID,
     Pyramid,
     Random,
+    Scope,
     UniformGrid,
     VisPruner,
 )
@@ -41,10 +46,13 @@ from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
+    "MMR",
     "AutoScale",
     "Best",
+    "CDPruner",
     "Chain",
     "ClsTop",
+    "DivPrune",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
@@ -54,6 +62,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "Image",
+    "MMTok",
     "Matryoshka",
     "PMoD",
     "Policy",
@@ -65,6 +74,7 @@ __all__ = [
     "Report",
     "Route",
     "Schedule",
+    "Scope",
     "ScorePolicy",
     "Token",
     "Tokens",

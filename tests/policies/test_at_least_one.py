@@ -51,7 +51,7 @@ def image(layout: Any, seed: int = 0) -> vtr.Image:
     tower = GivenTower(any_layer(states), {}, any_layer(scores[:, None]), any_layer(scores))
     return vtr.Image(
         torch.randn(len(layout), 3, generator=made), layout, 0, 1, torch.randn(layout.tiles, n, 3, generator=made),
-        torch.zeros(3), lambda: scores, tower,
+        torch.zeros(3), lambda: scores, tower, torch.randn(2, 3, generator=made),
     )  # fmt: skip
 
 
@@ -70,6 +70,11 @@ PER_IMAGE: dict[str, Callable[[Any], vtr.Policy]] = {
     "holov": lambda keep: vtr.HoloV(keep),
     "hired": lambda keep: vtr.HiRED(keep),
     "prunesid": lambda keep: vtr.PruneSID(keep),
+    "divprune": lambda keep: vtr.DivPrune(keep),
+    "mmr": lambda keep: vtr.MMR(keep),
+    "scope": lambda keep: vtr.Scope(keep),
+    "cdpruner": lambda keep: vtr.CDPruner(keep, relevance="embeddings"),
+    "mmtok": lambda keep: vtr.MMTok(keep),
     "globalcom2": lambda keep: vtr.GlobalCom2(keep),
     "globalcom2 exact": lambda keep: vtr.GlobalCom2(keep, budget="exact"),
 }

@@ -14,20 +14,28 @@ from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
+from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.hiprune import HiPrune
 from vtr.policies.picture.hired import HiRED
 from vtr.policies.picture.holov import HoloV
+from vtr.policies.picture.mmr import MMR
 from vtr.policies.picture.prunesid import PruneSID
+from vtr.policies.picture.scope import Scope
 from vtr.policies.picture.vispruner import VisPruner
+from vtr.policies.question.cdpruner import CDPruner
+from vtr.policies.question.mmtok import MMTok
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
+    "MMR",
     "AutoScale",
+    "CDPruner",
     "ClsTop",
+    "DivPrune",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
@@ -36,12 +44,14 @@ __all__ = [
     "HiPrune",
     "HiRED",
     "HoloV",
+    "MMTok",
     "Matryoshka",
     "PMoD",
     "Pool",
     "PruneSID",
     "Pyramid",
     "Random",
+    "Scope",
     "UniformGrid",
     "VisPruner",
 ]
