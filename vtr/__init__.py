@@ -29,6 +29,7 @@ from vtr.policies import (
     Pyramid,
     Random,
     UniformGrid,
+    VScan,
 )
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
@@ -59,6 +60,7 @@ __all__ = [
     "Tokens",
     "UniformGrid",
     "UnsupportedError",
+    "VScan",
     "at_budget",
     "chat",
     "keep_count",

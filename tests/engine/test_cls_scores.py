@@ -77,8 +77,6 @@ def test_a_tower_that_cannot_be_read_is_refused_by_name() -> None:
     inputs, last = tiny.batch(model, ROWS[:1]), model.model.vision_tower.encoder.layers[-1]
     last.self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     del last.self_attn.k_proj
-    with pytest.raises(
-        vtr.UnsupportedError, match="layers of CLIPVisionModel are not built of a norm and q_proj"
-    ):
+    with pytest.raises(vtr.UnsupportedError, match="layers of CLIPVisionModel are not built of a norm and q_proj"):
         forward(model, inputs, policy=G(0.5))
     forward(model, inputs, policy=M(9))
