@@ -29,6 +29,7 @@ from vtr.policies import (
     Pyramid,
     Random,
     UniformGrid,
+    VisionZip,
     VScan,
 )
 from vtr.schedule import Schedule
@@ -61,6 +62,7 @@ __all__ = [
     "UniformGrid",
     "UnsupportedError",
     "VScan",
+    "VisionZip",
     "at_budget",
     "chat",
     "keep_count",

@@ -15,6 +15,7 @@ from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.globalcom2 import GlobalCom2
+from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vscan import VScan
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
@@ -34,6 +35,7 @@ __all__ = [
     "Random",
     "UniformGrid",
     "VScan",
+    "VisionZip",
 ]
 
 for _file in pkgutil.walk_packages(__path__, f"{__name__}."):

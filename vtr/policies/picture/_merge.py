@@ -20,7 +20,7 @@ def of_patches(image: Image, official: bool = False) -> torch.Tensor:
         assert image.tiles is not None
         return image.tiles
     at = tokens_at(image.layout).clamp(min=0).to(image.features.device, non_blocking=True)
-    return image.features.index_select(0, at).unflatten(0, (image.layout.tiles, -1))
+    return image.features.index_select(0, at).view(image.layout.tiles, -1, image.features.shape[1])
 
 
 def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,16 +66,20 @@ def flops_of_likeness(vectors: torch.Tensor, targets: torch.Tensor) -> int:
     return 2 * tiles * n * int(targets.sum(1).max()) * channels if targets.numel() else 0
 
 
-def summed(values: torch.Tensor, into: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [tiles, n, channels] and [tiles, n, 1]: per patch the sum of the values of those that go into it, itself
-    included, and how many they are. values: [tiles, n, channels]; into: int64 [tiles, n], -1 for nowhere."""
-    tiles, n, channels = values.shape
-    there = into >= 0
-    at = (into.clamp(min=0) + torch.arange(tiles, device=into.device)[:, None] * n).flatten()
-    mine = values.float() * there[..., None]
-    sums = mine.new_zeros(tiles * n, channels).index_add(0, at, mine.flatten(0, 1))
-    sizes = mine.new_zeros(tiles * n).index_add(0, at, there.flatten().to(mine))
-    return sums.view(tiles, n, channels), sizes.view(tiles, n, 1)
+def summed(values: torch.Tensor, into: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [k, channels] and [k, 1]: for each patch ``at`` the sum of what goes into it, itself included, and of how
+    many patches.
+
+    Args:
+        values: [tiles, n, channels]. into: int64 [tiles, n], -1 for nowhere. at: int64 [k], counted through all tiles.
+    """
+    (tiles, n, channels), k = values.shape, len(at)
+    rank = at.new_full((tiles * n + 1,), k).index_copy(0, at, torch.arange(k, device=at.device))
+    target = torch.where(into >= 0, into + torch.arange(tiles, device=into.device)[:, None] * n, tiles * n)
+    rows, mine = rank[target.flatten()], values.float().flatten(0, 1)
+    sums = mine.new_zeros(k + 1, channels).index_add(0, rows, mine)
+    sizes = mine.new_zeros(k + 1).index_add(0, rows, mine.new_ones(len(rows)))
+    return sums[:k], sizes[:k, None]
 
 
 def members(into: torch.Tensor) -> dict[int, list[int]]:
@@ -106,11 +110,15 @@ def in_place(image: Image, stands: torch.Tensor, features: torch.Tensor, sources
         stands: int64 [m] on the CPU, the patch each stands at (counted through all tiles; a token must be there).
         features: [m, hidden_size]. sources: of each new token the patches it is made of, that one in front.
     """
-    layout = image.layout
-    lines = layout.newline.nonzero().squeeze(1)
-    order = torch.cat([tokens_at(layout)[stands], lines]).argsort(stable=True)
+    return among_newlines(image, tokens_at(image.layout)[stands], features, tokens_of(image.layout, sources))
+
+
+def among_newlines(image: Image, at: torch.Tensor, features: torch.Tensor, sources: list[list[int]]) -> Pooled:
+    """As :func:`in_place`, with the image's tokens for patches."""
+    lines = image.layout.newline.nonzero().squeeze(1)
+    order = torch.cat([at, lines]).argsort(stable=True)
     old = image.features.index_select(0, lines.to(image.features.device, non_blocking=True))
     joined = torch.cat([features.to(old.dtype), old])
-    made = tokens_of(layout, sources) + [[line] for line in lines.tolist()]
-    at = order.to(joined.device, non_blocking=True)
-    return Pooled(joined.index_select(0, at), [made[i] for i in order.tolist()])
+    made = sources + [[line] for line in lines.tolist()]
+    place = order.to(joined.device, non_blocking=True)
+    return Pooled(joined.index_select(0, place), [made[i] for i in order.tolist()])

@@ -71,11 +71,11 @@ def merged(patches: torch.Tensor, chosen: torch.Tensor, there: torch.Tensor) -> 
         patches: [tiles, n, channels]. chosen, there: bool [tiles, n] on the CPU.
 
     Returns:
-        float32 [tiles, n, channels], the mean of all that went into each of the chosen; int64 [tiles, n], where to.
+        float32 [k, channels], the mean of all that went into each of the chosen; int64 [tiles, n], where to.
     """
     into = into_most_similar(patches, chosen, there & ~chosen)
-    sums, sizes = summed(patches, into)
-    return sums / sizes.clamp(min=1), into
+    sums, sizes = summed(patches, into, chosen.flatten().nonzero().squeeze(1).to(into.device, non_blocking=True))
+    return sums / sizes, into
 
 
 @register_policy("vscan")
@@ -128,10 +128,10 @@ class VScan(Tilewise):
         image.flops += flops_of_likeness(patches, chosen)
         means, into = merged(patches, chosen, there)
         made = members(into.cpu())
-        stands = torch.tensor(list(made), dtype=torch.int64)
-        stands = stands[tokens_at(layout)[stands] >= 0]
-        features = means.flatten(0, 1).index_select(0, stands.to(means.device))
-        return in_place(image, stands, features, [made[at] for at in stands.tolist()])
+        stands = chosen.flatten().nonzero().squeeze(1)
+        left = (tokens_at(layout)[stands] >= 0).nonzero().squeeze(1)  # padding is cut away afterwards
+        stands, means = stands[left], means.index_select(0, left.to(means.device, non_blocking=True))
+        return in_place(image, stands, means, [made[at] for at in stands.tolist()])
 
     def kept_of(self, layout: Layout) -> int:
         """How many tokens an image of this layout keeps, newlines included.
