@@ -15,6 +15,7 @@ from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.globalcom2 import GlobalCom2
+from vtr.policies.picture.prumerge import PruMerge, PruMergePlus
 from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vscan import VScan
 from vtr.policies.trained.autoscale import AutoScale
@@ -31,6 +32,8 @@ __all__ = [
     "Matryoshka",
     "PMoD",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
     "Pyramid",
     "Random",
     "UniformGrid",
