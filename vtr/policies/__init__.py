@@ -16,6 +16,7 @@ from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.prumerge import PruMerge, PruMergePlus
+from vtr.policies.picture.tome import ToMe
 from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vscan import VScan
 from vtr.policies.trained.autoscale import AutoScale
@@ -36,6 +37,7 @@ __all__ = [
     "PruMergePlus",
     "Pyramid",
     "Random",
+    "ToMe",
     "UniformGrid",
     "VScan",
     "VisionZip",
