@@ -16,7 +16,8 @@ from tests import official
 from tests.official import close
 from tests.seen import GivenTower, seen
 from vtr.image import Image, Layout, Pooled
-from vtr.policies.picture.prumerge import PruMerge, PruMergePlus, cls_row, completed, merged, outliers, with_samples
+from vtr.policies.picture._merge import outliers
+from vtr.policies.picture.prumerge import PruMerge, PruMergePlus, cls_row, completed, merged, with_samples
 
 META = official.meta("prumerge")
 UNIT, E2E = (official.tensors("prumerge", name) for name in ("unit", "e2e"))

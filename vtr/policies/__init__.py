@@ -19,6 +19,7 @@ from vtr.policies.picture.prumerge import PruMerge, PruMergePlus
 from vtr.policies.picture.tome import ToMe
 from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vscan import VScan
+from vtr.policies.question.trim import Trim
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
@@ -38,6 +39,7 @@ __all__ = [
     "Pyramid",
     "Random",
     "ToMe",
+    "Trim",
     "UniformGrid",
     "VScan",
     "VisionZip",

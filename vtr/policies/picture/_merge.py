@@ -1,4 +1,4 @@
-"""What policies share that make one token out of several: who goes where, sums and means, and the answer's order."""
+"""What policies share that make one token out of several: who stands out, who goes where, sums, and the order."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def of_patches(image: Image, official: bool = False) -> torch.Tensor:
         return image.tiles
     at = tokens_at(image.layout).clamp(min=0).to(image.features.device, non_blocking=True)
     return image.features.index_select(0, at).view(image.layout.tiles, -1, image.features.shape[1])
+
+
+def outliers(scores: torch.Tensor) -> int:
+    """How many of the scores (on the CPU) lie above Q3 + 1.5 · (Q3 − Q1); quartiles by linear interpolation."""
+    values = scores.double().flatten()
+    if not len(values):
+        return 0
+    q1, q3 = values.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    return int((values > q3 + 1.5 * (q3 - q1)).sum())
 
 
 def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from vtr.base import Policy
 from vtr.checks import check_placement
 from vtr.image import Image, Layout, Pooled, Tower
 from vtr.keep import Keep, check_keep, keep_count
-from vtr.policies.picture._merge import in_place, tokens_of
+from vtr.policies.picture._merge import in_place, outliers, tokens_of
 from vtr.policies.picture._tiles import Placement, available, check_official, layout_of
 from vtr.settings import register_policy
 
@@ -29,15 +29,6 @@ def cls_row(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     products = torch.bmm(keys.float(), query.float()[..., None])[..., 0]
     row: torch.Tensor = (products * query.shape[-1] ** -0.5).softmax(-1)
     return row[:, 1:]
-
-
-def outliers(scores: torch.Tensor) -> int:
-    """How many of the scores (on the CPU) lie above Q3 + 1.5 · (Q3 − Q1); quartiles by linear interpolation."""
-    values = scores.double().flatten()
-    if not len(values):
-        return 0
-    q1, q3 = values.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
-    return int((values > q3 + 1.5 * (q3 - q1)).sum())
 
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -213,7 +204,9 @@ class PruMerge(Policy):
     ) -> Pooled:  # fmt: skip
         """What :func:`merged` has made, in the order that is asked for. empty: tiles that have no sum of the rest."""
         official, n, width = self.placement == "official", states.shape[1], values.shape[1]
-        at, sources, rows = [], [], []
+        at: list[int] = []
+        rows: list[int] = []
+        sources: list[list[int]] = []
         whole = [not official and size == len(mine) for size, mine in zip(sizes, order, strict=True)]
         for tile, (mine, size) in enumerate(zip(order, sizes, strict=True)):
             kept, rest, first = mine[:size].tolist(), mine[size:].tolist(), tile * n
