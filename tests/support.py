@@ -7,7 +7,8 @@ the page. A cell is green only if its test passed; the others say why not, in th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +23,10 @@ from tests import learned, oracle, shorter
 from tests.families import FAMILIES, Chat, Family, Inputs
 from tests.tiny import IMAGE, IMAGE_ID, NEVER
 from vtr.base import Policy
+from vtr.engine import compression
 from vtr.engine.adapters import find_adapter
 from vtr.engine.prompt import read_prompt
-from vtr.image import Layout, scales
+from vtr.image import Layout, Pooled, scales
 from vtr.settings import policy_class
 
 __all__ = ["IMAGE_ID", "NEVER", "POLICIES", "REFUSED", "ROWS", "STEPS", "Models"]
@@ -123,13 +125,41 @@ def image_lengths(models: Models, inputs: Inputs, b: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------- images that really get shorter
+@contextmanager
+def answers() -> Iterator[list[list[Pooled | None]]]:
+    """What compress policies answer of the images of each row, in the order of the rows that are asked in the block."""
+    found: list[list[Pooled | None]] = []
+
+    def asked(policy: Policy, images: Any) -> Any:
+        made = own(policy, images)
+        found.append([pooled for _, pooled in made])
+        return made
+
+    own, compression.asked = compression.asked, asked
+    try:
+        yield found
+    finally:
+        compression.asked = own
+
+
+DERIVED = (vtr.GlobalCom2, vtr.ClsTop, vtr.Pool, vtr.Matryoshka)
+"""Policies whose choice among whole grids is written down here once more; fixtures of official code say the others'."""
+
+
 def compressed(
-    models: Models, inputs: Inputs, b: int, policy: Policy, row: oracle.Row, made_of: list[list[int]]
-) -> oracle.Row:
+    models: Models, inputs: Inputs, b: int, policy: Policy, row: oracle.Row, made_of: list[list[int]],
+    said: Sequence[Pooled | None] = (),
+) -> oracle.Row:  # fmt: skip
     """Row b after ``policy``, its new tokens derived here where images are whole grids.
 
-    made_of: the reported sources (slots of the row) of the new tokens, checked against what is derived.
+    Args:
+        made_of: the reported sources (slots of the row) of the new tokens, checked against what is derived.
+        said: what the policy answered of the row's images: where its new tokens are no means, what they are.
     """
+    if not isinstance(policy, DERIVED):
+        pooled = [one.features for one in said if one is not None]
+        assert len(pooled) in (0, len(said))
+        return merged(row, made_of, torch.cat(pooled) if pooled else None)
     single = models.family.single(models.stock, inputs, b)
     grids = models.family.grids(single)
     if grids is None:
@@ -166,15 +196,18 @@ def derived(policy: Any, i: int, height: int, width: int, features: Tensor) -> l
     return cells
 
 
-def merged(row: oracle.Row, made_of: list[list[int]]) -> oracle.Row:
-    """``row`` with its vision tokens replaced by the means of these slots' (M-RoPE: also of their positions)."""
+def merged(row: oracle.Row, made_of: list[list[int]], features: Tensor | None = None) -> oracle.Row:
+    """``row`` with its vision tokens replaced by the means of these slots' (M-RoPE: also of their positions), or by
+    ``features``, one for each."""
     runs, end = {}, -2  # the first slot of every image → the new tokens that stand there
     for slot in row.slots:
         if slot != end + 1:
             first = slot
             runs[first] = []
         end = slot
-        runs[first] += [some for some in made_of if some and min(some) == slot]
+        runs[first] += [some for some in made_of if some and some[0] == slot]
+    if features is not None:  # in the order of the answer, which need not be that of the slots
+        runs = {first: sorted(several, key=made_of.index) for first, several in runs.items()}
     order: list[tuple[list[int], bool]] = []
     for slot in range(len(row.vision)):
         if slot in runs:
@@ -188,6 +221,8 @@ def merged(row: oracle.Row, made_of: list[list[int]]) -> oracle.Row:
     if positions is not None:
         positions = torch.stack([positions[:, some].sum(1) // len(some) for some, _ in order], 1)
     embeds = torch.stack([row.embeds[some].mean(0) for some, _ in order])
+    if features is not None:
+        embeds[[at for at, (_, vision) in enumerate(order) if vision]] = features
     return oracle.Row(embeds, torch.tensor([vision for _, vision in order]), positions, behind)
 
 

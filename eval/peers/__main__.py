@@ -20,6 +20,7 @@ from vtr.eval.peers.driver import Plan, Row, Side, budget_of, calls, compare, fa
 from vtr.eval.report import results
 
 import vtr
+from vtr.settings import policy_class
 
 
 def run(peers: Sequence[Peer], plan: Plan, environments: Path, ours: Side) -> list[Row]:
@@ -83,6 +84,10 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds a peer has for one answer, and to start")] = 120.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each side")] = 1,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
+    selectors: Annotated[
+        Path | None,
+        typer.Option(help="a checkout of AngelSlim: time its selectors beside ours instead, 64 of 576 tokens"),
+    ] = None,
 ) -> None:
     """Measure vtr beside public implementations: same weights, same questions, same number of cached tokens, same run.
 
@@ -95,7 +100,12 @@ def main(
     * `python -m vtr.eval.peers --out eval/results/peers.json`
 
     * `python -m vtr.eval.peers --only kvpress --limit 40 --keep 0.05 --out runs/peers.json`
+
+    * `python -m vtr.eval.peers --selectors AngelSlim --rounds 30 --out eval/results/selectors.json`
     """
+    if selectors is not None:
+        choose(selectors, out, rounds, threads)
+        return
     peers = [peer for peer in ALL_PEERS if only is None or peer.name.startswith(only)]
     if not peers:
         raise typer.BadParameter(f"no peer starts with {only!r}; there are: {', '.join(p.name for p in ALL_PEERS)}")
@@ -109,6 +119,26 @@ def main(
     for row in body["rows"]:
         if row["error"] is not None:
             console.print(f"{row['peer']}, {row['method']}: {row['error']}", markup=False, soft_wrap=True)
+    console.print(f"written to {out}")
+
+
+def choose(checkout: Path, out: Path, rounds: int, threads: int) -> None:
+    """Time selectors; writes and prints the table."""
+    import torch
+    from vtr.eval.cost import midsize
+    from vtr.eval.peers import selectors
+
+    torch.set_num_threads(threads)
+    names = sorted(n for n in vtr.list_policies() if policy_class(n).__module__.startswith(selectors.ROOMS))
+    names = [n for n in names if n not in selectors.LEFT_OUT]
+    rows = selectors.Contest(midsize.MIDSIZE, checkout, 64, rounds).run(names)
+    body = {"keep": 64, "of": 576, "rounds": rounds, "rows": [asdict(row) for row in rows]}
+    results.save(out, "selectors", body, seed=0)
+    console = Console()
+    console.print(selectors.table(rows))
+    for row in rows:
+        if row.error is not None:
+            console.print(f"{row.policy}, AngelSlim's: {row.error}", markup=False, soft_wrap=True)
     console.print(f"written to {out}")
 
 

@@ -32,6 +32,13 @@ VERSION = "vtr-vllm-1"
 
 
 INSIDE = "acts inside the decoder, where vLLM keeps one set of cached tokens for all layers"
+UNSEEN = {
+    "question": "looks at the question, but vLLM encodes an image once for all questions and keeps it",
+    "hidden_states": "reads states inside the vision tower, which vLLM does not hand out",
+    "attentions": "reads attention inside the vision tower, which vLLM does not hand out",
+    "projector": "merges in front of the projector, which vLLM runs by itself",
+}
+"""What policies may want and a vLLM worker cannot give, and why."""
 TRIES = "{} tries answers before it chooses, which vLLM cannot: name a scale, e.g. m3:tokens=36"
 
 
@@ -148,6 +155,8 @@ def _check_place(made: Policy, depth: int) -> None:
         raise RequestError(refusal(made, depth))
     if not made.asks("compress"):
         raise RequestError(f"{made.spec} reduces nothing: ask for {NONE!r}")
+    if lacking := next((why for wish, why in UNSEEN.items() if any(w.startswith(wish) for w in made.wants)), None):
+        raise RequestError(f"{made.spec} {lacking}: use a policy without, e.g. m3:tokens=36 or {same_budget(0.25)}")
     if isinstance(made, GlobalCom2) and made.budget == "paper":
         raise RequestError(
             f"how many tokens {made.spec} leaves depends on the picture, and vLLM must know it before the picture is "

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import vtr
 from vtr.settings import policy_class
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +24,10 @@ PAGES = {
 """Page → the policy whose options its table lists."""
 
 
-def options(page: str) -> dict[str, Any]:
+def options(text: str) -> dict[str, Any]:
     """Option → default of a page's table; a dash (nothing to show) as None."""
-    text = (DOCS / "methods" / f"{page}.md").read_text()
     rows = re.search(r"\| option \| default \| \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", text)
-    assert rows is not None, f"{page}.md has no table of options"
+    assert rows is not None, "there is no table of options"
     found: dict[str, Any] = {}
     for row in rows[1].splitlines():
         names, defaults = (cell.strip() for cell in row.split(" | ")[:2])
@@ -39,9 +39,36 @@ def options(page: str) -> dict[str, Any]:
     return found
 
 
+def sections() -> dict[str, str]:
+    """Policy → its section of the pages on methods before the decoder."""
+    found: dict[str, str] = {}
+    for page in ("picture", "question"):
+        parts = re.split(r"^## `([\w-]+)`.*\n", (DOCS / "methods" / f"{page}.md").read_text(), flags=re.M)
+        found |= dict(zip(parts[1::2], parts[2::2], strict=True))
+    return found
+
+
+ROOMS = ("vtr.policies.picture.", "vtr.policies.question.")
+BEFORE = [name for name in vtr.list_policies() if policy_class(name).__module__.startswith(ROOMS)]
+
+
+@pytest.mark.parametrize("name", sorted(set(BEFORE) - {"cls", "globalcom2"}))
+def test_every_method_before_the_decoder_has_a_section(name: str) -> None:
+    """With its options and their defaults, its source, and a citation."""
+    text = sections()[name]
+    check_options(name, text)
+    number = re.search(r"arxiv\.org/abs/(\d{4}\.\d{5})", text)
+    assert number is not None and number[1] in (DOCS / "citations.md").read_text()
+    assert re.search(rf"`vtr\.{policy_class(name).__name__}\(", (DOCS / "policies.md").read_text())
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_is_there_with_its_default(page: str) -> None:
-    cls, listed = policy_class(PAGES[page]), options(page)
+    check_options(PAGES[page], (DOCS / "methods" / f"{page}.md").read_text())
+
+
+def check_options(name: str, text: str) -> None:
+    cls, listed = policy_class(name), options(text)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     assert listed.keys() - {"weights"} == fields.keys()
     for name, field in fields.items():

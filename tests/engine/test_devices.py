@@ -16,7 +16,7 @@ from vtr.eval.cost.pretend import Counts, move, plain, pretended
 import vtr
 from tests import learned, tiny
 from tests.families import FAMILIES, Family
-from tests.support import POLICIES, Models
+from tests.support import POLICIES, Models, why_not
 from tests.tiny import IMAGE
 from vtr.engine.devices import execution_device
 from vtr.engine.trace import Clock
@@ -64,7 +64,7 @@ def said(model: Any, inputs: dict[str, Tensor], policies: Any, **how: Any) -> tu
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_two_devices_say_what_one_says(kind: str, name: str) -> None:
     models, inputs, split = both(kind)
-    if name in KINDS[kind].adapter.unsupported:
+    if why_not(KINDS[kind], name):
         pytest.skip("the family cannot have it")
     policies = models.mixed(name, inputs)
     ids, logits = said(models.patched, inputs, policies)

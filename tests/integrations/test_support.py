@@ -97,12 +97,15 @@ def test_a_policy_on_a_family(models: Models, policy: str) -> None:
     if policy == "autoscale":
         check_chosen(models, inputs, policies)
         return
-    logits = models.family.logits(models.patched, inputs, policy=policies)
+    with support.answers() as answers:
+        logits = models.family.logits(models.patched, inputs, policy=policies)
     report = vtr.report(models.patched)
+    said = iter(answers)
     reduced = [b for b, p in enumerate(policies) if p is not None]
     assert any(report.rows[b].vision_tokens[-1] < report.rows[b].total for b in reduced)
     for b in range(len(ROWS)):
-        want = expected(models, inputs, b, policies[b], report.rows[b])
+        asked = policies[b] is not None and policies[b].asks("compress") and report.rows[b].total
+        want = expected(models, inputs, b, policies[b], report.rows[b], next(said) if asked else ())
         got = logits[b, real(inputs, b)]
         close(got if len(want) == len(got) else got[text(inputs, b)], want)
     check_alone(models, inputs, policies, logits)
@@ -114,8 +117,11 @@ def text(inputs: Inputs, b: int) -> Tensor:
     return inputs["input_ids"][b, real(inputs, b)] != support.IMAGE_ID
 
 
-def expected(models: Models, inputs: Inputs, b: int, policy: Any, reported: Any) -> Tensor:
-    """Logits of row b by the slow reference: of all its tokens, or of its text where an image really got shorter."""
+def expected(models: Models, inputs: Inputs, b: int, policy: Any, reported: Any, said: Any) -> Tensor:
+    """Logits of row b by the slow reference: of all its tokens, or of its text where an image really got shorter.
+
+    said: what the policy answered of the row's images before the decoder.
+    """
     row, start = models.row(inputs, b), int(real(inputs, b)[0])
     kept = [[slot - start for slot in reported.kept(layer)] for layer in range(len(reported.vision_tokens))]
     if policy is None or not row.slots:
@@ -127,7 +133,7 @@ def expected(models: Models, inputs: Inputs, b: int, policy: Any, reported: Any)
         return said.logits
     if policy.asks("compress"):
         made_of = [[slot - start for slot in some] for some in reported.sources(0)]
-        brief = support.compressed(models, inputs, b, policy, row, made_of)
+        brief = support.compressed(models, inputs, b, policy, row, made_of, said)
         assert reported.vision_tokens == [int(brief.vision.sum())] * 5
         return oracle.run(models.twin, brief).logits[~brief.vision]
     want = oracle.run(models.twin, row, oracle.rule(policy, kept), kept)
@@ -202,7 +208,7 @@ def test_what_a_policy_that_chooses_may_look_at(models: Models) -> None:
 @cells("refused")
 def test_what_does_not_work_says_so(models: Models, policy: str) -> None:
     """Before anything changes, in a call, in a block, in a chain, and as the model's default."""
-    inputs, why = models.inputs(), models.family.adapter.unsupported[policy]
+    inputs, why = models.inputs(), str(support.why_not(models.family, policy))
     given = POLICIES[policy](models, inputs, 0)
     for attempt in (
         lambda: models.family.logits(models.patched, inputs, policy=given),

@@ -21,7 +21,7 @@ from vtr.learned import Learned
 from vtr.settings import policy_class
 
 OTHERS = "Policies from elsewhere."
-ROOMS = ("decoder", "picture", "blind", "trained")
+ROOMS = ("blind", "picture", "question", "decoder", "trained")
 """The order in which the packages of :mod:`vtr.policies` are shown; others follow."""
 HOW = """[b]How to write a policy[/]  name:setting=value,…  e.g. [b]fastv:keep=0.25,layer=2[/]
 A setting left out has its default; a keep is a ratio (0.25) or a count (64).

@@ -138,8 +138,8 @@ def _hint(error: Exception, family: str) -> str:
 
 
 HINTS = {
-    "NoneType": "what was not asked for is None: tokens.scores without needs(layer), image.tiles and CLS scores "
-    'without wants = ("tiles", "cls"); ask for it, or do not read it',
+    "NoneType": "what was not asked for is None: tokens.scores without needs(layer), image.tiles, image.tower, "
+    'image.question and CLS scores without wants = ("tiles", …); ask for it, or do not read it',
     "wants =": "ask for it in the class body",
     "distinct indices": "answer with each index at most once, counted within the tokens handed over: 0 … "
     "len(tokens) - 1 (not slots of the prompt, and not indices into the tokens the picture once had)",
