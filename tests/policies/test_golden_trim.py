@@ -8,15 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from vtr.integrations.llava import tile_layout
 from vtr.integrations.llava_next import anyres_layout
 
 import vtr
 from tests import official
+from tests.families import FAMILIES
 from tests.official import close
 from tests.seen import GivenTower, seen
+from tests.support import ROWS, Models
+from tests.tiny import real
 from vtr.image import Image, Layout
 from vtr.policies.picture._merge import outliers
+from vtr.policies.question._clip_text import TextTower
 from vtr.policies.question.trim import Trim, kept_and_rest, probabilities
 
 META = official.meta("trim")
@@ -144,3 +149,50 @@ def test_without_a_text_tower_it_says_so() -> None:
     with pytest.raises(vtr.UnsupportedError, match="load_text_tower"):
         vtr.policy("trim:9").compress(picture(tile_layout(3, 3)))
     assert Trim.question_guided and vtr.policy(vtr.policy("trim").spec) == Trim()
+
+
+# -------------------------------------------------------------------------------------------------------- whole model
+class Words:
+    """A language model's tokenizer, and CLIP's: ids are letters, and letters ids."""
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [30, *(ord(letter) - 97 for letter in text), 31]}
+
+
+def text_tower(width: int) -> TextTower:
+    """Of a tiny CLIP whose patches have so many channels."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=32, max_position_embeddings=12, eos_token_id=31, **small)
+    vision = CLIPVisionConfig(**(small | {"hidden_size": width}), image_size=8, patch_size=4)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    return TextTower(clip.eval(), Words(), Words())
+
+
+@pytest.mark.parametrize("keep", [None, 0.4, 5])
+def test_a_batch_is_its_rows(keep: Any) -> None:
+    """Every row by its own question, whatever its batch mates; another question keeps other tokens."""
+    models = Models.from_family(next(f for f in FAMILIES if f.kind == "llava_next"))
+    tower = text_tower(models.stock.config.vision_config.hidden_size)
+    policies = [Trim(keep) if keep is not None or b != 1 else None for b in range(len(ROWS))]
+    for policy in policies:
+        if policy is not None:
+            policy._clip = tower
+    inputs = models.inputs()
+    logits = models.family.logits(models.patched, inputs, policy=policies)
+    rows = vtr.report(models.patched).rows
+    assert all(row.vision_tokens[0] < row.total for row in rows if row.total)
+    for b, policy in enumerate(policies):
+        single = models.family.single(models.stock, inputs, b)
+        alone = models.family.logits(models.patched, single, policy=policy)[0]
+        close(logits[b, real(inputs, b)], alone)
+    kept = set()
+    for question in ("ab", "xyz", "mnopq"):
+        asked_ = Trim(0.4).asking(question)
+        asked_._clip = tower
+        models.family.logits(models.patched, models.family.single(models.stock, inputs, 0), policy=asked_)
+        kept.add(tuple(some[0] for some in vtr.report(models.patched).rows[0].sources(0)))
+    assert len(kept) > 1
