@@ -180,5 +180,5 @@ def test_repeated_samples_push_others_out_in_the_published_code_alone() -> None:
     assert with_samples(torch.tensor([5, 2]), torch.tensor([2, 4])).tolist() == [5, 2, 4]
     assert completed(torch.tensor([5, 2, 2]), torch.arange(6)).tolist() == [5, 2, 2, 1, 3, 4]
     scores = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
-    made, _, _ = merged(torch.eye(4)[None], torch.eye(4)[None], scores, [torch.tensor([1, 0, 2, 3])], [1])
+    made, _, _ = merged(torch.eye(4)[None], torch.eye(4)[None], scores, [torch.tensor([1, 0, 2, 3])], [1], [True])
     close(made[0], torch.tensor([[0.1, 1.0, 0.2, 0.2], [0.1, 0.0, 0.2, 0.2]]))

@@ -51,8 +51,9 @@ def completed(picked: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 
 def merged(
-    states: torch.Tensor, keys: torch.Tensor, scores: torch.Tensor, order: list[torch.Tensor], sizes: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+    states: torch.Tensor, keys: torch.Tensor, scores: torch.Tensor, order: list[torch.Tensor], sizes: list[int],
+    has_rest: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
     """The tokens that stay, each with its nearest neighbours added to it, and one of all that do not.
 
     A token is its state plus the neighbours' states times their scores; neighbours are the 32 patches of largest cosine
@@ -61,10 +62,11 @@ def merged(
     Args:
         states: [tiles, n, width]. keys: [tiles, n, key_width]. scores: float32 [tiles, n].
         order: per tile int64 [k] on the CPU, its patches, those that stay in front. sizes: how many stay.
+        has_rest: whether a token of the others is wanted; without one, tokens stay as they are.
 
     Returns:
         float32 [tiles, max(sizes) + 1, width]: of each tile so many tokens and the one of the rest; int64 [tiles,
-        max(sizes), neighbours], the patches that are added, -1 for none; FLOPs of the products.
+        max(sizes), neighbours] on the CPU, the patches that are added, -1 for none; FLOPs of the products.
     """
     rows = max(sizes)
     lists = torch.nn.utils.rnn.pad_sequence(order, batch_first=True, padding_value=-1)
@@ -78,17 +80,18 @@ def merged(
     products = torch.bmm(_at(unit, at[:, :rows]), unit.transpose(1, 2))
     likeness = products.gather(2, at[:, None].expand(-1, rows, -1)).masked_fill(own | ~real[:, None], -torch.inf)
     near = likeness.argsort(dim=-1, descending=True, stable=True)[..., :NEIGHBOURS]
-    is_there = likeness.gather(2, near) > -torch.inf
+    merges = torch.tensor(has_rest).to(device, non_blocking=True)[:, None, None]
+    is_there = (likeness.gather(2, near) > -torch.inf) & merges
     some = weights[:, None].expand_as(likeness).gather(2, near) * is_there
     mix = torch.zeros_like(likeness).scatter(2, near, some).masked_fill(own, 1.0)
-    mix = torch.cat([mix, torch.zeros_like(mix[:, :1]) if rows else likeness.new_zeros(len(at), 1, at.shape[1])], 1)
+    mix = torch.cat([mix, mix.new_zeros(len(at), 1, at.shape[1])], 1)
     rest = weights[:, None] * (place >= size)
     mix = torch.where(row < size, mix, torch.where(row == size, rest, 0.0))
     shares = mix.new_zeros(len(at), rows + 1, states.shape[1]).scatter_add(2, at[:, None].expand_as(mix), mix)
     made = torch.bmm(shares, states.float())
     patches = at[:, None].expand_as(likeness).gather(2, near)
     flops = 2 * len(at) * states.shape[1] * (rows * keys.shape[-1] + (rows + 1) * states.shape[-1])
-    return made, torch.where(is_there, patches, -1), flops
+    return made, torch.where(is_there, patches, -1).cpu(), flops
 
 
 def _at(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -176,59 +179,41 @@ class PruMerge(Policy):
         check_official(layout, self)
         there = available(layout, self.placement)
         n = there.shape[1]
-        keys = tower.keys(-1).flatten(2)
+        keys, states = tower.keys(-1).flatten(2), tower.hidden_states()
         scores = self._scores(image, tower, keys)
         known = scores.cpu()
-        order, sizes, empty = [], [], []
+        order, sizes, has_rest = [], [], []
         for tile, mask in enumerate(there):
             mine = mask.nonzero().squeeze(1)
             some = self.picked(known[tile, mine], known[there])
-            kept = mine[some] if some is not None else mine[:0]
-            order.append(completed(kept, mine))
-            sizes.append(len(kept))
-            empty.append(some is None or (not official and len(kept) == len(mine)))
-        states = tower.hidden_states()
-        values, near, flops = merged(states, keys[:, -n:], scores, order, sizes)
+            order.append(completed(mine[:0] if some is None else mine[some], mine))
+            sizes.append(0 if some is None else len(some))
+            has_rest.append(some is not None and (official or len(some) < len(mine)))
+        values, near, flops = merged(states, keys[:, -n:], scores, order, sizes, has_rest)
         image.flops += flops
-        return self._answer(image, tower, states, values, near.cpu(), order, sizes, empty)
+        at: list[int] = []
+        rows: list[int] = []
+        sources: list[list[int]] = []
+        for tile, (mine, size, some) in enumerate(zip(order, sizes, near.tolist(), strict=True)):
+            patches = (mine + tile * n).tolist()
+            kept, rest = patches[:size], patches[size:]
+            sources += [[p, *(tile * n + q for q in more if q >= 0)] for p, more in zip(kept, some, strict=False)]
+            at += kept
+            if has_rest[tile]:
+                sources.append(rest[::-1])
+                at += rest[-1:] or [tile * n]
+            rows += range(tile * values.shape[1], tile * values.shape[1] + size + has_rest[tile])
+        made = values.flatten(0, 1).index_select(0, torch.tensor(rows, dtype=torch.int64).to(values.device))
+        features, cells = tower.project(made.to(states.dtype)), torch.tensor(at, dtype=torch.int64)
+        if not official:
+            return in_place(image, cells, features, sources)
+        return Pooled(features, tokens_of(layout, sources), layout_of(layout, cells))
 
     def _scores(self, image: Image, tower: Tower, keys: torch.Tensor) -> torch.Tensor:
         if not tower.has_cls:
             return tower.attention_received(-1)
         image.flops += 2 * keys.numel()
         return cls_row(tower.cls_query(-1).flatten(1), keys)
-
-    def _answer(
-        self, image: Image, tower: Tower, states: torch.Tensor, values: torch.Tensor, near: torch.Tensor,
-        order: list[torch.Tensor], sizes: list[int], empty: list[bool],
-    ) -> Pooled:  # fmt: skip
-        """What :func:`merged` has made, in the order that is asked for. empty: tiles that have no sum of the rest."""
-        official, n, width = self.placement == "official", states.shape[1], values.shape[1]
-        at: list[int] = []
-        rows: list[int] = []
-        sources: list[list[int]] = []
-        whole = [not official and size == len(mine) for size, mine in zip(sizes, order, strict=True)]
-        for tile, (mine, size) in enumerate(zip(order, sizes, strict=True)):
-            kept, rest, first = mine[:size].tolist(), mine[size:].tolist(), tile * n
-            for patch, some in zip(kept, near[tile].tolist(), strict=False):
-                others = [] if whole[tile] else [first + p for p in some if p >= 0 and p != patch]
-                sources.append([first + patch, *others])
-            at += [first + patch for patch in kept]
-            rows += range(tile * width, tile * width + size)
-            if not empty[tile]:
-                stands = rest[-1] if rest else 0
-                sources.append([first + stands, *(first + p for p in rest[:-1])])
-                at.append(first + stands)
-                rows.append(tile * width + size)
-        cells, device = torch.tensor(at, dtype=torch.int64), states.device
-        made = values.flatten(0, 1).index_select(0, torch.tensor(rows, dtype=torch.int64).to(device)).to(states.dtype)
-        if any(whole):
-            same = torch.tensor([whole[cell // n] for cell in at]).to(device)[:, None]
-            made = torch.where(same, states.flatten(0, 1).index_select(0, cells.to(device)), made)
-        features = tower.project(made)
-        if not official:
-            return in_place(image, cells, features, sources)
-        return Pooled(features, tokens_of(image.layout, sources), layout_of(image.layout, cells))
 
 
 @register_policy("prumerge-plus")
