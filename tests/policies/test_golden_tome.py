@@ -28,16 +28,15 @@ def cases(file: str) -> Any:
 @cases("unit")
 def test_rounds(case: dict[str, Any]) -> None:
     data = {k.removeprefix(case["case"] + "."): t for k, t in UNIT.items() if k.startswith(case["case"] + ".")}
-    x, metric, tokens = data["x"], data.get("metric", data["x"]), {"class": case["class_token"]}
-    distill = case["distill_token"]
+    x, metric, tokens = data["x"], data.get("metric", data["x"]), (case["class_token"], case["distill_token"])
     sizes, source = torch.ones(*x.shape[:2], 1), torch.arange(x.shape[1]).expand(x.shape[:2])
     for i, (r, count) in enumerate(zip(case["r"], case["counts"], strict=True)):
-        gone, want = most(x.shape[1], r, tokens["class"] + distill), f"round{i}."
+        gone, want = most(x.shape[1], r, sum(tokens)), f"round{i}."
         assert x.shape[1] - gone == count
         if not gone:
             assert all(f"{want}{name}" not in data for name in ("merged", "into"))
             continue
-        found = match(x if case["metric_is_x"] else metric, gone, tokens["class"], distill)
+        found = match(x if case["metric_is_x"] else metric, gone, *tokens)
         for name in ("merged", "into", "unmerged"):
             assert torch.equal(getattr(found, name), data[want + name]), name
         close(found.best, data[want + "best"])
@@ -52,7 +51,7 @@ def test_rounds(case: dict[str, Any]) -> None:
 def test_what_the_policy_makes_of_it(case: dict[str, Any]) -> None:
     """Where tokens are their own metric and rounds as large as the budget asks for: the same, in raster order."""
     data = {k.removeprefix(case["case"] + "."): t for k, t in UNIT.items() if k.startswith(case["case"] + ".")}
-    if not case["metric_is_x"]:
+    if not case["metric_is_x"] or case["class_token"]:
         return
     x, target, last = data["x"], case["counts"][-1], f"round{len(case['r']) - 1}."
     got, source, _ = reduced(x, target)

@@ -157,6 +157,8 @@ class PruMerge(Policy):
             scores: float32 [n] on the CPU, of the patches there are. all_scores: of the whole image.
         """
         n = len(scores)
+        if not n:  # padding, all of it
+            return None
         if self.keep is not None:
             count = keep_count(self.keep, n)
             whole = count == n and self.placement != "official"
