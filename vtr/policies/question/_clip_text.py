@@ -128,8 +128,9 @@ def load(name: str) -> TextTower:
     Raises:
         OSError, ValueError: there is none.
     """
-    there = Path(name) / "config.json"
-    return _load(name, there.stat().st_mtime_ns if there.is_file() else 0)
+    folder = Path(name)
+    stamps = [file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    return _load(name, max(stamps, default=0))
 
 
 @lru_cache(maxsize=2)
@@ -163,6 +164,19 @@ class ClipGuided(Policy):
     @classmethod
     def names_file(cls, settings: Mapping[str, Any]) -> bool:
         return super().names_file(settings) or settings.get("text_tower") is not None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """As for any policy.
+
+        Raises:
+            ValueError: ``text_tower`` is set: a policy file may not name another file.
+        """
+        if self.text_tower is not None:
+            raise ValueError(
+                f"text_tower={self.text_tower!r} names another file, which a policy file may not: save the policy "
+                "without it, and call load_text_tower after loading"
+            )
+        super().save_pretrained(folder)
 
     def load_text_tower(self, name: str | Path, tokenizer: Any = None, clip_tokenizer: Any = None) -> Any:
         """Take the text tower of a CLIP checkpoint, the one that the model's vision tower is from.
