@@ -21,11 +21,16 @@ from vtr.policies.picture.hiprune import HiPrune
 from vtr.policies.picture.hired import HiRED
 from vtr.policies.picture.holov import HoloV
 from vtr.policies.picture.mmr import MMR
+from vtr.policies.picture.prumerge import PruMerge, PruMergePlus
 from vtr.policies.picture.prunesid import PruneSID
 from vtr.policies.picture.scope import Scope
+from vtr.policies.picture.tome import ToMe
+from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vispruner import VisPruner
+from vtr.policies.picture.vscan import VScan
 from vtr.policies.question.cdpruner import CDPruner
 from vtr.policies.question.mmtok import MMTok
+from vtr.policies.question.trim import Trim
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
@@ -48,12 +53,18 @@ __all__ = [
     "Matryoshka",
     "PMoD",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
     "PruneSID",
     "Pyramid",
     "Random",
     "Scope",
+    "ToMe",
+    "Trim",
     "UniformGrid",
+    "VScan",
     "VisPruner",
+    "VisionZip",
 ]
 
 for _file in pkgutil.walk_packages(__path__, f"{__name__}."):
