@@ -91,7 +91,6 @@ OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "pyramid": lambda m, i, b: _pyramid(m),
     "random": lambda m, i, b: vtr.Random(0.4, seed=b),
     "uniform": lambda m, i, b: vtr.UniformGrid(0.4, layer=2 if b else 0),
-    "vscan": lambda m, i, b: vtr.VScan(0.4, local_layer=0),
 }
 """What stands for a policy in the tests, for row b of a batch, where its settings depend on row, weights or family."""
 

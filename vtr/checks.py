@@ -38,6 +38,15 @@ def check_number(value: float, name: str) -> float:
     return float(value)
 
 
+def check_tower_layer(layer: int | float, name: str) -> None:
+    """Raise unless ``layer`` names a layer of the vision tower: an int, or a float as a share of its depth."""
+    value = check_number(layer, name)
+    if isinstance(layer, float) and not 0.001 <= value <= 1:
+        raise ValueError(f"{name}={layer}: a float is a share of the tower's depth, 0.001…1.0")
+    if isinstance(layer, int) and not -999 <= layer <= 999:
+        raise ValueError(f"{name}={layer}: an int counts the tower's layers, from the last one if below 0")
+
+
 def check_on_continue(value: str) -> None:
     """Raise unless ``value`` says what to do when a later turn meets tokens kept for an earlier question."""
     if value not in ON_CONTINUE:

@@ -48,7 +48,11 @@ def image(layout: Any, seed: int = 0) -> vtr.Image:
     made, n = torch.Generator().manual_seed(seed), layout.grid[0] * layout.grid[1]
     scores = torch.rand(layout.tiles, n, generator=made)
     states = torch.randn(layout.tiles, n, 3, generator=made)
-    tower = GivenTower(any_layer(states), {}, any_layer(scores[:, None]), any_layer(scores))
+    key = torch.randn(layout.tiles, 1 + n, 1, 4, generator=made)
+    tower = GivenTower(
+        any_layer(states), {}, any_layer(scores[:, None]), any_layer(scores), any_layer(key), any_layer(key[:, 0]),
+        lambda states: states,
+    )  # fmt: skip
     return vtr.Image(
         torch.randn(len(layout), 3, generator=made), layout, 0, 1, torch.randn(layout.tiles, n, 3, generator=made),
         torch.zeros(3), lambda: scores, tower, torch.randn(2, 3, generator=made),
@@ -75,6 +79,12 @@ PER_IMAGE: dict[str, Callable[[Any], vtr.Policy]] = {
     "scope": lambda keep: vtr.Scope(keep),
     "cdpruner": lambda keep: vtr.CDPruner(keep, relevance="embeddings"),
     "mmtok": lambda keep: vtr.MMTok(keep),
+    "visionzip": lambda keep: vtr.VisionZip(keep),
+    "prumerge": lambda keep: vtr.PruMerge(keep),
+    "prumerge-plus": lambda keep: vtr.PruMergePlus(keep),
+    "tome": lambda keep: vtr.ToMe(keep),
+    "vscan": lambda keep: vtr.VScan(keep),
+    "trim": lambda keep: vtr.Trim(keep, relevance="embeddings"),
     "globalcom2": lambda keep: vtr.GlobalCom2(keep),
     "globalcom2 exact": lambda keep: vtr.GlobalCom2(keep, budget="exact"),
 }
@@ -108,8 +118,9 @@ def test_a_ratio_leaves_one_of_whatever_there_is(total: int, keep: float, slack:
 @example(layout=tiles_layout(3, (1, 1), (1, 2)), keep=SMALLEST, seed=0)
 def test_every_picture_keeps_a_token_and_kept_of_says_so(name: str, layout: Any, keep: float, seed: int) -> None:
     policy = PER_IMAGE[name](keep)
-    kept = compressed(policy, image(layout, seed))[0]
-    patches = int((layout.newline[kept] == 0).sum())
+    kept, pooled = compressed(policy, image(layout, seed))
+    stands = kept if pooled is None else torch.tensor([some[0] for some in pooled.sources])
+    patches = int((layout.newline[stands] == 0).sum())
     assert 1 <= len(kept) <= len(layout)
     assert name in ("random", "uniform") or patches >= 1  # newline tokens alone show nothing
     if name != "globalcom2" or layout.crops == (0, 0):

@@ -147,8 +147,15 @@ def test_padding_takes_no_part() -> None:
 
 
 def test_without_a_text_tower_it_says_so() -> None:
+    """And compares with the question's words as the language model embeds them; or refuses, if CLIP was asked for."""
+    image = picture(tile_layout(3, 3))
+    image.question = image.tiles[0, 4:5]
+    with pytest.warns(UserWarning, match="trim has no CLIP text tower.*load_text_tower"):
+        found = vtr.policy("trim:2").compress(image)
+    assert found.sources[0] == [4] and len(found.sources) == 2
+    assert found.sources == vtr.policy("trim:2,relevance=embeddings").compress(image).sources
     with pytest.raises(vtr.UnsupportedError, match="load_text_tower"):
-        vtr.policy("trim:9").compress(picture(tile_layout(3, 3)))
+        vtr.policy("trim:2,relevance=clip").compress(image)
     assert Trim.question_guided and vtr.policy(vtr.policy("trim").spec) == Trim()
 
 

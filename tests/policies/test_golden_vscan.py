@@ -34,7 +34,7 @@ def images(case: dict[str, Any]) -> list[Image]:
         (width, height), (columns, rows), pixels = size, case["grid_wh"], 14 * side
         layout = anyres_layout((height, width), ((rows * pixels, columns * pixels),), pixels, side)
     parts = [slice(None)] if size is not None else [slice(b, b + 1) for b in range(len(features))]
-    towers = [GivenTower(from_cls={5: local[p, None], None: whole[p, None]}) for p in parts]
+    towers = [GivenTower(from_cls={vtr.VScan().local_layer: local[p, None], None: whole[p, None]}) for p in parts]
     return [
         seen(features[p], layout, tower, newline if size is not None else None)
         for p, tower in zip(parts, towers, strict=True)
@@ -102,7 +102,7 @@ def given(layout: Layout, seed: int = 0) -> Image:
     draw = torch.Generator().manual_seed(seed)
     tiles = torch.randn(layout.tiles, layout.grid[0] * layout.grid[1], 8, generator=draw)
     local, whole = (torch.rand(tiles.shape[0], 2, tiles.shape[1], generator=draw) for _ in range(2))
-    return seen(tiles, layout, GivenTower(from_cls={5: local, None: whole}))
+    return seen(tiles, layout, GivenTower(from_cls={vtr.VScan().local_layer: local, None: whole}))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 7, 9, 500, 0.0, 0.01, 1.0])
@@ -122,6 +122,6 @@ def test_small_tiles_and_odd_budgets(keep: float, size: tuple[int, int]) -> None
 def test_a_tower_without_a_cls_token_ranks_by_attention_received() -> None:
     layout = tile_layout(4, 4)
     scores = torch.arange(16.0).flip(0)[None]
-    tower = GivenTower(received={5: scores, None: scores}, with_cls=False)
+    tower = GivenTower(received={vtr.VScan().local_layer: scores, None: scores}, with_cls=False)
     made = vtr.policy("vscan:4").compress(seen(torch.eye(16)[None], layout, tower))
     assert isinstance(made, vtr.Pooled) and [s[0] for s in made.sources] == [0, 1, 2, 3]

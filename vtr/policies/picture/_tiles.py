@@ -50,7 +50,8 @@ class Tilewise(Policy):
     def kept_of(self, layout: Layout) -> int:
         """How many tokens an image of this layout keeps, newlines included."""
         counts = self.counts(available(layout, self.placement))
-        return sum(counts) + (0 if self.placement == "official" else int(layout.newline.sum()))
+        drops = self.placement == "official" and layout.crops != (0, 0)
+        return sum(counts) + (0 if drops else int(layout.newline.sum()))
 
     def counts(self, there: torch.Tensor) -> list[int]:
         """How many patches of each tile stay, of those that are ``there``: bool [tiles, h * w]."""

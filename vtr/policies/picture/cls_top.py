@@ -18,9 +18,10 @@ from vtr.settings import register_policy
 class ClsTop(Policy):
     """Of every tile, the tokens the vision tower's CLS token looks at most, before the decoder.
 
-    FasterVLM's idea (Zhang et al., arXiv 2412.01818): rank a tile's tokens by how the tower's [CLS] looks at them, keep
-    the best at their places. Scores are :meth:`Image.cls_attention`'s, as GlobalCom²'s: of the last layer, before the
-    softmax, where FasterVLM averages the heads' probabilities (towers without a CLS token: GlobalCom²'s stand-in).
+    GlobalCom²'s score (Liu et al., AAAI 2026, arXiv 2501.05179) with one budget a tile: a tile's tokens are ranked by
+    :meth:`Image.cls_attention`, the CLS row of the tower's last layer before the softmax; the best stay at their places
+    (towers without a CLS token: GlobalCom²'s stand-in). FasterVLM averages probabilities of another layer:
+    ``fastervlm``. This score is what vLLM's towers can give as well.
     Every tile gets the same share: no crop is worth more than another. Newline tokens all stay. The question plays no
     part, and how many stay is known from the picture's size (:meth:`kept_of`).
 

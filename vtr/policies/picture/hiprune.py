@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from vtr.checks import check_number
+from vtr.checks import check_number, check_tower_layer
 from vtr.image import Image
 from vtr.keep import keep_count
 from vtr.policies.picture._tiles import Placement, Tilewise, best_of
@@ -70,9 +70,7 @@ class HiPrune(Tilewise):
         super().__post_init__()
         if not 0 <= check_number(self.alpha, "alpha") <= 1:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1]")
-        layer = check_number(self.object_layer, "object_layer")
-        if isinstance(self.object_layer, float) and not 0.001 <= layer <= 1:
-            raise ValueError(f"object_layer={layer}: a float is a share of the tower's depth, 0.001…1.0")
+        check_tower_layer(self.object_layer, "object_layer")
         if self.budget not in ("tile", "total"):
             raise ValueError(f"budget={self.budget!r}: choose 'tile' or 'total'")
 

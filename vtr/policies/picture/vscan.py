@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vtr.base import Policy
-from vtr.checks import check_count
+from vtr.checks import check_tower_layer
 from vtr.image import Image, Layout, Pooled, Tower, tokens_at
 from vtr.keep import keep_count
 from vtr.policies.picture._merge import (
@@ -94,18 +94,19 @@ class VScan(Tilewise):
     Args:
         keep: tokens of each tile that stay: a ratio (float) of those that are there, or a count (int).
         placement: "official" lets patches that show padding take part, and loses the tokens that the code loses.
-        local_layer: the tower's layer whose attention the windows rank by, as transformers counts ``attentions``. The
-            paper's is 5 of 24: towers of fewer layers need another.
+        local_layer: the tower's layer whose attention the windows rank by: an int counts as transformers counts
+            ``attentions``, a float in (0, 1] is a share of the tower's depth (0.25 of 24 layers: ``attentions[5]``, as
+            published).
 
     Raises:
         TypeError, ValueError: settings out of range.
     """
 
-    local_layer: int = 5
+    local_layer: int | float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self.local_layer, "local_layer", -999, 999)
+        check_tower_layer(self.local_layer, "local_layer")
 
     @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]

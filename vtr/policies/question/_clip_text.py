@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -149,17 +150,58 @@ def _load(name: str, stamp: int) -> TextTower:
 
 
 class ClipGuided(Policy):
-    """Base of policies that may have a CLIP text tower. A subclass has the settings ``text_tower: str | None`` and
-    ``question: str | None``, and calls ``super().__post_init__()``."""
+    """Base of policies that may have a CLIP text tower. A subclass has the settings ``relevance``, ``text_tower: str |
+    None`` and ``question: str | None``, and calls ``super().__post_init__()``."""
 
+    relevance: Literal["auto", "clip", "embeddings"]
     text_tower: str | None
     question: str | None
 
     def __post_init__(self) -> None:
+        if self.relevance not in ("auto", "clip", "embeddings"):
+            raise ValueError(f"relevance={self.relevance!r}: choose 'auto', 'clip' or 'embeddings'")
+        self._told = False
         for name in ("text_tower", "question"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         self._clip = None if self.text_tower is None else load(self.text_tower)
+
+    @property
+    def asks_clip(self) -> bool:
+        """Whether CLIP says what is relevant; else the language model's own embeddings do."""
+        return self.relevance == "clip" or (self.relevance == "auto" and self._clip is not None)
+
+    @torch.no_grad()
+    def in_joint_space(self, image: Image, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP's patches [tiles, n, C] and the question's segments [M, C], not normalised; what they cost is counted.
+
+        Raises:
+            UnsupportedError: there is no text tower, or the question's text is not known.
+        """
+        tower, clip = image.tower, self._clip
+        if clip is None:
+            raise UnsupportedError(
+                "relevance='clip' wants a CLIP text tower: policy.load_text_tower('openai/clip-vit-large-patch14-336', "
+                "tokenizer=…), or text_tower='…'; without one use relevance='embeddings'"
+            )
+        assert tower is not None
+        before = clip.flops
+        patches = clip.project(tower.final_norm(tower.hidden_states()))
+        text = clip.embed(clip.question(image, self.question), segments, patches.device)
+        image.flops += clip.flops - before
+        return patches, text
+
+    def tell(self) -> None:
+        """Say once which variant runs, if nobody has asked for it."""
+        if self.relevance == "auto" and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self.name} has no CLIP text tower, so the language model's embeddings of the question say what is "
+                "relevant. Say relevance='embeddings' if that is meant; for LLaVA's CLIP towers, "
+                "policy.load_text_tower('openai/clip-vit-large-patch14-336', tokenizer=…)",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @classmethod
     def names_file(cls, settings: Mapping[str, Any]) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from vtr.base import UnsupportedError
 from vtr.checks import check_number
 from vtr.image import Image
 from vtr.policies.picture._greedy import determinant, only, unit
 from vtr.policies.picture._tiles import Tilewise, first_of
-from vtr.policies.question._clip_text import ClipGuided
+from vtr.policies.question._clip_text import ClipGuided, Segments
 from vtr.settings import register_policy
 
 
@@ -73,17 +71,9 @@ class CDPruner(Tilewise, ClipGuided):
 
     def __post_init__(self) -> None:
         Tilewise.__post_init__(self)
-        if self.relevance not in ("auto", "clip", "embeddings"):
-            raise ValueError(f"relevance={self.relevance!r}: choose 'auto', 'clip' or 'embeddings'")
         if self.theta is not None and not 0 <= check_number(self.theta, "theta") < 1:
             raise ValueError(f"theta={self.theta} must lie in [0, 1): 0 is diversity alone")
         ClipGuided.__post_init__(self)
-        self._told = False
-
-    @property
-    def asks_clip(self) -> bool:
-        """Whether CLIP says what is relevant."""
-        return self.relevance == "clip" or (self.relevance == "auto" and self._clip is not None)
 
     @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -100,7 +90,7 @@ class CDPruner(Tilewise, ClipGuided):
         if clip:
             r = scaled(self._unlike_the_question(image), 1e-6, there)
         else:
-            self._tell()
+            self.tell()
             assert image.question is not None
             r = scaled(likeness(units, image.question), 0.0, there)
             image.flops += 2 * units.numel() * bool(len(image.question))
@@ -111,30 +101,10 @@ class CDPruner(Tilewise, ClipGuided):
         return r if there is None else r * there.to(r.device, non_blocking=True)
 
     def _unlike_the_question(self, image: Image) -> torch.Tensor:
-        tower, clip = image.tower, self._clip
-        if clip is None:
-            raise UnsupportedError(
-                "relevance='clip' wants a CLIP text tower: policy.load_text_tower('openai/clip-vit-large-patch14-336', "
-                "tokenizer=…), or text_tower='…'; without one use relevance='embeddings'"
-            )
-        assert tower is not None
-        before = clip.flops
-        patches = clip.project(tower.final_norm(tower.hidden_states()))
-        segments: Literal["official", "whole"] = "official" if self.placement == "official" else "whole"
-        goal = -likeness(unit(patches), clip.embed(clip.question(image, self.question), segments, patches.device))
-        image.flops += clip.flops - before + 2 * patches.numel()
-        return goal
-
-    def _tell(self) -> None:
-        if self.relevance == "auto" and not self._told:
-            self._told = True
-            warnings.warn(
-                "cdpruner has no CLIP text tower, so the language model's embeddings of the question say what is "
-                "relevant (the variant for models without one). Say relevance='embeddings' if that is meant; for "
-                "LLaVA's CLIP towers, policy.load_text_tower('openai/clip-vit-large-patch14-336', tokenizer=…)",
-                UserWarning,
-                stacklevel=2,
-            )
+        segments: Segments = "official" if self.placement == "official" else "whole"
+        patches, text = self.in_joint_space(image, segments)
+        image.flops += 2 * patches.numel()
+        return -likeness(unit(patches), text)
 
     @torch.no_grad()
     def choose(self, image: Image, counts: list[int], there: torch.Tensor) -> torch.Tensor:

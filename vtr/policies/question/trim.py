@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch.nn.functional import normalize
 
-from vtr.base import UnsupportedError
 from vtr.checks import check_placement
 from vtr.image import Image, Layout, Pooled
 from vtr.keep import Keep, check_keep, keep_count
@@ -15,6 +15,9 @@ from vtr.policies.picture._merge import in_place, members, outliers, summed, tok
 from vtr.policies.picture._tiles import Placement, available, best_of, check_official, layout_of
 from vtr.policies.question._clip_text import ClipGuided
 from vtr.settings import register_policy
+
+TEMPERATURE = 0.02
+"""Of the softmax over cosines, where the language model's embeddings take CLIP's place."""
 
 
 def probabilities(patches: torch.Tensor, text: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
@@ -49,8 +52,9 @@ class Trim(ClipGuided):
     TRIM (Song et al., COLING 2025, arXiv 2409.10994). Patches and the question are compared in CLIP's joint space; a
     softmax of minus their dot product says how much each patch has to do with it. Outliers (above Q3 + 1.5 · IQR) stay,
     so the number depends on picture and question, and the mean of all others, taken in front of the projector, is one
-    more token. LLaVA checkpoints hold no text tower, so it is loaded beside them: :meth:`load_text_tower`; without one
-    the policy is refused. Questions longer than CLIP's 77 tokens are cut there, as published.
+    more token. LLaVA checkpoints hold no text tower, so it is loaded beside them: :meth:`load_text_tower`. Without one
+    patches are compared with the question's words as the language model embeds them, which is ours, not the paper's; a
+    warning says so. Questions longer than CLIP's 77 tokens are cut there, as published.
 
     Here each tile counts its own outliers, tokens stay at their places with all newline tokens, and the mean stands at
     the last patch in it. A tile of which every patch stays has no mean.
@@ -60,6 +64,7 @@ class Trim(ClipGuided):
             there, or a count (int).
         placement: "official" repeats the published code: tile after tile, the mean last; all tiles of an image count
             outliers together, padding takes part, and no newline token stays.
+        relevance: "clip" wants a text tower; "embeddings" never uses one; "auto" is "clip" where one is loaded.
         text_tower: a CLIP checkpoint, a folder or a name on the hub, that is loaded; None for none.
         question: the question as text, for CLIP; None reads the row's text behind its last image.
 
@@ -69,17 +74,21 @@ class Trim(ClipGuided):
 
     keep: Keep | None = None
     placement: Placement = "true"
+    relevance: Literal["auto", "clip", "embeddings"] = "auto"
     text_tower: str | None = None
     question: str | None = None
 
     question_guided: ClassVar[bool] = True
-    wants: ClassVar[tuple[str, ...]] = ("hidden_states", "projector", "question")
 
     def __post_init__(self) -> None:
         if self.keep is not None:
             check_keep(self.keep)
         check_placement(self.placement)
         super().__post_init__()
+
+    @property
+    def wants(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("hidden_states", "projector", "question", *(() if self.asks_clip else ("tiles",)))
 
     def kept_of(self, layout: Layout) -> int:
         """How many tokens an image of this layout keeps, newlines included.
@@ -96,18 +105,12 @@ class Trim(ClipGuided):
     @torch.no_grad()
     def shares(self, image: Image, there: torch.Tensor) -> torch.Tensor:
         """float32 [tiles, h * w]: how much each patch has to do with the question; of a tile they sum to 1."""
-        tower, clip = image.tower, self._clip
-        if clip is None:
-            raise UnsupportedError(
-                "trim compares patches with the question by a CLIP text tower, and has none: "
-                "policy.load_text_tower('openai/clip-vit-large-patch14-336', tokenizer=…), or text_tower='…'"
-            )
-        assert tower is not None
-        before = clip.flops
-        patches = clip.project(tower.final_norm(tower.hidden_states()))
-        text = clip.embed(clip.question(image, self.question), "cut", patches.device)
-        image.flops += clip.flops - before
-        return probabilities(patches, text, there)
+        if self.asks_clip:
+            return probabilities(*self.in_joint_space(image, "cut"), there)
+        self.tell()
+        assert image.tiles is not None and image.question is not None
+        words = normalize(image.question.float(), dim=-1).mean(0, keepdim=True)
+        return probabilities(normalize(image.tiles.float(), dim=-1), -words / TEMPERATURE, there)
 
     def counts(self, shares: torch.Tensor, there: torch.Tensor) -> tuple[list[int], list[bool]]:
         """How many patches of each tile stay, and whether there is a mean of the others. shares: on the CPU."""
