@@ -39,8 +39,10 @@ THEIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Method → module, function and settings of theirs."""
 ROOMS = ("vtr.policies.picture.", "vtr.policies.question.")
-LEFT_OUT = ("globalcom2", "trim")
-"""Not set by a count of tokens, or not without a text tower."""
+LEFT_OUT = ("globalcom2",)
+"""Not set by a count of tokens."""
+EMBEDDINGS = dict.fromkeys(("cdpruner", "trim"), ",relevance=embeddings")
+"""What those are told that could have a CLIP text tower: there is none here."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,11 @@ def build(size: midsize.Size) -> Any:
     return vtr.patch(model.eval())
 
 
-@dataclass
 class Looking(vtr.Policy):
     """Asks for all that the measured policies want, and runs ``look`` on the image."""
 
-    look: Any = None
-    wishes: tuple[str, ...] = ()
+    def __init__(self, look: Callable[[Image], None], wishes: tuple[str, ...]) -> None:
+        self.look, self.wishes = look, wishes
 
     @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -153,8 +154,8 @@ class Contest:
     @torch.no_grad()
     def run(self, policies: Sequence[str]) -> list[Row]:
         rows: list[Row] = []
-        made = {name: vtr.policy(f"{name}:{self.keep}") for name in policies}
-        wishes = tuple(sorted({wish for p in made.values() for wish in p.wants} - {"cls"}))
+        made = {name: vtr.policy(f"{name}:{self.keep}{EMBEDDINGS.get(name, '')}") for name in policies}
+        wishes = tuple(sorted({wish for p in made.values() for wish in p.wants}))
 
         def look(image: Image) -> None:
             context = None if self.checkout is None else self._context(image)

@@ -24,12 +24,14 @@ from vtr.engine.tower import (
     Entered,
     ImageTower,
     attention_index,
+    attention_of,
     cls_scores,
     entered,
     has_cls,
     layers_of,
     leading_tokens,
     on_grid,
+    projections_of,
     state_index,
 )
 from vtr.image import Image, Layout, tokens_at
@@ -57,18 +59,21 @@ class Captures:
         patch: whose model it is. projected, states: whether projector outputs and the tower's states are to be kept.
         tiles: how many there are in each run of the tower.
         layers: of the tower, counted from 0, into which states are kept (one past the last: those that leave it).
+        attended: those of them whose queries and keys are kept as well.
         places: of the call's images with their layouts; they are asked for where images have grids of their own.
         projector: whether policies may run the projector.
     """
 
     def __init__(
         self, patch: Patch, projected: bool, states: bool, tiles: list[int], layers: Sequence[int] = (),
-        places: Mapping[Place, Layout] = MappingProxyType({}), projector: bool = False,
+        attended: Sequence[int] = (), places: Mapping[Place, Layout] = MappingProxyType({}), projector: bool = False,
     ) -> None:  # fmt: skip
         self.patch, self.tiles, self.places = patch, tiles, places
         self.keeps_projected, self.keeps_states, self.keeps_projector = projected, states, projector
         self.entered: dict[int, list[Entered]] = {layer: [] for layer in layers}
         """Per layer of the tower that is asked for, and per run: what entered it."""
+        self.asked: dict[int, dict[str, list[torch.Tensor]]] = {layer: {"q": [], "k": []} for layer in attended}
+        """Per layer whose attention is asked for, and per run: its queries and keys, before any norm of theirs."""
         self.features_at = patch.adapter.features_at(patch.model) if layers else -1
         self.made: dict[Any, torch.Tensor] = {}
         """What policies have asked of the tower so far: rows that share an image share it."""
@@ -89,6 +94,7 @@ class Captures:
         if not keep:
             self.projected, self.states, self._scores, self.made = [], [], {}, {}
             self.entered = {layer: [] for layer in self.entered}
+            self.asked = {layer: {"q": [], "k": []} for layer in self.asked}
 
     def image(
         self, features: torch.Tensor, layout: Layout, place: Place, index: int, count: int, policy: Policy
@@ -181,6 +187,7 @@ class VisionHooks:
         self.cls, self.leading = False, 0
         self.hooked: set[int] = set()
         """Layers of the tower that have a hook: those that some call has asked for."""
+        self.hooked_attention: set[int] = set()
 
     def install(self) -> list[Any]:
         """Register them; returns the handles."""
@@ -204,7 +211,7 @@ class VisionHooks:
         if not any(wants for wants, _ in asking):
             return None
         self.patch.handles += self.attach()
-        layers = self._layers({wish for wants, _ in asking for wish in wants})
+        layers, attended = self._layers({wish for wants, _ in asking for wish in wants})
         states = self.cls and any("cls" in wants for wants, _ in asking)
         tiles = [row for wants, row in asking if "tiles" in wants or ("cls" in wants and not self.cls)]
         last = {place.run: place.first + place.count for row in prompt.places for place in row}
@@ -213,10 +220,10 @@ class VisionHooks:
         places = {place: layout for row in pairs for place, layout in zip(*row, strict=True)}
         projector = any("projector" in wants for wants, _ in asking)
         counts = [last[run] for run in sorted(last)]
-        return Captures(self.patch, projected, states, counts, layers, places, projector)
+        return Captures(self.patch, projected, states, counts, layers, attended, places, projector)
 
-    def _layers(self, wishes: Iterable[str]) -> list[int]:
-        """The layers that ``wishes`` name, with a hook on each.
+    def _layers(self, wishes: Iterable[str]) -> tuple[list[int], list[int]]:
+        """The layers that ``wishes`` name, and those whose attention they name, with a hook on each.
 
         Raises:
             ValueError: a layer that the tower does not have.
@@ -227,11 +234,11 @@ class VisionHooks:
         if "cls_token" in wishes and not self.cls:
             raise UnsupportedError(f"{name} has no CLS token, which this policy is about: use another policy")
         if not named:
-            return []
+            return [], []
         depth, at = len(layers_of(self.tower)), self.patch.adapter.features_at(self.patch.model)
         if not depth:
             raise UnsupportedError(f"the layers of {name} cannot be found: use a policy that reads none of them")
-        found = []
+        found: dict[int, bool] = {}
         for kind, layer in named:
             index = (state_index if kind == "hidden_states" else attention_index)(layer, depth, at)
             most = depth if kind == "hidden_states" else depth - 1
@@ -239,11 +246,14 @@ class VisionHooks:
                 raise ValueError(
                     f"{kind}[{layer}] is asked for, but {name} has {depth} layers: choose {-most - 1}…{most}"
                 )
-            found.append(index)
+            found[index] = found.get(index, False) or kind == "attentions"
+        attended = sorted(index for index, too in found.items() if too)
         with _attaching:
-            for index in set(found) - self.hooked:
+            for index in found.keys() - self.hooked:
                 self._hook(index, depth)
-        return sorted(set(found))
+            for index in set(attended) - self.hooked_attention:
+                self._hook_attention(index)
+        return sorted(found), attended
 
     def _hook(self, index: int, depth: int) -> None:
         """Keep what enters a layer of the tower (or leaves the last one) from now on, where a call asks for it."""
@@ -266,6 +276,22 @@ class VisionHooks:
             handle = layers[-1].register_forward_hook(after, with_kwargs=True)
         self.patch.handles.append(handle)
         self.hooked.add(index)
+
+    def _hook_attention(self, index: int) -> None:
+        """Keep a layer's queries and keys from now on, where a call asks for them."""
+        layer = layers_of(self.tower)[index]
+        attention_of(self.tower, layer)  # (it can be read)
+
+        def keep(which: str, module: Any, args: Any, out: torch.Tensor) -> None:
+            captures = self._active()
+            if captures is not None and index in captures.asked:
+                parts = dict(zip("qk", out.chunk(3, -1), strict=False)) if which == "qkv" else {which: out}
+                for name, part in parts.items():
+                    captures.asked[index][name].append(part)
+
+        for module, which in projections_of(layer):
+            self.patch.handles.append(module.register_forward_hook(partial(keep, which)))
+        self.hooked_attention.add(index)
 
     def _active(self) -> Captures | None:
         if torch.compiler.is_compiling() or (found := capturing.get()) is None:

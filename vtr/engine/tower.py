@@ -1,7 +1,8 @@
 """The vision tower's own parts: its layers, their queries and keys, and what one image's policy reads of them.
 
-A tower's layer says how its tokens look at each other with a norm, two projections and a softmax. These are read off
-the layer and applied to the states that entered it: no attention matrix is built, and no layer runs again.
+A tower's layer says how its tokens look at each other with a norm, two projections and a softmax. No attention matrix
+is built, and no layer runs again: of a layer whose attention policies ask for by its place, queries and keys are kept
+as the layer makes them; GlobalCom²'s scores apply norm and projections to the states that entered the last layer.
 """
 
 from __future__ import annotations
@@ -96,6 +97,14 @@ def attention_of(tower: Any, layer: Any) -> tuple[Any, Any]:
             "at each other cannot be read: use a policy that needs no scores of the vision tower"
         )
     return norm, attention
+
+
+def projections_of(layer: Any) -> list[tuple[Any, str]]:
+    """The modules that make a layer's queries and keys ("q", "k"), or these and the values in one ("qkv")."""
+    attention = next(m for n in ("self_attn", "attention", "attn") if (m := getattr(layer, n, None)))
+    if hasattr(attention, "qkv"):
+        return [(attention.qkv, "qkv")]
+    return [(attention.q_proj, "q"), (attention.k_proj, "k")]
 
 
 class Unfused:
@@ -261,60 +270,52 @@ class ImageTower(Tower):
         return out
 
     # -- attention -------------------------------------------------------------------------------------------------
-    def _from_cls(self, at: Entered, norm: Any, attention: Any) -> torch.Tensor:
+    def _from_cls(self, index: int, attention: Any) -> torch.Tensor:
         """float32 [tiles, heads, patches]."""
-        x = norm(self._tiles(at.states))
         check_not_turned(self.captures.patch.vision.tower)
-        q = self._heads(attention, x[:, :1], "q")[:, 0]
-        tiles, heads, size = q.shape
-        plain = not is_normed(attention) and is_plain(attention.k_proj, x)
-        if plain:  # per head q · (W x + b) = (W' q) · x + q · b: the tokens need no projection
-            key = attention.k_proj
-            asked = torch.einsum("thd,hdc->thc", q.float(), key.weight.float().unflatten(0, (heads, size)))
-            logits = torch.matmul(x.float(), asked.transpose(1, 2)).transpose(1, 2)
-            if key.bias is not None:
-                logits = logits + (q.float() * key.bias.float().view(heads, size)).sum(-1, keepdim=True)
-            self.captures.flops += 2 * tiles * heads * x.shape[-1] * (size + x.shape[1])
-        else:
-            k = self._heads(attention, x, "k")
-            logits = torch.einsum("thd,tnhd->thn", q.float(), k.float())
-            self.captures.flops += 2 * tiles * heads * size * x.shape[1]
-        return (logits / size**0.5).softmax(-1)[..., self._leading :]
+        q, k = self._heads(index, attention, "q")[:, 0], self._heads(index, attention, "k")
+        logits = torch.einsum("thd,tnhd->thn", q.float(), k.float())
+        self.captures.flops += 2 * k.numel()
+        return (logits / q.shape[-1] ** 0.5).softmax(-1)[..., self._leading :]
 
-    def _received(self, at: Entered, norm: Any, attention: Any) -> torch.Tensor:
+    def _received(self, index: int, attention: Any) -> torch.Tensor:
         """float32 [tiles, patches] or, of an image with a grid of its own, [1, patches]."""
-        flat = at.states.dim() == 2
-        first, last = self.captures.span(self.place) if flat else (0, 0)
-        x = norm(at.states[first:last][None] if flat else self._tiles(at.states))
-        q, k = (self._heads(attention, x, which).transpose(1, 2).float() for which in "qk")
+        q, k = (self._heads(index, attention, which).transpose(1, 2).float() for which in "qk")
+        at, n = self.captures.entered[index][self.place.run], q.shape[2]
+        first, last = self.captures.span(self.place) if at.states.dim() == 2 else (0, n)
         if at.rope is not None:
             cos, sin = (t[first:last].float() for t in at.rope)
             q, k = (t * cos + _turned(t) * sin for t in (q, k))
-        edges = [0, x.shape[1]]
+        edges = [0, n]
         if at.edges is not None:
-            edges = sorted({0, x.shape[1], *(int(e) - first for e in at.edges if first < e < last)})
+            edges = sorted({0, n, *(int(e) - first for e in at.edges if first < e < last)})
         spans = list(itertools.pairwise(edges))
         parts = [_columns(q[:, :, a:b], k[:, :, a:b]) for a, b in spans]
         self.captures.flops += sum(2 * q[:, :, 0].numel() * (b - a) ** 2 for a, b in spans)
         return torch.cat(parts, 1)[:, self._leading :]
 
-    def _heads(self, attention: Any, x: torch.Tensor, which: str) -> torch.Tensor:
-        """Queries or keys of tokens [tiles, n, width]: [tiles, n, heads, head_dim]."""
-        made = getattr(attention, f"{which}_proj")(x)
-        self.captures.flops += 2 * x.numel() * made.shape[-1]
-        made = getattr(attention, f"{which}_norm")(made) if is_normed(attention) else made
-        out: torch.Tensor = made.unflatten(-1, (heads_of(attention), -1))
-        return out
+    def _heads(self, index: int, attention: Any, which: str) -> torch.Tensor:
+        """The layer's queries or keys of this image, [tiles, leading + patches, heads, head_dim]; of an image with a
+        grid of its own [1, patches, …], not turned."""
+        run = self.captures.asked[index][which][self.place.run]
+        if run.dim() == 3 and self.captures.entered[index][self.place.run].states.dim() == 2:
+            run = run[0]
+        if run.dim() == 2:
+            first, last = self.captures.span(self.place)
+            mine = run[first:last][None]
+        else:
+            mine = self._tiles(run)
+        mine = getattr(attention, f"{which}_norm")(mine) if is_normed(attention) else mine
+        return mine.unflatten(-1, (heads_of(attention), -1))
 
     def _projected(self, layer: Layer, which: str) -> torch.Tensor:
-        _, at, norm, attention = self._layer(layer)
-        if at.states.dim() == 2:
+        index, attention = self._layer(layer)
+        if self.captures.entered[index][self.place.run].rope is not None:
             raise UnsupportedError(
                 f"{type(self.captures.patch.vision.tower).__name__} turns queries and keys by where patches are "
                 "(rope), so they cannot be compared as they are: use another policy"
             )
-        x = norm(self._tiles(at.states))
-        return self._heads(attention, x[:, :1] if which == "q" else x, which)
+        return self._heads(index, attention, which)
 
     # -- what was kept ---------------------------------------------------------------------------------------------
     @property
@@ -328,26 +329,33 @@ class ImageTower(Tower):
         """Which of ``hidden_states`` it is, counted from 0."""
         return state_index(layer, self._depth(), self.captures.features_at)
 
-    def _layer(self, layer: Layer) -> tuple[int, Entered, Any, Any]:
+    def _layer(self, layer: Layer) -> tuple[int, Any]:
+        """A layer's number, counted from 0, and its attention, whose queries and keys have been kept."""
         index = attention_index(layer, self._depth(), self.captures.features_at)
         tower = self.captures.patch.vision.tower
-        norm, attention = attention_of(tower, layers_of(tower)[index])
-        return index, self._entered(index, "attentions", layer), norm, attention
+        if index not in self.captures.asked:
+            self._refuse("attentions", layer)
+        self.captures.check_ran([run.states for run in self.captures.entered[index]], "vision tower")
+        return index, attention_of(tower, layers_of(tower)[index])[1]
+
+    def _refuse(self, kind: str, layer: Layer) -> None:
+        want = kind if layer is None else f"{kind}[{layer}]"
+        raise ValueError(f'the tower\'s {want} are only there for policies that say so: wants = ("{want}",)')
 
     def _entered(self, index: int, kind: str, layer: Layer) -> Entered:
-        want = kind if layer is None else f"{kind}[{layer}]"
         runs = self.captures.entered.get(index)
         if runs is None:
-            raise ValueError(f'the tower\'s {want} are only there for policies that say so: wants = ("{want}",)')
+            self._refuse(kind, layer)
+            raise AssertionError
         self.captures.check_ran([run.states for run in runs], "vision tower")
         return runs[self.place.run]
 
-    def _once(self, what: str, layer: Layer, make: Callable[[Entered, Any, Any], torch.Tensor]) -> torch.Tensor:
+    def _once(self, what: str, layer: Layer, make: Callable[[int, Any], torch.Tensor]) -> torch.Tensor:
         """Rows that share an image share what is made of it: [tiles, …, h * w] of the image's tokens."""
-        index, at, norm, attention = self._layer(layer)
+        index, attention = self._layer(layer)
         known = self.captures.made
         if (key := (self.place, what, index)) not in known:
-            found = make(at, norm, attention)
+            found, at = make(index, attention), self.captures.entered[index][self.place.run]
             lead = found.shape[1:-1]
             patches = self._ordered(found.flatten(1, -2).transpose(1, 2) if lead else found, at.states.dim() == 2)
             known[key] = patches.transpose(1, 2).unflatten(1, lead) if lead else patches

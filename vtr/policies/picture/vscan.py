@@ -8,7 +8,7 @@ import torch
 
 from vtr.base import Policy
 from vtr.checks import check_tower_layer
-from vtr.image import Image, Layout, Pooled, Tower, tokens_at
+from vtr.image import Image, Layer, Layout, Pooled, Tower, tokens_at
 from vtr.keep import keep_count
 from vtr.policies.picture._merge import (
     flops_of_likeness,
@@ -150,6 +150,6 @@ class VScan(Tilewise):
         return layout.tiles * (int(share.sum()) + total - total // 2) + int(layout.newline.sum())
 
 
-def _looked_at(tower: Tower, layer: int | None) -> torch.Tensor:
+def _looked_at(tower: Tower, layer: Layer) -> torch.Tensor:
     """float32 [tiles, n]: the CLS token's attention to each patch, mean over heads; attention received without one."""
     return tower.attention_from_cls(layer).mean(1) if tower.has_cls else tower.attention_received(layer)
