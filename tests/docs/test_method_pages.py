@@ -205,3 +205,14 @@ def test_the_table_of_trained_policies(said: str, name: str) -> None:
     flops, kv = (100 * short[name][key] / short["none"][key] for key in ("flops", "kv_bytes"))
     row = f"| {said} | {short[name]['accuracy']:.1%} | {long[name]['accuracy']:.1%} | {flops:.0f}% | {kv:.0f}%"
     assert row.replace("%", " %") in (DOCS / "weights.md").read_text()
+
+
+def test_what_is_said_of_methods_before_the_decoder() -> None:
+    """Ten lines of results, and two rows of the table that chooses."""
+    result_file = "eval/results/before-11.json"
+    results, choosing = ((DOCS / f"{name}.md").read_text() for name in ("results", "choosing"))
+    for name in ("mmtok", "cdpruner", "pool", "tome", "scope", "uniform", "fastervlm"):
+        middle, _, rest = points(row(result_file, name)["versus_none"]).partition(" points")
+        assert f"{middle.replace('−0.0', '+0.0')}{rest}" in " ".join(results.split()), name
+    for name in ("mmtok", "cdpruner", "tome", "scope", "divprune"):
+        assert points(row(result_file, name)["versus_none"]).partition("[")[2] in choosing, name
