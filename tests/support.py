@@ -264,7 +264,7 @@ def declared() -> dict[tuple[str, str], str]:
 
 
 def table(outcomes: dict[tuple[str, str], str]) -> str:
-    """Markdown: a row per family, a column per policy, below it why cells are empty."""
+    """Markdown: a row per policy, a column per family, below it why cells are empty."""
     notes: list[str] = []
 
     def note(text: str) -> str:
@@ -272,10 +272,12 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
             notes.append(text)
         return f"<sup>{notes.index(text) + 1}</sup>"
 
-    lines = [f"| family | {' | '.join(f'`{policy}`' for policy in POLICIES)} |", "|---" * (len(POLICIES) + 1) + "|"]
-    for name, several in {f.name: [g for g in FAMILIES if g.name == f.name] for f in FAMILIES}.items():
+    known = {f.name: [g for g in FAMILIES if g.name == f.name] for f in FAMILIES}
+    names = [*known, *REFUSED]
+    lines = [f"| policy | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for policy in POLICIES:
         cells = []
-        for policy in POLICIES:
+        for several in known.values():
             found = {outcomes.get((family.kind, policy), "not run") for family in several}
             why, limit = why_not(several[0], policy), several[0].limits.get(policy)
             if found == {"works"}:
@@ -284,9 +286,8 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
                 cells.append("–" + note(str(why)))
             else:
                 cells.append(", ".join(sorted(found)))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    for name, cls in REFUSED.items():
-        lines.append(f"| {name} | {' | '.join(['–' + note(_refused(cls))] * len(POLICIES))} |")
+        cells += ["–" + note(_refused(cls)) for cls in REFUSED.values()]
+        lines.append(f"| `{policy}` | {' | '.join(cells)} |")
     numbered = [f"<sup>{i}</sup> {text}" for i, text in enumerate(notes, 1)]
     return "\n".join([*lines, "", "  \n".join(numbered), ""])
 

@@ -244,7 +244,7 @@ def table(rows: Sequence[Row]) -> Any:
             ratio = f"{row.ratio:.2f}", f"{row.low:.2f}–{row.high:.2f}"
         theirs, same = row.theirs_ms, row.same
         made.add_row(
-            row.policy.partition(":")[0], f"{row.ours_ms:.1f}", f"{row.of_prefill:.1%}", "–" if theirs is None else f"{theirs:.1f}",
-            *ratio, "–" if same is None else f"{same:.0%}",
+            row.policy.partition(":")[0], f"{row.ours_ms:.1f}", f"{row.of_prefill:.1%}",
+            "–" if theirs is None else f"{theirs:.1f}", *ratio, "–" if same is None else f"{same:.0%}",
         )  # fmt: skip
     return made

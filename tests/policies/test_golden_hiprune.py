@@ -13,7 +13,7 @@ import vtr
 from tests import official
 from tests.policies.encoder import check_run, each_tile, inputs_of, layout_of, runs_of
 from tests.seen import GivenTower, seen
-from vtr.engine.tower import attention_index, state_index
+from vtr.engine.image_tower import attention_index, state_index
 from vtr.policies.picture.hiprune import beside
 
 META, UNIT = official.meta("hiprune"), official.tensors("hiprune", "unit")

@@ -14,7 +14,7 @@ import vtr
 from tests import official
 from tests.official import close
 from tests.seen import GivenTower, seen
-from vtr.engine.tower import _columns
+from vtr.engine.image_tower import _columns
 from vtr.image import Image
 from vtr.policies.picture._greedy import marginal, unit
 from vtr.policies.picture.mmr import min_max

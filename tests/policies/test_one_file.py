@@ -62,9 +62,9 @@ def test_it_takes_part_in_everything() -> None:
     assert len(check_policy(vtr.policy(NAME), families=("llava",)).passed) >= 12
 
 
-def test_it_has_a_column_in_the_table_of_families(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_has_a_row_in_the_table_of_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "POLICIES", support.policies())
-    assert f"`{NAME}`" in support.table(support.declared()).splitlines()[0]
+    assert f"\n| `{NAME}` | ✓ |" in support.table(support.declared())
     models = support.Models.from_family(FAMILIES[0])
     inputs = models.inputs()
     with torch.no_grad():

@@ -20,10 +20,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from vtr.base import Policy, UnsupportedError, tower_wish
+from vtr.engine.image_tower import ImageTower, attention_index, state_index
 from vtr.engine.tower import (
     Entered,
-    ImageTower,
-    attention_index,
     attention_of,
     cls_scores,
     entered,
@@ -32,7 +31,6 @@ from vtr.engine.tower import (
     leading_tokens,
     on_grid,
     projections_of,
-    state_index,
 )
 from vtr.image import Image, Layout, tokens_at
 

@@ -7,10 +7,6 @@ as the layer makes them; GlobalCom²'s scores apply norm and projections to the 
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,17 +14,14 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtr.base import UnsupportedError
-from vtr.image import Layer, Layout, Tower
 
 if TYPE_CHECKING:
-    from vtr.engine.captures import Captures, Place
+    pass
 
 CLS = ("class_embedding", "cls_token")
 """What towers with a CLS token call its embedding."""
 LEADING = (*CLS, "register_tokens", "distillation_token")
 """What towers call the embeddings of all tokens that they put in front of the patches."""
-CHUNK = 2**24
-"""Attention weights that are there at once, where all queries are read."""
 
 
 class Entered(NamedTuple):
@@ -207,219 +200,3 @@ def on_grid(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     flat = patches if patches.dim() == 3 else patches[..., None]
     cells = adaptive_avg_pool2d(flat.transpose(1, 2).unflatten(2, (height, -1)), grid).flatten(2).transpose(1, 2)
     return cells if patches.dim() == 3 else cells[..., 0]
-
-
-# -- one image ---------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class ImageTower(Tower):
-    """What the vision tower has of one image: :class:`vtr.image.Tower` on what hooks have kept."""
-
-    captures: Captures
-    place: Place
-    layout: Layout
-
-    @property
-    def has_cls(self) -> bool:
-        return self.captures.patch.vision.cls
-
-    def hidden_states(self, layer: Layer = None) -> torch.Tensor:
-        return self._patches(self._entered(self._state_index(layer), "hidden_states", layer).states)
-
-    def cls_state(self, layer: Layer = None) -> torch.Tensor:
-        states = self._entered(self._state_index(layer), "hidden_states", layer).states
-        self._check_cls("state")
-        return self._tiles(states)[:, 0]
-
-    @torch.no_grad()
-    def attention_from_cls(self, layer: Layer = None) -> torch.Tensor:
-        self._check_cls("row of attention")
-        return self._once("from_cls", layer, self._from_cls)
-
-    @torch.no_grad()
-    def attention_received(self, layer: Layer = None) -> torch.Tensor:
-        return self._once("received", layer, self._received)
-
-    @torch.no_grad()
-    def keys(self, layer: Layer = None) -> torch.Tensor:
-        return self._projected(layer, "k")
-
-    @torch.no_grad()
-    def cls_query(self, layer: Layer = None) -> torch.Tensor:
-        self._check_cls("query")
-        return self._projected(layer, "q")[:, 0]
-
-    def project(self, states: torch.Tensor) -> torch.Tensor:
-        captures = self.captures
-        if not captures.keeps_projector:
-            raise ValueError('the projector is only there for policies that say so: wants = ("projector",)')
-        was, captures.open = captures.open, False  # its hook is not to take this for the call's own run
-        try:
-            projector = captures.patch.vision.projector
-            out: torch.Tensor = projector(states[None])[0]
-        finally:
-            captures.open = was
-        captures.flops += _linear_flops(projector, len(states))
-        return out
-
-    def final_norm(self, states: torch.Tensor) -> torch.Tensor:
-        tower = self.captures.patch.vision.tower
-        norm = getattr(getattr(tower, "vision_model", tower), "post_layernorm", None)
-        if norm is None:
-            raise UnsupportedError(f"{type(tower).__name__} has no post_layernorm: use a policy that needs none")
-        out: torch.Tensor = norm(states)
-        return out
-
-    # -- attention -------------------------------------------------------------------------------------------------
-    def _from_cls(self, index: int, attention: Any) -> torch.Tensor:
-        """float32 [tiles, heads, patches]."""
-        check_not_turned(self.captures.patch.vision.tower)
-        q, k = self._heads(index, attention, "q")[:, 0], self._heads(index, attention, "k")
-        logits = torch.einsum("thd,tnhd->thn", q.float(), k.float())
-        self.captures.flops += 2 * k.numel()
-        return (logits / q.shape[-1] ** 0.5).softmax(-1)[..., self._leading :]
-
-    def _received(self, index: int, attention: Any) -> torch.Tensor:
-        """float32 [tiles, patches] or, of an image with a grid of its own, [1, patches]."""
-        q, k = (self._heads(index, attention, which).transpose(1, 2).float() for which in "qk")
-        at, n = self.captures.entered[index][self.place.run], q.shape[2]
-        first, last = self.captures.span(self.place) if at.states.dim() == 2 else (0, n)
-        if at.rope is not None:
-            cos, sin = (t[first:last].float() for t in at.rope)
-            q, k = (t * cos + _turned(t) * sin for t in (q, k))
-        edges = [0, n]
-        if at.edges is not None:
-            edges = sorted({0, n, *(int(e) - first for e in at.edges if first < e < last)})
-        spans = list(itertools.pairwise(edges))
-        parts = [_columns(q[:, :, a:b], k[:, :, a:b]) for a, b in spans]
-        self.captures.flops += sum(2 * q[:, :, 0].numel() * (b - a) ** 2 for a, b in spans)
-        return torch.cat(parts, 1)[:, self._leading :]
-
-    def _heads(self, index: int, attention: Any, which: str) -> torch.Tensor:
-        """The layer's queries or keys of this image, [tiles, leading + patches, heads, head_dim]; of an image with a
-        grid of its own [1, patches, …], not turned."""
-        run = self.captures.asked[index][which][self.place.run]
-        if run.dim() == 3 and self.captures.entered[index][self.place.run].states.dim() == 2:
-            run = run[0]
-        if run.dim() == 2:
-            first, last = self.captures.span(self.place)
-            mine = run[first:last][None]
-        else:
-            mine = self._tiles(run)
-        mine = getattr(attention, f"{which}_norm")(mine) if is_normed(attention) else mine
-        return mine.unflatten(-1, (heads_of(attention), -1))
-
-    def _projected(self, layer: Layer, which: str) -> torch.Tensor:
-        index, attention = self._layer(layer)
-        if self.captures.entered[index][self.place.run].rope is not None:
-            raise UnsupportedError(
-                f"{type(self.captures.patch.vision.tower).__name__} turns queries and keys by where patches are "
-                "(rope), so they cannot be compared as they are: use another policy"
-            )
-        return self._heads(index, attention, which)
-
-    # -- what was kept ---------------------------------------------------------------------------------------------
-    @property
-    def _leading(self) -> int:
-        return self.captures.patch.vision.leading
-
-    def _depth(self) -> int:
-        return len(layers_of(self.captures.patch.vision.tower))
-
-    def _state_index(self, layer: Layer) -> int:
-        """Which of ``hidden_states`` it is, counted from 0."""
-        return state_index(layer, self._depth(), self.captures.features_at)
-
-    def _layer(self, layer: Layer) -> tuple[int, Any]:
-        """A layer's number, counted from 0, and its attention, whose queries and keys have been kept."""
-        index = attention_index(layer, self._depth(), self.captures.features_at)
-        tower = self.captures.patch.vision.tower
-        if index not in self.captures.asked:
-            self._refuse("attentions", layer)
-        self.captures.check_ran([run.states for run in self.captures.entered[index]], "vision tower")
-        return index, attention_of(tower, layers_of(tower)[index])[1]
-
-    def _refuse(self, kind: str, layer: Layer) -> None:
-        want = kind if layer is None else f"{kind}[{layer}]"
-        raise ValueError(f'the tower\'s {want} are only there for policies that say so: wants = ("{want}",)')
-
-    def _entered(self, index: int, kind: str, layer: Layer) -> Entered:
-        runs = self.captures.entered.get(index)
-        if runs is None:
-            self._refuse(kind, layer)
-            raise AssertionError
-        self.captures.check_ran([run.states for run in runs], "vision tower")
-        return runs[self.place.run]
-
-    def _once(self, what: str, layer: Layer, make: Callable[[int, Any], torch.Tensor]) -> torch.Tensor:
-        """Rows that share an image share what is made of it: [tiles, …, h * w] of the image's tokens."""
-        index, attention = self._layer(layer)
-        known = self.captures.made
-        if (key := (self.place, what, index)) not in known:
-            found, at = make(index, attention), self.captures.entered[index][self.place.run]
-            lead = found.shape[1:-1]
-            patches = self._ordered(found.flatten(1, -2).transpose(1, 2) if lead else found, at.states.dim() == 2)
-            known[key] = patches.transpose(1, 2).unflatten(1, lead) if lead else patches
-        return known[key].clone()
-
-    def _tiles(self, states: torch.Tensor) -> torch.Tensor:
-        """The image's part of a run, the thumbnail in front: [tiles, leading + patches, width]."""
-        mine = states[self.place.first : self.place.first + self.place.count]
-        return mine.roll(1, 0) if self.layout.thumbnail_last else mine
-
-    def _patches(self, states: torch.Tensor) -> torch.Tensor:
-        """States of a run as those of the image's tokens, [tiles, h * w, width]."""
-        if states.dim() == 2:
-            first, last = self.captures.span(self.place)
-            return self._ordered(states[first:last][None], True)
-        return self._ordered(self._tiles(states)[:, self._leading :], False)
-
-    def _ordered(self, patches: torch.Tensor, flat: bool) -> torch.Tensor:
-        """What patches have, in the tower's order, as what tokens have: the mean where a token is several patches."""
-        if not flat:
-            return on_grid(patches, self.layout.grid)
-        tokens = self.layout.tiles * self.layout.grid[0] * self.layout.grid[1]
-        each = patches[0].unflatten(0, (tokens, -1)).mean(1)
-        order = self.captures.order_of(self.place)
-        each = each if order is None else each.index_select(0, order.to(each.device))
-        return each.unflatten(0, (self.layout.tiles, -1))
-
-    def _check_cls(self, what: str) -> None:
-        if not self.has_cls:
-            raise UnsupportedError(
-                f"{type(self.captures.patch.vision.tower).__name__} has no CLS token, so there is no {what} of one: "
-                "attention_received(layer) is there for every tower"
-            )
-
-
-def state_index(layer: Layer, depth: int, features_at: int) -> int:
-    """Which of ``depth`` + 1 ``hidden_states`` is meant, counted from 0; None: the one the model uses."""
-    if isinstance(layer, float):
-        return max(math.ceil(layer * depth - 1e-9), 1)
-    at = features_at if layer is None else layer
-    return at if at >= 0 else depth + 1 + at
-
-
-def attention_index(layer: Layer, depth: int, features_at: int) -> int:
-    """Which of ``depth`` layers is meant, counted from 0; None: the one whose output the model uses."""
-    if layer is None or isinstance(layer, float):
-        return max(state_index(layer, depth, features_at) - 1, 0)
-    return layer if layer >= 0 else depth + layer
-
-
-def _columns(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Attention that each key gets, mean over heads and queries; q, k: [tiles, heads, n, head_dim] → [tiles, n]."""
-    tiles, heads, n, size = q.shape
-    step = max(CHUNK // max(tiles * heads * n, 1), 1)
-    total = q.new_zeros(tiles, n)
-    for some in q.split(step, 2):
-        total += torch.matmul(some, k.transpose(2, 3)).div_(size**0.5).softmax(-1).sum((1, 2))
-    return total / (heads * n)
-
-
-def _turned(x: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
-
-
-def _linear_flops(module: Any, rows: int) -> int:
-    return sum(2 * rows * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
