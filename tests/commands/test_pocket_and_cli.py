@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import vtr
 from tests.docs.test_docs import commands_of, parse
 from vtr.chat import decode, encode
 from vtr.cli import app
+from vtr.commands.list import example_of
 from vtr.commands.run import same_budget, tokenize
+from vtr.settings import policy_class
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,16 @@ def test_foreign_and_truncated_checkpoints(tmp_path: Any) -> None:
 def test_baselines_get_the_policys_budget(pocket: Any) -> None:
     ask(pocket, 0, "fastv:keep=0.1,layer=3")
     assert same_budget(vtr.report(pocket[0])) == ["random:keep=74,layer=3", "uniform:keep=74,layer=3"]
+
+
+SHIPPED = [name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies.")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("autoscale", "visionzip"))) for n in SHIPPED]
+)
+def test_every_policy_answers_and_is_drawn(name: str, tmp_path: Path) -> None:
+    drawn = tmp_path / "kept.png"
+    done = run("run", "--sample", "1", "--policy", example_of(name), "--show", str(drawn))
+    assert done.exit_code == 0, done.output
+    assert drawn.stat().st_size > 10_000 and "vision tokens into each decoder layer" in done.output

@@ -250,7 +250,10 @@ def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) ->
     out = asked.model.generate(**asked.inputs, policy=chosen, max_new_tokens=max_new_tokens, do_sample=False)
     report = vtr.report(asked.model)
     text = asked.processor.decode(out[0, asked.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    timing = time_call(asked.model, asked.inputs, chosen, repeats=repeats, new_tokens=8)
+    timed: Any = chosen
+    if chosen is not None and chosen.asks("resolve"):
+        timed = report.rows[0].policy  # what it has chosen: a forward by itself does not choose
+    timing = time_call(asked.model, asked.inputs, timed, repeats=repeats, new_tokens=8)
     return Outcome(policy, text.strip(), report, timing, is_right(text, asked.answer))
 
 
