@@ -11,6 +11,7 @@ from vtr.eval.accuracy.downsample import NAME, Downsample
 
 import vtr
 from vtr.budget import at_share
+from vtr.engine.adapters import find_adapter
 from vtr.learned import Learned
 from vtr.limits import short, similar
 from vtr.settings import policy_class
@@ -39,10 +40,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What budgets depend on: decoder layers, and patches along a tile's side."""
+    """What budgets depend on: decoder layers, patches along a tile's side; and the family, where it is known."""
 
     layers: int
     side: int
+    family: Any = None
 
     @classmethod
     def from_model(cls, model: Any) -> Shapes:
@@ -50,7 +52,7 @@ class Shapes:
         vision = model.config.vision_config
         size, patch = (n[0] if isinstance(n, (list, tuple)) else n for n in (vision.image_size, vision.patch_size))
         shrink = getattr(model.config, "downsample_ratio", 1)
-        return cls(len(model.get_decoder().layers), int(size // patch * shrink))
+        return cls(len(model.get_decoder().layers), int(size // patch * shrink), find_adapter(model))
 
 
 def contender(spec: str) -> Contender:
@@ -165,8 +167,10 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
                 one = _set(f"{name}:weights={weights}" if learned else name, budget, shapes)
             if one.policy is not None:
                 one.policy.check(shapes.layers)
+                if shapes.family is not None:
+                    shapes.family.refuse([one.policy])
             made.append(one)
-        except (TypeError, ValueError, OSError) as error:
+        except (TypeError, ValueError, OSError, vtr.UnsupportedError) as error:
             left_out[name] = str(error)
     return made, left_out
 

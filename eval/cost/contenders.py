@@ -11,6 +11,7 @@ from vtr.eval.cost.shapes import Shape
 
 import vtr
 from vtr.budget import at_share
+from vtr.engine.adapters import find_adapter
 from vtr.settings import policy_class
 from vtr.shares import check_share, nearest_side
 
@@ -69,7 +70,8 @@ def contenders(
             try:
                 policy = at_share(name, budget, depth, shape.side)
                 policy.check(depth)
-            except (ValueError, NotImplementedError) as error:
+                find_adapter(stock).refuse([policy])
+            except (ValueError, NotImplementedError, vtr.UnsupportedError) as error:
                 left_out.append({"name": name, "budget": budget, "why": str(error)})
                 continue
             out.append(Contender(name, policy.spec, budget, patched, policy, shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -324,3 +325,13 @@ def test_one_budget_for_all_images_of_a_row() -> None:
     rows = vtr.report(models.patched).rows
     n = 36
     assert [row.vision_tokens[0] for row in rows] == [n // 2, 0, 3, 2 * (n // 4), n]
+
+
+def test_a_copy_of_a_patched_model_reads_its_own_tower() -> None:
+    """Also one that is made after a policy has asked for layers of the tower."""
+    models = Models.from_family(KINDS["llava"])
+    first, second = Looks(), Looks()
+    forward(models.patched, models.inputs(), policy=[first, *[None] * 4])
+    forward(copy.deepcopy(models.patched), models.inputs(), policy=[second, *[None] * 4])
+    for name, want in first.made[0].items():
+        close(second.made[0][name], want)

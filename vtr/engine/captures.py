@@ -254,42 +254,41 @@ class VisionHooks:
         return sorted(found), attended
 
     def _hook(self, index: int, depth: int) -> None:
-        """Keep what enters a layer of the tower (or leaves the last one) from now on, where a call asks for it."""
+        """Keep what enters a layer of the tower (or leaves the last one) from now on, where a call asks for it.
+
+        Hooks are bound methods, so that those of a copied model belong to the copy.
+        """
         layers = layers_of(self.tower)
-
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captures = self._active()
-            if captures is not None and index in captures.entered:
-                captures.entered[index].append(entered(args, kwargs))
-
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            note(args, kwargs)
-
-        def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            note((out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
-
         if index < depth:
-            handle = layers[index].register_forward_pre_hook(before, with_kwargs=True)
+            handle = layers[index].register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
         else:
-            handle = layers[-1].register_forward_hook(after, with_kwargs=True)
+            handle = layers[-1].register_forward_hook(partial(self._after_last, index), with_kwargs=True)
         self.patch.handles.append(handle)
         self.hooked.add(index)
+
+    def _before_layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captures = self._active()
+        if captures is not None and index in captures.entered:
+            captures.entered[index].append(entered(args, kwargs))
+
+    def _after_last(self, index: int, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        self._before_layer(index, module, (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
 
     def _hook_attention(self, index: int) -> None:
         """Keep a layer's queries and keys from now on, where a call asks for them."""
         layer = layers_of(self.tower)[index]
         attention_of(self.tower, layer)  # (it can be read)
-
-        def keep(which: str, module: Any, args: Any, out: torch.Tensor) -> None:
-            captures = self._active()
-            if captures is not None and index in captures.asked:
-                parts = dict(zip("qk", out.chunk(3, -1), strict=False)) if which == "qkv" else {which: out}
-                for name, part in parts.items():
-                    captures.asked[index][name].append(part)
-
         for module, which in projections_of(layer):
-            self.patch.handles.append(module.register_forward_hook(partial(keep, which)))
+            handle = module.register_forward_hook(partial(self._after_projection, index, which))
+            self.patch.handles.append(handle)
         self.hooked_attention.add(index)
+
+    def _after_projection(self, index: int, which: str, module: Any, args: Any, out: torch.Tensor) -> None:
+        captures = self._active()
+        if captures is not None and index in captures.asked:
+            parts = dict(zip("qk", out.chunk(3, -1), strict=False)) if which == "qkv" else {which: out}
+            for name, part in parts.items():
+                captures.asked[index][name].append(part)
 
     def _active(self) -> Captures | None:
         if torch.compiler.is_compiling() or (found := capturing.get()) is None:
