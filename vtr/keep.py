@@ -41,7 +41,11 @@ def keep_count(keep: Keep, total: int, slack: float = 1e-9) -> int:
     return min(keep, total)
 
 
+def best(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k largest scores along the last axis, best first; of equal ones the lower index wins."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+
+
 def top(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Indices (int64 [k], ascending) of the ``k`` largest of ``scores`` ([n]); of equal scores the lower index wins."""
-    best = scores.argsort(descending=True, stable=True)[:k]
-    return best.sort().values
+    return best(scores, k).sort().values

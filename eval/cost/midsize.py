@@ -7,8 +7,9 @@ gives as many tokens as asked for, so that all the work is in the text model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,12 +51,24 @@ MIDSIZE = Size(16, 1024, 2816, 16, side=45)
 LLAVA_7B = Size(32, 4096, 11008, 32, side=24, vocab_size=32064, repeats=10)
 
 
-def build(size: Size, device: str, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> Any:
-    """A random ``LlavaForConditionalGeneration``, its weights drawn on ``device`` and in ``dtype`` from the start."""
+NARROW = MappingProxyType(
+    {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+)
+"""The vision tower that gives its tokens and does nothing else."""
+
+
+def build(
+    size: Size, device: str, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0,
+    tower: Mapping[str, Any] = NARROW,
+) -> Any:  # fmt: skip
+    """A random ``LlavaForConditionalGeneration``, its weights drawn on ``device`` and in ``dtype`` from the start.
+
+    tower: what ``CLIPVisionConfig`` is to say of the vision tower.
+    """
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, projection_dim=32,
+        **tower, projection_dim=32,
         image_size=size.side * PATCH, patch_size=PATCH,
     )  # fmt: skip
     text = LlamaConfig(

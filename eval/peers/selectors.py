@@ -14,7 +14,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ import vtr
 from vtr.image import Image
 
 PACKAGE = "angelslim.compressor.token_compressor"
-SIDE, WIDTH, HEADS = 24, 1024, 16
-"""Of the tower: patches along a side, width, heads."""
-DEPTH, OBJECT = 4, 1
-"""Layers of the tower, and the one where HiPrune looks for objects."""
+SIDE, HEADS, DEPTH, OBJECT = 24, 16, 4, 1
+"""Of the tower: patches along a side, heads, layers, and the layer where HiPrune looks for objects."""
+TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+"""As wide as CLIP-L's."""
 THEIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "divprune": ("algorithm.divprune", "divprune", {}),
     "hiprune": ("algorithm.hiprune", "hiprune_pruning", {"object_layer": OBJECT, "last_vit_layer": -2, "alpha": 0.1}),
@@ -86,26 +86,6 @@ def load(folder: Path, name: str) -> Any:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def build(size: midsize.Size) -> Any:
-    """A LLaVA-1.5 with a tower of CLIP-L's width, random weights, patched."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-        image_size=SIDE * midsize.PATCH, patch_size=midsize.PATCH,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=size.vocab_size, hidden_size=size.hidden_size, intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=4096,
-        pad_token_id=midsize.PAD, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=midsize.IMAGE_ID)
-    )
-    return vtr.patch(model.eval())
-
-
 class Looking(vtr.Policy):
     """Asks for all that the measured policies want, and runs ``look`` on the image."""
 
@@ -138,15 +118,14 @@ class Contest:
     """
 
     def __init__(self, size: midsize.Size, checkout: Path | None, keep: int, rounds: int) -> None:
-        self.model, self.size, self.checkout = build(size), size, checkout
+        self.size, self.checkout = replace(size, side=SIDE), checkout
+        self.model = vtr.patch(midsize.build(self.size, "cpu", torch.float32, tower=TOWER))
         self.keep, self.rounds = keep, rounds
         self.seen: dict[tuple[str, int], torch.Tensor] = {}
         for i, layer in enumerate(self.model.model.vision_tower.encoder.layers):
             for which in "qk":
                 getattr(layer.self_attn, f"{which}_proj").register_forward_hook(partial(self._note, (which, i)))
-        self.inputs = midsize.prompts(
-            self.model, midsize.Size(**{**asdict(size), "side": SIDE}), [(1, size.text_tokens)]
-        )
+        self.inputs = midsize.prompts(self.model, self.size, [(1, size.text_tokens)])
 
     def _note(self, key: tuple[str, int], module: Any, args: Any, out: torch.Tensor) -> None:
         self.seen.setdefault(key, out.unflatten(-1, (HEADS, -1)).transpose(1, 2))
@@ -163,7 +142,7 @@ class Contest:
 
         prefill = self._prefill()
         self.model(**self.inputs, policy=Looking(look, wishes), logits_to_keep=1)
-        return [Row(**{**asdict(row), "of_prefill": row.ours_ms / prefill}) for row in rows]
+        return [replace(row, of_prefill=row.ours_ms / prefill) for row in rows]
 
     def _prefill(self) -> float:
         """CPU milliseconds of the text model on what stays."""
@@ -193,7 +172,7 @@ class Contest:
 
         kept = ours()
         if context is None or name not in THEIRS:
-            return Row(policy.spec, statistics.median(seconds(ours) for _ in range(self.rounds)) * 1e3, 0.0)
+            return Row(policy.spec, self._median(ours), 0.0)
         module, called, settings = THEIRS[name]
         assert self.checkout is not None
         function, count = getattr(load(self.checkout, module), called), len(image)
@@ -204,8 +183,7 @@ class Contest:
         try:
             mask = theirs()
         except Exception as error:  # whatever theirs raises is its row
-            mine = statistics.median(seconds(ours) for _ in range(self.rounds)) * 1e3
-            return Row(policy.spec, mine, 0.0, error=f"{type(error).__name__}: {error}")
+            return Row(policy.spec, self._median(ours), 0.0, error=f"{type(error).__name__}: {error}")
         pairs = [(seconds(ours), seconds(theirs)) for _ in range(self.rounds)]
         ratios = sorted(a / b for a, b in pairs)
         mine, other = (statistics.median(t) * 1e3 for t in zip(*pairs, strict=True))
@@ -213,6 +191,10 @@ class Contest:
             policy.spec, mine, 0.0, other, statistics.median(ratios), ratios[0], ratios[-1],
             self._same(kept, mask, image),
         )  # fmt: skip
+
+    def _median(self, run: Callable[[], Any]) -> float:
+        """CPU milliseconds."""
+        return statistics.median(seconds(run) for _ in range(self.rounds)) * 1e3
 
     def _same(self, kept: Any, mask: Any, image: Image) -> float | None:
         """Share of their kept tokens that ours keeps; None where tokens are merged."""

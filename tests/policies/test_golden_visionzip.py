@@ -17,8 +17,9 @@ from tests.official import IMG, close
 from tests.seen import GivenTower, seen
 from vtr.image import Layout
 from vtr.policies.picture._merge import into_most_similar
+from vtr.policies.picture._saliency import saliency
 from vtr.policies.picture._tiles import best_of
-from vtr.policies.picture.visionzip import VisionZip, contexts, lined_up, looked_at, share_of, spread
+from vtr.policies.picture.visionzip import VisionZip, contexts, lined_up, share_of, spread
 
 META = official.meta("visionzip")
 UNIT, RESTORE, E2E = (official.tensors("visionzip", name) for name in ("unit", "restore", "e2e"))
@@ -39,7 +40,7 @@ def tower(name: str, row: slice) -> GivenTower:
 def test_dominant_and_contextual(case: dict[str, Any]) -> None:
     """All rows of a case at once, which may have as many tokens as patches and the CLS token."""
     name, given = f"c{case['case']}", tower(f"c{case['case']}", slice(None))
-    want, scores, d = UNIT[f"{name}.indices"], looked_at(given), case["dominant"] - 1
+    want, scores, d = UNIT[f"{name}.indices"], saliency(given, heads="sum"), case["dominant"] - 1
     assert torch.equal(scores.argsort(dim=1, descending=True, stable=True)[:, :d] + 1, want[:, 1:])
     there = torch.ones_like(scores).bool()
     stays = best_of(scores, [d] * len(scores), there)

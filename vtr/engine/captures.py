@@ -31,6 +31,7 @@ from vtr.engine.tower import (
     leading_tokens,
     on_grid,
     projections_of,
+    tiles_of,
 )
 from vtr.image import Image, Layout, tokens_at
 
@@ -121,13 +122,8 @@ class Captures:
             patches = features.index_select(0, tokens_at(layout).to(features.device, non_blocking=True))
             tiles: torch.Tensor = patches.unflatten(0, (layout.tiles, -1))
             return tiles
-        return self._run_tiles(self.projected, place, layout, "projector")
-
-    def _run_tiles(self, runs: list[torch.Tensor], place: Place, layout: Layout, what: str) -> torch.Tensor:
-        """One image's part of a run's output, the thumbnail in front."""
-        self.check_ran(runs, what)
-        mine = runs[place.run][place.first : place.first + place.count]
-        return mine.roll(1, 0) if layout.thumbnail_last else mine
+        self.check_ran(self.projected, "projector")
+        return tiles_of(self.projected[place.run], place, layout)
 
     def check_ran(self, runs: list[torch.Tensor], what: str) -> None:
         """Raise UnsupportedError unless tower or projector has given something for all images of the call."""

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from vtr.base import UnsupportedError
-from vtr.engine.tower import Entered, attention_of, check_not_turned, heads_of, is_normed, layers_of, on_grid
+from vtr.engine.tower import (
+    Entered,
+    attention_in,
+    check_not_turned,
+    heads_of,
+    is_normed,
+    layers_of,
+    on_grid,
+    tiles_of,
+)
 from vtr.image import Layer, Layout, Tower
 
 if TYPE_CHECKING:
@@ -110,11 +119,9 @@ class ImageTower(Tower):
         """The layer's queries or keys of this image, [tiles, leading + patches, heads, head_dim]; of an image with a
         grid of its own [1, patches, …], not turned."""
         run = self.captures.asked[index][which][self.place.run]
-        if run.dim() == 3 and self.captures.entered[index][self.place.run].states.dim() == 2:
-            run = run[0]
-        if run.dim() == 2:
+        if self.captures.entered[index][self.place.run].states.dim() == 2:
             first, last = self.captures.span(self.place)
-            mine = run[first:last][None]
+            mine = run.flatten(0, -2)[None, first:last]  # (Pixtral's are a batch of one)
         else:
             mine = self._tiles(run)
         mine = getattr(attention, f"{which}_norm")(mine) if is_normed(attention) else mine
@@ -144,21 +151,15 @@ class ImageTower(Tower):
     def _layer(self, layer: Layer) -> tuple[int, Any]:
         """A layer's number, counted from 0, and its attention, whose queries and keys have been kept."""
         index = attention_index(layer, self._depth(), self.captures.features_at)
-        tower = self.captures.patch.vision.tower
         if index not in self.captures.asked:
-            self._refuse("attentions", layer)
-        self.captures.check_ran([run.states for run in self.captures.entered[index]], "vision tower")
-        return index, attention_of(tower, layers_of(tower)[index])[1]
-
-    def _refuse(self, kind: str, layer: Layer) -> None:
-        want = kind if layer is None else f"{kind}[{layer}]"
-        raise ValueError(f'the tower\'s {want} are only there for policies that say so: wants = ("{want}",)')
+            raise _unasked("attentions", layer)
+        self._entered(index, "attentions", layer)
+        return index, attention_in(layers_of(self.captures.patch.vision.tower)[index])
 
     def _entered(self, index: int, kind: str, layer: Layer) -> Entered:
         runs = self.captures.entered.get(index)
         if runs is None:
-            self._refuse(kind, layer)
-            raise AssertionError
+            raise _unasked(kind, layer)
         self.captures.check_ran([run.states for run in runs], "vision tower")
         return runs[self.place.run]
 
@@ -174,9 +175,8 @@ class ImageTower(Tower):
         return known[key].clone()
 
     def _tiles(self, states: torch.Tensor) -> torch.Tensor:
-        """The image's part of a run, the thumbnail in front: [tiles, leading + patches, width]."""
-        mine = states[self.place.first : self.place.first + self.place.count]
-        return mine.roll(1, 0) if self.layout.thumbnail_last else mine
+        """The image's part of a run: [tiles, leading + patches, width]."""
+        return tiles_of(states, self.place, self.layout)
 
     def _patches(self, states: torch.Tensor) -> torch.Tensor:
         """States of a run as those of the image's tokens, [tiles, h * w, width]."""
@@ -201,6 +201,11 @@ class ImageTower(Tower):
                 f"{type(self.captures.patch.vision.tower).__name__} has no CLS token, so there is no {what} of one: "
                 "attention_received(layer) is there for every tower"
             )
+
+
+def _unasked(kind: str, layer: Layer) -> ValueError:
+    want = kind if layer is None else f"{kind}[{layer}]"
+    return ValueError(f'the tower\'s {want} are only there for policies that say so: wants = ("{want}",)')
 
 
 def state_index(layer: Layer, depth: int, features_at: int) -> int:

@@ -16,7 +16,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vtr.base import UnsupportedError
 
 if TYPE_CHECKING:
-    pass
+    from vtr.engine.captures import Place
+    from vtr.image import Layout
 
 CLS = ("class_embedding", "cls_token")
 """What towers with a CLS token call its embedding."""
@@ -46,6 +47,12 @@ def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
     if kwargs.get("position_embeddings") is not None and states.dim() == 3:
         states = states[0]  # Pixtral's images lie one behind the other in a batch of one
     return Entered(states, kwargs.get("position_embeddings"), None if edges is None else edges.cpu().long())
+
+
+def tiles_of(run: torch.Tensor, place: Place, layout: Layout) -> torch.Tensor:
+    """One image's part of what tower or projector gave in a run, [tiles, …], the thumbnail in front."""
+    mine = run[place.first : place.first + place.count]
+    return mine.roll(1, 0) if layout.thumbnail_last else mine
 
 
 def layers_of(tower: Any) -> Any:
@@ -80,7 +87,7 @@ def attention_of(tower: Any, layer: Any) -> tuple[Any, Any]:
     """
     norm = next((m for n in ("layer_norm1", "layernorm_before", "norm1", "attention_norm")
                  if (m := getattr(layer, n, None))), None)  # fmt: skip
-    attention = next((m for n in ("self_attn", "attention", "attn") if (m := getattr(layer, n, None))), None)
+    attention = attention_in(layer)
     if isinstance(getattr(attention, "qkv", None), nn.Linear) and hasattr(attention, "num_heads"):
         return norm, Unfused(attention)
     plain = norm is not None and all(hasattr(attention, name) for name in ("q_proj", "k_proj"))
@@ -92,9 +99,14 @@ def attention_of(tower: Any, layer: Any) -> tuple[Any, Any]:
     return norm, attention
 
 
+def attention_in(layer: Any) -> Any:
+    """A layer's attention module, whatever it is called there; None if there is none."""
+    return next((m for n in ("self_attn", "attention", "attn") if (m := getattr(layer, n, None))), None)
+
+
 def projections_of(layer: Any) -> list[tuple[Any, str]]:
     """The modules that make a layer's queries and keys ("q", "k"), or these and the values in one ("qkv")."""
-    attention = next(m for n in ("self_attn", "attention", "attn") if (m := getattr(layer, n, None)))
+    attention = attention_in(layer)
     if hasattr(attention, "qkv"):
         return [(attention.qkv, "qkv")]
     return [(attention.q_proj, "q"), (attention.k_proj, "k")]

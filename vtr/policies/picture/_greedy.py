@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import threshold
 
-from vtr.image import Tower
-
 LOWEST = torch.finfo(torch.float32).min
 """The score of a token that is not there: above that of one already chosen."""
 DEARER = 12
@@ -29,14 +27,6 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     lengths: torch.Tensor = x.norm(dim=-1, keepdim=True)
     return x / lengths.clamp(min=1e-8)
-
-
-def saliency(tower: Tower) -> torch.Tensor:
-    """float32 [tiles, h * w]: how much the tower looks at each token, in the layer whose output the model uses.
-
-    What its CLS token pays, sum over heads; where it has none, what the token gets of all.
-    """
-    return tower.attention_from_cls().sum(1) if tower.has_cls else tower.attention_received()
 
 
 def barred(there: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Tilewise(Policy):
 
     def compress(self, image: Image) -> torch.Tensor | Pooled:
         layout = image.layout
-        check_official(layout, self)
+        check_official(layout, self.placement)
         there = available(layout, self.placement)
         chosen = self.choose(image, self.counts(there), there).cpu()
         if self.placement == "official" and layout.crops != (0, 0):
@@ -67,13 +67,18 @@ class Tilewise(Policy):
         return torch.cat([tokens_at(layout)[chosen.flatten()], layout.newline.nonzero().squeeze(1)])
 
 
-def check_official(layout: Layout, policy: Policy) -> None:
-    """Raise UnsupportedError if ``policy`` asks for a published layout that such an image has not."""
-    if policy.config().get("placement") == "official" and layout.scaled is not None:
+def check_official(layout: Layout, placement: Placement) -> None:
+    """Raise UnsupportedError if a published layout is asked for that such an image has not."""
+    if placement == "official" and layout.scaled is not None:
         raise UnsupportedError(
             "placement='official' is the published code for LLaVA-1.5 and LLaVA-NeXT, whose crops are not scaled down; "
             "for this image use placement='true'"
         )
+
+
+def image_count(keep: Keep, patches: int, placement: Placement) -> int:
+    """How many of an image's patches one budget for all of them leaves; "official" cuts off."""
+    return keep_count(keep, patches, slack=0.0 if placement == "official" else 1e-9)
 
 
 @remembered(1024)

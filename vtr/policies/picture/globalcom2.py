@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate, normalize
 from vtr.base import Policy, UnsupportedError
 from vtr.checks import check_number
 from vtr.image import Image, Layout, Pooled, remembered, stitch, tokens_at
-from vtr.keep import keep_count
+from vtr.keep import best, keep_count
 from vtr.settings import register_policy
 from vtr.shares import apportion, ratio
 
@@ -68,11 +68,6 @@ def ratios(thumbnail: torch.Tensor, crops: Crops, retention: float, temperature:
     weights = ((sums - sums.max()) / temperature).exp()
     weights = weights / (weights.sum() + 1e-8)
     return (retention * (1 + weights - weights.mean())).clamp(max=1.0).tolist()
-
-
-def best(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the k largest scores along the last axis, best first; of equal ones the lower index wins."""
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
 @register_policy("globalcom2")

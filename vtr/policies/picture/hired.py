@@ -10,9 +10,9 @@ import torch
 from vtr.base import Policy
 from vtr.checks import check_number, check_placement
 from vtr.image import Image, Layout, remembered, tokens_at
-from vtr.keep import Keep, check_keep, keep_count
+from vtr.keep import Keep, check_keep
 from vtr.policies.picture._saliency import saliency
-from vtr.policies.picture._tiles import Placement, available, best_of, check_official
+from vtr.policies.picture._tiles import Placement, available, best_of, check_official, image_count
 from vtr.settings import register_policy
 from vtr.shares import apportion
 
@@ -86,12 +86,12 @@ class HiRED(Policy):
         official = self.placement == "official"
         if official and layout.crops != (0, 0):
             return super().kept_of(layout)
-        total = self._total(int(available(layout, self.placement).sum()))
+        total = image_count(self.keep, int(available(layout, self.placement).sum()), self.placement)
         return total + (0 if official else int(layout.newline.sum()))
 
     def compress(self, image: Image) -> torch.Tensor:
         layout = image.layout
-        check_official(layout, self)
+        check_official(layout, self.placement)
         there = available(layout, self.placement)
         chosen = best_of(saliency(image.tower), self.counts(image, there), there).cpu()
         if self.placement == "official":
@@ -101,7 +101,7 @@ class HiRED(Policy):
     def counts(self, image: Image, there: torch.Tensor) -> list[int]:
         """How many patches of each tile stay, of those that are ``there``: bool [tiles, h * w]."""
         sizes = there.sum(1).tolist()
-        total, in_crops = self._total(sum(sizes)), sum(sizes[1:])
+        total, in_crops = image_count(self.keep, sum(sizes), self.placement), sum(sizes[1:])
         if image.layout.crops == (0, 0):
             return apportion([float(n) for n in sizes], sizes, total)
         full = min(int(total * self.alpha), sizes[0])
@@ -122,6 +122,3 @@ class HiRED(Policy):
         crops = image.layout.crops[0] * image.layout.crops[1]
         shares = torch.zeros(crops).index_add(0, crop_of(image.layout, self.budget == "stripes"), values[0])
         return shares / shares.sum() if bool(shares.any()) else torch.full((crops,), 1 / crops)
-
-    def _total(self, patches: int) -> int:
-        return keep_count(self.keep, patches, slack=0.0 if self.placement == "official" else 1e-9)

@@ -10,9 +10,9 @@ import torch
 from vtr.base import Policy
 from vtr.checks import check_count, check_number, check_placement
 from vtr.image import Image, Layout, Pooled, cell
-from vtr.keep import Keep, check_keep, keep_count
+from vtr.keep import Keep, check_keep
 from vtr.policies.picture._saliency import saliency
-from vtr.policies.picture._tiles import Placement, check_official, first_of_groups, layout_of
+from vtr.policies.picture._tiles import Placement, check_official, first_of_groups, image_count, layout_of
 from vtr.settings import register_policy
 
 EPS = 1e-6
@@ -122,13 +122,14 @@ class HoloV(Policy):
     def kept_of(self, layout: Layout) -> int:
         """How many tokens an image of this layout keeps, newlines included."""
         newlines = int(layout.newline.sum())
-        return self._total(len(layout) - newlines) + (0 if self.placement == "official" else newlines)
+        total = image_count(self.keep, len(layout) - newlines, self.placement)
+        return total + (0 if self.placement == "official" else newlines)
 
     def compress(self, image: Image) -> torch.Tensor | Pooled:
         layout, official = image.layout, self.placement == "official"
-        check_official(layout, self)
+        check_official(layout, self.placement)
         patches = (layout.newline == 0).nonzero().squeeze(1)
-        total, ends = self._total(len(patches)), layout.newline.nonzero().squeeze(1)
+        total, ends = image_count(self.keep, len(patches), self.placement), layout.newline.nonzero().squeeze(1)
         if not total:
             return ends[:0] if official else ends
         attention, sizes = saliency(image.tower).flatten(), run_sizes(len(patches), self.runs)
@@ -143,9 +144,6 @@ class HoloV(Policy):
         order = key.masked_fill(full[run], 0.0).argsort(descending=True, stable=True)
         kept = patches[first_of_groups(order, run, quotas)]
         return zero_filled(image, kept, total) if official else torch.cat([kept, ends])
-
-    def _total(self, patches: int) -> int:
-        return keep_count(self.keep, patches, slack=0.0 if self.placement == "official" else 1e-9)
 
     def _holistic(self, image: Image, patches: torch.Tensor, attention: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         features = image.features.detach().index_select(0, patches.to(image.features.device)).float()

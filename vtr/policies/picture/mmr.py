@@ -10,8 +10,9 @@ import torch
 
 from vtr.checks import check_count, check_number
 from vtr.image import Image, cell
-from vtr.policies.picture._greedy import marginal, saliency, unit
+from vtr.policies.picture._greedy import marginal, unit
 from vtr.policies.picture._poolwise import Poolwise, features_of
+from vtr.policies.picture._saliency import saliency
 from vtr.settings import register_policy
 
 
@@ -58,8 +59,7 @@ class MMR(Poolwise):
     def choose(self, images: Sequence[Image], candidates: list[torch.Tensor], count: int) -> torch.Tensor:
         scores = []
         for image, some in zip(images, candidates, strict=True):
-            assert image.tower is not None
-            mine = saliency(image.tower).flatten()
+            mine = saliency(image.tower, heads="sum").flatten()
             scores.append(mine.index_select(0, cell(image.layout)[some].to(mine.device)))
         units = unit(features_of(images, candidates))
         picks, flops = marginal(units[None], min_max(torch.cat(scores))[None], count, self.trade, self.parallel)

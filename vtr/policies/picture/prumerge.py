@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from vtr.base import Policy
 from vtr.checks import check_placement
 from vtr.image import Image, Layout, Pooled, Tower
-from vtr.keep import Keep, check_keep, keep_count
+from vtr.keep import Keep, best, check_keep, keep_count
 from vtr.policies.picture._merge import in_place, outliers, tokens_of
 from vtr.policies.picture._tiles import Placement, available, check_official, layout_of
 from vtr.settings import register_policy
@@ -29,11 +29,6 @@ def cls_row(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     products = torch.bmm(keys.float(), query.float()[..., None])[..., 0]
     row: torch.Tensor = (products * query.shape[-1] ** -0.5).softmax(-1)
     return row[:, 1:]
-
-
-def best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 [count]: the places of the largest scores ([n]), best first; the lower index wins a tie."""
-    return scores.argsort(descending=True, stable=True)[:count]
 
 
 def with_samples(picked: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
@@ -79,7 +74,7 @@ def merged(
     unit, own = normalize(keys.float(), dim=-1), row[:rows] == place
     products = torch.bmm(_at(unit, at[:, :rows]), unit.transpose(1, 2))
     likeness = products.gather(2, at[:, None].expand(-1, rows, -1)).masked_fill(own | ~real[:, None], -torch.inf)
-    near = likeness.argsort(dim=-1, descending=True, stable=True)[..., :NEIGHBOURS]
+    near = best(likeness, NEIGHBOURS)
     merges = torch.tensor(has_rest).to(device, non_blocking=True)[:, None, None]
     is_there = (likeness.gather(2, near) > -torch.inf) & merges
     some = weights[:, None].expand_as(likeness).gather(2, near) * is_there
@@ -178,7 +173,7 @@ class PruMerge(Policy):
     def compress(self, image: Image) -> Pooled:
         layout, tower, official = image.layout, image.tower, self.placement == "official"
         assert tower is not None
-        check_official(layout, self)
+        check_official(layout, self.placement)
         there = available(layout, self.placement)
         n = there.shape[1]
         keys, states = tower.keys(-1).flatten(2), tower.hidden_states()

@@ -9,7 +9,8 @@ import torch
 
 from vtr.checks import check_number
 from vtr.image import Image
-from vtr.policies.picture._greedy import covering, only, products, saliency, unit
+from vtr.policies.picture._greedy import covering, only, products, unit
+from vtr.policies.picture._saliency import saliency
 from vtr.policies.picture._tiles import Tilewise, first_of
 from vtr.settings import register_policy
 
@@ -61,7 +62,7 @@ class Scope(Tilewise):
         assert image.tower is not None
         states = image.tower.hidden_states() if self.features == "tower" else image.tiles
         assert states is not None
-        worth, units, some = saliency(image.tower) ** self.alpha, unit(states), only(there)
+        worth, units, some = saliency(image.tower, heads="sum") ** self.alpha, unit(states), only(there)
         if some is not None:  # what is not there need not be covered
             units = units * there.to(units.device, non_blocking=True)[..., None]
         table, flops = products(units)

@@ -18,6 +18,7 @@ from vtr.policies.picture._merge import (
     summed,
     tokens_of,
 )
+from vtr.policies.picture._saliency import saliency
 from vtr.policies.picture._tiles import Tilewise, available, best_of, check_official, layout_of, published_order
 from vtr.settings import register_policy
 
@@ -101,11 +102,11 @@ class VisionZip(Tilewise):
     def compress(self, image: Image) -> Pooled:
         layout, official, tower = image.layout, self.placement == "official", image.tower
         assert tower is not None
-        check_official(layout, self)
+        check_official(layout, self.placement)
         there = available(layout, self.placement)
         dominant, contextual = self.split(self.counts(there))
         picked = [d - (official and d > 0) for d in dominant]
-        stays = best_of(looked_at(tower), picked, there).cpu()
+        stays = best_of(saliency(tower, heads="sum"), picked, there).cpu()
         targets = spread(there & ~stays, contextual)
         keys = tower.keys().float().mean(2)[:, -there.shape[1] :]
         image.flops += flops_of_likeness(keys, targets)
@@ -166,8 +167,3 @@ def lined_up(layout: Layout, own: torch.Tensor, contextual: int) -> torch.Tensor
     seen, crops = number[1:, 1 : 1 + k].flatten(), number[1:]
     canvas = seen[place[cells[1:].flatten()].argsort()]
     return torch.cat([number[0], canvas, crops[:, 0], crops[:, 1 + k :].flatten()])
-
-
-def looked_at(tower: Tower) -> torch.Tensor:
-    """float32 [tiles, n]: the CLS token's attention to each patch, sum over heads; without one attention received."""
-    return tower.attention_from_cls().sum(1) if tower.has_cls else tower.attention_received()

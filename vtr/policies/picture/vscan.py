@@ -8,7 +8,7 @@ import torch
 
 from vtr.base import Policy
 from vtr.checks import check_tower_layer
-from vtr.image import Image, Layer, Layout, Pooled, Tower, tokens_at
+from vtr.image import Image, Layout, Pooled, tokens_at
 from vtr.keep import keep_count
 from vtr.policies.picture._merge import (
     flops_of_likeness,
@@ -18,6 +18,7 @@ from vtr.policies.picture._merge import (
     of_patches,
     summed,
 )
+from vtr.policies.picture._saliency import saliency
 from vtr.policies.picture._tiles import Tilewise, available, best_of, check_official
 from vtr.settings import register_policy
 
@@ -114,15 +115,14 @@ class VScan(Tilewise):
         return (f"attentions[{self.local_layer}]", "attentions", *tiles)
 
     def choose(self, image: Image, counts: list[int], there: torch.Tensor) -> torch.Tensor:
-        assert image.tower is not None
-        rows = [_looked_at(image.tower, layer) for layer in (self.local_layer, None)]
+        rows = [saliency(image.tower, layer, layer) for layer in (self.local_layer, None)]
         local, whole = torch.stack(rows).cpu()
         fill = self.placement != "official"
         return two_scans(local, whole, windows(image.layout.grid), counts, there, fill)
 
     def compress(self, image: Image) -> Pooled:
         layout, official = image.layout, self.placement == "official"
-        check_official(layout, self)
+        check_official(layout, self.placement)
         there = available(layout, self.placement)
         chosen = self.choose(image, self.counts(there), there)
         patches = of_patches(image, official)
@@ -148,8 +148,3 @@ class VScan(Tilewise):
         total, parts = keep_count(self.keep, n), windows(layout.grid)
         share = parts.bincount().clamp(max=total // 2 // len(parts.unique()))
         return layout.tiles * (int(share.sum()) + total - total // 2) + int(layout.newline.sum())
-
-
-def _looked_at(tower: Tower, layer: Layer) -> torch.Tensor:
-    """float32 [tiles, n]: the CLS token's attention to each patch, mean over heads; attention received without one."""
-    return tower.attention_from_cls(layer).mean(1) if tower.has_cls else tower.attention_received(layer)

@@ -128,7 +128,7 @@ class Trim(ClipGuided):
 
     def compress(self, image: Image) -> Pooled:
         layout, tower = image.layout, image.tower
-        check_official(layout, self)
+        check_official(layout, self.placement)
         there = available(layout, self.placement)
         known = self.shares(image, there).cpu()
         counts, has_rest = self.counts(known, there)
