@@ -141,11 +141,13 @@ def _check_no_file(name: str, settings: Mapping[str, Any]) -> None:
     cls = policy_class(name)
     if "weights" in settings or cls is Chain:
         raise RequestError(f"a request cannot name files of the server: {name!r} takes no weights or parts here")
-    schedule = settings.get("schedule")
-    if issubclass(cls, GSearch) and isinstance(schedule, str) and schedule.lower() not in presets():
+    if not cls.names_file(settings):
+        return
+    if issubclass(cls, GSearch):
         raise RequestError(
             f"a request cannot name files of the server: schedule is a list or one of {', '.join(presets())}"
         )
+    raise RequestError(f"a request cannot name files of the server: {name!r} takes none here")
 
 
 def _check_place(made: Policy, depth: int) -> None:

@@ -92,6 +92,11 @@ def test_every_image_has_a_spec(value: Any, images: int, specs: list[str]) -> No
         ("pmod:/etc", "cannot name files"),
         ("gsearch:/etc/passwd", "cannot name files"),
         ("chain:policies=[]", "cannot name files"),
+        ("cdpruner:keep=0.5,text_tower=/etc", "cannot name files"),
+        ("trim:text_tower=some/name", "cannot name files"),
+        ("mmtok", "looks at the question, but vLLM encodes an image once"),
+        ("fastervlm", "reads attention inside the vision tower"),
+        ("visionzip", "reads states inside the vision tower"),
     ],
 )
 def test_what_cannot_be_served_says_what_can(value: Any, message: str) -> None:

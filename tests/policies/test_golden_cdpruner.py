@@ -27,7 +27,7 @@ from vtr.integrations.llava import tile_layout
 from vtr.integrations.llava_next import anyres_layout
 
 import vtr
-from tests import official
+from tests import official, tiny
 from tests.official import IMG, close
 from tests.seen import GivenTower, seen
 from vtr import settings
@@ -268,6 +268,17 @@ def test_the_tower_that_a_setting_names(checkpoint: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "policy").exists()
     with pytest.raises(OSError, match="no-such-clip"):
         CDPruner(6, text_tower="./no-such-clip")
+
+
+def test_a_tower_that_is_not_there_is_told_before_anything_runs(tmp_path: Path) -> None:
+    """Making the policy reads no checkpoint; a call asks for it before the model runs."""
+    LlamaConfig().save_pretrained(tmp_path)
+    policy = CDPruner(6, text_tower=str(tmp_path), question="ab")
+    model = vtr.patch(tiny.llava())
+    inputs = tiny.batch(model, [["a", tiny.IMAGE, "bc"]])
+    model.model.vision_tower.register_forward_pre_hook(lambda *args: pytest.fail("the tower runs"))
+    with pytest.raises(ValueError, match="'llama', not of CLIP"):
+        model(**inputs, policy=policy)
 
 
 def test_a_checkpoint_of_something_else(checkpoint: Path, tmp_path: Path) -> None:

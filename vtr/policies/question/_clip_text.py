@@ -13,6 +13,7 @@ from torch import nn
 
 from vtr.base import Policy, UnsupportedError
 from vtr.image import Image
+from vtr.limits import short
 
 Segments = Literal["whole", "official", "cut"]
 """How a question longer than the text tower takes becomes rows: "whole" sentences of begin and end each; "official" as
@@ -164,12 +165,38 @@ class ClipGuided(Policy):
         for name in ("text_tower", "question"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
-        self._clip = None if self.text_tower is None else load(self.text_tower)
+        self._loaded: TextTower | None = None
+        folder = self.text_tower
+        if folder is not None and folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+            raise OSError(f"text_tower={short(folder)!r}: there is no such folder")
+
+    @property
+    def _clip(self) -> TextTower | None:
+        """The text tower, if there is one. That which the settings name is loaded when it is first asked for: making a
+        policy reads no checkpoint."""
+        if self._loaded is None and self.text_tower is not None:
+            self._loaded = load(self.text_tower)
+        return self._loaded
+
+    @_clip.setter
+    def _clip(self, tower: TextTower | None) -> None:
+        self._loaded = tower
+
+    def check_model(self, model: Any) -> None:
+        """Before anything runs: the text tower that the settings name is there.
+
+        Raises:
+            OSError, ValueError: it is not, or is no CLIP checkpoint.
+        """
+        super().check_model(model)
+        if self.asks_clip:
+            _ = self._clip
 
     @property
     def asks_clip(self) -> bool:
         """Whether CLIP says what is relevant; else the language model's own embeddings do."""
-        return self.relevance == "clip" or (self.relevance == "auto" and self._clip is not None)
+        has_one = self._loaded is not None or self.text_tower is not None
+        return self.relevance == "clip" or (self.relevance == "auto" and has_one)
 
     @torch.no_grad()
     def in_joint_space(self, image: Image, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
