@@ -14,6 +14,7 @@ from vtr.integrations.llava_next import anyres_layout
 import vtr
 from tests import official
 from tests.official import close
+from tests.policies.encoder import inputs_of, tiny_model
 from tests.seen import GivenTower, seen
 from vtr.image import Image, Layout, Pooled
 from vtr.policies.picture._merge import outliers
@@ -102,15 +103,9 @@ def test_true_placement_keeps_the_same_tokens(case: dict[str, Any]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- whole model
-@functools.cache
-def model() -> Any:
-    return official.model("prumerge", META["e2e"]["config"], META["e2e"]["clip"]["num_attention_heads"], anyres=False)
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_embeddings_and_answers(run: str) -> None:
-    key, case, made = run.split(".")[0], RUNS[run], model()
-    inputs = official.prompt(made, E2E["input_ids"], {"pixel_values": E2E[f"{key}.pixel_values"]})
+    case, (made, inputs) = RUNS[run], inputs_of("prumerge", run)
     policy = (PruMergePlus if case["plus"] else PruMerge)(placement="official")
     embeds, logits = official.run(made, inputs, policy)
     assert embeds.shape[1] == case["embeds_len"]
@@ -123,11 +118,12 @@ def test_embeddings_and_answers(run: str) -> None:
 
 @pytest.mark.parametrize("kind", ["prumerge", "prumerge-plus"])
 def test_no_picture_counts_on_its_batch_mates(kind: str) -> None:
+    model = tiny_model("prumerge", anyres=False)
     keys = list(dict.fromkeys(run.split(".")[0] for run in RUNS))
-    rows = [official.prompt(model(), E2E["input_ids"], {"pixel_values": E2E[f"{k}.pixel_values"]}) for k in keys]
+    rows = [official.prompt(model, E2E["input_ids"], {"pixel_values": E2E[f"{k}.pixel_values"]}) for k in keys]
     batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    together, _ = official.run(model(), batch, kind)
-    close(together, torch.cat([official.run(model(), row, kind)[0] for row in rows], 1))
+    together, _ = official.run(model, batch, kind)
+    close(together, torch.cat([official.run(model, row, kind)[0] for row in rows], 1))
 
 
 # ------------------------------------------------------------------------------------------------------- what is right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ from vtr.integrations.llava_next import anyres_layout
 import vtr
 from tests import official
 from tests.official import IMG, close
+from tests.policies.encoder import inputs_of
 from tests.seen import GivenTower, seen
 from vtr.image import Layout
 from vtr.policies.picture._merge import into_most_similar
@@ -84,17 +84,9 @@ def test_the_order_of_crops(case: dict[str, Any]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- whole model
-@functools.cache
-def model(anyres: bool) -> Any:
-    return official.model("visionzip", META["e2e"]["config"], META["e2e"]["clip"]["num_attention_heads"], anyres)
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_embeddings_and_answers(run: str) -> None:
-    key, size, case = run.split(".")[0], RUNS[run]["image_size"], RUNS[run]
-    pixels, made = E2E[f"{key}.pixel_values"], model(size is not None)
-    images = {"pixel_values": pixels} if size is None else official.anyres(pixels, size)
-    inputs = official.prompt(made, E2E["input_ids"], images)
+    case, (made, inputs) = RUNS[run], inputs_of("visionzip", run)
     policy = VisionZip(case["dominant"] + case["contextual"], "official", case["contextual"])
     embeds, logits = official.run(made, inputs, policy)
     assert embeds.shape[1] == case["embeds_len"]
@@ -113,9 +105,7 @@ def test_embeddings_and_answers(run: str) -> None:
 @pytest.mark.parametrize("run", [run for run in RUNS if RUNS[run]["image_size"] is not None])
 def test_true_places(run: str) -> None:
     """By default newline tokens stay, and the canvas is read row by row; how many there are, its size says."""
-    key, case = run.split(".")[0], RUNS[run]
-    made = model(True)
-    inputs = official.prompt(made, E2E["input_ids"], official.anyres(E2E[f"{key}.pixel_values"], case["image_size"]))
+    case, (made, inputs) = RUNS[run], inputs_of("visionzip", run)
     official.run(made, inputs, VisionZip(case["dominant"] + case["contextual"], contextual=case["contextual"]))
     (row,) = vtr.report(made).rows
     total = (case["dominant"] + case["contextual"]) * case["tiles"]
