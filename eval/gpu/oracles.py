@@ -25,6 +25,7 @@ CLOSE, CLOSE_HALF = 2e-3, 5e-2
 """How far logits may be off: in float32 by value, in bfloat16 as a share of their norm."""
 
 Inputs = dict[str, torch.Tensor]
+Kept = list[list[list[tuple[int, ...]]]]
 
 
 @dataclass
@@ -32,12 +33,13 @@ class Said:
     """What a model said of a batch.
 
     Attributes:
-        logits: [rows, slots, vocab] in float32 on the CPU, or None. kept: slots by row and layer, padding not counted.
+        logits: [rows, slots, vocab] in float32 on the CPU, or None. kept: by row and layer the slots that each vision
+            token was made from, padding not counted.
         tokens: of the answers.
     """
 
     logits: Any
-    kept: list[list[list[int]]]
+    kept: Kept
     tokens: list[list[int]]
 
 
@@ -162,11 +164,14 @@ def says(model: Any, inputs: Inputs, policies: Sequence[Any], tokens: bool = Tru
     return Said(out.logits.float().cpu(), kept, spoken(model, inputs, policies) if tokens else [])
 
 
-def kept_slots(model: Any, inputs: Inputs) -> list[list[list[int]]]:
-    """What the last call kept, by row and layer; slots are counted from the row's first token."""
+def kept_slots(model: Any, inputs: Inputs) -> Kept:
+    """What the last call kept, and of what merged tokens were made; slots are counted from the row's first token."""
     padding = (inputs["attention_mask"] == 0).sum(1).tolist()
     rows = zip(vtr.report(model).rows, padding, strict=True)
-    return [[[slot - pad for slot in row.kept(layer)] for layer in range(LAYERS)] for row, pad in rows]
+    return [
+        [[tuple(slot - pad for slot in made) for made in row.sources(layer)] for layer in range(LAYERS)]
+        for row, pad in rows
+    ]
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -187,8 +192,8 @@ def moved(inputs: Inputs, model: Any) -> Inputs:
     }
 
 
-def common(ours: list[list[list[int]]], theirs: list[list[list[int]]]) -> float:
-    """The share of kept slots that both have, over all rows and layers."""
+def common(ours: Kept, theirs: Kept) -> float:
+    """The share of kept tokens that both have, over all rows and layers."""
     pairs = [(set(a), set(b)) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
     either = sum(len(a | b) for a, b in pairs)
     return sum(len(a & b) for a, b in pairs) / either if either else 1.0

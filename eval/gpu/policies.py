@@ -10,6 +10,7 @@ import torch
 import vtr
 from vtr.budget import at_share
 from vtr.learned import Learned
+from vtr.settings import policy_class
 
 TIMED = ("fastv", "gsearch", "pyramid", "m3", "globalcom2", "pmod", "dynamic-llava")
 """What is timed at a mean keep."""
@@ -29,9 +30,12 @@ def drawn(policy: Learned, hidden_size: int, layers: int, seed: int = 0) -> Any:
 
 
 def tiny_policies(hidden_size: int, layers: int = 5) -> dict[str, vtr.Policy]:
-    """One or several of every policy there is, for a model of five layers and 9 or 36 tokens a tile."""
+    """One or several of every policy there is, for a model of five layers and 9 or 36 tokens a tile.
+
+    What is not set by hand keeps about two fifths.
+    """
     pmod, dynamic = vtr.PMoD(high=0.9), vtr.DynamicLLaVA(keep=0.4, layer=1, width=16, heads=2, inner=24)
-    return {
+    out: dict[str, vtr.Policy] = {
         "fastv": vtr.FastV(0.5, layer=2),
         "gsearch": vtr.GSearch([1.0, 0.8, 0.5, 0.3, 0.2]),
         "pyramid": vtr.Pyramid(),
@@ -48,6 +52,13 @@ def tiny_policies(hidden_size: int, layers: int = 5) -> dict[str, vtr.Policy]:
         "autoscale": vtr.AutoScale(threshold=0.5),
         "a chain": vtr.policy("pool:grid=3+fastv:keep=0.5"),
     }
+    rest = shipped() - {policy.name for policy in out.values()}
+    return out | {name: policy_class(name)(**policy_class(name).settings_at(0.4, layers, 3)) for name in sorted(rest)}
+
+
+def shipped() -> set[str]:
+    """Names of vtr's own policies, without those that a program registered."""
+    return {name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies.")}
 
 
 def timed_policies(

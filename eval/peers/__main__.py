@@ -126,16 +126,16 @@ def choose(checkout: Path, out: Path, rounds: int, threads: int) -> None:
     """Time selectors; writes and prints the table."""
     import torch
     from vtr.eval.cost import midsize
-    from vtr.eval.peers import selectors
+    from vtr.eval.peers import selection
 
     torch.set_num_threads(threads)
-    names = sorted(n for n in vtr.list_policies() if policy_class(n).__module__.startswith(selectors.ROOMS))
-    names = [n for n in names if n not in selectors.LEFT_OUT]
-    rows = selectors.Contest(midsize.MIDSIZE, checkout, 64, rounds).run(names)
+    names = sorted(n for n in vtr.list_policies() if policy_class(n).__module__.startswith(selection.ROOMS))
+    names = [n for n in names if n not in selection.LEFT_OUT]
+    rows = selection.Contest(midsize.MIDSIZE, checkout, 64, rounds).run(names)
     body = {"keep": 64, "of": 576, "rounds": rounds, "rows": [asdict(row) for row in rows]}
     results.save(out, "selectors", body, seed=0)
     console = Console()
-    console.print(selectors.table(rows))
+    console.print(selection.table(rows))
     for row in rows:
         if row.error is not None:
             console.print(f"{row.policy}, AngelSlim's: {row.error}", markup=False, soft_wrap=True)

@@ -217,3 +217,8 @@ def test_exported_embeddings_are_what_enters_the_text_model(tmp_path: Path) -> N
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=0)
         assert entry["length"] == inputs["input_ids"].shape[1] == len(tensors[str(i)])
         assert entry["picture_ends"] == int((inputs["input_ids"] == model.config.image_token_id).sum()) + 1
+
+
+def test_workers_find_the_standard_library() -> None:
+    # a script's own folder comes first on its path, so a file there must not bear a standard module's name
+    assert not {file.stem for file in (*HERE.glob("*.py"), *FAKE.parent.glob("*.py"))} & sys.stdlib_module_names
