@@ -82,12 +82,21 @@ def test_times_are_beside_unpatched_and_the_bound(ran: tuple[subprocess.Complete
     assert len(set(tokens)) == len(tokens)
 
 
+@pytest.mark.slow
 def test_a_file_is_shown_again(ran: tuple[subprocess.CompletedProcess[str], Path], capsys: Any) -> None:
     assert run.main(["--show", str(ran[1])]) == 0
     shown = capsys.readouterr().out
     assert shown.strip() in ran[0].stdout
     for word in ("measured ceilings", "packed attention", "batches agree", "llava-next-7b, 8 equal rows", "0 faults"):
         assert word in shown
+
+
+def test_some_parts_alone_are_shown(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "gpu.json"
+    assert run.main(["--small", "--device", "cpu", "--out", str(out), "--parts", "kernels"]) == 0
+    shown = capsys.readouterr().out
+    assert run.main(["--show", str(out)]) == 0
+    assert "packed attention" in shown and capsys.readouterr().out.strip() in shown
 
 
 def test_another_file_is_not_shown(tmp_path: Path, capsys: Any) -> None:
