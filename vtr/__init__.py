@@ -9,7 +9,7 @@ from vtr import (
     pocket,
 )
 from vtr.accounting import Report, report
-from vtr.base import Best, Policy, Route, Token, Tokens, UnsupportedError
+from vtr.base import Attend, Attention, Best, KeyNorms, Merged, Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
@@ -53,6 +53,8 @@ from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
     "MMR",
+    "Attend",
+    "Attention",
     "AutoScale",
     "Best",
     "CDPruner",
@@ -68,8 +70,10 @@ __all__ = [
     "HiRED",
     "HoloV",
     "Image",
+    "KeyNorms",
     "MMTok",
     "Matryoshka",
+    "Merged",
     "PMoD",
     "Policy",
     "Pool",

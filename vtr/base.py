@@ -1,4 +1,4 @@
-"""What a policy is: a small dataclass of settings, and the five questions the engine may ask it.
+"""What a policy is: a small dataclass of settings, and the six questions the engine may ask it.
 
 A policy is asked *per row* (one request of the batch). It never sees the batch, the cache, the model class or the
 keyword arguments of transformers; it gets its own row's vision tokens and answers with indices. Every answer is
@@ -9,8 +9,9 @@ question        asked                                            answer
 =============== ================================================ ==================================================
 ``compress``    once per image, before the decoder               kept token indices, or :class:`Pooled` tokens
 ``needs``       once per layer                                   which attention scores ``prune(layer)`` wants
-``prune``       on entering each decoder layer                   kept token indices, or :class:`Best`; others are gone
+``prune``       on entering each decoder layer                   kept indices, :class:`Best` or :class:`Merged`
 ``route``       on entering each decoder layer                   :class:`Route`: who passes, who goes around
+``attend``      on entering each decoder layer                   :class:`Attend`: who asks, and who is seen
 ``remember``    per decoded token and layer                      whether its key/value enter the cache
 =============== ================================================ ==================================================
 """
@@ -19,14 +20,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from vtr.answers import SCORES as SCORES
+from vtr.answers import Attend as Attend
+from vtr.answers import Attention as Attention
+from vtr.answers import Best as Best
+from vtr.answers import KeyNorms as KeyNorms
+from vtr.answers import LayerAttention as LayerAttention
+from vtr.answers import Merged as Merged
+from vtr.answers import Request as Request
+from vtr.answers import Route as Route
+from vtr.answers import Scores as Scores
+from vtr.answers import left_by
 from vtr.image import Image, Layer, Layout, Pooled
-from vtr.keep import top
 from vtr.settings import Settings, policy_class
 from vtr.shares import one_cut, ratio
+from vtr.tokens import STATES
+from vtr.tokens import Token as Token
+from vtr.tokens import Tokens as Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -51,139 +65,12 @@ def tower_wish(wish: str) -> tuple[str, Layer] | None:
     return match[1], float(match[2]) if "." in match[2] else int(match[2])
 
 
-Scores = Literal["last", "text", "last-max", "text-max"]
-"""``"last"``: attention of the last text query. ``"text"``: mean over all text queries that can see the token. Mean
-over heads; with ``-max`` each query's strongest head instead."""
-SCORES: tuple[Scores, ...] = get_args(Scores)
-
-
-QUESTIONS = ("compress", "prune", "route", "remember", "resolve")
+QUESTIONS = ("compress", "prune", "route", "attend", "remember", "resolve")
 """What a policy may be asked; ``needs`` belongs to ``prune``."""
 
 
 class UnsupportedError(RuntimeError):
     """Something about the model, its cache or the call that vtr cannot do; the message says what to do instead."""
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """An answer of ``route``: which vision tokens pass through this layer.
-
-    Attributes:
-        keep: int64 [k], indices into the row's vision tokens that pass, or the :class:`Best` of them; the others go
-            around the layer.
-        weights: [n] or None. Kept tokens have the layer's MLP output multiplied by it, skipped tokens their whole
-            hidden state (p-MoD's symmetric token reweighting, section "STRing"); text is left alone.
-    """
-
-    keep: torch.Tensor | Best
-    weights: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Best:
-    """An answer of ``prune``, or the ``keep`` of a :class:`Route`: so many tokens stay, those of largest score.
-
-    The rows of a batch that are answered so are ranked together, however many they are; of equal scores the lower index
-    wins.
-
-    Attributes:
-        scores: [n], one for each of the row's vision tokens; or ``tokens.ahead``, not called, which is then computed
-            for all such rows at once.
-        count: how many stay; all of them, if there are no more.
-    """
-
-    scores: torch.Tensor | Callable[[], torch.Tensor]
-    count: int
-
-    def indices(self) -> torch.Tensor:
-        """int64 [min(count, n)], ascending: the tokens that stay."""
-        return top(self.scores() if callable(self.scores) else self.scores, self.count)
-
-
-class Tokens:
-    """A row's vision tokens on entering a decoder layer, as ``prune`` and ``route`` see them.
-
-    Attributes:
-        layer: the 0-based decoder layer about to run; num_hidden_layers: how many there are.
-        total: how many vision tokens the row had when it entered the text model.
-        image, tile, y, x, newline: int64 [n] each, n = len(tokens): the tokens still there.
-        place: int64 [n], where they stand among the row's ``row_length`` tokens (text too) that enter the layer.
-        hidden: [n, hidden_size], their hidden states. text: [t, hidden_size], those of the prompt's text.
-        scores: float32 [n], what ``needs(layer)`` asked for, or None.
-        per_image: how many of them each image of the row had on entering the text model, in order.
-        flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.
-    """
-
-    ahead: Callable[[], torch.Tensor]
-    """float32 [n]: attention the last text query is about to pay in this layer, from the layer's own projections
-    (PyramidDrop's ranking). Computed when called."""
-
-    def __init__(
-        self,
-        layer: int,
-        num_hidden_layers: int,
-        total: int,
-        count: int,
-        field: Callable[[str], torch.Tensor],
-        scores: torch.Tensor | None,
-        ahead: Callable[[], torch.Tensor],
-        per_image: tuple[int, ...] = (),
-        row_length: int = 0,
-    ) -> None:
-        self.ahead, self.per_image, self.row_length, self.flops = ahead, per_image, row_length, 0
-        self.layer, self.num_hidden_layers, self.total = layer, num_hidden_layers, total
-        self._count, self._field, self.scores = count, field, scores
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def image(self) -> torch.Tensor:
-        return self._field("image")
-
-    @property
-    def tile(self) -> torch.Tensor:
-        return self._field("tile")
-
-    @property
-    def y(self) -> torch.Tensor:
-        return self._field("y")
-
-    @property
-    def x(self) -> torch.Tensor:
-        return self._field("x")
-
-    @property
-    def newline(self) -> torch.Tensor:
-        return self._field("newline")
-
-    @property
-    def place(self) -> torch.Tensor:
-        return self._field("place")
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        return self._field("hidden")
-
-    @property
-    def text(self) -> torch.Tensor:
-        return self._field("text")
-
-
-@dataclass(eq=False)
-class Token:
-    """One decoded token of one row on entering a decoder layer, as ``remember`` sees it.
-
-    Attributes:
-        hidden: [hidden_size].
-        memo: a dict of the policy's own, shared by all layers of this step (a decision made once can be kept in it).
-        flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.
-    """
-
-    hidden: torch.Tensor
-    memo: dict[str, Any]
-    flops: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +110,7 @@ class Policy(Settings):
     """Base class of every reduction policy: a dataclass whose fields are its settings.
 
     Subclass it, decorate with ``@dataclass`` and ``@vtr.register_policy("name")``, and define any of ``compress``,
-    ``prune``, ``route``, ``remember`` (and ``needs``, if ``prune`` ranks by attention).
+    ``prune``, ``route``, ``attend``, ``remember`` (and ``needs``, if ``prune`` ranks by attention).
     """
 
     question_guided: ClassVar[bool] = False
@@ -245,25 +132,33 @@ class Policy(Settings):
         """True if the tokens that stay after a cut get new, contiguous positions (False: they keep theirs)."""
         return False
 
-    # -- the five questions ----------------------------------------------------------------------------------------
+    # -- the six questions -----------------------------------------------------------------------------------------
     def compress(self, image: Image) -> torch.Tensor | Pooled | None:
         """Shrink one image before the decoder: kept token indices (int64), :class:`Pooled` tokens, or None for all."""
         return None
 
-    def needs(self, layer: int) -> Scores | None:
+    def needs(self, layer: int) -> Request | tuple[Request, ...] | None:
         """Which attention scores, taken in layer ``layer - 1``, ``prune(layer, …)`` ranks by; None for none."""
         return None
 
-    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | Best | None:
+    def prune(self, layer: int, tokens: Tokens) -> torch.Tensor | Best | Merged | None:
         """Which of ``tokens`` enter ``layer``; the others are gone.
 
         Returns:
-            int64 indices, in any order; :class:`Best` (as cheap for many rows as for one); None: all enter.
+            int64 indices, in any order; :class:`Best` (as cheap for many rows as for one); :class:`Merged`; None: all
+            enter.
         """
         return None
 
     def route(self, layer: int, tokens: Tokens) -> Route | None:
         """Which of ``tokens`` pass through ``layer``; the others go around it and are there again after. None: all."""
+        return None
+
+    def attend(self, layer: int, tokens: Tokens, attention: LayerAttention) -> Attend | None:
+        """Who asks and who is seen in this layer's attention; all tokens have its MLP and are there again after.
+
+        A row whose policy answers this is not asked ``route``. None: all ask, all are seen.
+        """
         return None
 
     def remember(self, layer: int, token: Token) -> bool | torch.Tensor:
@@ -273,12 +168,13 @@ class Policy(Settings):
     def resolve(self, tries: Tries) -> list[Policy | None]:
         """Before ``generate`` runs: the policy of each row that has this one. It may look at pictures and try answers.
 
-        A policy that defines it answers none of the five questions, and is refused in a direct forward.
+        A policy that defines it answers none of the six questions, and is refused in a direct forward.
         """
         raise NotImplementedError(f"{type(self).__name__} is no policy that chooses others")
 
     def asks(self, question: str) -> bool:
-        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"``, ``"remember"`` or ``"resolve"``."""
+        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"``, ``"attend"``, ``"remember"`` or
+        ``"resolve"``."""
         return getattr(type(self), question) is not getattr(Policy, question)
 
     def check(self, num_hidden_layers: int) -> None:
@@ -335,12 +231,11 @@ class Policy(Settings):
             n = here
 
             def field(name: str, n: int = n) -> torch.Tensor:
-                return even[:n, None] if name in ("hidden", "text") else even[:n].long()
+                return even[:n, None] if name in STATES else even[:n].bool() if name == "behind" else even[:n].long()
 
             tokens = Tokens(layer, num_hidden_layers, total, n, field, even[:n], lambda n=n: even[:n], (n,), n)  # type: ignore[misc]
             if self.asks("prune"):
-                kept = self.prune(layer, tokens)
-                here = n if kept is None else min(kept.count, n) if isinstance(kept, Best) else len(kept)
+                here = left_by(self.prune(layer, tokens), n)
             counts.append(here)
         return counts
 
@@ -349,7 +244,7 @@ class Policy(Settings):
         answer for each; define :meth:`compress` as well, for one image alone."""
         return [self.compress(image) for image in images]
 
-    def prune_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor | Best | None]:
+    def prune_all(self, layer: int, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor | Best | Merged | None]:
         """:meth:`prune`, asked of all rows that share this policy; for where that is cheaper. An answer for each."""
         return [self.prune(layer, one) for one in tokens]
 

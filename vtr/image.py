@@ -10,9 +10,9 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.nn.functional import interpolate
@@ -170,6 +170,8 @@ class Image:
             included, no answer); None unless the policy ``wants`` "question".
         question_ids: int64 [t] on the CPU, its tokens; None where the call gave embeddings.
         flops: what a policy adds here of its own matrix products is reported among ``selector_flops``.
+        memo: a dict of the policy's own, one for all images of the row: what it puts there is in ``Tokens.memo`` when
+            it is asked inside the decoder.
     """
 
     features: torch.Tensor
@@ -183,6 +185,7 @@ class Image:
     question: torch.Tensor | None = None
     question_ids: torch.Tensor | None = None
     flops: int = 0
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.layout)
