@@ -70,7 +70,8 @@ class Chain(Policy):
             raise ValueError(
                 "a policy that chooses the scale of pictures cannot act together with one that compresses: drop one"
             )
-        if "route" in self._answers and pruner is not None and pruner.question_guided:
+        router = self._answers.get("route")
+        if router is not None and pruner is not None and pruner is not router and pruner.question_guided:
             raise ValueError("a policy that ranks by attention cannot act together with one that routes: drop one")
 
     @property

@@ -13,6 +13,7 @@ from vtr.policies.blind.uniform_grid import UniformGrid
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.decoder.reroute import Reroute
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -58,6 +59,7 @@ __all__ = [
     "PruneSID",
     "Pyramid",
     "Random",
+    "Reroute",
     "Scope",
     "ToMe",
     "Trim",
