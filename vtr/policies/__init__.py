@@ -11,6 +11,7 @@ from vtr.policies.blind.pool import Pool
 from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
 from vtr.policies.decoder.avtp import AVTP
+from vtr.policies.decoder.deft import DeFT
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
@@ -43,6 +44,7 @@ __all__ = [
     "AutoScale",
     "CDPruner",
     "ClsTop",
+    "DeFT",
     "DivPrune",
     "DynamicLLaVA",
     "FastV",
