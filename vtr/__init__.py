@@ -19,6 +19,7 @@ from vtr.keep import keep_count, top
 from vtr.policies import (
     AVTP,
     MMR,
+    TOPS,
     AutoScale,
     CDPruner,
     ClsTop,
@@ -57,6 +58,7 @@ from vtr.settings import list_policies, policy_class, register_policy
 __all__ = [
     "AVTP",
     "MMR",
+    "TOPS",
     "Attend",
     "Attention",
     "AutoScale",

@@ -16,6 +16,7 @@ from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.reroute import Reroute
+from vtr.policies.decoder.tops import TOPS
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -41,6 +42,7 @@ from vtr.policies.trained.pmod import PMoD
 __all__ = [
     "AVTP",
     "MMR",
+    "TOPS",
     "AutoScale",
     "CDPruner",
     "ClsTop",
