@@ -14,6 +14,7 @@ from vtr.policies.decoder.avtp import AVTP
 from vtr.policies.decoder.deft import DeFT
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
+from vtr.policies.decoder.mustdrop import MustDrop
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.reroute import Reroute
 from vtr.policies.decoder.tops import TOPS
@@ -58,6 +59,7 @@ __all__ = [
     "HoloV",
     "MMTok",
     "Matryoshka",
+    "MustDrop",
     "PMoD",
     "Pool",
     "PruMerge",
