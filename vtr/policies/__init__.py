@@ -15,6 +15,7 @@ from vtr.policies.decoder.deft import DeFT
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.mustdrop import MustDrop
+from vtr.policies.decoder.occamtoken import OccamToken
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.reroute import Reroute
 from vtr.policies.decoder.tops import TOPS
@@ -60,6 +61,7 @@ __all__ = [
     "MMTok",
     "Matryoshka",
     "MustDrop",
+    "OccamToken",
     "PMoD",
     "Pool",
     "PruMerge",
