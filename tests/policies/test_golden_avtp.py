@@ -28,7 +28,7 @@ def shown(layer: int, states: Tensor, left: Tensor, images: Tensor, memo: dict[s
         "place": vision.nonzero()[:, 0], "text_place": (~vision).nonzero()[:, 0], "image": images[left][vision],
         "hidden": states[left][vision], "text": states[left][~vision],
     }  # fmt: skip
-    per_image = tuple((images == i).sum().item() for i in range(int(images.max()) + 1))
+    per_image = tuple(int((images == i).sum()) for i in range(int(images.max()) + 1))
     return tokens_of(layer, 8, fields, memo=memo, per_image=per_image)
 
 

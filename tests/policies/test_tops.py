@@ -84,6 +84,25 @@ def test_counts_are_the_papers() -> None:
     assert policy.cuts(32) == [12, 24] and policy.cuts(40) == [15, 30]
 
 
+def test_newline_tokens_stay_and_are_not_counted() -> None:
+    g = torch.Generator().manual_seed(1)
+    newline = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1])
+    fields = {"place": torch.arange(8), "hidden": torch.randn(8, 4, generator=g), "newline": newline}
+    short = {"place": torch.arange(5), "hidden": torch.randn(5, 4, generator=g)}
+    policy = vtr.TOPS(3)
+    memos: list[dict[str, Any]] = [{"tops": {0: (3, 2)}}, {"tops": {0: (3, 0)}}]
+    rows = [
+        tokens_of(12, 32, f, torch.rand(len(f["place"]), generator=g), m)
+        for f, m in zip((fields, short), memos, strict=True)
+    ]
+    together = policy.prune_all(12, rows)
+    for row, answer in zip(rows, together, strict=True):
+        alone = policy.prune(12, row)
+        assert alone is not None and answer is not None and answer.tolist() == alone.tolist()
+    assert together[0] is not None and together[1] is not None
+    assert len(together[0]) == 5 and {3, 7} < set(together[0].tolist()) and len(together[1]) == 3
+
+
 @pytest.mark.parametrize("share", [0.05, 0.264, 0.6])
 def test_a_mean_budget(share: float) -> None:
     policy = vtr.TOPS(**vtr.TOPS.settings_at(share, 32, 24))

@@ -49,14 +49,14 @@ class DeFT(Staged):
     attention in the vision tower, the sum over all queries of its last layer, or what the CLS token pays in the last
     but one where there is one. From the middle layer on the K stay that the text looked at most in the layer before,
     mean over heads. Positions stay. Differs from the official code: each image has its own K (the same for one image),
-    newline tokens all enter the decoder and count there as others do, and tokens are chosen once, not again at every
-    decoded token. A budget compares with one cut of (K + alpha · (N − K) + K) / 2.
+    newline tokens all stay and are not counted, and tokens are chosen once, not again at every decoded token. A budget
+    compares with one cut that leaves the mean of both counts.
 
     With ``first="none"`` any compressor may stand in front: ``visionzip:0.3+deft:keep=0.5,first=none``.
 
     Args:
         keep: tokens that stay in the end, of each image: a ratio (float) or a count (int). With ``first="none"``: of
-            the row's tokens that enter the decoder.
+            the row's tokens that enter the decoder, newlines too.
         alpha: which share of the others goes along to the middle, in [0, 1].
         layer: the decoder layer before which the text chooses; None for the middle one.
         first: "tower", or "none": nothing is chosen before the decoder.
@@ -135,7 +135,7 @@ class DeFT(Staged):
         candidates, kept = counts(len(scores), self.keep, self.alpha)
         chosen = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, top(scores, candidates), True)
         for image, wanted in zip(images, [kept, *[0] * (len(images) - 1)], strict=True):
-            image.memo.setdefault(MEMO, {})[image.index] = wanted
+            image.memo.setdefault(MEMO, {})[image.index] = wanted, int(image.layout.newline.sum())
         parts = zip(images, patches, chosen.split([len(mine) for mine in patches]), strict=True)
         return [torch.cat([mine[stay], image.layout.newline.nonzero().squeeze(1)]) for image, mine, stay in parts]
 
@@ -163,13 +163,18 @@ class DeFT(Staged):
     def prune(self, layer: int, tokens: Tokens) -> Best | None:
         if layer not in self.cuts(tokens.num_hidden_layers) or tokens.scores is None:
             return None
-        noted: dict[int, int] | None = tokens.memo.get(MEMO)
-        kept = counts(tokens.total, self.keep, 0)[1] if noted is None else sum(noted.values())
-        if kept >= len(tokens):
+        noted: dict[int, tuple[int, int]] | None = tokens.memo.get(MEMO)
+        kept, newlines = counts(tokens.total, self.keep, 0)[1], 0
+        if noted is not None:
+            kept, newlines = (sum(numbers) for numbers in zip(*noted.values(), strict=True))
+        if kept + newlines >= len(tokens):
             return None
-        if self.score == "sum":
-            return Best(tokens.scores, kept)
-        return Best(exposed(tokens.scores, tokens.place, tokens.text_place), kept)
+        scores: torch.Tensor = tokens.scores
+        if self.score == "exposure":
+            scores = exposed(scores, tokens.place, tokens.text_place)
+        if newlines:
+            scores = scores.masked_fill(tokens.newline.bool(), torch.finfo(scores.dtype).max)
+        return Best(scores, kept + newlines)
 
 
 def _looked_at(image: Image) -> torch.Tensor:

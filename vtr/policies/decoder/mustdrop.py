@@ -128,13 +128,13 @@ class MustDrop(Staged):
         """Which tokens stay. It waits for the device: how many, only that knows."""
         memo = tokens.memo
         if layer == 0 and (noted := memo.get(MEMO)):
-            keys = torch.cat([noted[image] for image in sorted(noted)])
-            memo[KEYS] = keys.to(tokens.place.device) if len(keys) == len(tokens) else None
+            marks = torch.cat([noted[image] for image in sorted(noted)])
+            memo[KEYS] = marks.to(tokens.place.device) if len(marks) == len(tokens) else None
         if layer not in self.cuts(tokens.num_hidden_layers) or tokens.scores is None:
             return None
         total, strongest = tokens.scores
         stays = ~ignored(total, strongest, *self.thresholds(tokens.total))
-        keys = memo.get(KEYS)
+        keys: torch.Tensor | None = memo.get(KEYS)
         stays = stays if keys is None else stays | keys
         best = torch.zeros_like(stays).index_fill(0, total.argmax(), True)
         kept = (stays | (best & ~stays.any())).nonzero()[:, 0]

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from vtr.base import Scores, Tokens
 from vtr.checks import check_number, check_on_continue
 from vtr.image import Image, Layout, cell
-from vtr.keep import Keep, check_keep, keep_count
+from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.policies.decoder._preserve import Normalise, preserving
 from vtr.policies.decoder._stages import Staged, spread
 from vtr.policies.picture._greedy import only, unit
@@ -34,9 +34,8 @@ class TOPS(Staged):
     code is published, and what the paper leaves open is our choice: cosines in float32; each criterion is divided by
     its mean, relevance once over all, the others over the tokens not chosen yet; the tower's layer is the one whose
     output the model uses, mean over heads (of towers without CLS token: the attention a token receives); all tiles of
-    an image are one pool; newline tokens all enter the decoder and count there as others do; text looks from all tokens
-    behind the first image, in the layer before the cut; counts are each image's own before the decoder, and their sum
-    inside.
+    an image are one pool; newline tokens all stay and are not counted; text looks from all tokens behind the first
+    image, in the layer before the cut; counts are each image's own before the decoder, and their sum inside.
 
     Args:
         target: T, of each image: a ratio (float) or a count (int). The default is 128 of 576.
@@ -113,7 +112,7 @@ class TOPS(Staged):
     def compress(self, image: Image) -> torch.Tensor | None:
         patches = (image.layout.newline == 0).nonzero().squeeze(1)
         target = keep_count(self.target, len(patches))
-        image.memo.setdefault(MEMO, {})[image.index] = target
+        image.memo.setdefault(MEMO, {})[image.index] = target, len(image) - len(patches)
         count = self.count(0, target, len(patches))
         if count == len(patches):
             return None
@@ -146,22 +145,35 @@ class TOPS(Staged):
         answers: list[torch.Tensor | None] = [None] * len(tokens)
         if layer not in cuts:
             return answers
-        counts = [self._left(cuts.index(layer) + 1, one) for one in tokens]
-        asked = [i for i, one in enumerate(tokens) if one.scores is not None and counts[i] < len(one)]
+        left = [self._left(cuts.index(layer) + 1, one) for one in tokens]
+        asked = [i for i, one in enumerate(tokens) if one.scores is not None and sum(left[i]) < len(one)]
         if not asked:
             return answers
-        sizes = [len(tokens[i]) for i in asked]
-        most = max(sizes)
-        units = torch.stack([pad(unit(tokens[i].hidden.detach()), (0, 0, 0, most - len(tokens[i]))) for i in asked])
-        relevance = torch.stack([pad(tokens[i].scores, (0, most - len(tokens[i]))) for i in asked])
-        there = only(torch.arange(most) < torch.tensor(sizes)[:, None])
-        picks, flops = self._set(units, relevance, max(counts[i] for i in asked), 1, there)
-        for i, mine in zip(asked, picks, strict=True):
+        rows = [tokens[i] for i in asked]
+        sizes = [len(one) for one in rows]
+        most, there = max(sizes), only(torch.arange(max(sizes)) < torch.tensor(sizes)[:, None])
+        units = torch.stack([pad(unit(one.hidden.detach()), (0, 0, 0, most - len(one))) for one in rows])
+        relevance = torch.stack([pad(one.scores, (0, most - len(one))) for one in rows])
+        newline: torch.Tensor | None = None
+        if any(left[i][1] for i in asked):
+            newline = torch.stack([pad(one.newline, (0, most - len(one))) for one in rows]).bool()
+            units = units * ~newline[..., None]
+            there = ~newline if there is None else ~newline & there.to(newline.device, non_blocking=True)
+        picks, flops = self._set(units, relevance, max(left[i][0] for i in asked), 1, there)
+        for n, i in enumerate(asked):
             tokens[i].flops += flops // len(asked)
-            answers[i] = mine[: counts[i]].sort().values
+            mine = picks[n, : left[i][0]]
+            if newline is None:
+                answers[i] = mine.sort().values
+            else:
+                stays = newline[n, : sizes[n]].index_fill(0, mine, True)
+                answers[i] = top(stays.float(), sum(left[i]))
         return answers
 
-    def _left(self, step: int, tokens: Tokens) -> int:
-        noted: dict[int, int] | None = tokens.memo.get(MEMO)
-        target = keep_count(self.target, tokens.total) if noted is None else sum(noted.values())
-        return self.count(step, target, len(tokens))
+    def _left(self, step: int, tokens: Tokens) -> tuple[int, int]:
+        """How many tokens stay, and how many newline tokens besides."""
+        noted: dict[int, tuple[int, int]] | None = tokens.memo.get(MEMO)
+        target, newlines = keep_count(self.target, tokens.total), 0
+        if noted is not None:
+            target, newlines = (sum(numbers) for numbers in zip(*noted.values(), strict=True))
+        return self.count(step, target, len(tokens) - newlines), newlines
