@@ -17,8 +17,9 @@ from vtr.testing import tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip
 from vtr.testing.state import Kept
 from vtr.testing.tiny import IMAGE
+from vtr.tokens import STATES
 
-TOKENS = ("hidden", "text", "image", "tile", "y", "x", "newline", "place", "scores")
+TOKENS = (*STATES, "image", "tile", "y", "x", "newline", "place", "text_place", "behind")
 ORDERS = ((0, 3), (3, 0), (0, 2), (2, 0), (1, 3))
 """Which rows are asked about one after the other: one picture before two, two before one, another picture, none."""
 
@@ -109,10 +110,13 @@ def _of_tokens(rows: Any) -> list[tuple[str, Tensor]]:
     """Every field, and from now on the same tensor whenever it is read."""
     shown = []
     for tokens in rows:
-        made = {name: getattr(tokens, name) for name in TOKENS}
-        check = tokens._field.check
-        tokens._field = _Shown(made, check)
-        shown += [(f"tokens.{name}", t) for name, t in made.items() if t is not None]
+        made = {name: tokens._field(name) for name in TOKENS}
+        tokens._field = _Shown(made, tokens._field.check)
+        shown += [(f"tokens.{name}", t) for name, t in made.items()]
+        scores = tokens.scores if isinstance(tokens.scores, tuple) else (tokens.scores,)
+        shown += [("tokens.scores", t) for t in scores if t is not None]
+        if tokens.text_scores is not None:
+            shown.append(("tokens.text_scores", tokens.text_scores))
     return shown
 
 
