@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -54,6 +54,8 @@ class MustDrop(Staged):
         layers: the decoder layers before which the cuts happen, from 1 on; None for the published four.
         scale: how many tokens the thresholds are meant for: in a row of n they are multiplied by ``scale / n``. None:
             they are what they are, as in the official code.
+        positions: "reindex" numbers the tokens that stay contiguously after each cut (published code); "keep" leaves
+            them their own positions, which models whose positions have several axes (Qwen-VL) need.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
 
     Raises:
@@ -66,6 +68,7 @@ class MustDrop(Staged):
     keys: float = 0.08
     layers: Sequence[int] | None = None
     scale: int | None = 576
+    positions: Literal["keep", "reindex"] = "reindex"
     on_continue: str = "warn"
 
     question_guided: ClassVar[bool] = True
@@ -83,11 +86,13 @@ class MustDrop(Staged):
         if self.scale is not None and check_number(self.scale, "scale") <= 0:
             raise ValueError(f"scale={self.scale} is a number of tokens: above 0, or None for thresholds as they are")
         self.check_layers()
+        if self.positions not in ("keep", "reindex"):
+            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
         check_on_continue(self.on_continue)
 
     @property
     def renumbers(self) -> bool:
-        return True
+        return self.positions == "reindex"
 
     @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -45,6 +45,8 @@ class TOPS(Staged):
         diversity, coverage: how much they count, before the decoder and inside it (the paper tunes the latter).
         normalise: "mean", as in the paper's algorithms, or "minmax", as in its section 4.1.
         raters: "text", the mean over all text behind the first image, or "last", the last text token.
+        positions: "reindex" numbers the tokens that stay contiguously after each cut (paper); "keep" leaves them their
+            own positions, which models whose positions have several axes (Qwen-VL) need.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
 
     Raises:
@@ -58,6 +60,7 @@ class TOPS(Staged):
     coverage: Sequence[float] = (0.5, 0.5)
     normalise: Normalise = "mean"
     raters: Literal["text", "last"] = "text"
+    positions: Literal["keep", "reindex"] = "reindex"
     on_continue: str = "warn"
 
     question_guided: ClassVar[bool] = True
@@ -78,11 +81,13 @@ class TOPS(Staged):
             raise ValueError(f"normalise={self.normalise!r}: choose 'mean' or 'minmax'")
         if self.raters not in ("text", "last"):
             raise ValueError(f"raters={self.raters!r}: choose 'text' or 'last'")
+        if self.positions not in ("keep", "reindex"):
+            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
         check_on_continue(self.on_continue)
 
     @property
     def renumbers(self) -> bool:
-        return True
+        return self.positions == "reindex"
 
     @classmethod
     def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:
