@@ -239,6 +239,15 @@ class Policy(Settings):
             counts.append(here)
         return counts
 
+    def entering_of(self, num_hidden_layers: int, layout: Layout) -> list[int]:
+        """How many vision tokens enter each layer, of a row with one image of this layout: ``kept_of``, then
+        ``entering``. Policies that compress say it themselves if later layers keep a share of what there was before.
+
+        Raises:
+            ValueError: it depends on more than sizes.
+        """
+        return self.entering(num_hidden_layers, self.kept_of(layout) if self.asks("compress") else len(layout))
+
     def compress_row(self, images: Sequence[Image]) -> Sequence[torch.Tensor | Pooled | None]:
         """:meth:`compress`, asked of all images of a row at once; for methods that divide one budget among them. An
         answer for each; define :meth:`compress` as well, for one image alone."""

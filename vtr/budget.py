@@ -149,8 +149,7 @@ def mean_of(one: Policy, depth: int, layout: Layout) -> float:
     Raises:
         ValueError: it depends on more than sizes.
     """
-    first = one.kept_of(layout) if one.asks("compress") else len(layout)
-    counts = one.entering(depth, first)
+    counts = one.entering_of(depth, layout)
     return sum(counts) / len(counts)
 
 

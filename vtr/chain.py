@@ -97,6 +97,11 @@ class Chain(Policy):
         pruner = self._answers.get("prune")
         return pruner.needs(layer) if pruner else None
 
+    def entering(self, num_hidden_layers: int, total: int) -> list[int]:
+        """As the one who prunes says, or else the one who routes."""
+        says = self._answers.get("prune") or self._answers.get("route")
+        return super().entering(num_hidden_layers, total) if says is None else says.entering(num_hidden_layers, total)
+
     def resolve(self, tries: Tries) -> list[Policy | None]:
         """What the choosing member chooses (its tries are made without the others), together with the others."""
         chooser = self._answers["resolve"]

@@ -85,6 +85,7 @@ PER_IMAGE: dict[str, Callable[[Any], vtr.Policy]] = {
     "tome": lambda keep: vtr.ToMe(keep),
     "vscan": lambda keep: vtr.VScan(keep),
     "trim": lambda keep: vtr.Trim(keep, relevance="embeddings"),
+    "deft": lambda keep: vtr.DeFT(keep),
     "globalcom2": lambda keep: vtr.GlobalCom2(keep),
     "globalcom2 exact": lambda keep: vtr.GlobalCom2(keep, budget="exact"),
 }
@@ -94,6 +95,8 @@ PER_ROW: dict[str, Callable[[float], vtr.Policy]] = {
     "gsearch": lambda keep: vtr.GSearch([1.0, keep, keep, keep, keep]),
     "random": lambda keep: vtr.Random(keep),
     "uniform": lambda keep: vtr.UniformGrid(keep),
+    "reroute": lambda keep: vtr.Reroute([keep], layers=[1]),
+    "avtp": lambda keep: vtr.AVTP([keep], layers=[1]),
     "pmod": lambda keep: vtr.PMoD(ratios=[None, *[keep] * 4]),
     "dynamic-llava": lambda keep: vtr.DynamicLLaVA(keep, layer=1),
 }
@@ -143,8 +146,9 @@ def test_nothing_means_nothing(name: str, keep: Any) -> None:
 @example(total=1, keep=SMALLEST)
 def test_every_row_keeps_a_token_at_every_layer(name: str, total: int, keep: float) -> None:
     counts = PER_ROW[name](keep).entering(5, total)
-    slack = 0.0 if name in ("pmod", "dynamic-llava") else 1e-9
-    assert min(counts) == max(1, int(total * keep + slack)) and max(counts) <= total
+    slack = 0.0 if name in ("pmod", "dynamic-llava", "reroute", "avtp") else 1e-9
+    exact = float(torch.tensor(keep)) if name == "avtp" else keep  # float32, as in its official code
+    assert min(counts) == max(1, int(total * exact + slack)) and max(counts) <= total
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), keep=ratios)

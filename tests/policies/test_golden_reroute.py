@@ -79,7 +79,8 @@ def test_who_may_not_recover_stays_out() -> None:
 
 
 def test_a_compressor_may_stand_in_front() -> None:
-    assert vtr.policy("cls:0.5+reroute").asks("route")
+    made = vtr.policy("cls:0.5+reroute")
+    assert made.asks("route") and made.entering(32, 576) == vtr.Reroute().entering(32, 576)
 
 
 @pytest.mark.parametrize("share", [0.15, 0.25, 0.5, 0.8])

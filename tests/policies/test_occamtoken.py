@@ -45,3 +45,5 @@ def test_the_question_decides_inside_the_decoder() -> None:
 def test_a_compressor_may_stand_in_front() -> None:
     made = vtr.policy("cls:0.5+occamtoken:picture=0")
     assert made.wants == ("cls",) and made.asks("prune")
+    with pytest.raises(ValueError, match="depends on picture and question"):
+        made.entering(32, 576)

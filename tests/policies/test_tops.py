@@ -80,7 +80,7 @@ def test_counts_are_the_papers() -> None:
         fields = {"place": torch.arange(len(kept)), "hidden": torch.randn(len(kept), 8, generator=g)}
         tokens = tokens_of(layer, 32, fields, torch.rand(len(kept), generator=g), image.memo, total=256)
         kept = policy.prune(layer, tokens)
-        assert kept is not None and len(kept.unique()) == left
+        assert kept is not None and len(kept.unique()) == left == policy.entering_of(32, tile_layout(24, 24))[layer]
     assert policy.cuts(32) == [12, 24] and policy.cuts(40) == [15, 30]
 
 

@@ -157,6 +157,13 @@ class DeFT(Staged):
         cut, kept = self.cuts(num_hidden_layers)[0], counts(total, self.keep, 0)[1]
         return [total if layer < cut else kept for layer in range(num_hidden_layers)]
 
+    def entering_of(self, num_hidden_layers: int, layout: Layout) -> list[int]:
+        if self.first == "none":
+            return super().entering_of(num_hidden_layers, layout)
+        newlines, cut = int(layout.newline.sum()), self.cuts(num_hidden_layers)[0]
+        candidates, kept = counts(len(layout) - newlines, self.keep, self.alpha)
+        return [(candidates if layer < cut else kept) + newlines for layer in range(num_hidden_layers)]
+
     def needs(self, layer: int) -> Attention | None:
         return Attention("text", over="sum") if self.acts(layer) else None
 

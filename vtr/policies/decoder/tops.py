@@ -138,6 +138,15 @@ class TOPS(Staged):
     def entering(self, num_hidden_layers: int, total: int) -> list[int]:
         raise ValueError(f"{self.spec} keeps a share of what there was before the decoder: its report says how many")
 
+    def entering_of(self, num_hidden_layers: int, layout: Layout) -> list[int]:
+        newlines, found = int(layout.newline.sum()), list[int]()
+        left = len(layout) - newlines
+        target, cuts = keep_count(self.target, left), [0, *self.cuts(num_hidden_layers)]
+        for layer in range(num_hidden_layers):
+            left = self.count(cuts.index(layer), target, left) if layer in cuts else left
+            found.append(left + newlines)
+        return found
+
     def needs(self, layer: int) -> Scores | None:
         return self.raters if self.acts(layer) else None
 
