@@ -109,7 +109,8 @@ class QwenVL(Family):
 
     def __init__(self, adapter: Adapter, kind: str) -> None:
         super().__init__(adapter, kind)
-        self.limits = {"pyramid": 'with `positions="keep"`: positions have three axes', "m3": SQUARES}
+        kept = 'with `positions="keep"`: positions have three axes'
+        self.limits = {**dict.fromkeys(("mustdrop", "pyramid", "tops"), kept), "m3": SQUARES}
 
     def make(self, attn: str = "sdpa") -> Any:
         torch.manual_seed(0)

@@ -76,9 +76,10 @@ def _scales(models: Models, inputs: Inputs, b: int) -> list[int]:
     return [sorted(scales(layout.grid))[-2] for layout in models.layouts(inputs)[b]]
 
 
-def _pyramid(models: Models) -> Policy:
+def _positions(models: Models) -> Any:
+    """Of a policy that would renumber them: positions with several axes are kept."""
     rotary = find_adapter(models.stock).text_model(models.stock).rotary_emb
-    return vtr.Pyramid(positions="keep" if hasattr(rotary, "mrope_section") else "reindex")
+    return "keep" if hasattr(rotary, "mrope_section") else "reindex"
 
 
 PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
@@ -88,8 +89,10 @@ OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "gsearch": lambda m, i, b: vtr.GSearch([1.0, 0.8, 0.5, 0.5, 0.2], queries="last" if b else "text"),
     "m3": lambda m, i, b: vtr.Matryoshka(_scales(m, i, b) or [1]),
     "pmod": lambda m, i, b: PMOD,
-    "pyramid": lambda m, i, b: _pyramid(m),
+    "mustdrop": lambda m, i, b: vtr.MustDrop(positions=_positions(m)),
+    "pyramid": lambda m, i, b: vtr.Pyramid(positions=_positions(m)),
     "random": lambda m, i, b: vtr.Random(0.4, seed=b),
+    "tops": lambda m, i, b: vtr.TOPS(0.3, positions=_positions(m)),
     "uniform": lambda m, i, b: vtr.UniformGrid(0.4, layer=2 if b else 0),
 }
 """What stands for a policy in the tests, for row b of a batch, where its settings depend on row, weights or family."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from vtr.integrations import Qwen3VL
 
 import vtr
-from tests import learned, oracle, support
+from tests import learned, oracle, staged, support
 from tests.engine.test_oracles import close, same, snapshot
 from tests.families import FAMILIES, Family, Inputs, QwenVL
 from tests.support import POLICIES, ROWS, STEPS, Models
@@ -131,9 +131,15 @@ def expected(models: Models, inputs: Inputs, b: int, policy: Any, reported: Any,
         said = learned.reference(models.twin, row, policy, images, len(row.vision))
         assert kept == said.kept
         return said.logits
+    if isinstance(policy, vtr.Reroute):
+        return staged.rerouted(models.twin, row, policy, kept)
     if policy.asks("compress"):
         made_of = [[slot - start for slot in some] for some in reported.sources(0)]
         brief = support.compressed(models, inputs, b, policy, row, made_of, said)
+        if policy.asks("prune"):
+            layers = range(len(reported.vision_tokens))
+            every = [[[slot - start for slot in some] for some in reported.sources(layer)] for layer in layers]
+            return staged.pruned(models.twin, brief, every, policy.renumbers)
         assert reported.vision_tokens == [int(brief.vision.sum())] * 5
         return oracle.run(models.twin, brief).logits[~brief.vision]
     want = oracle.run(models.twin, row, oracle.rule(policy, kept), kept)
