@@ -18,6 +18,7 @@ from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
     MMR,
+    VTW,
     AutoScale,
     CDPruner,
     ClsTop,
@@ -53,6 +54,7 @@ from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
     "MMR",
+    "VTW",
     "Attend",
     "Attention",
     "AutoScale",

@@ -13,6 +13,7 @@ from vtr.policies.blind.uniform_grid import UniformGrid
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.decoder.vtw import VTW
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -37,6 +38,7 @@ from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
     "MMR",
+    "VTW",
     "AutoScale",
     "CDPruner",
     "ClsTop",
