@@ -17,6 +17,7 @@ from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
+    DART,
     MMR,
     VTW,
     AutoScale,
@@ -53,6 +54,7 @@ from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
+    "DART",
     "MMR",
     "VTW",
     "Attend",

@@ -10,6 +10,7 @@ from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.policies.blind.pool import Pool
 from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
+from vtr.policies.decoder.dart import DART
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
@@ -37,6 +38,7 @@ from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
+    "DART",
     "MMR",
     "VTW",
     "AutoScale",
