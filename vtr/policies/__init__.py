@@ -12,6 +12,7 @@ from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
 from vtr.policies.decoder.dart import DART
 from vtr.policies.decoder.fastv import FastV
+from vtr.policies.decoder.fitprune import FitPrune
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.vtw import VTW
@@ -48,6 +49,7 @@ __all__ = [
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GSearch",
     "GlobalCom2",
     "HiPrune",
