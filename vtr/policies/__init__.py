@@ -15,6 +15,8 @@ from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.fitprune import FitPrune
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.decoder.sparsevlm import SparseVLM
+from vtr.policies.decoder.sparsevlm_plus import SparseVLMPlus
 from vtr.policies.decoder.vtw import VTW
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
@@ -65,6 +67,8 @@ __all__ = [
     "Pyramid",
     "Random",
     "Scope",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Trim",
     "UniformGrid",
