@@ -154,6 +154,15 @@ def test_set_to_a_budget(kind: type[vtr.SparseVLM], share: float) -> None:
     assert abs(sum(made.entering(32, 576)) / 576 / 32 - share) < 0.003
 
 
+def test_a_cut_that_would_leave_more_than_there_is() -> None:
+    """It is none; official code cuts one token, which comes back behind the others."""
+    given: Any = {"keeps": [40, 16, 10], "layers": [1, 2, 3]}
+    policy, official_one = vtr.SparseVLM(**given), vtr.SparseVLM(**given, placement="official")
+    assert policy.entering(5, 16) == official_one.entering(5, 16) == [16, 16, 16, 11, 11]
+    assert policy.split(1, 5, 16, 16) is None and official_one.split(1, 5, 16, 16) == 15
+    assert official_one.split(1, 5, 1, 1) is None
+
+
 def test_nobody_above_the_mean_then_all_of_the_text_behind() -> None:
     vision, text = torch.ones(4, 2), torch.ones(3, 2)
     assert raters(vision, text, torch.tensor([False, True, True])).tolist() == [1, 2]
