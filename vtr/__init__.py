@@ -17,7 +17,9 @@ from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
+    DART,
     MMR,
+    VTW,
     AutoScale,
     CDPruner,
     ClsTop,
@@ -25,6 +27,7 @@ from vtr.policies import (
     DynamicLLaVA,
     FasterVLM,
     FastV,
+    FitPrune,
     GlobalCom2,
     GSearch,
     HiPrune,
@@ -40,6 +43,8 @@ from vtr.policies import (
     Pyramid,
     Random,
     Scope,
+    SparseVLM,
+    SparseVLMPlus,
     ToMe,
     Trim,
     UniformGrid,
@@ -52,7 +57,9 @@ from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
+    "DART",
     "MMR",
+    "VTW",
     "Attend",
     "Attention",
     "AutoScale",
@@ -64,6 +71,7 @@ __all__ = [
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GSearch",
     "GlobalCom2",
     "HiPrune",
@@ -88,6 +96,8 @@ __all__ = [
     "Schedule",
     "Scope",
     "ScorePolicy",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Token",
     "Tokens",

@@ -10,9 +10,14 @@ from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.policies.blind.pool import Pool
 from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
+from vtr.policies.decoder.dart import DART
 from vtr.policies.decoder.fastv import FastV
+from vtr.policies.decoder.fitprune import FitPrune
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.decoder.sparsevlm import SparseVLM
+from vtr.policies.decoder.sparsevlm_plus import SparseVLMPlus
+from vtr.policies.decoder.vtw import VTW
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -36,7 +41,9 @@ from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
+    "DART",
     "MMR",
+    "VTW",
     "AutoScale",
     "CDPruner",
     "ClsTop",
@@ -44,6 +51,7 @@ __all__ = [
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GSearch",
     "GlobalCom2",
     "HiPrune",
@@ -59,6 +67,8 @@ __all__ = [
     "Pyramid",
     "Random",
     "Scope",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Trim",
     "UniformGrid",
