@@ -82,6 +82,11 @@ def _positions(models: Models) -> Any:
     return "keep" if hasattr(rotary, "mrope_section") else "reindex"
 
 
+def _sparsevlm(models: Models) -> Policy:
+    """With two cuts, that new tokens are made again of some that were made."""
+    return vtr.SparseVLM(keeps=[0.6, 0.3], layers=[1, 3], positions=_positions(models))
+
+
 PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
 OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "autoscale": lambda m, i, b: vtr.AutoScale(threshold=1.0 if b else 0.01),
@@ -93,6 +98,7 @@ OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "pyramid": lambda m, i, b: vtr.Pyramid(positions=_positions(m)),
     "random": lambda m, i, b: vtr.Random(0.4, seed=b),
     "tops": lambda m, i, b: vtr.TOPS(0.3, positions=_positions(m)),
+    "sparsevlm": lambda m, i, b: _sparsevlm(m),
     "uniform": lambda m, i, b: vtr.UniformGrid(0.4, layer=2 if b else 0),
 }
 """What stands for a policy in the tests, for row b of a batch, where its settings depend on row, weights or family."""

@@ -11,14 +11,19 @@ from vtr.policies.blind.pool import Pool
 from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
 from vtr.policies.decoder.avtp import AVTP
+from vtr.policies.decoder.dart import DART
 from vtr.policies.decoder.deft import DeFT
 from vtr.policies.decoder.fastv import FastV
+from vtr.policies.decoder.fitprune import FitPrune
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.mustdrop import MustDrop
 from vtr.policies.decoder.occamtoken import OccamToken
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.reroute import Reroute
+from vtr.policies.decoder.sparsevlm import SparseVLM
+from vtr.policies.decoder.sparsevlm_plus import SparseVLMPlus
 from vtr.policies.decoder.tops import TOPS
+from vtr.policies.decoder.vtw import VTW
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -43,8 +48,10 @@ from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
     "AVTP",
+    "DART",
     "MMR",
     "TOPS",
+    "VTW",
     "AutoScale",
     "CDPruner",
     "ClsTop",
@@ -53,6 +60,7 @@ __all__ = [
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GSearch",
     "GlobalCom2",
     "HiPrune",
@@ -71,6 +79,8 @@ __all__ = [
     "Random",
     "Reroute",
     "Scope",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Trim",
     "UniformGrid",

@@ -52,7 +52,7 @@ def answers(bench: Bench) -> None:
     policy = bench.policy
     if not any(map(policy.asks, ("compress", "prune", "route", "remember", "resolve"))):
         raise Fault(
-            f"{type(policy).__name__} answers none of the five questions",
+            f"{type(policy).__name__} answers none of the six questions",
             "define compress(image), prune(layer, tokens), route(layer, tokens) or remember(layer, token); are the "
             "names spelt like this?",
         )
