@@ -1,4 +1,4 @@
-"""AVTP (EMNLP Findings 2026, arXiv 2608.26806): tokens that change most stay, images that change more keep more."""
+"""AVTP (Zhang et al., EMNLP Findings 2026, arXiv 2608.26806): tokens that change most stay; budgets across images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeFT (arXiv 2609.34861): before the decoder more tokens than wanted, by the tower alone; the text chooses midway."""
+"""DeFT (Kang et al., arXiv 2609.34861): the tower chooses more tokens than wanted, the text of those, midway."""
 
 from __future__ import annotations
 

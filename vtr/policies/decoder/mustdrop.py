@@ -1,4 +1,4 @@
-"""MustDrop (arXiv 2411.10803): few patches never go; of the others, those that no text looks at go in four layers."""
+"""MustDrop (Liu et al., arXiv 2411.10803): tokens that no text looks at go in four layers; key patches never do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OccamToken (arXiv 2605.29657) without its register: how many tokens stay, picture and question decide."""
+"""OccamToken (Li et al., arXiv 2605.29657) without its register: how many tokens stay, picture and question decide."""
 
 from __future__ import annotations
 

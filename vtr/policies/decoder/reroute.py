@@ -1,4 +1,4 @@
-"""Reroute (arXiv 2606.12412): tokens that are not chosen go around a stage's layers, and may be chosen again later."""
+"""Reroute (Yang et al., arXiv 2606.12412): tokens not chosen go around a stage's layers, and may be chosen later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOPS (arXiv 2606.27161): before the decoder and twice inside it, a relevant and diverse set that covers the rest."""
+"""TOPS (Wang et al., arXiv 2606.27161): three times a set of tokens that is relevant, diverse and covers the rest."""
 
 from __future__ import annotations
 
