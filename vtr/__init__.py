@@ -17,6 +17,7 @@ from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
+    EEMLLM,
     MMR,
     AutoScale,
     CDPruner,
@@ -46,12 +47,14 @@ from vtr.policies import (
     VisionZip,
     VisPruner,
     VScan,
+    ZipVL,
 )
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
+    "EEMLLM",
     "MMR",
     "Attend",
     "Attention",
@@ -97,6 +100,7 @@ __all__ = [
     "VScan",
     "VisPruner",
     "VisionZip",
+    "ZipVL",
     "at_budget",
     "chat",
     "keep_count",

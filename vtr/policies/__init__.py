@@ -10,9 +10,11 @@ from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.policies.blind.pool import Pool
 from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
+from vtr.policies.decoder.ee_mllm import EEMLLM
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.decoder.zipvl import ZipVL
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -36,6 +38,7 @@ from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
+    "EEMLLM",
     "MMR",
     "AutoScale",
     "CDPruner",
@@ -65,6 +68,7 @@ __all__ = [
     "VScan",
     "VisPruner",
     "VisionZip",
+    "ZipVL",
 ]
 
 for _file in pkgutil.walk_packages(__path__, f"{__name__}."):
