@@ -19,6 +19,7 @@ from vtr.keep import keep_count, top
 from vtr.policies import (
     EEMLLM,
     MMR,
+    SCM,
     AutoScale,
     CDPruner,
     ClsTop,
@@ -56,6 +57,7 @@ from vtr.settings import list_policies, policy_class, register_policy
 __all__ = [
     "EEMLLM",
     "MMR",
+    "SCM",
     "Attend",
     "Attention",
     "AutoScale",

@@ -14,6 +14,7 @@ from vtr.policies.decoder.ee_mllm import EEMLLM
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
+from vtr.policies.decoder.scm import SCM
 from vtr.policies.decoder.zipvl import ZipVL
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
@@ -40,6 +41,7 @@ from vtr.policies.trained.pmod import PMoD
 __all__ = [
     "EEMLLM",
     "MMR",
+    "SCM",
     "AutoScale",
     "CDPruner",
     "ClsTop",
