@@ -85,10 +85,14 @@ Rule = Rank | Given | None
 
 @dataclass
 class Dense:
-    """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer."""
+    """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer.
+
+    paid: of every layer its slots, attention probabilities [heads, n, n] and additive mask.
+    """
 
     logits: Tensor
     kept: list[list[int]]
+    paid: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
 
 
 def row(model: Any, inputs: dict[str, Tensor], grad: bool = False) -> Row:
@@ -127,9 +131,9 @@ def scores(probs: Tensor, mask: Tensor, vision: Tensor, queries: str) -> Tensor:
 
 
 def requested(
-    probs: Tensor, mask: Tensor, rows: Sequence[int], here: Sequence[int], heads: str = "mean", over: str = "mean"
+    paid: tuple[list[int], Tensor, Tensor], rows: Sequence[int], here: Sequence[int], heads: str, over: str
 ) -> Tensor:
-    """What the slots ``rows`` paid to the slots ``here``, from attention probabilities [heads, n, n] under ``mask``.
+    """What the slots ``rows`` paid to the slots ``here`` in a layer of which :class:`Dense` has noted this.
 
     Args:
         heads: "mean", "max" or "each" (taken first). over: the rows' "mean" (over those that see the slot), "sum",
@@ -138,15 +142,17 @@ def requested(
     Returns:
         [n], with a leading axis for "each" of both: [heads, rows, n].
     """
-    paid = probs[:, rows][:, :, here]
-    paid = paid.mean(0) if heads == "mean" else paid.amax(0) if heads == "max" else paid
+    line, probs, mask = paid
+    asking, seen = ([line.index(slot) for slot in slots] for slots in (rows, here))
+    got = probs[:, asking][:, :, seen]
+    got = got.mean(0) if heads == "mean" else got.amax(0) if heads == "max" else got
     if over == "each":
-        return paid
+        return got
     if over == "sum" or not rows:
-        return paid.sum(-2)
+        return got.sum(-2)
     if over == "max":
-        return paid.amax(-2)
-    return paid.sum(-2) / (mask[rows][:, here] == 0).sum(0).clamp_min(1)
+        return got.amax(-2)
+    return got.sum(-2) / (mask[asking][:, seen] == 0).sum(0).clamp_min(1)
 
 
 def best(score: Tensor, here: list[int], count: int, hint: list[int] | None) -> list[int]:
@@ -271,7 +277,7 @@ def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> De
     probs = torch.zeros(0)  # nothing ranks in layer 0
     positions = torch.arange(len(x)) if prompt.positions is None else prompt.positions
     alive = torch.ones(len(x)).bool()
-    mask = torch.zeros(0)
+    mask, paid = torch.zeros(0), []
     for depth, layer in enumerate(text.layers):
         part = None
         if isinstance(how, Given):
@@ -292,10 +298,11 @@ def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> De
         silent, unseen = (marked(line, part.silent), marked(line, part.unseen)) if part else (None, None)
         mask = hidden_keys(alive, positions, window(config, depth), unseen)
         x, probs = block(layer, x, mask, positions, config, silent=silent)
+        paid.append((line, probs.detach(), mask))
         if depth < len(prompt.behind):
             x = x.index_add(0, marked(line, vision).nonzero().squeeze(1), prompt.behind[depth])
     given = torch.tensor(line) >= 0
-    return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)][given], kept)
+    return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)][given], kept, paid)
 
 
 def marked(line: Sequence[int], slots: Collection[int]) -> Tensor:
