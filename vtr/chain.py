@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vtr.base import QUESTIONS, Policy, Scores, Tries
+from vtr.base import QUESTIONS, Policy, Request, Tries
 from vtr.settings import MOST_PARTS, build, check_names_no_file, parse, register_policy
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Chain(Policy):
     def asks(self, question: str) -> bool:
         return question in self._answers
 
-    def needs(self, layer: int) -> Scores | None:
+    def needs(self, layer: int) -> Request | tuple[Request, ...] | None:
         pruner = self._answers.get("prune")
         return pruner.needs(layer) if pruner else None
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtr.base import Best, Policy, Scores, Tokens
+from vtr.base import Best, Policy, Request, Tokens
 from vtr.checks import check_depth, check_layer
 from vtr.keep import Keep, check_keep, keep_count
 
@@ -37,7 +37,7 @@ class ScorePolicy(Policy):
     keep: Keep = 0.5
     layer: int = 2
 
-    attention: ClassVar[Scores | None] = None
+    attention: ClassVar[Request | None] = None
     """The attention that ``tokens.scores`` holds (paid in the layer before, as :meth:`needs` names it), or None. A
     policy that asks for it looks at the question: ``question_guided`` is then True unless the class says otherwise."""
 
@@ -53,7 +53,8 @@ class ScorePolicy(Policy):
         """
         if tokens.scores is None:
             raise NotImplementedError(f"{type(self).__name__} must define score(), or name the attention it ranks by")
-        return tokens.scores
+        scores: torch.Tensor = tokens.scores
+        return scores
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -63,7 +64,7 @@ class ScorePolicy(Policy):
     def check(self, num_hidden_layers: int) -> None:
         check_depth(self.layer, num_hidden_layers, 1 if self.attention else 0)
 
-    def needs(self, layer: int) -> Scores | None:
+    def needs(self, layer: int) -> Request | None:
         return self.attention if layer == self.layer else None
 
     def score_all(self, tokens: Sequence[Tokens]) -> Sequence[torch.Tensor]:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
+from vtr.engine.asked import Asked, AskedNorms
 from vtr.engine.bucket import Bucket
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.once import Once
@@ -41,7 +42,7 @@ the same layer and thread, also when gradient checkpointing replays the layer; t
 class Probe:
     """Which attention scores are wanted: of all rows that ask for the same, or of one with cached tokens."""
 
-    asked: Queries
+    asked: Queries | Asked | AskedNorms
     row: int | None = None
     """The only row asked for, where rows have cached tokens; its scores are then of its own tokens [n]."""
 
@@ -213,6 +214,10 @@ def _rank(
             continue
         with nullcontext() if plan.clock is None else plan.clock:
             asked, keys, at = probe.asked, key[0], None if window is None else plan.positions
+            if isinstance(asked, AskedNorms):
+                norms = asked.found(keys, query.shape[1])
+                plan.sink[number] = norms if probe.row is None else norms.split(plan.lengths)[probe.row]
+                continue
             picked = query[0].index_select(1, asked.places.flatten())
             if probe.row is not None:
                 row, past = probe.row, plan.past[probe.row]
@@ -223,8 +228,11 @@ def _rank(
                     cache = plan.layers[module.layer_idx]
                     keys = torch.cat([cache.row(row, past)[0][0], keys], 1)
                     at = None if at is None else torch.cat([cache.positions(row, past), at])
-            found = scores(picked, keys, asked, scaling, at, window)
-            plan.sink[number] = found if probe.row is None else found[-plan.lengths[probe.row] :]
+            if isinstance(asked, Asked):
+                found = asked.found(picked, keys, scaling, at, window)
+            else:
+                found = scores(picked, keys, asked, scaling, at, window)
+            plan.sink[number] = found if probe.row is None else found[..., -plan.lengths[probe.row] :]
 
 
 def _window_mask(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> WindowMask | None:

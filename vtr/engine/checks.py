@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from vtr.base import Policy, Route
+from vtr.tokens import STATES
 
-COPIES = ("hidden", "text")
+COPIES = STATES
 
 
 class GuardedFields:
     """Tensors that a policy sees by name; one that it writes into is noticed.
 
-    ``hidden`` and ``text`` are copies, made whenever they are read: a write to them is lost, and harms nobody
+    States are copies, made whenever they are read: a write to them is lost, and harms nobody
     (``check_policy`` says so).
     """
 

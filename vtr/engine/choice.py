@@ -9,7 +9,8 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from vtr.base import SCORES, WANTED, Policy, UnsupportedError, tower_wish
+from vtr.answers import SCORES, Attention, KeyNorms
+from vtr.base import WANTED, Policy, UnsupportedError, tower_wish
 from vtr.chain import policy as as_policy
 from vtr.engine.adapters import Adapter
 from vtr.engine.call import Generation, running
@@ -118,10 +119,10 @@ def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
     who = type(p).__name__
     for layer in range(num_hidden_layers):
         kind = p.needs(layer)
-        if kind is not None and not (isinstance(kind, str) and kind in SCORES):
+        if not all(map(_can_be_asked, kind if isinstance(kind, tuple) else (kind,))) or kind == ():
             raise ValueError(
                 f"{who}.needs({layer}) answers {kind!r}, which are no scores: choose among "
-                f"{', '.join(map(repr, SCORES))}, or None"
+                f"{', '.join(map(repr, SCORES))}, vtr.Attention(…), vtr.KeyNorms(), a tuple of them, or None"
             )
         if kind is not None and layer == 0:
             raise ValueError(
@@ -137,6 +138,10 @@ def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
         )
     if "question" in wants and not p.question_guided:
         raise ValueError(f"{who} wants the question: write question_guided: ClassVar[bool] = True into the class")
+
+
+def _can_be_asked(one: Any) -> bool:
+    return one is None or isinstance(one, (Attention, KeyNorms)) or (isinstance(one, str) and one in SCORES)
 
 
 def _can_be_wanted(one: Any) -> bool:

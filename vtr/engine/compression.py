@@ -112,8 +112,9 @@ def _image(row: Row, i: int, old: torch.Tensor, embeds: torch.Tensor, captures: 
     in_a_row = int(slots[-1]) - first + 1 == n  # as a rule an image's slots follow each other
     features = embeds[first : first + n] if in_a_row else embeds.index_select(0, slots.to(embeds.device))
     if captures is None or not policy.wants:
-        return Image(features, layout, i, len(given.layouts))
+        return Image(features, layout, i, len(given.layouts), memo=row.memo)
     image = captures.image(features, layout, given.places[i], i, len(given.layouts), policy)
+    image.memo = row.memo
     if "question" in policy.wants:
         behind = row.text.index[row.text.queries]
         behind = behind[behind > row.vision.index[-1]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -50,6 +51,7 @@ class TextTokens:
         queries: int64 [q], which of the text tokens may rank vision tokens.
         rankable: False if some vision token has no such query after it.
         first, last: the numbers of the first and the last of the queries; -1 where there is none.
+        first_behind: the number of the first text token behind the last vision token.
         behind, last_behind: whether all of them, or the last one, stand behind all vision tokens.
         answer_slots: int64 [a], logical slots of the answer.
         decoded: int64, row-local: the answer but for its newest token, which a run without a cache meets again.
@@ -63,6 +65,7 @@ class TextTokens:
         self.index, self.prompt = text, len(text) - len(answer)
         self.queries = ((text > first) & in_prompt).nonzero().squeeze(1)
         self.first, self.last = (int(self.queries[0]), int(self.queries[-1])) if len(self.queries) else (-1, -1)
+        self.first_behind = int((text < last).sum())
         self.behind = self.first >= 0 and int(text[self.first]) > last
         self.last_behind = self.last >= 0 and int(text[self.last]) > last
         self.rankable = bool(((text > last) & in_prompt).any())
@@ -116,6 +119,7 @@ class Row:
         given: what the call says of it. index: which row of the packed batch. policy: what reduces it, or None.
         slots: int64 [n] on the CPU: logical slots of the tokens that entered the text model.
         length: tokens still there, text and vision.
+        memo: what the policy keeps for itself while the forward runs.
     """
 
     def __init__(self, given: RowInput) -> None:
@@ -123,12 +127,14 @@ class Row:
         self.slots, self.length = given.slots, len(given.slots)
         self.vision = VisionTokens.from_input(given)
         self.text = TextTokens(given, self.vision.index)
+        self.memo: dict[str, Any] = {}
 
     def forked(self, index: int, policy: Policy | None) -> Row:
         """This row as it is now, as row ``index`` under ``policy``; cutting one of them leaves the other alone."""
         row = copy.copy(self)  # no tensor of a row is changed in place
         row.index, row.policy = index, policy
         row.text, row.vision = copy.copy(self.text), copy.copy(self.vision)
+        row.memo = dict(self.memo) if policy is self.policy else {}
         return row
 
     def asks(self, question: str) -> bool:

@@ -147,6 +147,26 @@ def _paid_at_once(
     query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, strongest: bool,
     scaling: float | None,
 ) -> torch.Tensor:  # fmt: skip
+    heads = query.shape[0]
+    logits = attention_logits(query, key, hidden, scaling)
+    paid = logits.softmax(-1)
+    by_query = paid.amax((0, 2)) if strongest else paid.sum((0, 2)) if weight is not None else None
+    if weight is not None:
+        assert by_query is not None
+        total = torch.matmul(weight, by_query)[:, 0]
+    else:
+        total = paid.sum((0, 2, 3)) if by_query is None else by_query.sum(1)
+    return total if strongest else total / heads
+
+
+def attention_logits(
+    query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, scaling: float | None
+) -> torch.Tensor:  # fmt: skip
+    """Logits of queries [heads, rows, q, d] on keys [kv_heads, rows, n, d], float32 [kv_heads, rows, group, q, n].
+
+    Args:
+        hidden: bool [rows, q, h], which of the last h keys a query must not see.
+    """
     heads, rows, most, width = query.shape
     kv_heads, n = key.shape[0], key.shape[2]
     scaling = width**-0.5 if scaling is None else scaling
@@ -156,14 +176,7 @@ def _paid_at_once(
     logits = logits.view(kv_heads, rows, heads // kv_heads, most, n)
     if hidden.shape[-1]:
         logits[..., n - hidden.shape[-1] :].masked_fill_(hidden[None, :, None], float("-inf"))
-    paid = logits.softmax(-1)
-    by_query = paid.amax((0, 2)) if strongest else paid.sum((0, 2)) if weight is not None else None
-    if weight is not None:
-        assert by_query is not None
-        total = torch.matmul(weight, by_query)[:, 0]
-    else:
-        total = paid.sum((0, 2, 3)) if by_query is None else by_query.sum(1)
-    return total if strongest else total / heads
+    return logits
 
 
 def projections(layer: Any) -> Any:

@@ -174,14 +174,14 @@ class Session:
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         past = [] if self.layers is None else self.layers[index].lengths()
         self.log.note(passing.lengths, past, passing.counts, passing.alive)
-        probes = self.questions.probes(index, past, passing)
+        probes = self.questions.probes.probes(index, past, passing.lengths, passing.through)
         plan = Plan(
             decode=False,
             lengths=tuple(passing.lengths),
             past=tuple(past),
             layers=self.layers,
             probes=probes,
-            sink=self.questions.taken,
+            sink=self.questions.probes.taken,
             clock=self.log.clock,
             scale=scale,
             routing=routing,
@@ -213,20 +213,20 @@ class Session:
         self.device = self.log.clock.device = device
         self.positions.to(device)
         self.packed.to(device)
-        self.questions.to(device)
+        self.questions.probes.to(device)
         if self.forgetting is not None:
             self.forgetting.to(device)
 
     def _cut(self, index: int, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drop what does not enter the layer. Returns [1, T, D] and which keys are masked (bool [T]; None: none)."""
         masked_keys = None
-        self.questions.take_scores(hidden.device)
+        self.questions.probes.take_scores(hidden.device)
         if self.forgetting is not None:
             with self.log.clock:
                 remembered = self.forgetting.drop(index, self.packed, hidden)
                 masked_keys = self.forgetting.masked_keys(index, self.packed, hidden)
             if remembered is not None:
-                self.questions.select(remembered)
+                self.questions.probes.select(remembered)
             hidden = self._select(hidden, remembered)
         with self.log.clock:
             kept = self.questions.prune(index, layer, hidden)
@@ -271,7 +271,8 @@ class Session:
         columns = torch.tensor([(new - row) * self.logical for new, row in enumerate(old)])
         (moved,) = on_device([columns.repeat_interleave(torch.tensor(made.packed.lengths))], self.device)
         made.positions = self.positions.fork(index, moved, old)
-        made.questions = self.questions.fork(made.rows, made.packed, made.positions, index, old, trace)
+        probes = self.questions.probes.fork(made.rows, made.packed, made.positions, index, old, trace)
+        made.questions = self.questions.fork(made.rows, probes, made.packed, made.positions, trace)
         made.forgetting = Forgetting.from_rows(made.rows, True, trace)
         made.log = PackedTrace(trace, self.device)
         made.log.rows = made._traces()
