@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from vtr.eval.cost.contenders import shipped
 
 import vtr
 from vtr.budget import at_share
@@ -52,13 +53,8 @@ def tiny_policies(hidden_size: int, layers: int = 5) -> dict[str, vtr.Policy]:
         "autoscale": vtr.AutoScale(threshold=0.5),
         "a chain": vtr.policy("pool:grid=3+fastv:keep=0.5"),
     }
-    rest = shipped() - {policy.name for policy in out.values()}
-    return out | {name: policy_class(name)(**policy_class(name).settings_at(0.4, layers, 3)) for name in sorted(rest)}
-
-
-def shipped() -> set[str]:
-    """Names of vtr's own policies, without those that a program registered."""
-    return {name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies.")}
+    classes = {name: policy_class(name) for name in shipped() if name not in {p.name for p in out.values()}}
+    return out | {name: cls(**cls.settings_at(0.4, layers, 3)) for name, cls in classes.items()}
 
 
 def timed_policies(
