@@ -46,37 +46,6 @@ class Parts(vtr.Policy):
         return Attend(*answer)
 
 
-class Watched:
-    """What a policy answers to ``attend``, a row at a time."""
-
-    def __init__(self, policy: vtr.Policy) -> None:
-        self.said: dict[int, Attend] = {}
-        own = policy.attend
-
-        def attend(layer: int, tokens: Any, attention: Any) -> Attend | None:
-            answer = own(layer, tokens, attention)
-            if answer is not None:
-                self.said[layer] = answer
-            return answer
-
-        policy.attend = attend  # type: ignore[method-assign]
-
-    def given(self, row: oracle.Row, layers: int) -> oracle.Given:
-        """The same for the slow reference, of a policy under which all tokens enter all layers."""
-        text, parts = (~row.vision).nonzero().squeeze(1).tolist(), {}
-        for layer, answer in self.said.items():
-            mute = left_out(text, answer.text)
-            silent, unseen = left_out(row.slots, answer.asks), left_out(row.slots, answer.seen)
-            parts[layer] = oracle.Part(silent + mute, unseen + mute)
-        return oracle.Given([row.slots] * layers, attend=parts)
-
-
-def left_out(slots: list[int], chosen: Tensor | None) -> list[int]:
-    """The slots but for the chosen ones (None: all are)."""
-    within = set(range(len(slots))) if chosen is None else set(chosen.tolist())
-    return [slot for i, slot in enumerate(slots) if i not in within]
-
-
 # --------------------------------------------------------------------------------------------------------- new tokens
 @vtr.register_policy("merges-for-test")
 @dataclass

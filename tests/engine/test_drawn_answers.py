@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import given
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import vtr
 from tests import oracle, tiny
-from tests.drawn import Curious, Merges, Parts, Watched
+from tests.drawn import Curious, Merges, Parts
 from tests.engine import test_properties as properties
 from tests.engine.test_properties import LAYERS, NOISE, RUN, forward, layers, pairs, pixel_seeds, rows, seeds
 from tests.tiny import IMAGE
@@ -73,10 +74,40 @@ def check(models: Any, drawn: Any, seed: int, how: Any) -> Any:
     return row, want, vtr.report(patched).rows[0]
 
 
+@vtr.register_policy("same-for-test")
+@dataclass
+class Same(vtr.Policy):
+    """In layer 1 the last vision token goes, and one like it comes; in layer 2 everybody takes part."""
+
+    renumbers: ClassVar[bool] = True  # type: ignore[assignment]
+
+    def prune(self, layer: int, tokens: Any) -> vtr.Merged | None:
+        n = len(tokens)
+        return vtr.Merged(torch.arange(n - 1), tokens.hidden[-1:], [[n - 1]]) if layer == 1 and n > 1 else None
+
+    def attend(self, layer: int, tokens: Any, attention: Any) -> vtr.Attend | None:
+        everybody = torch.arange(len(tokens))
+        return vtr.Attend(everybody, everybody, torch.arange(len(tokens.text_place))) if layer == 2 else None
+
+
+def test_answers_that_change_nothing() -> None:
+    stock = tiny.llava()
+    patched = vtr.patch(copy.deepcopy(stock))
+    inputs = tiny.batch(stock, [["ab", IMAGE, "what"]])
+    want, row, depth = stock(**inputs).logits[0].detach(), oracle.row(stock, inputs), 5
+    policy = Same()
+    watched = oracle.Watched(policy)
+    close(forward(patched, inputs, policy)[0][~row.vision], want[~row.vision])
+    how = watched.given(row, depth)
+    assert how.kept == [row.slots] + [[*row.slots[:-1], -1]] * (depth - 1)
+    assert how.attend == {2: oracle.Part([], [])}
+    close(oracle.run(stock, row, how).logits[~row.vision], want[~row.vision])
+
+
 @given(pairs, rows(taking_part), pixel_seeds)
 def test_who_takes_part(models: Any, drawn: Any, seed: int) -> None:
     policy = copy.copy(drawn[1])
-    watched = Watched(policy)
+    watched = oracle.Watched(policy)
     row, _, report = check(models, (drawn[0], policy), seed, lambda row: watched.given(row, LAYERS))
     assert report.vision_tokens == [len(row.slots)] * LAYERS
 

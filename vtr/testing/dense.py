@@ -9,7 +9,7 @@ the engine packs rows or keeps its cache. ``row`` and ``run`` are differentiable
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,15 +69,16 @@ class Part:
 class Given:
     """The kept slots of every layer, as somebody else chose them, and what else there is to a run.
 
-    merged: before a layer, of which slots new tokens are made: of each list the mean of the hidden states. The first
-        token that is ever made is called slot -1, the next one -2, …; ``kept`` names them as it does the others.
+    merged: before a layer, of which slots new tokens are made: of each list the mean of the hidden states; or these
+        states. The first token that is ever made is called slot -1, the next one -2, …; ``kept`` names them as it does
+        the others.
     attend: who takes no part in the attention of a layer; text slots too.
     """
 
     kept: list[list[int]]
     renumber: bool = False
-    merged: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
-    attend: Mapping[int, Part] = field(default_factory=dict)
+    merged: dict[int, Tensor | list[list[int]]] = field(default_factory=dict)
+    attend: dict[int, Part] = field(default_factory=dict)
 
 
 Rule = Rank | Given | None
@@ -282,7 +283,7 @@ def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> De
         part = None
         if isinstance(how, Given):
             before, here = here, how.kept[depth]
-            if groups := how.merged.get(depth):
+            if (groups := how.merged.get(depth)) is not None:
                 x, positions, line = with_made(x, positions, line, before, here, groups, vision)
             part = how.attend.get(depth)
         elif isinstance(how, Rank) and (count := how.count(depth, len(vision))) < len(here):
@@ -317,10 +318,10 @@ def with_made(
     line: list[int],
     before: Sequence[int],
     here: Sequence[int],
-    groups: Sequence[Sequence[int]],
+    groups: Tensor | list[list[int]],
     vision: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """States, positions and slots with a new token for each of ``groups``, the mean of these slots.
+    """States, positions and slots with a new token for each of ``groups``, the mean of these slots, or this state.
 
     They come in behind the last vision token of ``before``; each has the position of what stands in front of it, among
     text and ``here``.
@@ -328,12 +329,12 @@ def with_made(
     at = max(line.index(slot) for slot in before) + 1
     stays = [(slot not in vision and slot >= 0) or slot in here for slot in line[:at]]
     in_front = at - 1 - stays[::-1].index(True)
-    states = [x[marked(line, group)].mean(0) for group in groups]
+    states = list(groups) if isinstance(groups, Tensor) else [x[marked(line, group)].mean(0) for group in groups]
     first = min([0, *line]) - 1
     line = [*line[:at], *range(first, first - len(groups), -1), *line[at:]]
     copies = positions[..., in_front : in_front + 1].expand(*positions.shape[:-1], len(groups))
     positions = torch.cat([positions[..., :at], copies, positions[..., at:]], -1)
-    return torch.cat([x[:at], torch.stack(states), x[at:]]), positions, line
+    return torch.cat([x[:at], *(state[None] for state in states), x[at:]]), positions, line
 
 
 def standing_in(alive: Tensor) -> Tensor:
