@@ -180,12 +180,17 @@ def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
     slots = row.slots.tolist()
     images = row.sources
     made_of = [[slot] for slot in slots] if images is None else [some for image in images for some in image.lists()]
+    named = {row.first + i: (slot, made) for i, (slot, made) in enumerate(zip(slots, made_of, strict=True))}
+    for merge in row.merges:
+        before = merge.before.tolist()
+        for number, some in enumerate(merge.made_of, merge.first):
+            named[number] = -1, sorted({slot for i in some for slot in named[before[i]][1]})
     kept, sources = [], []
     last: tuple[torch.Tensor, list[int], list[list[int]]] | None = None
     for alive in row.alive:
         if last is None or alive is not last[0]:  # most layers keep what the layer before kept
-            here = (alive - row.first).tolist()
-            last = (alive, [slots[i] for i in here if slots[i] >= 0], [made_of[i] for i in here])
+            here = [named[i] for i in alive.tolist()]
+            last = (alive, [slot for slot, _ in here if slot >= 0], [made for _, made in here])
         kept.append(last[1])
         sources.append(last[2])
     return RowReport(row.spec, list(row.counts), row.original, kept, sources, _remembered=remembered)

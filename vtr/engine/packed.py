@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from vtr.base import UnsupportedError
 from vtr.engine.rows import FIELDS, Row
 
 NAMES = (*FIELDS, "image")
@@ -28,6 +29,7 @@ class Packed:
         slots: int64 [tokens], of each token on entering the text model: row * logical columns + slot.
         first_vision: per row, where its vision tokens begin in that count.
         features: [vision tokens that entered, D] each: what is added to them behind the first layers.
+        grown: whether tokens have been merged; the new ones are counted behind all that entered.
     """
 
     def __init__(self, rows: Sequence[Row], logical: int, device: torch.device) -> None:
@@ -50,6 +52,7 @@ class Packed:
         )
         self.fields = dict(zip(NAMES, fields_of_all.split(total), strict=True)) if total else {}
         self.features: list[torch.Tensor] = []
+        self.grown = False
         given = [row.vision.layer_features for row in rows if row.vision.total]
         for behind in zip(*given, strict=True) if given else ():
             self.features.append(torch.cat(behind))
@@ -119,6 +122,50 @@ class Packed:
         self._tell_rows()
         return places
 
+    def grow(self, at: torch.Tensor, new: dict[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make room for new vision tokens of some rows (row → how many), each row's behind one of its tokens.
+
+        They have been described before.
+
+        Args:
+            at: int64 [len(new)], places of the tokens that they follow.
+
+        Returns:
+            int64 [tokens]: which token each of the packed ones was, where it is new the one in front of it; and int64
+            [new tokens]: their places.
+        """
+        many, device = sum(new.values()), self.vision.device
+        total, entered = sum(self.lengths), self.entered() - many
+        counts = torch.tensor(list(new.values()))
+        each, behind = on_device([counts, torch.cat([torch.arange(1, n + 1) for n in new.values()])], device)
+        repeats = torch.ones(total, dtype=torch.int64, device=device).index_add(0, at, each)
+        index = torch.arange(total, device=device).repeat_interleave(repeats, output_size=total + many)
+        first = torch.cat([repeats.new_zeros(1), repeats.cumsum(0)])
+        made = first.index_select(0, at).repeat_interleave(each, output_size=many) + behind
+        marks = first.index_select(0, torch.cat([self.vision, self._anchors]))
+        self._anchors = marks[len(self.vision) :]
+        self.vision, order = torch.cat([marks[: len(self.vision)], made]).sort()
+        numbers = torch.arange(entered, entered + many, device=device)
+        self.alive = torch.cat([self.alive, numbers]).index_select(0, order)
+        self.counts = [n + new.get(row, 0) for row, n in enumerate(self.counts)]
+        self.lengths = [n + new.get(row, 0) for row, n in enumerate(self.lengths)]
+        self.grown = True
+        self._tell_rows()
+        return index, made
+
+    def describe(self, first: torch.Tensor, means: Sequence[torch.Tensor]) -> None:
+        """Say of new vision tokens, counted behind all that entered, where they lie: where their ``first`` sources do.
+
+        Args:
+            first: int64 [new], which of the tokens that entered. means: [new, D] for each of ``features``.
+        """
+        self.fields = {name: torch.cat([t, t.index_select(0, first)]) for name, t in self.fields.items()}
+        self.features = [torch.cat([t, more]) for t, more in zip(self.features, means, strict=True)]
+
+    def entered(self) -> int:
+        """Vision tokens that entered, and those made since."""
+        return len(next(iter(self.fields.values()))) if self.fields else 0
+
     def forget(self, kept: torch.Tensor, texts: list[int]) -> torch.Tensor:
         """Drop all text but ``kept`` (indices into ``text``, ascending); returns the places that are kept.
 
@@ -144,9 +191,14 @@ class Packed:
 
         Returns:
             It, and int64 [tokens]: which of the packed tokens of this one each of its tokens is.
+
+        Raises:
+            UnsupportedError: tokens have been merged.
         """
+        if self.grown:
+            raise UnsupportedError("rows whose tokens have been merged cannot be forked: leave the merging policy out")
         made = object.__new__(Packed)
-        made.rows = rows
+        made.rows, made.grown = rows, False
         made.lengths, made.counts, made.texts = (
             [per_row[old] for old in picks] for per_row in (self.lengths, self.counts, self.texts)
         )

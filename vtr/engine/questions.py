@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtr.base import Best, Route, Tokens, UnsupportedError
+from vtr.base import Best, Merged, Route, Tokens, UnsupportedError
 from vtr.engine import ranking
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.checks import GuardedFields, check_best, check_count, check_route, checked_keep
 from vtr.engine.decoder import Decoder
+from vtr.engine.merging import Growth, Merging, checked_merge, merges_of
 from vtr.engine.packed import Packed, less
 from vtr.engine.positions import Positions
 from vtr.engine.probes import Probes
 from vtr.engine.rows import Row
-from vtr.engine.trace import Trace
+from vtr.engine.trace import RowTrace, Trace
 from vtr.tokens import STATES
 
 
@@ -65,25 +66,34 @@ class Questions:
         return made
 
     # -- prune -----------------------------------------------------------------------------------------------------
-    def prune(self, index: int, layer: Any, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Cut the rows; packed indices of the tokens that enter layer ``index``, None for all. hidden: [1, T, D]."""
+    def prune(
+        self, index: int, layer: Any, hidden: torch.Tensor, traces: list[RowTrace]
+    ) -> tuple[torch.Tensor | None, Growth | None]:
+        """Cut the rows. hidden: [1, T, D].
+
+        Returns:
+            Packed indices of the tokens that enter layer ``index``, None for all; and what is new among them.
+        """
         if not any(self.pruned):
-            return None
+            return None, None
         answers = self._ask("prune", index, hidden, self.pruned, layer)
-        kept = self._kept("prune", answers)
+        kept = self._kept("prune", answers, hidden.shape[-1])
         self.probes.done()
         counts = self.packed.counts
         cut = [i for i, k in enumerate(kept) if k is not None]
         if not cut:
-            return None
+            return None, None
+        merges = merges_of(answers)
         chosen, left = ranking.keep(kept, counts, hidden.device)
         for i in cut:
             if self.rows[i].policy.renumbers:  # type: ignore[union-attr]
-                self.positions.lose(i, counts[i] - left[i])
-        return self.packed.cut(chosen, left)
+                self.positions.lose(i, counts[i] - left[i] - (len(merges[i].states) if i in merges else 0))
+        merging = Merging(self.packed, merges, traces) if merges else None
+        places = self.packed.cut(chosen, left)
+        return places, None if merging is None else merging.grow(places)
 
-    def _kept(self, question: str, answers: dict[int, Any]) -> list[ranking.Kept]:
-        """What each row keeps, checked; None for all of it."""
+    def _kept(self, question: str, answers: dict[int, Any], width: int) -> list[ranking.Kept]:
+        """What each row keeps, checked; None for all of it. width: of hidden states."""
         looking = sorted(i for i, a in answers.items() if isinstance(a, Best) and isinstance(a.scores, _LookAhead))
         found = answers[looking[0]].scores.together(looking) if looking else {}
         kept: list[ranking.Kept] = [None] * len(self.rows)
@@ -97,6 +107,9 @@ class Questions:
                 scores = found[i] if i in looking else scores() if callable(scores) else scores
                 check_best(scores, answer.count, n, question, policy)
                 kept[i] = (scores, answer.count) if answer.count < n else None
+            elif isinstance(answer, Merged) and question == "prune":
+                chosen = checked_merge(answer, n, width, policy, self.packed.vision.device)
+                kept[i] = chosen if len(chosen) < n else None
             else:
                 chosen = checked_keep(answer, n, question, policy, self.packed.vision.device)
                 kept[i] = chosen if len(chosen) < n else None
@@ -114,7 +127,7 @@ class Questions:
             return passing
         for i, answer in answers.items():
             check_route(answer, packed.counts[i], self.rows[i].policy)  # type: ignore[arg-type]
-        kept = self._kept("route", {i: answer.keep for i, answer in answers.items()})
+        kept = self._kept("route", {i: answer.keep for i, answer in answers.items()}, hidden.shape[-1])
         weights = self._weights(answers, hidden)
         if all(k is None for k in kept):
             everything = torch.arange(hidden.shape[1], device=hidden.device)

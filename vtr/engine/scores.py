@@ -25,8 +25,9 @@ class WindowMask:
 
     def seen(self) -> torch.Tensor:
         """bool [n, m]: which keys the queries may see."""
-        distance = self.queries[:, None] - self.keys[None]
-        return (distance >= 0) & (distance < self.window)
+        distance, (n, m) = self.queries[:, None] - self.keys[None], (len(self.queries), len(self.keys))
+        causal = torch.ones(n, m, dtype=torch.bool, device=distance.device).tril(m - n)  # merged tokens share positions
+        return causal & (distance < self.window)
 
 
 @dataclass(frozen=True, eq=False)

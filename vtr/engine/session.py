@@ -229,10 +229,15 @@ class Session:
                 self.questions.probes.select(remembered)
             hidden = self._select(hidden, remembered)
         with self.log.clock:
-            kept = self.questions.prune(index, layer, hidden)
+            kept, growth = self.questions.prune(index, layer, hidden, self.log.rows)
         hidden = self._select(hidden, kept)
+        if growth is not None:
+            hidden = growth.applied(hidden)
+            self.positions.select(growth.origin)
         if kept is not None:
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, kept)
+            if masked_keys is not None and growth is not None:
+                masked_keys = masked_keys.index_select(0, growth.origin)
             if self.positions.open:
                 self.positions.close_up(self.packed.starts, self.logical, hidden)
         if self.state is not None:
@@ -291,6 +296,9 @@ class Session:
             given = torch.cat([row.given.slots + i * self.logical for i, row in enumerate(self.rows)])
             (every,) = on_device([given], hidden.device)
         sources = torch.searchsorted(there, every, right=True) - 1
+        if self.packed.grown:  # a token that others were put behind shares its slot with them: it is the first
+            own = torch.searchsorted(there, every)
+            sources = torch.where(there.index_select(0, own.clamp(max=len(there) - 1)) == every, own, sources)
         if any(bool(row.given.is_vision[0]) for row in self.rows):  # what stood first may be gone, and carries the next
             sources = torch.maximum(sources, self.packed.starts.index_select(0, every // self.logical))
         states = hidden[0].index_select(0, sources)

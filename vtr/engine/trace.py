@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -100,6 +100,19 @@ class Sources:
         return [[slots[i] for i in some] for some in self.made_of]
 
 
+class Merge(NamedTuple):
+    """Tokens that a policy made inside the decoder.
+
+    Attributes:
+        first: what ``alive`` calls the first of them; the others follow. before: int64 [n], what it called the row's
+            vision tokens then. made_of: of each new token, which of these.
+    """
+
+    first: int
+    before: torch.Tensor
+    made_of: Sequence[Sequence[int]]
+
+
 @dataclass
 class RowTrace:
     """One prompt of the call: per layer, how many vision tokens entered, and which."""
@@ -116,6 +129,7 @@ class RowTrace:
     """Per layer, int64 [count]: which vision tokens entered, counted through all rows of the forward."""
     original: int = 0
     """Vision tokens of the prompt before anything was reduced."""
+    merges: list[Merge] = field(default_factory=list)
 
 
 @dataclass(eq=False)
