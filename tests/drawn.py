@@ -79,14 +79,14 @@ class Merges(vtr.Policy):
 
     def given(self, row: oracle.Row, layers: int) -> tuple[oracle.Given, list[list[list[int]]]]:
         """The same for the slow reference, and of each layer's tokens which slots they were made from."""
-        here, kept, merged, sources = row.slots, [], {}, []
+        here, kept, merged, sources = row.slots, list[list[int]](), dict[int, oracle.Made](), list[list[list[int]]]()
         made_of = {slot: [slot] for slot in here}
         for layer in range(layers):
             if layer in self.layers and here:
                 keep, groups = self.answer(layer, len(here))
-                merged[layer] = [[here[i] for i in group] for group in groups]
+                merged[layer] = oracle.Made([[here[i] for i in group] for group in groups])
                 here = [here[i] for i in keep.tolist()]
-                for group in merged[layer]:
+                for group in merged[layer].groups:
                     here.append(min([0, *made_of]) - 1)
                     made_of[here[-1]] = sorted({slot for part in group for slot in made_of[part]})
             kept.append(here)

@@ -66,18 +66,25 @@ class Part:
 
 
 @dataclass
+class Made:
+    """New tokens: of which slots each is made, and their states; None: of each the mean of these slots'."""
+
+    groups: list[list[int]]
+    states: Tensor | None = None
+
+
+@dataclass
 class Given:
     """The kept slots of every layer, as somebody else chose them, and what else there is to a run.
 
-    merged: before a layer, of which slots new tokens are made: of each list the mean of the hidden states; or these
-        states. The first token that is ever made is called slot -1, the next one -2, …; ``kept`` names them as it does
-        the others.
+    merged: what new tokens are made before a layer. The first one that is ever made is called slot -1, the next one -2,
+        …; ``kept`` names them as it does the others.
     attend: who takes no part in the attention of a layer; text slots too.
     """
 
     kept: list[list[int]]
     renumber: bool = False
-    merged: dict[int, Tensor | list[list[int]]] = field(default_factory=dict)
+    merged: dict[int, Made] = field(default_factory=dict)
     attend: dict[int, Part] = field(default_factory=dict)
 
 
@@ -88,11 +95,13 @@ Rule = Rank | Given | None
 class Dense:
     """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer.
 
+    last: [vocab], the logits of what stands last.
     paid: of every layer its slots, attention probabilities [heads, n, n] and additive mask.
     """
 
     logits: Tensor
     kept: list[list[int]]
+    last: Tensor
     paid: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -279,12 +288,22 @@ def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> De
     positions = torch.arange(len(x)) if prompt.positions is None else prompt.positions
     alive = torch.ones(len(x)).bool()
     mask, paid = torch.zeros(0), []
+    behind = [torch.zeros_like(x).index_add(0, torch.tensor(vision, dtype=torch.int64), one) for one in prompt.behind]
     for depth, layer in enumerate(text.layers):
         part = None
         if isinstance(how, Given):
             before, here = here, how.kept[depth]
-            if (groups := how.merged.get(depth)) is not None:
-                x, positions, line = with_made(x, positions, line, before, here, groups, vision)
+            if (made := how.merged.get(depth)) is not None:
+                at, in_front = places(line, before, here, vision)
+                groups = [marked(line, group) for group in made.groups]
+                states = [x[group].mean(0) for group in groups] if made.states is None else made.states
+                x = torch.cat([x[:at], *(state[None] for state in states), x[at:]])
+                for i, more in enumerate(behind):
+                    behind[i] = torch.cat([more[:at], *(more[group].mean(0)[None] for group in groups), more[at:]])
+                copies = positions[..., in_front : in_front + 1].expand(*positions.shape[:-1], len(groups))
+                positions = torch.cat([positions[..., :at], copies, positions[..., at:]], -1)
+                first = min([0, *line]) - 1
+                line = [*line[:at], *range(first, first - len(groups), -1), *line[at:]]
             part = how.attend.get(depth)
         elif isinstance(how, Rank) and (count := how.count(depth, len(vision))) < len(here):
             if how.queries == "ahead":  # what this layer would do if nothing were dropped in front of it
@@ -300,10 +319,11 @@ def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> De
         mask = hidden_keys(alive, positions, window(config, depth), unseen)
         x, probs = block(layer, x, mask, positions, config, silent=silent)
         paid.append((line, probs.detach(), mask))
-        if depth < len(prompt.behind):
-            x = x.index_add(0, marked(line, vision).nonzero().squeeze(1), prompt.behind[depth])
+        if depth < len(behind):
+            x = x + behind[depth]
     given = torch.tensor(line) >= 0
-    return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)][given], kept, paid)
+    logits = model.lm_head(norm(text.norm, x))[standing_in(alive)]
+    return Dense(logits[given], kept, logits[-1], paid)
 
 
 def marked(line: Sequence[int], slots: Collection[int]) -> Tensor:
@@ -312,29 +332,12 @@ def marked(line: Sequence[int], slots: Collection[int]) -> Tensor:
     return torch.tensor([slot in chosen for slot in line], dtype=torch.bool)
 
 
-def with_made(
-    x: Tensor,
-    positions: Tensor,
-    line: list[int],
-    before: Sequence[int],
-    here: Sequence[int],
-    groups: Tensor | list[list[int]],
-    vision: Sequence[int],
-) -> tuple[Tensor, Tensor, list[int]]:
-    """States, positions and slots with a new token for each of ``groups``, the mean of these slots, or this state.
-
-    They come in behind the last vision token of ``before``; each has the position of what stands in front of it, among
-    text and ``here``.
-    """
+def places(line: list[int], before: list[int], here: list[int], vision: list[int]) -> tuple[int, int]:
+    """Where new tokens come in, behind the last vision token of ``before``; and where what is in front of them, text or
+    one of ``here``, stands."""
     at = max(line.index(slot) for slot in before) + 1
     stays = [(slot not in vision and slot >= 0) or slot in here for slot in line[:at]]
-    in_front = at - 1 - stays[::-1].index(True)
-    states = list(groups) if isinstance(groups, Tensor) else [x[marked(line, group)].mean(0) for group in groups]
-    first = min([0, *line]) - 1
-    line = [*line[:at], *range(first, first - len(groups), -1), *line[at:]]
-    copies = positions[..., in_front : in_front + 1].expand(*positions.shape[:-1], len(groups))
-    positions = torch.cat([positions[..., :at], copies, positions[..., at:]], -1)
-    return torch.cat([x[:at], *(state[None] for state in states), x[at:]]), positions, line
+    return at, at - 1 - stays[::-1].index(True)
 
 
 def standing_in(alive: Tensor) -> Tensor:
@@ -361,7 +364,7 @@ def greedy(
         if at is not None:  # the last slot of a prompt is text, where all axes agree
             at = torch.cat([at, at[:, -1:] + 1 + torch.arange(len(tokens))], 1)
         longer = Row(torch.cat([prompt.embeds, new]), vision, at, prompt.behind)
-        last = run(model, longer, kept if isinstance(kept, Given) else Given(kept, renumber)).logits[-1]
+        last = run(model, longer, kept if isinstance(kept, Given) else Given(kept, renumber)).last
         logits.append(last)
         tokens.append(int(last.index_fill(0, torch.tensor(never), -torch.inf).argmax()))
     return tokens, torch.stack(logits)

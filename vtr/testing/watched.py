@@ -20,7 +20,7 @@ class Watched:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.pruned: dict[int, tuple[list[int], Tensor | None]] = {}
+        self.pruned: dict[int, tuple[list[int], Merged | None]] = {}
         self.took_part: dict[int, Attend] = {}
         if policy.asks("prune"):
             self._watch_prune(policy.prune_all)
@@ -32,9 +32,8 @@ class Watched:
             (answer,) = answers = own(layer, tokens)
             if answer is not None:
                 kept = answer.indices() if isinstance(answer, Best) else answer
-                made = answer.states if isinstance(answer, Merged) else None
-                kept = answer.keep if isinstance(answer, Merged) else kept
-                self.pruned[layer] = sorted(kept.tolist()), made
+                made = answer if isinstance(answer, Merged) else None
+                self.pruned[layer] = sorted((kept if made is None else made.keep).tolist()), made
             return answers  # type: ignore[no-any-return]
 
         self.policy.prune_all = prune_all  # type: ignore[method-assign]
@@ -54,12 +53,14 @@ class Watched:
         text = (~row.vision).nonzero().squeeze(1).tolist()
         for layer in range(layers):
             if layer in self.pruned:
-                kept, states = self.pruned[layer]
-                here = [here[i] for i in kept]
-                if states is not None and len(states):
-                    out.merged[layer] = states
-                    here = [*here, *range(made - 1, made - 1 - len(states), -1)]
-                    made -= len(states)
+                kept, merged = self.pruned[layer]
+                stays = [here[i] for i in kept]
+                if merged is not None and len(merged.states):
+                    groups = [[here[i] for i in some] for some in merged.sources]
+                    out.merged[layer] = dense.Made(groups, merged.states)
+                    stays += range(made - 1, made - 1 - len(groups), -1)
+                    made -= len(groups)
+                here = stays
             out.kept.append(here)
             if (answer := self.took_part.get(layer)) is not None:
                 mute = _left_out(text, answer.text)
