@@ -168,12 +168,13 @@ class GivenAdapter(Llava):
         return {model.config.image_token_id: [tile_layout(1, len(p)) for p in model.pictures]}
 
 
-def given(method: str, rename: Callable[[str], str | None], attn: str = "sdpa") -> Any:
+def given(method: str, rename: Callable[[str], str | None] = str, attn: str = "sdpa", weights: str = "weights") -> Any:
     """The official tiny text model of ``method``, patched; which word stands for vision tokens says :func:`mark`.
 
     ``rename``: an official parameter's name without what the method wraps around it; None for the policy's weights.
+    ``weights``: their file, which has a config of its own ("weights_gqa": config_gqa).
     """
-    config, state = meta(method)["config"], tensors(method, "weights")
+    config, state = meta(method)["config" + weights.removeprefix("weights")], tensors(method, weights)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names = (*names, "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta")
     words = {"vocab_size": config["vocab_size"], "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}

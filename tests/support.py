@@ -81,6 +81,13 @@ def _pyramid(models: Models) -> Policy:
     return vtr.Pyramid(positions="keep" if hasattr(rotary, "mrope_section") else "reindex")
 
 
+def _sparsevlm(models: Models) -> Policy:
+    """With two cuts, that new tokens are made again of some that were made."""
+    rotary = find_adapter(models.stock).text_model(models.stock).rotary_emb
+    positions: Any = "keep" if hasattr(rotary, "mrope_section") else "reindex"
+    return vtr.SparseVLM(keeps=[0.6, 0.3], layers=[1, 3], positions=positions)
+
+
 PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
 OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "autoscale": lambda m, i, b: vtr.AutoScale(threshold=1.0 if b else 0.01),
@@ -90,6 +97,7 @@ OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
     "pmod": lambda m, i, b: PMOD,
     "pyramid": lambda m, i, b: _pyramid(m),
     "random": lambda m, i, b: vtr.Random(0.4, seed=b),
+    "sparsevlm": lambda m, i, b: _sparsevlm(m),
     "uniform": lambda m, i, b: vtr.UniformGrid(0.4, layer=2 if b else 0),
 }
 """What stands for a policy in the tests, for row b of a batch, where its settings depend on row, weights or family."""

@@ -17,9 +17,11 @@ from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
+    DART,
     EEMLLM,
     MMR,
     SCM,
+    VTW,
     AutoScale,
     CDPruner,
     ClsTop,
@@ -27,6 +29,7 @@ from vtr.policies import (
     DynamicLLaVA,
     FasterVLM,
     FastV,
+    FitPrune,
     GlobalCom2,
     GSearch,
     HiPrune,
@@ -42,6 +45,8 @@ from vtr.policies import (
     Pyramid,
     Random,
     Scope,
+    SparseVLM,
+    SparseVLMPlus,
     ToMe,
     Trim,
     UniformGrid,
@@ -55,9 +60,11 @@ from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
 
 __all__ = [
+    "DART",
     "EEMLLM",
     "MMR",
     "SCM",
+    "VTW",
     "Attend",
     "Attention",
     "AutoScale",
@@ -69,6 +76,7 @@ __all__ = [
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GSearch",
     "GlobalCom2",
     "HiPrune",
@@ -93,6 +101,8 @@ __all__ = [
     "Schedule",
     "Scope",
     "ScorePolicy",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Token",
     "Tokens",

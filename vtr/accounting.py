@@ -37,6 +37,10 @@ class RowReport:
     _sources: list[list[list[int]]] = field(repr=False, default_factory=list)
     tries: list[tuple[str, int]] = field(default_factory=list)
     _remembered: list[list[bool]] = field(repr=False, default_factory=list)
+    asked: list[int] = field(repr=False, default_factory=list)
+    """Per decoder layer, how many vision tokens were queries of its attention."""
+    seen: list[int] = field(repr=False, default_factory=list)
+    """Per decoder layer, how many vision tokens were keys of its attention: so many its cache got, if there is one."""
 
     def kept(self, layer: int) -> list[int]:
         """Slots in the ``input_ids`` row as passed of the vision tokens that entered ``layer``, ascending.
@@ -193,7 +197,16 @@ def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
             last = (alive, [slot for slot, _ in here if slot >= 0], [made for _, made in here])
         kept.append(last[1])
         sources.append(last[2])
-    return RowReport(row.spec, list(row.counts), row.original, kept, sources, _remembered=remembered)
+    return RowReport(
+        row.spec,
+        list(row.counts),
+        row.original,
+        kept,
+        sources,
+        _remembered=remembered,
+        asked=list(row.asked),
+        seen=list(row.seen),
+    )
 
 
 def _dense(trace: DenseTrace) -> Report:
@@ -236,7 +249,10 @@ def _dense_rows(trace: DenseTrace) -> list[RowReport]:
     for row in vision:
         slots = row.nonzero().squeeze(1).tolist()
         depth = trace.geometry.num_hidden_layers
-        out.append(RowReport(None, [len(slots)] * depth, len(slots), [slots] * depth, [[[s] for s in slots]] * depth))
+        all_of_them, made = [len(slots)] * depth, [[[s] for s in slots]] * depth
+        out.append(
+            RowReport(None, all_of_them, len(slots), [slots] * depth, made, asked=[*all_of_them], seen=[*all_of_them])
+        )
     return out
 
 

@@ -72,6 +72,11 @@ class Chain(Policy):
             )
         if "route" in self._answers and pruner is not None and pruner.question_guided:
             raise ValueError("a policy that ranks by attention cannot act together with one that routes: drop one")
+        if "attend" in self._answers and ("route" in self._answers or (pruner is not None and pruner.question_guided)):
+            raise ValueError(
+                "a policy that says who takes part in attention cannot act together with one that routes, or ranks by "
+                "attention: drop one"
+            )
 
     @property
     def question_guided(self) -> bool:  # type: ignore[override]

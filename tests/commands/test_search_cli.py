@@ -60,6 +60,19 @@ def test_the_command_writes_a_schedule_with_a_report_and_goes_on_from_its_state(
     assert json.loads((out / "search.json").read_text())["resumed"] > 0
 
 
+@pytest.mark.parametrize(("kind", "more"), [("vtw", ["--threshold", "9"]), ("fitprune", ["--reduction", "0.3"])])
+def test_the_other_searches_write_a_policy(kind: str, more: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    args = ["search", kind, "--out", str(out), "--data", str(small_data(tmp_path, 4)), "--calibration", "2"]
+    result = CliRunner().invoke(app, [*args, *more])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"search.json", "vtr_policy.json"}
+    policy = vtr.Policy.from_pretrained(out)
+    assert policy.name == kind and f"found: {policy.spec}" in result.output
+    wrong = CliRunner().invoke(app, [*args, more[0], "-1"])
+    assert wrong.exit_code == 1 and f"{more[0][2:]}=-1" in " ".join(wrong.output.split())
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -31,7 +31,7 @@ def says_how(name: str) -> bool:
 
 
 KNOBS = [name for name in vtr.list_policies() if "for-test" not in name and says_how(name)]
-COARSE = ("m3", "pool")
+COARSE = ("m3", "pool", "vtw")
 SHARES = (0.6, 0.4)
 
 

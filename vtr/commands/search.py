@@ -13,7 +13,7 @@ from vtr.commands._options import shared
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtr.search import Example, Found, Split
+    from vtr.search import Example, Found, Recipe, Split, Withdrawal
 
 search = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -21,10 +21,10 @@ POCKET = "pocket:split=val"
 
 
 @dataclass(frozen=True)
-class Search:
-    """What both searches are told."""
+class Asked:
+    """What every search is told: of which model, on which questions."""
 
-    out: Annotated[Path, typer.Option(help="the folder for schedule, policy, plots and report")] = Path("schedule")
+    out: Annotated[Path, typer.Option(help="the folder for what is found")] = Path("schedule")
     model: Annotated[
         str | None, typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket")
     ] = None
@@ -35,6 +35,17 @@ class Search:
     images: Annotated[Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")] = None
     columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = ""
     calibration: Annotated[int, typer.Option(min=1, help="questions to search on")] = 32
+    seed: Annotated[int, typer.Option(help="of the split and of the search")] = 0
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto"
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16", show_default="float32 on the CPU")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class Search(Asked):
+    """What the searches for a schedule are told."""
+
     evaluation: Annotated[
         int, typer.Option(min=0, help="other questions (other pictures) to measure on; 0: no report")
     ] = 64
@@ -43,12 +54,7 @@ class Search:
     queries: Annotated[str, typer.Option(help="whose attention ranks: text, last, text-max, last-max")] = "text"
     batch_size: Annotated[int, typer.Option(min=1, help="rows (questions × candidates) a call")] = 32
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 16
-    seed: Annotated[int, typer.Option(help="of the split and of the search")] = 0
     latency: Annotated[int, typer.Option(min=0, help="time the prefill of so many held-out prompts, in turns")] = 2
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto"
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16", show_default="float32 on the CPU")] = (
-        None
-    )
 
     def settings(self) -> dict[str, Any]:
         """As the search functions take them."""
@@ -63,6 +69,10 @@ def search_main() -> None:
     * `vtr search gsearch --out schedule` — the cheapest schedule that loses (almost) nothing
 
     * `vtr search psigmoid --budget 0.2 --measure flops --out schedule20` — the best for a budget
+
+    * `vtr search vtw --out vtw` — the layer behind which the picture can go
+
+    * `vtr search fitprune --reduction 0.6 --out fitprune` — FitPrune's recipe for a budget
     """
 
 
@@ -134,6 +144,77 @@ def psigmoid_command(
         return psigmoid(loaded, processor, examples, **how, **given.settings())  # type: ignore[arg-type]
 
     _run(find, given)
+
+
+@search.command("vtw")
+@shared(Asked)
+def vtw_command(
+    given: Asked,
+    threshold: Annotated[
+        float, typer.Option(help="of the KL divergence from the unreduced model, nats a token")
+    ] = 0.01,
+    first: Annotated[int, typer.Option(min=0, help="no layer before this one, from 0")] = 1,
+    positions: Annotated[str, typer.Option(help="of the text behind: keep, reindex")] = "keep",
+    batch_size: Annotated[int, typer.Option(min=1, help="questions a call")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer; 1: the first token alone")] = 16,
+) -> None:
+    """Find the first layer that no vision token needs to enter: VTW.
+
+    Writes vtr_policy.json (`vtr.VTW.from_pretrained(out)`) and search.json, with the divergence of every layer.
+
+    * `vtr search vtw --out vtw` — the pocket model, offline
+
+    * `vtr search vtw --model llava-hf/llava-1.5-7b-hf --data textvqa.jsonl --images pics --threshold 0.003`
+    """
+    from vtr.search import vtw
+
+    def find(model: Any, processor: Any, examples: list[Example]) -> Withdrawal:
+        how = {"threshold": threshold, "first": first, "positions": positions}
+        return vtw(model, processor, examples, batch_size=batch_size, max_new_tokens=max_new_tokens, **how)  # type: ignore[arg-type]
+
+    _find(find, given)
+
+
+@search.command("fitprune")
+@shared(Asked)
+def fitprune_command(
+    given: Asked,
+    reduction: Annotated[float, typer.Option(help="share of the decoder's prefill FLOPs to save")] = 0.6,
+) -> None:
+    """Find how many vision tokens may go after each layer, for a budget: FitPrune's recipe.
+
+    Looks at the unreduced model's attention alone, once for each question. Writes vtr_policy.json
+    (`vtr.FitPrune.from_pretrained(out)`) and search.json.
+
+    * `vtr search fitprune --reduction 0.4 --out fitprune40` — the pocket model, offline
+    """
+    from vtr.search import fitprune
+
+    def find(model: Any, processor: Any, examples: list[Example]) -> Recipe:
+        return fitprune(model, processor, examples, reduction=reduction)
+
+    _find(find, given)
+
+
+def _find(find: Callable[..., Withdrawal | Recipe], given: Asked) -> None:
+    """Load, search, save, show."""
+    from vtr.commands._console import check_folder, console, fail
+    from vtr.models import check_name, find_device, load
+
+    try:
+        check_folder(given.out)
+        check_name(given.model)
+        find_device(given.device)
+        sides = _sides((given.data, given.images, given.columns), (given.calibration, 0), given.seed)
+        model, processor = load(given.model, given.device, given.dtype)
+        found = find(model, processor, list(sides.calibration))
+        found.save_pretrained(given.out)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+    console.print(f"found: {found.policy().spec}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written to [bold]{given.out}[/]", highlight=False)
 
 
 def _run(find: Callable[..., Found], given: Search) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.base import UnsupportedError
 from vtr.engine.asked import Asked, AskedNorms
+from vtr.engine.attending import Taking, row_masks
 from vtr.engine.bucket import Bucket
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.once import Once
@@ -87,6 +88,8 @@ class Plan:
     """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
     masked_keys: torch.Tensor | None = None
     """bool [t]: tokens that no other token sees (forgotten words of a given answer); None for none."""
+    taking: Taking | None = None
+    """Who takes part in the attention, where not all tokens do."""
     once: Once = field(default_factory=Once)
     """Shared by the layers of the forward."""
 
@@ -179,15 +182,25 @@ def attention(
     if plan.decode:
         return _decode(base, module, query, plan.layers[module.layer_idx], plan, window, kwargs), None
     _rank(plan, module, query, key, window, kwargs.get("scaling"))
+    if plan.taking is not None:
+        return _attend(base, module, query, key, value, plan, plan.taking, window, kwargs), None
+    return _packed(base, module, query, key, value, plan, window, kwargs), None
+
+
+def _packed(
+    base: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan,
+    window: int | None, kwargs: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """All rows of a prefill, every token of which takes part. [1, heads, T, d] → [1, T, heads, d]."""
     plain = plan.masked_keys is None
     one_kernel = packed_attention(base, query, key, value, plan, window, kwargs) if plain else None
     if one_kernel is not None:
-        return one_kernel(query, key, value), None
+        return one_kernel(query, key, value)
     rows, n = len(plan.lengths), plan.lengths[0]
     if plain and rows > 1 and min(plan.lengths) == max(plan.lengths) and not any(plan.past) and window is None:
         # rows of one length are a batch as they lie
         q, k, v = (t[0].unflatten(1, (rows, n)).transpose(0, 1) for t in (query, key, value))
-        return _one_row(base, module, q, k, v, None, None, kwargs).flatten(0, 1)[None], None
+        return _one_row(base, module, q, k, v, None, None, kwargs).flatten(0, 1)[None]
     outs, start = [], 0
     for row, n in enumerate(plan.lengths):
         here = slice(start, start + n)
@@ -201,7 +214,46 @@ def attention(
         outs.append(_one_row(base, module, q, k, v, sliding, masked_keys, kwargs))
     if window is not None and plan.past and not plan.layers[module.layer_idx].record_past:
         plan.layers[module.layer_idx].tidy(max(plan.lengths))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def _attend(
+    base: str, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, now: Taking,
+    window: int | None, kwargs: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """A prefill in which only some tokens ask, and some are seen; the others get zeros."""
+    query, key, value = query.index_select(2, now.asks), *(t.index_select(2, now.seen) for t in (key, value))
+    if all(now.causal) and plan.masked_keys is None and window is None and not plan.past:
+        return now.scattered(
+            _packed(base, module, query, key, value, replace(plan, lengths=now.ask_lengths), None, kwargs)
+        )
+    cache: Any = None if plan.layers is None else plan.layers[module.layer_idx]
+    outs: list[torch.Tensor] = []
+
+    def positions(row: int, before: int) -> torch.Tensor:
+        assert plan.positions is not None
+        asks, seen = (plan.positions.index_select(0, t) for t in (q_at[row], k_at[row]))
+        return torch.cat([*([cache.positions(row, before)] if before else []), seen, asks])
+
+    q_at, k_at = now.asks.split(now.ask_lengths), now.seen.split(now.seen_lengths)
+    queries, keys, values = (
+        query.split(now.ask_lengths, 2),
+        key.split(now.seen_lengths, 2),
+        value.split(now.seen_lengths, 2),
+    )
+    for row, mask in enumerate(row_masks(now, plan.past, positions, window, plan.masked_keys)):
+        k, v, past = keys[row], values[row], plan.past[row] if plan.past else 0
+        if past:
+            k, v = cache.row(row, past + k.shape[2])
+        if mask is None:
+            outs.append(_one_row(base, module, queries[row], k, v, None, None, kwargs))
+            continue
+        of = "sdpa" if base.startswith("flash") else base
+        seen_by = _as_mask(of, mask[None, None], query.dtype)
+        outs.append(base_function(of, module)(queries[row], k, v, seen_by, **kwargs)[0])
+    if window is not None and plan.past and not cache.record_past:
+        cache.tidy(max(now.seen_lengths))
+    return now.scattered(torch.cat(outs, 1))
 
 
 @torch.no_grad()

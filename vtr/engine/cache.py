@@ -69,7 +69,7 @@ class RaggedLayer(DynamicLayer):
             self._append_one(key_states, value_states, self.here(plan.positions, key_states))
         else:
             self.lazy_initialization(key_states, value_states)
-            self._append_packed(key_states, value_states, plan.lengths, plan.positions)
+            self._append_packed(*_seen(plan, key_states, value_states))
         return key_states, value_states
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -470,6 +470,15 @@ class RaggedLayer(DynamicLayer):
         if not bucket.equal:
             lens = once.of("taken", bucket.ragged, at, make=lambda: bucket.lens.index_select(0, at))
             bucket.hold(lens, bucket.sizes and [bucket.sizes[i] for i in local], bucket.upper)
+
+
+def _seen(plan: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """Of a prefill's keys and values what is cached, how much of it is each row's, and where it stands."""
+    now = plan.taking
+    if now is None:
+        return keys, values, plan.lengths, plan.positions
+    positions = None if plan.positions is None else plan.positions.index_select(0, now.seen)
+    return keys.index_select(2, now.seen), values.index_select(2, now.seen), now.seen_lengths, positions
 
 
 def is_ragged(cache: Any) -> bool:

@@ -129,6 +129,11 @@ def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
                 f"{who}.needs(0) answers {kind!r}, but scores are those of the layer before, and layer 0 has none: "
                 "answer None there and rank from layer 1 on (or by tokens.ahead(), which any layer has)"
             )
+    if p.asks("attend") and any(p.needs(layer) is not None for layer in range(num_hidden_layers)):
+        raise ValueError(
+            f"{who} answers needs and attend: what ranks tokens is noted where all take part. Rank in attend by "
+            "attention.received(), or write two policies"
+        )
     wants = p.wants
     if not isinstance(wants, (tuple, list)) or any(not _can_be_wanted(one) for one in wants):
         known = ", ".join(map(repr, WANTED))

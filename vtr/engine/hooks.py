@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import create_masks_for_generate
 
 from vtr.base import UnsupportedError
+from vtr.engine import attending
 from vtr.engine.adapters import Adapter
 from vtr.engine.attention import AttentionConfig, Plan, attention_name, mlp_scale
 from vtr.engine.call import last_traces, pending_request
@@ -124,11 +125,12 @@ class LayerHook:
     """A decoder layer's pre-hook.
 
     Args:
-        handles: of the model's hooks. That of the layer's MLP comes with the first route that has weights.
+        handles: of the model's hooks. That of the layer's MLP comes with the first route that has weights, those of its
+            projections with the first attention in which not all take part.
     """
 
     def __init__(self, index: int, handles: list[Any]) -> None:
-        self.index, self.handles, self.weighs = index, handles, False
+        self.index, self.handles, self.weighs, self.narrows = index, handles, False, False
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session: Session | DecodeStep | None = kwargs.pop("vtr_session", None)
@@ -142,10 +144,18 @@ class LayerHook:
         hidden = session.layer(self.index, module, hidden, kwargs)
         if not self.weighs and kwargs["vtr_plan"].scale is not None:
             self._weigh(module)
+        if not self.narrows and getattr(kwargs["vtr_plan"], "taking", None) is not None:
+            self._narrow(module)
         if args:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def _narrow(self, module: Any) -> None:
+        with _hooking:
+            if not self.narrows:
+                self.handles += attending.install(module.self_attn)
+                self.narrows = True
 
     def _weigh(self, module: Any) -> None:
         with _hooking:

@@ -349,6 +349,29 @@ class Probes:
         parts = found.index_select(0, vision).split([packed.counts[i] for i in rows])
         return dict(zip(rows, parts, strict=True))
 
+    def received(
+        self, index: int, layer: Any, hidden: torch.Tensor, row: int, rows: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """float32 [tokens of the row]: what they are about to get from some of them (``rows``, places in the row).
+
+        Mean over heads, sum over ``rows``; from the layer's own norm and projections.
+        """
+        here, cached = self.packed.spans()[row], [] if self.layers is None else self.layers[index].lengths()
+        past = cached[row] if cached else 0
+        n, window, keys, ids = here.stop - here.start, self.decoder.windows[index], None, self.positions.ids[0][here]
+        rows = rows.to(hidden.device, non_blocking=True)
+        if past:
+            assert self.layers is not None
+            keys = self.layers[index].row(row, past)[0]
+            ids = ids if window is None else torch.cat([self.layers[index].positions(row, past), ids])
+        start = rows.new_zeros(1)
+        asked = Asked(Attention("named", over="sum"), 0, (row,), (len(rows),), rows[None], None, start, (n,))
+        rope = tuple(t[:, here] for t in self.positions.rope)
+        g = self.decoder.geometry
+        self.trace.selector_flops += 2 * g.head_dim * hidden.shape[-1] * (n * g.kv_heads + len(rows) * g.heads)
+        self.trace.selector_flops += asked.flops(g.heads, g.head_dim, past)
+        return ahead(layer, hidden[:, here], rope, asked, keys, ids, window)
+
 
 def _queries(
     rows: Sequence[int], places: torch.Tensor, starts: torch.Tensor, lengths: Sequence[int],

@@ -10,6 +10,7 @@ import torch
 
 from vtr.base import Best, Merged, Route, Tokens, UnsupportedError
 from vtr.engine import ranking
+from vtr.engine.attending import Taking, check_attend, taking
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.checks import GuardedFields, check_best, check_count, check_route, checked_keep
 from vtr.engine.decoder import Decoder
@@ -46,7 +47,8 @@ class Questions:
         rows, packed, positions: of the packed tokens as they are now. layers: of the ragged cache, or None.
 
     Attributes:
-        probes: what ranks the tokens. pruned, routed: per row, whether its policy answers ``prune`` and ``route``.
+        probes: what ranks the tokens. pruned, routed, attending: per row, whether its policy answers ``prune``,
+            ``route`` and ``attend``.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Questions:
         self.probes = Probes(rows, packed, positions, layers, decoder, trace)
         self.pruned = [row.asks("prune") for row in rows]
         self.routed = [row.asks("route") for row in rows]
+        self.attending = [row.asks("attend") for row in rows]
 
     def fork(self, rows: list[Row], probes: Probes, packed: Packed, positions: Positions, trace: Trace) -> Questions:
         """Of rows that go on from these, by whose ``probes`` they are ranked."""
@@ -147,6 +150,18 @@ class Questions:
         given = [answers[i].weights.to(hidden) for i in weighed]  # type: ignore[union-attr]
         return hidden.new_ones(hidden.shape[1]).index_copy(0, at, given[0] if len(given) == 1 else torch.cat(given))
 
+    # -- attend ----------------------------------------------------------------------------------------------------
+    def attend(self, index: int, layer: Any, hidden: torch.Tensor) -> Taking | None:
+        """Who takes part in layer ``index``'s attention, of all that enter it; None: all. hidden: [1, T, D]."""
+        if not any(self.attending):
+            return None
+        answers = {i: a for i, a in self._ask("attend", index, hidden, self.attending, layer).items() if a is not None}
+        if not answers:
+            return None
+        for i, answer in answers.items():
+            check_attend(answer, self.rows[i].policy, layer)  # type: ignore[arg-type]
+        return taking(self.packed, answers, [row.policy for row in self.rows])
+
     # -- asking ----------------------------------------------------------------------------------------------------
     def _ask(
         self, question: str, index: int, hidden: torch.Tensor, asks: Sequence[bool], layer: Any = None
@@ -165,7 +180,13 @@ class Questions:
             shown = Shown(self.packed, self.positions, rows, hidden)
             look = partial(_LookAhead, self.probes, index, layer, hidden) if question == "prune" else _NoLookAhead
             tokens = [self._tokens(index, i, partial(shown.of, i), look(i), question == "prune") for i in rows]
-            said = getattr(policy, f"{question}_all")(index, tokens)
+            if question == "attend":
+                said: Any = [
+                    policy.attend(index, one, _ThisLayer(self.probes, index, layer, hidden, i))
+                    for i, one in zip(rows, tokens, strict=True)
+                ]
+            else:
+                said = getattr(policy, f"{question}_all")(index, tokens)
             check_count(said, len(rows), question, policy)
             for i, one, answer in zip(rows, tokens, said, strict=True):
                 one._field.check(policy, question, "tokens")  # type: ignore[attr-defined]
@@ -239,9 +260,21 @@ class _LookAhead:
         return self.probes.look_ahead(*self.args, rows)
 
 
+class _ThisLayer:
+    """The attention of the layer about to run, for one row; see ``LayerAttention``."""
+
+    def __init__(self, probes: Probes, index: int, layer: Any, hidden: torch.Tensor, row: int) -> None:
+        self.probes, self.args, self.row = probes, (index, layer, hidden), row
+
+    def received(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.probes.received(*self.args, self.row, rows)
+
+
 class _NoLookAhead:
     def __init__(self, row: int) -> None:
         pass
 
     def __call__(self) -> torch.Tensor:
-        raise UnsupportedError("tokens.ahead() is there for prune, not for route: rank by hidden states instead")
+        raise UnsupportedError(
+            "tokens.ahead() is there for prune alone: rank by hidden states, or in attend by attention.received()"
+        )

@@ -197,14 +197,15 @@ def projections(layer: Any) -> Any:
 
 @torch.no_grad()
 def ahead(
-    layer: Any, hidden: torch.Tensor, rope: tuple[torch.Tensor, ...], asked: Queries, past: torch.Tensor | None,
+    layer: Any, hidden: torch.Tensor, rope: tuple[torch.Tensor, ...], asked: Any, past: torch.Tensor | None,
     positions: torch.Tensor | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention that one query a row is about to pay in ``layer``, from the layer's own norm and projections.
+    """Attention that some tokens are about to pay in ``layer``, from the layer's own norm and projections.
 
     Args:
         hidden: [1, T, D], tokens entering the layer; rope: cos and sin, [1, T, d] each, of their positions.
-        asked: one query a row, places among the T. past: [1, kv_heads, p, d] cached keys, of a single row; or None.
+        asked: :class:`Queries` with one query a row, or one row's :class:`~vtr.engine.asked.Asked`; places among the T.
+        past: [1, kv_heads, p, d] cached keys, of a single row; or None.
         positions: int64 [p + T], where there is a sliding ``window``.
 
     Returns:
@@ -218,7 +219,12 @@ def ahead(
     q, k = rotate(q, q, *at)[0], rotate(k, k, *rope)[1]
     if past is not None:
         k, asked = torch.cat([past, k], 2), asked.alone(past.shape[2])
-    return scores(q[0], k[0], asked, getattr(attn, "scaling", None), positions, window)[-hidden.shape[1] :]
+    scaling = getattr(attn, "scaling", None)
+    if isinstance(asked, Queries):
+        found = scores(q[0], k[0], asked, scaling, positions, window)
+    else:
+        found = asked.found(q[0], k[0], scaling, positions, window)[0]
+    return found[-hidden.shape[1] :]
 
 
 def _heads(attn: Any, kind: str, x: torch.Tensor) -> torch.Tensor:

@@ -164,6 +164,7 @@ class Session:
         hidden, masked_keys = self._cut(index, layer, hidden)
         with self.log.clock:
             passing = self.questions.route(index, hidden)
+            taking = self.questions.attend(index, layer, hidden)
         rope, positions, scale, routing = self.positions.rope, self.positions.ids, None, None
         if passing.through is not None:
             routing, scale = _routing(layer, hidden, passing)
@@ -171,9 +172,10 @@ class Session:
             rope = tuple(t.index_select(1, passing.through) for t in rope)
             positions = positions.index_select(1, passing.through)
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, passing.through)
+            taking = None if taking is None else taking.through(passing.through, len(passing.through))
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         past = [] if self.layers is None else self.layers[index].lengths()
-        self.log.note(passing.lengths, past, passing.counts, passing.alive)
+        self.log.note(passing.lengths, past, passing.counts, passing.alive, taking, layer)
         probes = self.questions.probes.probes(index, past, passing.lengths, passing.through)
         plan = Plan(
             decode=False,
@@ -188,6 +190,7 @@ class Session:
             positions=None if self.decoder.windows[index] is None else positions[0],
             max_distance=self.max_distance,
             masked_keys=masked_keys,
+            taking=taking,
             once=self.once,
         )
         if self.layers is not None:
@@ -311,7 +314,7 @@ class Session:
         self.log.finish()
         if self.state is not None:
             self.state.logical += self.logical
-            in_step = all(n == self.logical for lengths in self.log.lengths for n in lengths)
+            in_step = not self.log.narrowed and all(n == self.logical for ns in self.log.lengths for n in ns)
             self.state.tail = self.state.tail + self.logical if in_step else self._appended()
 
     def _appended(self) -> int:

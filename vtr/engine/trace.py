@@ -130,6 +130,9 @@ class RowTrace:
     original: int = 0
     """Vision tokens of the prompt before anything was reduced."""
     merges: list[Merge] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    """Per layer, how many vision tokens were queries, and keys, of its attention."""
 
 
 @dataclass(eq=False)
@@ -168,15 +171,12 @@ class Trace:
     clocks: list[Clock] = field(default_factory=list)
     tried: Tried | None = None
 
-    def note_packed(self, rows: list[RowTrace], lengths: list[list[int]], past: list[list[int]]) -> None:
-        """Add a packed forward: ``lengths[layer][row]`` tokens over ``past[layer][row]`` cached ones.
+    def note_packed(self, rows: list[RowTrace], lengths: list[list[int]], flops: int) -> None:
+        """Add a packed forward: ``lengths[layer][row]`` tokens, and the FLOPs of their attention.
 
         The first one is the prompt; later ones of the same call decode without a cache, or check a draft.
         """
-        g, flops = self.geometry, 0
-        for layer, (here, before) in enumerate(zip(lengths, past, strict=True)):
-            flops += g.linear_flops[layer] * sum(here)
-            flops += sum(4 * g.heads * g.head_dim * n * (n + p) for n, p in zip(here, before, strict=True))
+        flops += sum(each * sum(here) for each, here in zip(self.geometry.linear_flops, lengths, strict=True))
         if self.rows:
             self.decode_flops += flops
             self.decode_steps += 1
@@ -197,30 +197,45 @@ class PackedTrace:
 
     Attributes:
         rows: what is noted of each; filled when they are packed.
-        lengths, past: per layer and row, the tokens that passed it, and those that its cache held before.
+        lengths: per layer and row, the tokens that passed it. flops: of their attention, less what of the layers'
+            projections was not done. narrowed: whether in some layer not all tokens took part in it.
     """
 
     def __init__(self, trace: Trace, device: torch.device) -> None:
         self.trace, self.clock = trace, Clock(device)
         self.rows: list[RowTrace] = []
         self.lengths: list[list[int]] = []
-        self.past: list[list[int]] = []
+        self.flops, self.narrowed = 0, False
         self._alive: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
     def note(
-        self, lengths: list[int], past: list[int], counts: list[int], alive: torch.Tensor
+        self, lengths: list[int], past: list[int], counts: list[int], alive: torch.Tensor, taking: Any, layer: Any
     ) -> None:  # fmt: skip
-        """Add a layer. counts: the vision tokens of each row that passed it; alive: which ones, of all rows."""
+        """Add a layer.
+
+        Args:
+            past: tokens that its cache held before, per row; empty without one.
+            counts: the vision tokens of each row that passed it; alive: which ones, of all rows.
+            taking: who took part in its attention; None: all.
+        """
         if self._alive is None or alive is not self._alive[0]:  # most layers keep what the layer before kept
             self._alive = alive, alive.split(counts)
-        for row, count, kept in zip(self.rows, counts, self._alive[1], strict=True):
+        asked, seen = (counts, counts) if taking is None else (taking.vision_asks, taking.vision_seen)
+        for row, count, kept, asks, sees in zip(self.rows, counts, self._alive[1], asked, seen, strict=True):
             row.counts.append(count)
             row.alive.append(kept)
+            row.asked.append(asks)
+            row.seen.append(sees)
         self.lengths.append(lengths)
-        self.past.append(past or [0] * len(lengths))
+        g, before = self.trace.geometry, past or [0] * len(lengths)
+        if taking is None:
+            self.flops += sum(4 * g.heads * g.head_dim * n * (n + p) for n, p in zip(lengths, before, strict=True))
+        else:
+            self.narrowed = True
+            self.flops += 4 * g.heads * g.head_dim * taking.products(past) - taking.saved(layer)
 
     def finish(self) -> None:
-        self.trace.note_packed(self.rows, self.lengths, self.past)
+        self.trace.note_packed(self.rows, self.lengths, self.flops)
         self.trace.clocks.append(self.clock)
 
 

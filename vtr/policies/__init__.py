@@ -10,11 +10,16 @@ from vtr.policies.blind.matryoshka import Matryoshka
 from vtr.policies.blind.pool import Pool
 from vtr.policies.blind.random_keep import Random
 from vtr.policies.blind.uniform_grid import UniformGrid
+from vtr.policies.decoder.dart import DART
 from vtr.policies.decoder.ee_mllm import EEMLLM
 from vtr.policies.decoder.fastv import FastV
+from vtr.policies.decoder.fitprune import FitPrune
 from vtr.policies.decoder.gsearch import GSearch
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.scm import SCM
+from vtr.policies.decoder.sparsevlm import SparseVLM
+from vtr.policies.decoder.sparsevlm_plus import SparseVLMPlus
+from vtr.policies.decoder.vtw import VTW
 from vtr.policies.decoder.zipvl import ZipVL
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
@@ -39,9 +44,11 @@ from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
 
 __all__ = [
+    "DART",
     "EEMLLM",
     "MMR",
     "SCM",
+    "VTW",
     "AutoScale",
     "CDPruner",
     "ClsTop",
@@ -49,6 +56,7 @@ __all__ = [
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FitPrune",
     "GSearch",
     "GlobalCom2",
     "HiPrune",
@@ -64,6 +72,8 @@ __all__ = [
     "Pyramid",
     "Random",
     "Scope",
+    "SparseVLM",
+    "SparseVLMPlus",
     "ToMe",
     "Trim",
     "UniformGrid",
