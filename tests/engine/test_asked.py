@@ -118,9 +118,10 @@ def test_a_turn_on_a_cache_sees_what_was_cached() -> None:
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_norms_of_keys() -> None:
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_norms_of_keys(padding: str) -> None:
     model = patched("llava")
-    inputs = tiny.batch(model, ROWS, "right")  # so that positions, by which keys are rotated, are those of rows alone
+    inputs = tiny.batch(model, ROWS, padding)
     policy = [asking(vtr.KeyNorms()) for _ in ROWS]
     keys: list[torch.Tensor] = []
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,19 +128,30 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class AskedNorms:
-    """Rows that ask for the L1 norms of their keys, as their ``number``-th request."""
+    """Rows that ask for the L1 norms of their keys, as their ``number``-th request.
+
+    A norm depends on how far rope has turned a key, so keys are turned back by the position of their row's first token:
+    where padding shifts positions, norms are those of the row alone.
+
+    Attributes:
+        back: cosine and minus sine of that position, [1, T, d] each.
+    """
 
     number: int
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
+    back: tuple[torch.Tensor, torch.Tensor]
 
     def flops(self, heads: int, head_dim: int, past: int = 0) -> int:
         """No matrix products."""
         return 0
 
-    def found(self, key: torch.Tensor, heads: int) -> torch.Tensor:
+    def found(self, key: torch.Tensor, heads: int, attn: Any) -> torch.Tensor:
         """float32 [T] of keys [kv_heads, T, d] after rope, of which each counts for ``heads // kv_heads``."""
-        return key.float().abs().sum((0, 2)) * (heads // key.shape[0])
+        cos, sin = self.back
+        turned = sys.modules[type(attn).__module__].apply_rotary_pos_emb(key[None], key[None], cos, sin)[1][0]
+        scale = (cos.float().square() + sin.float().square()).mean(-1).sqrt()  # 1, unless rope scales attention
+        return turned.float().abs().sum((0, 2)) / scale[0] * (heads // key.shape[0])
 
 
 def as_attention(request: Any) -> Any:

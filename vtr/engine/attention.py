@@ -267,7 +267,7 @@ def _rank(
         with nullcontext() if plan.clock is None else plan.clock:
             asked, keys, at = probe.asked, key[0], None if window is None else plan.positions
             if isinstance(asked, AskedNorms):
-                norms = asked.found(keys, query.shape[1])
+                norms = asked.found(keys, query.shape[1], module)
                 plan.sink[number] = norms if probe.row is None else norms.split(plan.lengths)[probe.row]
                 continue
             picked = query[0].index_select(1, asked.places.flatten())

@@ -122,7 +122,10 @@ class Probes:
         number, reduction = kind
         lengths = tuple(self._lengths[i] for i in rows)
         if isinstance(reduction, KeyNorms):
-            return AskedNorms(number, tuple(rows), lengths)
+            each = on_device([torch.tensor(self._lengths)], self.packed.vision.device)[0]
+            first = self.packed.starts[:-1].repeat_interleave(each, output_size=sum(self._lengths))
+            cos, sin = (t.index_select(1, first) for t in self.positions.rope)
+            return AskedNorms(number, tuple(rows), lengths, (cos, -sin))
         return self._asked_in_full(number, reduction, rows, lengths)
 
     def _asked_in_full(
