@@ -28,21 +28,27 @@ def generator(seed: int, layer: int) -> torch.Generator:
 @vtr.register_policy("parts-for-test")
 @dataclass
 class Parts(vtr.Policy):
-    """In some layers drawn tokens ask, others are seen; of the text too, where ``text`` is a share."""
+    """In some layers drawn tokens ask, others are seen; of the text some too, where ``text`` is a share.
+
+    itself: who asks is seen as well.
+    """
 
     layers: Sequence[int] = (0, 1)
-    asks: float | None = 0.5
+    asking: float | None = 0.5
     seen: float | None = 0.5
     text: float | None = None
     seed: int = 0
+    itself: bool = True
 
     def attend(self, layer: int, tokens: Any, attention: Any) -> Attend | None:
         if layer not in self.layers:
             return None
         made, answer = tokens.generator(self.seed), []
         sizes = (len(tokens), len(tokens), len(tokens.text_place))
-        for share, n in zip((self.asks, self.seen, self.text), sizes, strict=True):
-            answer.append(None if share is None else some(n, share, made).to(tokens.place.device))
+        for i, (share, n) in enumerate(zip((self.asking, self.seen, self.text), sizes, strict=True)):
+            answer.append(None if share is None else some(n, share, made, int(i == 2)).to(tokens.place.device))
+        if self.itself and answer[1] is not None:
+            answer[1] = None if answer[0] is None else torch.cat(answer[:2]).unique()  # type: ignore[arg-type]
         return Attend(*answer)
 
 
@@ -57,6 +63,9 @@ class Merges(vtr.Policy):
     new: int = 2
     anew: bool = False
     seed: int = 0
+
+    question_guided: ClassVar[bool] = True
+    """So that text stands behind the images: it is left open what a prompt says that ends in a new token."""
 
     @property
     def renumbers(self) -> bool:
