@@ -27,6 +27,8 @@ class RowReport:
         policy: its spec string, or None for no reduction.
         vision_tokens: per decoder layer, how many vision tokens entered it (were routed through it).
         total: vision tokens of the prompt before any reduction.
+        asked, seen: per decoder layer, how many of those that entered were queries and keys of its attention.
+        cached: per decoder layer, how many its cache got; 0 without a cache.
         tries: (policy, vision tokens that entered layer 0) of what was tried to choose the policy, in order.
     """
 
@@ -38,9 +40,8 @@ class RowReport:
     tries: list[tuple[str, int]] = field(default_factory=list)
     _remembered: list[list[bool]] = field(repr=False, default_factory=list)
     asked: list[int] = field(repr=False, default_factory=list)
-    """Per decoder layer, how many vision tokens were queries of its attention."""
     seen: list[int] = field(repr=False, default_factory=list)
-    """Per decoder layer, how many vision tokens were keys of its attention: so many its cache got, if there is one."""
+    cached: list[int] = field(repr=False, default_factory=list)
 
     def kept(self, layer: int) -> list[int]:
         """Slots in the ``input_ids`` row as passed of the vision tokens that entered ``layer``, ascending.
@@ -97,6 +98,9 @@ class Report:
         for i, row in enumerate(self.rows):
             per_layer = " ".join(map(str, row.vision_tokens))
             lines.append(f"{i:>3}  {row.policy or 'none':<32} {row.total:>13}  {row.mean_keep:>9.1%}  {per_layer}")
+            for word, counts in (("asked", row.asked), ("seen", row.seen)):
+                if counts and counts != row.vision_tokens:
+                    lines.append(f"{word:>62}  {' '.join(map(str, counts))}")
         lines.append(
             f"decoder {self.flops / 1e9:.3f} GFLOPs (prefill {self.prefill_flops / 1e9:.3f}), "
             f"KV {self.kv_bytes / 1024:.1f} KiB live, {self.kv_bytes_allocated / 1024:.1f} KiB allocated, "
@@ -155,7 +159,10 @@ def _reduced(trace: Trace) -> Report:
     attended = [int(a) for a in trace.attended]
     decode = trace.decode_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
     return Report(
-        rows=[_row(row, words) for row, words in zip(trace.rows[:: trace.beams], _remembered(trace), strict=True)],
+        rows=[
+            _row(row, words, bool(trace.kv_tokens))
+            for row, words in zip(trace.rows[:: trace.beams], _remembered(trace), strict=True)
+        ],
         flops=trace.prefill_flops + decode,
         prefill_flops=trace.prefill_flops,
         decode_flops=decode,
@@ -180,7 +187,7 @@ def _remembered(trace: Trace) -> list[list[list[bool]]]:
     return found
 
 
-def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
+def _row(row: RowTrace, remembered: list[list[bool]], cached: bool) -> RowReport:
     slots = row.slots.tolist()
     images = row.sources
     made_of = [[slot] for slot in slots] if images is None else [some for image in images for some in image.lists()]
@@ -197,6 +204,7 @@ def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
             last = (alive, [slot for slot, _ in here if slot >= 0], [made for _, made in here])
         kept.append(last[1])
         sources.append(last[2])
+    seen = list(row.seen)
     return RowReport(
         row.spec,
         list(row.counts),
@@ -205,7 +213,8 @@ def _row(row: RowTrace, remembered: list[list[bool]]) -> RowReport:
         sources,
         _remembered=remembered,
         asked=list(row.asked),
-        seen=list(row.seen),
+        seen=seen,
+        cached=seen if cached else [0] * len(seen),
     )
 
 
@@ -251,7 +260,16 @@ def _dense_rows(trace: DenseTrace) -> list[RowReport]:
         depth = trace.geometry.num_hidden_layers
         all_of_them, made = [len(slots)] * depth, [[[s] for s in slots]] * depth
         out.append(
-            RowReport(None, all_of_them, len(slots), [slots] * depth, made, asked=[*all_of_them], seen=[*all_of_them])
+            RowReport(
+                None,
+                all_of_them,
+                len(slots),
+                [slots] * depth,
+                made,
+                asked=[*all_of_them],
+                seen=[*all_of_them],
+                cached=[n * trace.cached for n in all_of_them],
+            )
         )
     return out
 

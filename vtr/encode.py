@@ -38,7 +38,7 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
         UnsupportedError: the policy acts in the decoder as well, or there alone.
     """
     made = EVERYTHING if policy is None or policy == "none" else policy_of(policy)
-    inside = [question for question in ("prune", "route", "remember", "resolve") if made.asks(question)]
+    inside = [question for question in ("prune", "route", "attend", "remember", "resolve") if made.asks(question)]
     if inside or not made.asks("compress"):
         raise UnsupportedError(
             f"{made.spec} acts in the decoder, and embeddings are made before it: use a policy that compresses, e.g. "

@@ -152,7 +152,7 @@ def _check_no_file(name: str, settings: Mapping[str, Any]) -> None:
 
 def _check_place(made: Policy, depth: int) -> None:
     """Raise unless ``made`` acts before the decoder alone, and it is known beforehand how many tokens it leaves."""
-    inside = [question for question in ("prune", "route", "remember", "resolve") if made.asks(question)]
+    inside = [question for question in ("prune", "route", "attend", "remember", "resolve") if made.asks(question)]
     if inside:
         raise RequestError(refusal(made, depth))
     if not made.asks("compress"):

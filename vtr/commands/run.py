@@ -72,9 +72,12 @@ def run_command(
     console.print(f"[bold]{asked.question}[/]" + (f"   (expected: {asked.answer})" if asked.answer else ""))
     console.print(_table(rows))
     chosen = next(row for row in rows if row.spec == chosen_spec)
-    counts = chosen.report.rows[0].vision_tokens
-    per_layer = " ".join(map(str, counts))
+    (row,) = chosen.report.rows
+    per_layer = " ".join(map(str, row.vision_tokens))
     console.print(f"vision tokens into each decoder layer with [bold]{chosen.spec}[/]: {per_layer}", highlight=False)
+    for word, counts in (("ask", row.asked), ("are seen", row.seen)):
+        if counts != row.vision_tokens:
+            console.print(f"of them {word} in its attention: {' '.join(map(str, counts))}", highlight=False)
     if chosen.report.selector_ms:
         console.print(f"choosing them took {chosen.report.selector_ms:.1f} ms of the prefill", highlight=False)
     if show is not None:
