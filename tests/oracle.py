@@ -1,4 +1,4 @@
-"""The slow dense reference that ships in ``vtr.testing``, and what the shipped policies that cut ask of it."""
+"""The slow dense reference that ships in ``vtr.testing``, and what the shipped policies ask of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import Any
 
 from vtr.testing.dense import *  # noqa: F403
 from vtr.testing.dense import Given, Rank, Rule
+from vtr.testing.watched import Watched as Watched
 
 
 def rule(policy: Any, kept: list[list[int]]) -> Rule:
-    """What a policy asks for; ``kept`` are the reported slots, for policies that cannot be derived again."""
+    """What a policy that only cuts asks for; ``kept`` are the reported slots, for those that cannot be derived again.
+
+    What others answer is written down by :class:`Watched`.
+    """
     if policy is None:
         return None
     settings = policy.config()

@@ -19,7 +19,9 @@ from vtr.keep import keep_count, top
 from vtr.policies import (
     AVTP,
     DART,
+    EEMLLM,
     MMR,
+    SCM,
     TOPS,
     VTW,
     AutoScale,
@@ -57,6 +59,7 @@ from vtr.policies import (
     VisionZip,
     VisPruner,
     VScan,
+    ZipVL,
 )
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
@@ -65,7 +68,9 @@ from vtr.settings import list_policies, policy_class, register_policy
 __all__ = [
     "AVTP",
     "DART",
+    "EEMLLM",
     "MMR",
+    "SCM",
     "TOPS",
     "VTW",
     "Attend",
@@ -119,6 +124,7 @@ __all__ = [
     "VScan",
     "VisPruner",
     "VisionZip",
+    "ZipVL",
     "at_budget",
     "chat",
     "keep_count",

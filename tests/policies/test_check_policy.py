@@ -414,7 +414,7 @@ BROKEN = [
     (Forgetful, "answers", "Forgetful.remember must return a bool", "own"),
     (Uncounted, "accounting", "FLOPs of matrix products that the report does not know of", "tokens.flops +="),
     (Overcounted, "accounting", "it reports 21 FLOPs more than it computes", "2 · rows"),
-    (Nothing, "answers", "answers none of the five questions", "spelt like this"),
+    (Nothing, "answers", "answers none of the six questions", "spelt like this"),
     (Everything, "answers", "keeps every vision token in every layer", "must_reduce=False"),
     (Weights, "off is off", "it has changed the model's weight", "nor the model"),
     (DecodedToo, "cache", "without a cache it says something else", "whenever it is asked"),

@@ -250,7 +250,8 @@ def _attend(
             continue
         of = "sdpa" if base.startswith("flash") else base
         seen_by = _as_mask(of, mask[None, None], query.dtype)
-        outs.append(base_function(of, module)(queries[row], k, v, seen_by, **kwargs)[0])
+        out = base_function(of, module)(queries[row], k, v, seen_by, **kwargs)[0]
+        outs.append(out.masked_fill(~mask.any(1)[None, :, None, None], 0.0))  # who sees nobody gets nothing
     if window is not None and plan.past and not cache.record_past:
         cache.tidy(max(now.seen_lengths))
     return now.scattered(torch.cat(outs, 1))

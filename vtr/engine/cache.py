@@ -272,7 +272,7 @@ class RaggedLayer(DynamicLayer):
 
     def _seen_later(self, n: int, end: int, positions: torch.Tensor | None) -> int:
         """How many of a row's first ``n`` tokens, which end at ``end``, any token to come can see."""
-        if self.window is None or self.record_past or positions is None:
+        if self.window is None or self.record_past or positions is None or n == 0:
             return n
         at, later = positions[end - n : end], min(n, self.window - 1)
         if at.device.type in READABLE:  # with gaps between them they are fewer

@@ -22,7 +22,7 @@ from vtr.engine.decoder import Decoder
 from vtr.engine.devices import execution_device
 from vtr.engine.forgetting import Forgetting
 from vtr.engine.layer_features import add_features, compress_features, take_features
-from vtr.engine.once import Once
+from vtr.engine.once import Once, from_host
 from vtr.engine.packed import Packed, on_device, sums
 from vtr.engine.positions import Positions
 from vtr.engine.questions import Passing, Questions
@@ -299,15 +299,22 @@ class Session:
             given = torch.cat([row.given.slots + i * self.logical for i, row in enumerate(self.rows)])
             (every,) = on_device([given], hidden.device)
         sources = torch.searchsorted(there, every, right=True) - 1
-        if self.packed.grown:  # a token that others were put behind shares its slot with them: it is the first
-            own = torch.searchsorted(there, every)
-            sources = torch.where(there.index_select(0, own.clamp(max=len(there) - 1)) == every, own, sources)
+        if self.packed.grown:
+            sources = self._own(there, every, sources)
         if any(bool(row.given.is_vision[0]) for row in self.rows):  # what stood first may be gone, and carries the next
             sources = torch.maximum(sources, self.packed.starts.index_select(0, every // self.logical))
         states = hidden[0].index_select(0, sources)
         if len(states) < columns:
             states = hidden.new_zeros(columns, hidden.shape[-1]).index_copy(0, every, states)
         return states.view(self.batch, self.logical, -1)
+
+    def _own(self, there: torch.Tensor, every: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        """New tokens share the slot of the one in front of them, which carries that one; the last of a row the last."""
+        first = torch.searchsorted(there, every).clamp_(max=len(there) - 1)
+        own = there.index_select(0, first) == every
+        ends = sums([len(row.given.slots) for row in self.rows])[1:]
+        own[from_host([end - 1 for end in ends], every.device)] = False
+        return torch.where(own, first, sources)
 
     def finish(self) -> None:
         """Note what the whole forward cost."""

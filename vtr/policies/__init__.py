@@ -13,6 +13,7 @@ from vtr.policies.blind.uniform_grid import UniformGrid
 from vtr.policies.decoder.avtp import AVTP
 from vtr.policies.decoder.dart import DART
 from vtr.policies.decoder.deft import DeFT
+from vtr.policies.decoder.ee_mllm import EEMLLM
 from vtr.policies.decoder.fastv import FastV
 from vtr.policies.decoder.fitprune import FitPrune
 from vtr.policies.decoder.gsearch import GSearch
@@ -20,10 +21,12 @@ from vtr.policies.decoder.mustdrop import MustDrop
 from vtr.policies.decoder.occamtoken import OccamToken
 from vtr.policies.decoder.pyramid import Pyramid
 from vtr.policies.decoder.reroute import Reroute
+from vtr.policies.decoder.scm import SCM
 from vtr.policies.decoder.sparsevlm import SparseVLM
 from vtr.policies.decoder.sparsevlm_plus import SparseVLMPlus
 from vtr.policies.decoder.tops import TOPS
 from vtr.policies.decoder.vtw import VTW
+from vtr.policies.decoder.zipvl import ZipVL
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.fastervlm import FasterVLM
@@ -49,7 +52,9 @@ from vtr.policies.trained.pmod import PMoD
 __all__ = [
     "AVTP",
     "DART",
+    "EEMLLM",
     "MMR",
+    "SCM",
     "TOPS",
     "VTW",
     "AutoScale",
@@ -87,6 +92,7 @@ __all__ = [
     "VScan",
     "VisPruner",
     "VisionZip",
+    "ZipVL",
 ]
 
 for _file in pkgutil.walk_packages(__path__, f"{__name__}."):

@@ -90,12 +90,12 @@ class Bench:
         done = report(self.model)
         return Said(sources(done, inputs), out.sequences[:, -STEPS:], torch.stack(out.logits), done)
 
-    def forward(self, inputs: dict[str, Tensor], **kwargs: Any) -> tuple[Any, Report]:
-        """One forward under the policy, without gradients."""
+    def forward(self, inputs: dict[str, Tensor], policy: Policy | None = None, **kwargs: Any) -> tuple[Any, Report]:
+        """One forward under the policy (or another one, equal to it), without gradients."""
         if self.policy.asks("resolve"):
             raise Skip("a policy that chooses another before generate has no forward of its own")
         with self.asked(), torch.no_grad():
-            out = self.model(**inputs, policy=self.policy, **kwargs)
+            out = self.model(**inputs, policy=policy or self.policy, **kwargs)
         return out, report(self.model)
 
     @contextmanager

@@ -2,13 +2,15 @@
 
 It reads the weights of an untouched transformers model and runs its own loop over the decoder layers: one row, all
 tokens in all layers, full attention matrices, original positions. A dropped token is a key that an additive -inf mask
-hides from every other token from its layer on. Nothing here knows how the engine packs rows or keeps its cache.
-``row`` and ``run`` are differentiable if asked to be.
+hides from every other token from its layer on. A token made of others is one more row, behind all vision tokens; one
+that takes no part in a layer's attention has its row of it set to zero, or its column hidden. Nothing here knows how
+the engine packs rows or keeps its cache. ``row`` and ``run`` are differentiable if asked to be.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,11 +58,34 @@ class Rank:
 
 
 @dataclass
+class Part:
+    """Who takes no part in a layer's attention: slots that do not ask, and slots that nobody sees there."""
+
+    silent: Collection[int] = ()
+    unseen: Collection[int] = ()
+
+
+@dataclass
+class Made:
+    """New tokens: of which slots each is made, and their states; None: of each the mean of these slots'."""
+
+    groups: list[list[int]]
+    states: Tensor | None = None
+
+
+@dataclass
 class Given:
-    """The kept slots of every layer, as somebody else chose them."""
+    """The kept slots of every layer, as somebody else chose them, and what else there is to a run.
+
+    merged: what new tokens are made before a layer. The first one that is ever made is called slot -1, the next one -2,
+        …; ``kept`` names them as it does the others.
+    attend: who takes no part in the attention of a layer; text slots too.
+    """
 
     kept: list[list[int]]
     renumber: bool = False
+    merged: dict[int, Made] = field(default_factory=dict)
+    attend: dict[int, Part] = field(default_factory=dict)
 
 
 Rule = Rank | Given | None
@@ -68,10 +93,16 @@ Rule = Rank | Given | None
 
 @dataclass
 class Dense:
-    """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer."""
+    """What the reference says of one row: logits [n, vocab] of all slots, kept slots of every layer.
+
+    last: [vocab], the logits of what stands last.
+    paid: of every layer its slots, attention probabilities [heads, n, n] and additive mask.
+    """
 
     logits: Tensor
     kept: list[list[int]]
+    last: Tensor
+    paid: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
 
 
 def row(model: Any, inputs: dict[str, Tensor], grad: bool = False) -> Row:
@@ -107,6 +138,31 @@ def scores(probs: Tensor, mask: Tensor, vision: Tensor, queries: str) -> Tensor:
             continue
         out[j] = mean[seeing, j].mean()
     return out
+
+
+def requested(
+    paid: tuple[list[int], Tensor, Tensor], rows: Sequence[int], here: Sequence[int], heads: str, over: str
+) -> Tensor:
+    """What the slots ``rows`` paid to the slots ``here`` in a layer of which :class:`Dense` has noted this.
+
+    Args:
+        heads: "mean", "max" or "each" (taken first). over: the rows' "mean" (over those that see the slot), "sum",
+            "max" or "each".
+
+    Returns:
+        [n], with a leading axis for "each" of both: [heads, rows, n].
+    """
+    line, probs, mask = paid
+    asking, seen = ([line.index(slot) for slot in slots] for slots in (rows, here))
+    got = probs[:, asking][:, :, seen]
+    got = got.mean(0) if heads == "mean" else got.amax(0) if heads == "max" else got
+    if over == "each":
+        return got
+    if over == "sum" or not rows:
+        return got.sum(-2)
+    if over == "max":
+        return got.amax(-2)
+    return got.sum(-2) / (mask[asking][:, seen] == 0).sum(0).clamp_min(1)
 
 
 def best(score: Tensor, here: list[int], count: int, hint: list[int] | None) -> list[int]:
@@ -158,8 +214,13 @@ def queries_keys(module: Any, x: Tensor, positions: Tensor, config: Any) -> tupl
     return q, k.repeat_interleave(groups, 0)
 
 
-def attention(module: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """Output [n, d] and probabilities [heads, n, n] of grouped-query attention under an additive mask."""
+def attention(
+    module: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any, silent: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output [n, d] and probabilities [heads, n, n] of grouped-query attention under an additive mask.
+
+    Those that are ``silent`` (bool [n]), and those that the mask shows nothing, get nothing.
+    """
     n, dim = len(x), module.head_dim
     q, k = queries_keys(module, x, positions, config)
     v = (
@@ -169,8 +230,11 @@ def attention(module: Any, x: Tensor, mask: Tensor, positions: Tensor, config: A
         .repeat_interleave(len(q) * dim // module.v_proj.out_features, 0)
     )
     probs = (q @ k.transpose(1, 2) * dim**-0.5 + mask).softmax(-1)
-    out = probs @ v
-    return module.o_proj(out.transpose(0, 1).reshape(n, -1)), probs
+    none = (mask == -torch.inf).all(-1) if silent is None else silent | (mask == -torch.inf).all(-1)
+    if bool(none.any()):
+        probs = probs.masked_fill(none[:, None], 0.0)
+    out = module.o_proj((probs @ v).transpose(0, 1).reshape(n, -1))
+    return out if silent is None else out.masked_fill(silent[:, None], 0.0), probs
 
 
 def window(config: Any, layer: int) -> int | None:
@@ -180,20 +244,29 @@ def window(config: Any, layer: int) -> int | None:
     return config.sliding_window if slides else None
 
 
-def hidden_keys(alive: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """Additive causal mask without dropped keys. A dropped token still sees itself: its row must stay a number."""
+def hidden_keys(alive: Tensor, positions: Tensor, window: int | None, unseen: Tensor | None = None) -> Tensor:
+    """Additive causal mask without dropped keys, and without those that are ``unseen`` (bool [n]).
+
+    A dropped token still sees itself: its row must stay a number.
+    """
     n = len(alive)
-    seen = torch.ones(n, n).tril().bool() & alive
+    seen = torch.ones(n, n).tril().bool() & (alive if unseen is None else alive & ~unseen)
     if window is not None:
         seen &= positions[:, None] - positions[None] < window
-    return torch.zeros(n, n).masked_fill(~(seen | torch.eye(n).bool()), -torch.inf)
+    return torch.zeros(n, n).masked_fill(~(seen | torch.diag(~alive)), -torch.inf)
 
 
 def block(
-    layer: Any, x: Tensor, mask: Tensor, positions: Tensor, config: Any, weights: Tensor | None = None
+    layer: Any,
+    x: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    config: Any,
+    weights: Tensor | None = None,
+    silent: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One decoder layer: hidden states [n, d] and attention probabilities. ``weights`` ([n]) scale the MLP's output."""
-    out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), mask, positions, config)
+    out, probs = attention(layer.self_attn, norm(layer.input_layernorm, x), mask, positions, config, silent)
     x, mlp = x + out, layer.mlp
     y = norm(layer.post_attention_layernorm, x)
     z = mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
@@ -208,30 +281,63 @@ def run(model: Any, prompt: Row, how: Rule = None, hint: list[list[int]] | None 
 
 def _run(model: Any, prompt: Row, how: Rule, hint: list[list[int]] | None) -> Dense:
     config, text = model.config.text_config, model.get_decoder()
-    x, kept, here = prompt.embeds, [], prompt.slots
+    x, kept, vision = prompt.embeds, [], prompt.slots
+    here = vision
+    line = list(range(len(x)))  # the slots in their order; new tokens are below 0
     probs = torch.zeros(0)  # nothing ranks in layer 0
     positions = torch.arange(len(x)) if prompt.positions is None else prompt.positions
     alive = torch.ones(len(x)).bool()
-    mask = torch.zeros(0)
+    mask, paid = torch.zeros(0), []
+    behind = [torch.zeros_like(x).index_add(0, torch.tensor(vision, dtype=torch.int64), one) for one in prompt.behind]
     for depth, layer in enumerate(text.layers):
+        part = None
         if isinstance(how, Given):
-            here = how.kept[depth]
-        elif isinstance(how, Rank) and (count := how.count(depth, len(prompt.slots))) < len(here):
+            before, here = here, how.kept[depth]
+            if (made := how.merged.get(depth)) is not None:
+                at, in_front = places(line, before, here, vision)
+                groups = [marked(line, group) for group in made.groups]
+                states = [x[group].mean(0) for group in groups] if made.states is None else made.states
+                x = torch.cat([x[:at], *(state[None] for state in states), x[at:]])
+                for i, more in enumerate(behind):
+                    behind[i] = torch.cat([more[:at], *(more[group].mean(0)[None] for group in groups), more[at:]])
+                copies = positions[..., in_front : in_front + 1].expand(*positions.shape[:-1], len(groups))
+                positions = torch.cat([positions[..., :at], copies, positions[..., at:]], -1)
+                first = min([0, *line]) - 1
+                line = [*line[:at], *range(first, first - len(groups), -1), *line[at:]]
+            part = how.attend.get(depth)
+        elif isinstance(how, Rank) and (count := how.count(depth, len(vision))) < len(here):
             if how.queries == "ahead":  # what this layer would do if nothing were dropped in front of it
                 y, mask = norm(layer.input_layernorm, x), hidden_keys(alive, positions, window(config, depth))
                 probs = attention(layer.self_attn, y, mask, positions, config)[1]
             score = scores(probs.detach(), mask, prompt.vision, "last" if how.queries == "ahead" else how.queries)
             here = best(score, here, count, hint[depth] if hint else None)
         kept.append(here)
-        alive = ~prompt.vision
-        alive[here] = True
+        alive = (~marked(line, vision) & (torch.tensor(line) >= 0)) | marked(line, here)
         if how is not None and how.renumber:
             positions = alive.cumsum(0) - 1
-        mask = hidden_keys(alive, positions, window(config, depth))
-        x, probs = block(layer, x, mask, positions, config)
-        if depth < len(prompt.behind):
-            x = x.index_add(0, prompt.vision.nonzero().squeeze(1), prompt.behind[depth])
-    return Dense(model.lm_head(norm(text.norm, x))[standing_in(alive)], kept)
+        silent, unseen = (marked(line, part.silent), marked(line, part.unseen)) if part else (None, None)
+        mask = hidden_keys(alive, positions, window(config, depth), unseen)
+        x, probs = block(layer, x, mask, positions, config, silent=silent)
+        paid.append((line, probs.detach(), mask))
+        if depth < len(behind):
+            x = x + behind[depth]
+    given = torch.tensor(line) >= 0
+    logits = model.lm_head(norm(text.norm, x))[standing_in(alive)]
+    return Dense(logits[given], kept, logits[-1], paid)
+
+
+def marked(line: Sequence[int], slots: Collection[int]) -> Tensor:
+    """bool [n]: which of ``line`` are among ``slots``."""
+    chosen = set(slots)
+    return torch.tensor([slot in chosen for slot in line], dtype=torch.bool)
+
+
+def places(line: list[int], before: list[int], here: list[int], vision: list[int]) -> tuple[int, int]:
+    """Where new tokens come in, behind the last vision token of ``before``; and where what is in front of them, text or
+    one of ``here``, stands."""
+    at = max(line.index(slot) for slot in before) + 1
+    stays = [(slot not in vision and slot >= 0) or slot in here for slot in line[:at]]
+    return at, at - 1 - stays[::-1].index(True)
 
 
 def standing_in(alive: Tensor) -> Tensor:
@@ -242,9 +348,10 @@ def standing_in(alive: Tensor) -> Tensor:
 
 @torch.no_grad()
 def greedy(
-    model: Any, prompt: Row, kept: list[list[int]], steps: int, never: list[int], renumber: bool = False
+    model: Any, prompt: Row, kept: list[list[int]] | Given, steps: int, never: list[int], renumber: bool = False
 ) -> tuple[list[int], Tensor]:
-    """Greedy decoding, every step recomputed from scratch; the prompt's kept slots stay what they are.
+    """Greedy decoding, every step recomputed from scratch; the prompt's kept slots stay what they are. What is decoded
+    takes part everywhere.
 
     Returns the tokens and the logits [steps, vocab] that chose them; the tokens ``never`` are not chosen.
     """
@@ -257,7 +364,7 @@ def greedy(
         if at is not None:  # the last slot of a prompt is text, where all axes agree
             at = torch.cat([at, at[:, -1:] + 1 + torch.arange(len(tokens))], 1)
         longer = Row(torch.cat([prompt.embeds, new]), vision, at, prompt.behind)
-        last = run(model, longer, Given(kept, renumber)).logits[-1]
+        last = run(model, longer, kept if isinstance(kept, Given) else Given(kept, renumber)).last
         logits.append(last)
         tokens.append(int(last.index_fill(0, torch.tensor(never), -torch.inf).argmax()))
     return tokens, torch.stack(logits)

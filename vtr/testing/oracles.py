@@ -12,14 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vtr import settings as known
 from vtr.accounting import Report, RowReport, report
-from vtr.base import Policy
+from vtr.base import QUESTIONS, Policy
 from vtr.chain import policy as policy_of
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
 from vtr.testing.bench import NOISE, ROWS, Bench, Fault, Said, Skip, seeded
 from vtr.testing.keeps import keep
-from vtr.testing.purity import counts, in_place, memory
+from vtr.testing.purity import counts, fresh, in_place, memory
 from vtr.testing.tiny import IMAGE
+from vtr.testing.watched import Watched
 
 
 def settings(bench: Bench) -> None:
@@ -50,17 +51,17 @@ def settings(bench: Bench) -> None:
 def answers(bench: Bench) -> None:
     """Every row can be answered, and something is reduced."""
     policy = bench.policy
-    if not any(map(policy.asks, ("compress", "prune", "route", "remember", "resolve"))):
+    if not any(map(policy.asks, QUESTIONS)):
         raise Fault(
             f"{type(policy).__name__} answers none of the six questions",
-            "define compress(image), prune(layer, tokens), route(layer, tokens) or remember(layer, token); are the "
-            "names spelt like this?",
+            "define compress(image), prune(layer, tokens), route(layer, tokens), attend(layer, tokens, attention) or "
+            "remember(layer, token); are the names spelt like this?",
         )
     with bench.asked():
         policy.check(len(bench.stock.get_decoder().layers))
     said = bench.generate(bench.batch, policy)
     reduces = any(n < row.total for row in said.report.rows for n in row.vision_tokens) or (
-        policy.asks("remember") or policy.asks("resolve")
+        any(map(policy.asks, ("attend", "remember", "resolve")))
     )
     if not reduces and bench.must_reduce:
         raise Fault(
@@ -146,12 +147,14 @@ def dense_mask(bench: Bench) -> None:
     """A token that is gone is a token that nobody sees."""
     if bench.policy.asks("compress") or bench.policy.asks("route"):
         raise Skip("it does not only prune")
-    if not bench.policy.asks("prune"):
+    if not bench.policy.asks("prune") and not bench.policy.asks("attend"):
         raise Skip("it does not prune")
-    for name, logits, row, prompt in _with_images(bench):
-        kept = [row.kept(layer) for layer in range(len(row.vision_tokens))]
-        want = dense.run(bench.stock, prompt, dense.Given(kept, bench.policy.renumbers)).logits
-        there = [slot for slot in range(len(want)) if slot not in prompt.slots or slot in kept[-1]]
+    for name, logits, row, prompt, watched in _with_images(bench):
+        how = watched.given(prompt, len(row.vision_tokens))
+        if not how.merged:
+            how.kept = [row.kept(layer) for layer in range(len(row.vision_tokens))]
+        want = dense.run(bench.stock, prompt, how).logits
+        there = [slot for slot in range(len(want)) if slot not in prompt.slots or slot in how.kept[-1]]
         _close(logits[there], want[there], f"{name} is not the model with the dropped tokens masked")
 
 
@@ -159,7 +162,7 @@ def shorter_prompt(bench: Bench) -> None:
     """Tokens left out before the decoder might as well never have been there."""
     if not bench.policy.asks("compress"):
         raise Skip("it does not compress")
-    for name, logits, row, prompt in _with_images(bench):
+    for name, logits, row, prompt, _ in _with_images(bench):
         if any(n != row.vision_tokens[0] for n in row.vision_tokens):
             raise Skip("it also prunes in the decoder")
         if any(len(made) != 1 for made in row.sources(0)):
@@ -190,8 +193,9 @@ def accounting(bench: Bench) -> None:
     out, done = bench.forward(inputs, use_cache=True)
     text = (inputs["attention_mask"].bool() & (inputs["input_ids"] != tiny.IMAGE_ID)).sum(1).tolist()
     for depth, layer in enumerate(out.past_key_values.layers):
-        want = [t + row.vision_tokens[depth] for t, row in zip(text, done.rows, strict=True)]
-        if layer.lengths() != want:
+        want = [t + row.seen[depth] for t, row in zip(text, done.rows, strict=True)]
+        less = bench.policy.asks("attend") and all(n <= m for n, m in zip(layer.lengths(), want, strict=True))
+        if layer.lengths() != want and not less:  # (of the text attend may leave some out)
             raise Fault(
                 f"layer {depth} caches {layer.lengths()} tokens of the rows, the report says {want}",
                 "this is vtr's own business: please report it with the policy's code",
@@ -253,16 +257,18 @@ ALL: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def _with_images(bench: Bench) -> Iterator[tuple[str, Tensor, RowReport, dense.Row]]:
+def _with_images(bench: Bench) -> Iterator[tuple[str, Tensor, RowReport, dense.Row, Watched]]:
     """Every row with an image, by itself under the policy.
 
     Yields:
-        What it is called, its logits [n, vocab], what was kept, and the prompt as the text model gets it.
+        What it is called, its logits [n, vocab], what was kept, the prompt as the text model gets it, and what the
+        policy answered.
     """
     for b in (b for b, row in enumerate(ROWS) if IMAGE in row):
-        inputs = tiny.single(bench.batch, b, bench.stock)
-        out, done = bench.forward(inputs)
-        yield f"row {b} ({_words(ROWS[b])})", out.logits[0], done.rows[0], dense.row(bench.stock, inputs)
+        inputs, policy = tiny.single(bench.batch, b, bench.stock), fresh(bench.policy)
+        watched = Watched(policy)
+        out, done = bench.forward(inputs, policy)
+        yield f"row {b} ({_words(ROWS[b])})", out.logits[0], done.rows[0], dense.row(bench.stock, inputs), watched
 
 
 def _close(got: Tensor, want: Tensor, what: str) -> None:
