@@ -14,6 +14,7 @@ import torch
 from PIL.Image import Image as Picture
 
 import vtr
+from vtr.base import LayerAttention
 from vtr.testing import Checked, check_policy
 
 
@@ -50,11 +51,19 @@ class Answers(vtr.Policy):
         halves = image.features.chunk(2)
         return vtr.Pooled(torch.stack([half.mean(0) for half in halves]), [[0], [len(image) - 1]])
 
-    def prune(self, layer: int, tokens: vtr.Tokens) -> vtr.Best | None:
+    def needs(self, layer: int) -> tuple[vtr.Attention | vtr.KeyNorms, ...] | None:
+        return (vtr.Attention("behind", heads="each", over="sum"), vtr.KeyNorms()) if layer else None
+
+    def prune(self, layer: int, tokens: vtr.Tokens) -> vtr.Best | vtr.Merged | None:
+        if layer == 1 and len(tokens) > 1:
+            return vtr.Merged(torch.arange(len(tokens) - 1), tokens.hidden[-1:], [[len(tokens) - 1]])
         return vtr.Best(tokens.hidden.norm(dim=-1), len(tokens)) if layer else None
 
     def route(self, layer: int, tokens: vtr.Tokens) -> vtr.Route | None:
         return vtr.Route(keep=torch.arange(len(tokens)))
+
+    def attend(self, layer: int, tokens: vtr.Tokens, attention: LayerAttention) -> vtr.Attend | None:
+        return vtr.Attend(asks=vtr.top(attention.received(tokens.text_place)[tokens.place], 9))
 
     def remember(self, layer: int, token: vtr.Token) -> bool:
         return bool(token.hidden.isfinite().all())
@@ -90,6 +99,20 @@ def policies() -> list[vtr.Policy]:
         vtr.Scope(features="projected"),
         vtr.MMTok(leave_out=[1, 2]),
         vtr.CDPruner(relevance="embeddings"),
+        vtr.SparseVLM(64),
+        vtr.SparseVLMPlus(64, heads=14),
+        vtr.DART(64),
+        vtr.FitPrune(0.6),
+        vtr.VTW(16),
+        vtr.DeFT(0.1),
+        vtr.TOPS(128),
+        vtr.MustDrop(192),
+        vtr.AVTP(),
+        vtr.Reroute(),
+        vtr.OccamToken(),
+        vtr.ZipVL(0.975),
+        vtr.EEMLLM("all"),
+        vtr.SCM(0.5),
         vtr.Random(),
         vtr.UniformGrid(keep=0.5),
         vtr.AutoScale(),
