@@ -80,7 +80,7 @@ def cached_bytes(model: Any, inputs: Mapping[str, torch.Tensor], **policy: Any) 
         total += out.numel() * out.element_size() * attends
 
     attentions = [layer.self_attn for layer in model.get_decoder().layers]
-    hooks = [proj.register_forward_hook(add) for a in attentions for proj in (a.k_proj, a.v_proj)]
+    hooks = [proj.register_forward_hook(add, prepend=True) for a in attentions for proj in (a.k_proj, a.v_proj)]
     hooks += [a.register_forward_pre_hook(attend) for a in attentions]
     hooks += [a.register_forward_hook(attend) for a in attentions]
     try:

@@ -54,7 +54,15 @@ def tiny_policies(hidden_size: int, layers: int = 5) -> dict[str, vtr.Policy]:
         "a chain": vtr.policy("pool:grid=3+fastv:keep=0.5"),
     }
     classes = {name: policy_class(name) for name in shipped() if name not in {p.name for p in out.values()}}
-    return out | {name: cls(**cls.settings_at(0.4, layers, 3)) for name, cls in classes.items()}
+    return out | {name: _at(cls, 0.4, layers) for name, cls in classes.items()}
+
+
+def _at(cls: Any, share: float, layers: int) -> Any:
+    """Set to a mean share, or as it is by default where it cannot be."""
+    try:
+        return cls(**cls.settings_at(share, layers, 3))
+    except (NotImplementedError, ValueError):
+        return cls()
 
 
 def timed_policies(

@@ -49,11 +49,13 @@ def test_budgets_that_cannot_be_met() -> None:
 def test_what_cannot_be_set_is_named() -> None:
     stock = midsize.build(TINY, "cpu", torch.float32)
     field, left_out = contenders(stock, shapes.of_size(TINY), [0.1])
-    without = {"fastv", "gsearch", "m3", "pyramid"}  # and those that have no weights for a random model
-    assert {left["name"] for left in left_out} == {*without, "autoscale", "dynamic-llava", "pmod"}
+    # a tenth is too little for some cuts of so few layers; and some have no weights for a random model
+    without = {left["name"] for left in left_out}
+    assert {"fastv", "gsearch", "m3", "pyramid", "autoscale", "dynamic-llava", "pmod"} <= without
     assert all(left["why"] and left["budget"] == 0.1 for left in left_out)
-    others = [name for name in shipped() if name not in {*without, "autoscale", "dynamic-llava", "pmod"}]
-    assert [c.name for c in field] == ["none", *others, "downsample"]
+    own = ["ee-mllm", "mustdrop", "occamtoken", "zipvl"]  # picture and question give their budget
+    at_budget = [name for name in shipped() if name not in {*without, *own}]
+    assert [c.name for c in field] == ["none", *[name for name in own if name not in without], *at_budget, "downsample"]
     assert not stock.get_decoder()._forward_pre_hooks  # the stock model stays unpatched
 
 

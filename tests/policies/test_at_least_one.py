@@ -100,6 +100,7 @@ PER_ROW: dict[str, Callable[[float], vtr.Policy]] = {
     "pmod": lambda keep: vtr.PMoD(ratios=[None, *[keep] * 4]),
     "dynamic-llava": lambda keep: vtr.DynamicLLaVA(keep, layer=1),
     "dart": lambda keep: vtr.DART(keep, layer=1),
+    "scm": lambda keep: vtr.SCM(keep, group="all"),
     "sparsevlm": lambda keep: vtr.SparseVLM(keeps=[keep], layers=[1]),
     "sparsevlm-plus": lambda keep: vtr.SparseVLMPlus(keeps=[keep], layers=[1]),
 }

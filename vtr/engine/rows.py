@@ -137,6 +137,11 @@ class Row:
         row.memo = dict(self.memo) if policy is self.policy else {}
         return row
 
+    def move_memo(self, device: torch.device) -> None:
+        """Tensors that the policy keeps for itself (in lists and tuples too), to where the row's tokens are now."""
+        for name, value in self.memo.items():
+            self.memo[name] = _moved(value, device)
+
     def asks(self, question: str) -> bool:
         """Whether the row has a policy that answers ``question``."""
         return self.policy is not None and self.policy.asks(question)
@@ -164,3 +169,9 @@ class Row:
         slots = torch.where(vision.origin >= 0, vision.origin + offset, vision.origin) if offset else vision.origin
         sources = vision.sources and [Sources(s.slots + offset, s.made_of) for s in vision.sources]
         return RowTrace(spec, slots, first, sources, original=vision.original)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return type(value)(_moved(one, device) for one in value) if type(value) in (list, tuple) else value

@@ -217,6 +217,8 @@ class Session:
         self.positions.to(device)
         self.packed.to(device)
         self.questions.probes.to(device)
+        for row in self.rows:
+            row.move_memo(device)
         if self.forgetting is not None:
             self.forgetting.to(device)
 
