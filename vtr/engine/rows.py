@@ -7,6 +7,7 @@ layer is kept in :class:`~vtr.engine.packed.Packed`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +139,7 @@ class Row:
         return row
 
     def move_memo(self, device: torch.device) -> None:
-        """Tensors that the policy keeps for itself (in lists and tuples too), to where the row's tokens are now."""
+        """Tensors the policy keeps (in lists, tuples and dataclasses too) go where the row's tokens are now."""
         for name, value in self.memo.items():
             self.memo[name] = _moved(value, device)
 
@@ -174,4 +175,9 @@ class Row:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _moved(one, device) for name, one in fields.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(one, device) for one in value))
     return type(value)(_moved(one, device) for one in value) if type(value) in (list, tuple) else value
