@@ -157,7 +157,7 @@ class Policy(Settings):
     def attend(self, layer: int, tokens: Tokens, attention: LayerAttention) -> Attend | None:
         """Who asks and who is seen in this layer's attention; all tokens have its MLP and are there again after.
 
-        A row whose policy answers this is not asked ``route``. None: all ask, all are seen.
+        A class answers this or ``route``. None: all ask, all are seen.
         """
         return None
 

@@ -190,5 +190,12 @@ def test_what_is_no_answer_is_refused() -> None:
         policy.attend = lambda layer, tokens, attention, answer=answer: answer  # type: ignore[method-assign, misc]
         with pytest.raises((TypeError, ValueError), match=words):
             model(**inputs, policy=policy)
+
+    class Both(Some):
+        def route(self, layer: int, tokens: vtr.Tokens) -> None:
+            return None
+
+    with pytest.raises(ValueError, match="route and attend"):
+        model(**inputs, policy=Both())
     with pytest.raises(ValueError, match="drop one"):
         Some() + vtr.FastV(0.5)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vtr.base import Attend, Policy, UnsupportedError
 from vtr.engine.checks import checked_keep
-from vtr.engine.packed import Packed, on_device
+from vtr.engine.packed import Packed, on_device, sums
 
 PROJECTIONS = {"q_proj": "asks", "k_proj": "seen", "v_proj": "seen", "o_proj": "asks"}
 """Which of a layer's projections need which tokens only."""
@@ -19,14 +19,14 @@ PROJECTIONS = {"q_proj": "asks", "k_proj": "seen", "v_proj": "seen", "o_proj": "
 
 @dataclass(frozen=True, eq=False)
 class Taking:
-    """Who takes part in one layer's attention, of all packed tokens.
+    """Who takes part in one layer's attention, of the packed tokens that pass it.
 
     Attributes:
         asks, seen: int64, ascending: the tokens that are queries, and those that are keys (and cached).
         ask_lengths, seen_lengths: how many of each row.
         causal: per row, whether both are the same tokens, so that nothing but the order hides any.
         vision_asks, vision_seen: of each row the vision tokens among them.
-        total: how many tokens there are.
+        total: how many tokens pass the layer.
     """
 
     asks: torch.Tensor
@@ -37,11 +37,6 @@ class Taking:
     vision_asks: tuple[int, ...]
     vision_seen: tuple[int, ...]
     total: int
-
-    def through(self, passing: torch.Tensor, total: int) -> Taking:
-        """The same where only the tokens ``passing`` (int64, ascending; these among them) are in the layer."""
-        asks, seen = (torch.searchsorted(passing, t) for t in (self.asks, self.seen))
-        return replace(self, asks=asks, seen=seen, total=total)
 
     def products(self, past: Sequence[int]) -> int:
         """Pairs of queries and keys, over so many cached tokens of each row."""
@@ -62,8 +57,15 @@ class Taking:
         return out.new_zeros(1, self.total, *out.shape[2:]).index_copy(1, self.asks, out)
 
 
-def taking(packed: Packed, answers: dict[int, Attend], policies: Sequence[Policy | None]) -> Taking:
-    """Of checked answers (row → what its policy said), who takes part. All tokens of other rows do.
+def taking(
+    packed: Packed, answers: dict[int, Attend], policies: Sequence[Policy | None], lengths: Sequence[int],
+    passing: Sequence[int],
+) -> Taking:  # fmt: skip
+    """Of checked answers (row → what its policy said), who takes part. All tokens of other rows that pass do.
+
+    Args:
+        lengths: tokens of each row that pass the layer, all of them in rows that have an answer. passing: the vision
+            tokens among them.
 
     Raises:
         TypeError, ValueError: an answer that is none.
@@ -71,14 +73,15 @@ def taking(packed: Packed, answers: dict[int, Attend], policies: Sequence[Policy
     device = packed.vision.device
     asks, seen, causal, counts = [], [], [], []
     spans, visions, texts = packed.spans(), packed.vision_spans(), packed.text_spans()
+    starts = sums(lengths)
     for row, here in enumerate(spans):
         answer, policy = answers.get(row), policies[row]
         if answer is None or policy is None:
-            (everything,) = on_device([torch.arange(here.start, here.stop)], device)
+            (everything,) = on_device([torch.arange(starts[row], starts[row + 1])], device)
             asks.append(everything)
             seen.append(everything)
             causal.append(True)
-            counts.append((packed.counts[row], packed.counts[row]))
+            counts.append((passing[row], passing[row]))
             continue
         vision, text = packed.vision[visions[row]], packed.text[texts[row]]
         prompt = packed.rows[row].text.prompt
@@ -91,14 +94,17 @@ def taking(packed: Packed, answers: dict[int, Attend], policies: Sequence[Policy
         ]
         counts.append((len(several[0]), len(several[1])))
         causal.append(answer.asks is answer.seen)
-        mine = [torch.cat([one, text]).sort().values for one in several[: 1 if causal[-1] else 2]]
+        mine = [
+            torch.cat([one, text]).sort().values + (starts[row] - here.start)
+            for one in several[: 1 if causal[-1] else 2]
+        ]
         asks.append(mine[0])
         seen.append(mine[-1])
-    lengths = [tuple(map(len, parts)) for parts in (asks, seen)]
+    sizes = [tuple(map(len, parts)) for parts in (asks, seen)]
     vision_asks, vision_seen = zip(*counts, strict=True)
     return Taking(
-        torch.cat(asks), torch.cat(seen), lengths[0], lengths[1], tuple(causal), vision_asks, vision_seen,
-        sum(packed.lengths),
+        torch.cat(asks), torch.cat(seen), sizes[0], sizes[1], tuple(causal), vision_asks, vision_seen,
+        starts[-1],
     )  # fmt: skip
 
 

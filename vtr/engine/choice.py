@@ -134,6 +134,8 @@ def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:
             f"{who} answers needs and attend: what ranks tokens is noted where all take part. Rank in attend by "
             "attention.received(), or write two policies"
         )
+    if p.asks("attend") and p.asks("route"):
+        raise ValueError(f"{who} answers route and attend: who goes around a layer has no attention in it, define one")
     wants = p.wants
     if not isinstance(wants, (tuple, list)) or any(not _can_be_wanted(one) for one in wants):
         known = ", ".join(map(repr, WANTED))

@@ -170,7 +170,7 @@ class Probes:
             return torch.arange(text.first_behind, text.prompt) + first
         if which == "vision":
             here = packed.vision_spans()[i]
-            if self._through is not None:  # those that go around the layer ask nothing
+            if self._lengths[i] < packed.lengths[i]:  # those that go around the layer ask nothing
                 raise UnsupportedError(
                     "vision tokens cannot be asked for their attention in a layer that some go around"
                 )

@@ -151,8 +151,8 @@ class Questions:
         return hidden.new_ones(hidden.shape[1]).index_copy(0, at, given[0] if len(given) == 1 else torch.cat(given))
 
     # -- attend ----------------------------------------------------------------------------------------------------
-    def attend(self, index: int, layer: Any, hidden: torch.Tensor) -> Taking | None:
-        """Who takes part in layer ``index``'s attention, of all that enter it; None: all. hidden: [1, T, D]."""
+    def attend(self, index: int, layer: Any, hidden: torch.Tensor, passing: Passing) -> Taking | None:
+        """Who takes part in layer ``index``'s attention, of those that pass it; None: all. hidden: [1, T, D]."""
         if not any(self.attending):
             return None
         answers = {i: a for i, a in self._ask("attend", index, hidden, self.attending, layer).items() if a is not None}
@@ -160,7 +160,7 @@ class Questions:
             return None
         for i, answer in answers.items():
             check_attend(answer, self.rows[i].policy, layer)  # type: ignore[arg-type]
-        return taking(self.packed, answers, [row.policy for row in self.rows])
+        return taking(self.packed, answers, [row.policy for row in self.rows], passing.lengths, passing.counts)
 
     # -- asking ----------------------------------------------------------------------------------------------------
     def _ask(

@@ -164,7 +164,7 @@ class Session:
         hidden, masked_keys = self._cut(index, layer, hidden)
         with self.log.clock:
             passing = self.questions.route(index, hidden)
-            taking = self.questions.attend(index, layer, hidden)
+            taking = self.questions.attend(index, layer, hidden, passing)
         rope, positions, scale, routing = self.positions.rope, self.positions.ids, None, None
         if passing.through is not None:
             routing, scale = _routing(layer, hidden, passing)
@@ -172,7 +172,6 @@ class Session:
             rope = tuple(t.index_select(1, passing.through) for t in rope)
             positions = positions.index_select(1, passing.through)
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, passing.through)
-            taking = None if taking is None else taking.through(passing.through, len(passing.through))
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         past = [] if self.layers is None else self.layers[index].lengths()
         self.log.note(passing.lengths, past, passing.counts, passing.alive, taking, layer)
