@@ -216,3 +216,16 @@ def test_what_is_said_of_methods_before_the_decoder() -> None:
         assert f"{middle.replace('−0.0', '+0.0')}{rest}" in " ".join(results.split()), name
     for name in ("mmtok", "cdpruner", "tome", "scope", "divprune"):
         assert points(row(result_file, name)["versus_none"]).partition("[")[2] in choosing, name
+
+
+def test_what_is_said_of_methods_inside_the_decoder() -> None:
+    result_file = "eval/results/inside-25.json"
+    results, choosing = ((DOCS / f"{name}.md").read_text() for name in ("results", "choosing"))
+    none = row(result_file, "none")["gflops"]
+    for spec in ('ee-mllm:layers="all"', "ee-mllm:layers=0.5"):
+        one = row(result_file, spec)
+        middle, low, high = (100 * one["versus_none"][key] for key in ("difference", "low", "high"))
+        assert f"{middle:+.1f} points [{low:+.1f}, {high:+.1f}] at {100 * one['gflops'] / none:.0f} %" in choosing
+    for spec, written in (('ee-mllm:layers="all"', "has {:.0f} % of"), ("ee-mllm:layers=0.5", "deeper half {:.0f} %"),
+                          ("zipvl:tau=0.975", "saves little here ({:.0f} %)")):  # fmt: skip
+        assert written.format(100 * row(result_file, spec)["gflops"] / none) in " ".join(results.split()), spec
