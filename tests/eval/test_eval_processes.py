@@ -28,12 +28,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ke
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_each() -> Iterator[None]:
     """One thread in this process, and in each of two that share two cores."""
-    before = os.sched_getaffinity(0)
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(before)[:2])
+    torch.set_num_threads(1)  # whatever the tests before have left
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "cores", lambda: 1)
         yield
     os.sched_setaffinity(0, before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
