@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from vtr.eval.cost import midsize, shapes
@@ -12,7 +12,6 @@ from vtr.eval.cost.shapes import Shape
 import vtr
 from vtr.budget import at_share
 from vtr.engine.adapters import find_adapter
-from vtr.learned import Learned
 from vtr.settings import policy_class
 from vtr.shares import check_share, nearest_side
 
@@ -44,32 +43,11 @@ def shipped() -> list[str]:
     return sorted(own, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def at_their_own(depth: int, adapter: Any) -> list[vtr.Policy]:
-    """Those that picture and question, not a setting, give their budget: once each, as they are by default."""
-    found = []
-    for name in shipped():
-        cls = policy_class(name)
-        if issubclass(cls, Learned) or cls.settings_at.__func__ is not vtr.Policy.settings_at.__func__:  # type: ignore[attr-defined]
-            continue
-        if "keep" in {f.name for f in fields(cls)}:  # type: ignore[arg-type]
-            continue
-        policy = cls()
-        try:
-            policy.check(depth)
-            adapter.refuse([policy])
-        except (ValueError, vtr.UnsupportedError):
-            continue
-        found += [] if policy.asks("resolve") else [policy]
-    return found
-
-
 # -- all of them -------------------------------------------------------------------------------------------------------
 def contenders(
     stock: Any, shape: Shape, budgets: Sequence[float], specs: Sequence[str] = ()
 ) -> tuple[list[Contender], list[dict[str, Any]]]:
     """No reduction, and all shipped policies and input downsampling at every budget, or the policies of ``specs``.
-
-    Policies that no setting gives a budget are there once, as they are by default.
 
     Args:
         stock: the unpatched model, of ``shape``. The contenders are on its weights.
@@ -86,14 +64,9 @@ def contenders(
         policy = vtr.policy(spec)
         policy.check(depth)
         out.append(Contender(spec.split(":")[0], policy.spec, None, patched, policy, shape))
-    for policy in [] if specs else at_their_own(depth, find_adapter(stock)):
-        out.append(Contender(str(policy.name), policy.spec, None, patched, policy, shape))
-    own = {one.name for one in out}
     for budget in () if specs else budgets:
         check_share(budget)
         for name in shipped():
-            if name in own:
-                continue
             try:
                 policy = at_share(name, budget, depth, shape.side)
                 policy.check(depth)

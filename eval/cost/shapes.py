@@ -84,7 +84,7 @@ def of_size(size: Size) -> Shape:
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.heads,
     }  # fmt: skip
     vision = {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1,
         "image_size": size.side * PATCH, "patch_size": PATCH,
     }  # fmt: skip
     return Shape("llava", text, vision, text_tokens=size.text_tokens)

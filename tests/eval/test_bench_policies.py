@@ -55,13 +55,18 @@ def test_every_policy_is_there_at_every_budget(body: dict[str, Any]) -> None:
     assert {"random", "uniform", "pool", "downsample", "fastv", "gsearch", "pyramid"} <= {name for name, _ in names}
 
 
+SIMPLE = ("none", "downsample", "random", "uniform", "pool", "fastv", "gsearch", "pyramid", "m3", "globalcom2")
+
+
 def test_every_figure_is_there(body: dict[str, Any]) -> None:
     assert json.loads(json.dumps(body)) == body
     for row in body["rows"]:
         for key in ("prefill_ms", "first_token_ms", "decode_ms"):
             assert 0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"]
         assert row["prefill_ms"]["median"] < row["first_token_ms"]["median"]
-        assert set(row["throughput"]) == {"1", "3"} and min(row["throughput"].values()) > 0
+        rates = row["throughput"]  # none of a policy that cannot be set to this budget on the smaller served pictures
+        assert set(rates) == {"1", "3"} and (set(rates.values()) == {None} or min(rates.values()) > 0)
+        assert set(rates.values()) != {None} or row["name"] not in SIMPLE
         reduced = row["name"] not in ("none", "downsample")
         assert (row["selector_ms"] > 0) == reduced
         assert row["peak_bytes"] == {"downsample:side=4": 1600, "downsample:side=3": 900}.get(row["policy"], 3600)
@@ -87,7 +92,7 @@ def test_equal_budgets_cost_equal_tokens(body: dict[str, Any]) -> None:
     assert by_name["pool", 0.25]["vision_tokens"] == by_name["downsample", 0.25]["vision_tokens"] == [9] * 6
     assert by_name["pool", 0.25]["flops_closed"] == by_name["downsample", 0.25]["flops_closed"]
     assert {row["mean_keep"] for row in body["rows"] if row["name"] == "m3"} == {0.25}  # 6 × 6 has no nearer scale
-    for row in (row for row in body["rows"][1:] if row["name"] != "m3"):
+    for row in (row for row in body["rows"][1:] if row["name"] not in ("m3", "vtw")):  # (those go in steps)
         assert row["mean_keep"] == pytest.approx(row["budget"], abs=0.06)
 
 
