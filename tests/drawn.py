@@ -104,7 +104,7 @@ class Merges(vtr.Policy):
 
 
 # ------------------------------------------------------------------------------------------------------ what is asked
-@vtr.register_policy("curious-for-test")
+@vtr.register_policy("curious-drawn-for-test")
 @dataclass
 class Curious(vtr.Policy):
     """Asks for attention, ranks by the sum of all that comes, and writes down what did. Attention as (rows, heads,
