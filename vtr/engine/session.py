@@ -293,7 +293,7 @@ class Session:
         """Packed [1, T, D] → [B, L, D]. A dropped slot carries the last surviving state before it; padding is zero."""
         self._move(hidden.device)
         columns = self.batch * self.logical
-        if hidden.shape[1] == columns:
+        if hidden.shape[1] == columns and not self.packed.grown:
             return hidden.view(self.batch, self.logical, -1)
         there, every = self.positions.slots, self.packed.slots
         if any(len(row.slots) < len(row.given.slots) for row in self.rows):
@@ -322,7 +322,8 @@ class Session:
         self.log.finish()
         if self.state is not None:
             self.state.logical += self.logical
-            in_step = not self.log.narrowed and all(n == self.logical for ns in self.log.lengths for n in ns)
+            whole = not self.log.narrowed and not self.packed.grown
+            in_step = whole and all(n == self.logical for ns in self.log.lengths for n in ns)
             self.state.tail = self.state.tail + self.logical if in_step else self._appended()
 
     def _appended(self) -> int:
