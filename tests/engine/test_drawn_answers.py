@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -144,6 +145,7 @@ def test_what_is_asked_for(models: Any, drawn: Any, seed: int) -> None:
             close(got, expected)
 
 
+@pytest.mark.slow
 @given(pairs, batches, properties.paddings, pixel_seeds)
 def test_a_row_is_the_same_in_any_batch(models: Any, drawn: list[Any], padding: str, seed: int) -> None:
     properties.check_rows(models, drawn, padding, seed)
