@@ -129,8 +129,11 @@ class Policy(Settings):
 
     @property
     def renumbers(self) -> bool:
-        """True if the tokens that stay after a cut get new, contiguous positions (False: they keep theirs)."""
-        return False
+        """True if the tokens that stay after a cut get new, contiguous positions (False: they keep theirs).
+
+        By default where a setting ``positions`` says "reindex".
+        """
+        return bool(getattr(self, "positions", "keep") == "reindex")
 
     # -- the six questions -----------------------------------------------------------------------------------------
     def compress(self, image: Image) -> torch.Tensor | Pooled | None:

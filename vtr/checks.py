@@ -59,6 +59,12 @@ def check_placement(placement: str) -> None:
         raise ValueError(f"placement={placement!r}: choose 'true' or 'official'")
 
 
+def check_positions(positions: str) -> None:
+    """Raise unless ``positions`` says what becomes of the positions of tokens that stay after a cut."""
+    if positions not in ("keep", "reindex"):
+        raise ValueError(f"positions={positions!r}: choose 'keep' or 'reindex'")
+
+
 def check_before(before_decoder: bool, layer: int) -> None:
     """Raise unless ``before_decoder`` is a bool, and ``layer`` is 0 where it is true."""
     if not isinstance(before_decoder, bool):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtr
 from tests import tiny
 from tests.tiny import IMAGE
+from vtr.testing import dense as slow
 from vtr.testing import tiny as models
 
 ROWS = [["ab", IMAGE, "what"], ["abcdef"], ["a", IMAGE, "bc", IMAGE, "whichone"], [IMAGE, "cde"]]
@@ -47,14 +48,8 @@ class Some(vtr.Policy):
 @torch.no_grad()
 def dense(model: Any, inputs: Any, policy: Some) -> torch.Tensor:
     """A row alone by the layers' own modules: logits [n, vocab]."""
-    text, ids = model.get_decoder(), inputs["input_ids"][0]
-    caught: list[torch.Tensor] = []
-    handle = text.layers[0].register_forward_pre_hook(
-        lambda m, a, k: caught.append(a[0] if a else k["hidden_states"]), with_kwargs=True
-    )
-    model(**inputs, policy=None)
-    handle.remove()
-    hidden, vision, n = caught[0], ids == tiny.IMAGE_ID, len(ids)
+    text, given = model.get_decoder(), slow.row(model, inputs)
+    hidden, vision, n = given.embeds[None], given.vision, len(given.vision)
     positions = torch.arange(n)[None]
     rope = text.rotary_emb(hidden, position_ids=positions)
     for number, layer in enumerate(text.layers):
@@ -114,7 +109,6 @@ def test_flops_are_those_that_were_done(asks: int, seen: int) -> None:
     model: Any = vtr.patch(models.llava(layers=4))
     model.set_attn_implementation("eager")
     inputs = tiny.batch(model, [ROWS[0]])
-    text = model.get_decoder()
     counted = []
     for policy in (vtr.FastV(1.0, layer=1), Some(asks, seen)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -123,7 +117,6 @@ def test_flops_are_those_that_were_done(asks: int, seen: int) -> None:
         name = next(key for key in within if key.endswith(".language_model"))
         report = vtr.report(model)
         counted.append((sum(within[name].values()), report.prefill_flops + report.selector_flops))
-    del text
     (_, full), (done, said) = counted
     assert said < full and abs(done - said) / done < 0.02
 

@@ -11,6 +11,7 @@ import torch
 import vtr
 from tests import tiny
 from tests.tiny import IMAGE
+from vtr.testing import dense as slow
 from vtr.testing import tiny as models
 
 ROWS = [["ab", IMAGE, "what"], ["abcdef"], ["a", IMAGE, "bc", IMAGE, "whichone"], [IMAGE, "cde"]]
@@ -40,16 +41,9 @@ class Halves(vtr.Policy):
 @torch.no_grad()
 def dense(model: Any, inputs: Any, policy: Halves) -> torch.Tensor:
     """A row alone, layer by layer, by the layers of transformers: logits of its last token."""
-    text, device = model.get_decoder(), inputs["input_ids"].device
-    ids = inputs["input_ids"][0]
-    seen: list[torch.Tensor] = []
-    handle = text.layers[0].register_forward_pre_hook(
-        lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True
-    )
-    model(**inputs, policy=None)
-    handle.remove()
-    hidden, vision = seen[0][0], (ids == tiny.IMAGE_ID)
-    positions = torch.arange(len(ids), device=device)
+    text, given = model.get_decoder(), slow.row(model, inputs)
+    hidden, vision = given.embeds, given.vision
+    positions = torch.arange(len(hidden))
     for number, layer in enumerate(text.layers):
         if number in AT and vision.any():
             at = vision.nonzero().squeeze(1)
@@ -80,11 +74,9 @@ def test_rows_are_what_the_definition_says(family: str, renumber: bool, padding:
     with torch.no_grad():
         together = model(**inputs, policy=policy).logits
     for b in range(3):
-        last = (
-            tiny.real(inputs, b).nonzero()[-1] if tiny.real(inputs, b).dtype == torch.bool else tiny.real(inputs, b)[-1]
-        )
+        last = torch.arange(together.shape[1])[tiny.real(inputs, b)][-1]
         want = dense(model, tiny.single(inputs, b, model), policy[b])
-        torch.testing.assert_close(together[b, last].squeeze(0), want, atol=2e-5, rtol=0)
+        torch.testing.assert_close(together[b, last], want, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("renumber", [False, True])

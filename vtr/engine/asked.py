@@ -139,7 +139,6 @@ class AskedNorms:
 
     number: int
     rows: tuple[int, ...]
-    lengths: tuple[int, ...]
     back: tuple[torch.Tensor, torch.Tensor]
 
     def flops(self, heads: int, head_dim: int, past: int = 0) -> int:

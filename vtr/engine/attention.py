@@ -25,7 +25,7 @@ from vtr.engine.attending import Taking, row_masks
 from vtr.engine.bucket import Bucket
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.once import Once
-from vtr.engine.scores import Queries, WindowMask, scores
+from vtr.engine.scores import Queries, WindowMask
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
 
@@ -281,10 +281,7 @@ def _rank(
                     cache = plan.layers[module.layer_idx]
                     keys = torch.cat([cache.row(row, past)[0][0], keys], 1)
                     at = None if at is None else torch.cat([cache.positions(row, past), at])
-            if isinstance(asked, Asked):
-                found = asked.found(picked, keys, scaling, at, window)
-            else:
-                found = scores(picked, keys, asked, scaling, at, window)
+            found = asked.found(picked, keys, scaling, at, window)
             plan.sink[number] = found if probe.row is None else found[..., -plan.lengths[probe.row] :]
 
 

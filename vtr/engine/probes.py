@@ -98,9 +98,9 @@ class Probes:
             if isinstance(wanted, str):
                 asked.setdefault(wanted, []).append(i)
                 continue
-            self._wanted[i] = wanted if isinstance(wanted, tuple) else (wanted,)
+            self._wanted[i] = tuple(map(as_attention, wanted if isinstance(wanted, tuple) else (wanted,)))
             self.in_tuples = self.in_tuples | {i} if isinstance(wanted, tuple) else self.in_tuples - {i}
-            for number, one in enumerate(map(as_attention, self._wanted[i])):
+            for number, one in enumerate(self._wanted[i]):
                 kind = one if isinstance(one, KeyNorms) else (one.heads, one.over)
                 asked.setdefault((number, kind), []).append(i)
         probes: list[Probe] = []
@@ -120,19 +120,16 @@ class Probes:
         if isinstance(kind, str):
             return self._asked(kind, rows)
         number, reduction = kind
-        lengths = tuple(self._lengths[i] for i in rows)
         if isinstance(reduction, KeyNorms):
             each = on_device([torch.tensor(self._lengths)], self.packed.vision.device)[0]
             first = self.packed.starts[:-1].repeat_interleave(each, output_size=sum(self._lengths))
             cos, sin = (t.index_select(1, first) for t in self.positions.rope)
-            return AskedNorms(number, tuple(rows), lengths, (cos, -sin))
-        return self._asked_in_full(number, reduction, rows, lengths)
+            return AskedNorms(number, tuple(rows), (cos, -sin))
+        return self._asked_in_full(number, reduction, rows)
 
-    def _asked_in_full(
-        self, number: int, reduction: tuple[Any, Any], rows: list[int], lengths: tuple[int, ...]
-    ) -> Asked:  # fmt: skip
+    def _asked_in_full(self, number: int, reduction: tuple[Any, Any], rows: list[int]) -> Asked:
         """The tokens that some rows' ``number``-th request names, where they stand among those that pass the layer."""
-        named = [self._named(i, as_attention(self._wanted[i][number]).rows) for i in rows]
+        named = [self._named(i, self._wanted[i][number].rows) for i in rows]
         sizes, device = tuple(map(len, named)), self.packed.vision.device
         most = max(sizes)
         own = [self.packed.text_spans()[i].start for i in rows]
@@ -151,7 +148,7 @@ class Probes:
         places, starts = marks.index_select(0, torch.cat(filled)), self._starts(rows)
         if self._through is not None:
             places, starts = (torch.searchsorted(self._through, t) for t in (places, starts))
-        places = places.view(len(rows), most)
+        places, lengths = places.view(len(rows), most), tuple(self._lengths[i] for i in rows)
         return Asked(Attention("named", *reduction), number, tuple(rows), sizes, places, counted, starts, lengths)
 
     def _named(self, i: int, which: str) -> torch.Tensor:
@@ -373,7 +370,7 @@ class Probes:
         g = self.decoder.geometry
         self.trace.selector_flops += 2 * g.head_dim * hidden.shape[-1] * (n * g.kv_heads + len(rows) * g.heads)
         self.trace.selector_flops += asked.flops(g.heads, g.head_dim, past)
-        return ahead(layer, hidden[:, here], rope, asked, keys, ids, window)
+        return ahead(layer, hidden[:, here], rope, asked, keys, ids, window)[0]
 
 
 def _queries(

@@ -68,6 +68,13 @@ class Queries:
         weighted = 0 if self.weight is None else 1 if self.behind else 2
         return 2 * products * (heads * head_dim + weighted)
 
+    def found(
+        self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, positions: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """float32 [T]: see :func:`scores`."""
+        return scores(query, key, self, scaling, positions, window)
+
     def columns(self) -> torch.Tensor:
         """int64 [rows, longest]: the places of each row's tokens; behind a shorter row's end those of the next."""
         rows = len(self.places)
@@ -209,7 +216,7 @@ def ahead(
         positions: int64 [p + T], where there is a sliding ``window``.
 
     Returns:
-        float32 [T], mean over heads.
+        float32 [T], mean over heads; of an ``Asked`` what its reduction makes, [1, …, T].
     """
     attn = projections(layer)
     rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
@@ -219,12 +226,8 @@ def ahead(
     q, k = rotate(q, q, *at)[0], rotate(k, k, *rope)[1]
     if past is not None:
         k, asked = torch.cat([past, k], 2), asked.alone(past.shape[2])
-    scaling = getattr(attn, "scaling", None)
-    if isinstance(asked, Queries):
-        found = scores(q[0], k[0], asked, scaling, positions, window)
-    else:
-        found = asked.found(q[0], k[0], scaling, positions, window)[0]
-    return found[-hidden.shape[1] :]
+    found: torch.Tensor = asked.found(q[0], k[0], getattr(attn, "scaling", None), positions, window)
+    return found[..., -hidden.shape[1] :]
 
 
 def _heads(attn: Any, kind: str, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from vtr.base import Attention, Tokens
-from vtr.checks import check_number, check_on_continue
+from vtr.checks import check_number, check_on_continue, check_positions
 from vtr.image import Image, Layout, tokens_at
 from vtr.policies.decoder._stages import Staged
 from vtr.policies.picture._saliency import saliency
@@ -86,13 +86,8 @@ class MustDrop(Staged):
         if self.scale is not None and check_number(self.scale, "scale") <= 0:
             raise ValueError(f"scale={self.scale} is a number of tokens: above 0, or None for thresholds as they are")
         self.check_layers()
-        if self.positions not in ("keep", "reindex"):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
+        check_positions(self.positions)
         check_on_continue(self.on_continue)
-
-    @property
-    def renumbers(self) -> bool:
-        return self.positions == "reindex"
 
     @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]

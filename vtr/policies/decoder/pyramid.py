@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from vtr.base import Best, Policy, Tokens
-from vtr.checks import check_depth, check_layer, check_on_continue
+from vtr.checks import check_depth, check_layer, check_on_continue, check_positions
 from vtr.keep import Keep, check_keep, keep_count
 from vtr.settings import register_policy
 from vtr.shares import LEAST, STAGE, equal_steps
@@ -70,13 +70,8 @@ class Pyramid(Policy):
                 raise ValueError(
                     f"layers={self.layers} must name one decoder layer for each of {len(self.keeps)} keeps, ascending"
                 )
-        if self.positions not in ("keep", "reindex"):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
+        check_positions(self.positions)
         check_on_continue(self.on_continue)
-
-    @property
-    def renumbers(self) -> bool:
-        return self.positions == "reindex"
 
     def stages(self, num_hidden_layers: int) -> dict[int, Keep]:
         """The layer each stage begins with → its keep."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from vtr.base import Attention, Best, Merged, Policy, Tokens
-from vtr.checks import check_count, check_depth, check_layer, check_on_continue, check_placement
+from vtr.checks import check_count, check_depth, check_layer, check_on_continue, check_placement, check_positions
 from vtr.keep import Keep, best, check_keep, keep_count
 from vtr.policies.decoder._lists import LAYERS, TOKENS, between, spread
 from vtr.policies.decoder._sparse import clusters, put_together, raters, taken_of
@@ -102,15 +102,10 @@ class SparseVLM(Policy):
         cuts = len(LAYERS) if self.layers is None else len(self.layers)
         if cuts != (len(LAYERS) if self.keeps is None else len(self.keeps)):
             raise ValueError(f"layers={self.layers} and keeps={self.keeps}: give one keep for each layer")
-        if self.positions not in ("keep", "reindex"):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
+        check_positions(self.positions)
         check_count(self.seed, "seed", 0, 2**31)
         check_placement(self.placement)
         check_on_continue(self.on_continue)
-
-    @property
-    def renumbers(self) -> bool:
-        return self.positions == "reindex"
 
     def check(self, num_hidden_layers: int) -> None:
         for layer in self.layers or []:

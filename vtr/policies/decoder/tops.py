@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from vtr.base import Scores, Tokens
-from vtr.checks import check_number, check_on_continue
+from vtr.checks import check_number, check_on_continue, check_positions
 from vtr.image import Image, Layout, cell
 from vtr.keep import Keep, check_keep, keep_count, top
 from vtr.policies.decoder._preserve import Normalise, preserving
@@ -81,13 +81,8 @@ class TOPS(Staged):
             raise ValueError(f"normalise={self.normalise!r}: choose 'mean' or 'minmax'")
         if self.raters not in ("text", "last"):
             raise ValueError(f"raters={self.raters!r}: choose 'text' or 'last'")
-        if self.positions not in ("keep", "reindex"):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
+        check_positions(self.positions)
         check_on_continue(self.on_continue)
-
-    @property
-    def renumbers(self) -> bool:
-        return self.positions == "reindex"
 
     @classmethod
     def settings_at(cls, share: float, num_hidden_layers: int, side: int, layer: int | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vtr.base import Policy, Tokens
-from vtr.checks import check_depth, check_layer
+from vtr.checks import check_depth, check_layer, check_positions
 from vtr.settings import register_policy
 
 if TYPE_CHECKING:
@@ -41,12 +41,7 @@ class VTW(Policy):
     def __post_init__(self) -> None:
         if self.layer is not None:
             check_layer(self.layer)
-        if self.positions not in ("keep", "reindex"):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'reindex'")
-
-    @property
-    def renumbers(self) -> bool:
-        return self.positions == "reindex"
+        check_positions(self.positions)
 
     def check(self, num_hidden_layers: int) -> None:
         if self.layer is not None:
