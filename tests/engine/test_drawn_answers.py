@@ -7,7 +7,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st

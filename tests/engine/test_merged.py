@@ -80,6 +80,20 @@ def test_rows_are_what_the_definition_says(family: str, renumber: bool, padding:
 
 
 @pytest.mark.parametrize("renumber", [False, True])
+def test_as_many_new_tokens_as_went(renumber: bool) -> None:
+    """The row is as long as before, but its tokens stand elsewhere: alone, and beside another one."""
+    model: Any = vtr.patch(models.internvl())
+    inputs, policy = tiny.batch(model, [["a", IMAGE, "b"], ["a", IMAGE, IMAGE, "what"]]), Halves(99, renumber)
+    with torch.no_grad():
+        together = model(**inputs, policy=[policy, None]).logits[0, tiny.real(inputs, 0)]
+        alone = model(**tiny.single(inputs, 0, model), policy=policy).logits[0]
+    (row,) = vtr.report(model).rows
+    assert set(row.vision_tokens) == {row.total} and row.sources(AT[0]) != row.sources(0)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone[-1], dense(model, tiny.single(inputs, 0, model), policy), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("renumber", [False, True])
 def test_a_cache_changes_nothing(renumber: bool) -> None:
     model: Any = vtr.patch(models.llava_next())
     inputs = tiny.batch(model, ROWS)

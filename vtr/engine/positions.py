@@ -23,13 +23,14 @@ class Positions:
         first: int64 [rows], the position of each row's first token; None where no row can close up.
         shift: per row, what earlier turns' renumbering cuts took off the positions of this layer.
         lost: per row, tokens that cuts of this forward dropped and that its positions close up over.
-        open: whether some row has lost tokens since positions were closed up.
+        closes: per row, whether a policy that renumbers has cut it in this forward; a merge may leave nothing lost.
+        open: whether some row has been cut so since positions were closed up.
     """
 
     def __init__(self, rotary: Any, rows: int) -> None:
         self.rotary = rotary
         self.first: torch.Tensor | None = None
-        self.shift, self.lost = [0] * rows, [0] * rows
+        self.shift, self.lost, self.closes = [0] * rows, [0] * rows, [False] * rows
         self.open = False
         self._table = torch.empty(2, 0, dtype=torch.int64)  # ids, and below them the slots
         self.rope: tuple[torch.Tensor, ...] = ()
@@ -75,7 +76,7 @@ class Positions:
     def lose(self, row: int, tokens: int) -> None:
         """A policy that renumbers has dropped so many of a row."""
         self.lost[row] += tokens
-        self.open = True
+        self.closes[row] = self.open = True
 
     def close_up(self, starts: torch.Tensor, columns: int, hidden: torch.Tensor) -> None:
         """Renumber rows over what cuts of a policy that renumbers took out of them.
@@ -92,9 +93,9 @@ class Positions:
         row = self.slots // columns if len(self.lost) > 1 else None
         offset = offset if row is None else offset.index_select(0, row)
         closed = torch.arange(self.slots.shape[0], device=hidden.device) + offset
-        if row is not None and not all(self.lost):
-            lost = from_host(self.lost, hidden.device)
-            closed = torch.where(lost.index_select(0, row) > 0, closed, self.ids[0])
+        if row is not None and not all(self.closes):
+            closes = from_host([int(one) for one in self.closes], hidden.device)
+            closed = torch.where(closes.index_select(0, row) > 0, closed, self.ids[0])
         self._become(closed[None], hidden)
 
     def _become(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -114,6 +115,7 @@ class Positions:
         if made.first is not None:
             made.first = made.first.index_select(0, from_host(old, index.device))
         made.shift, made.lost = [0] * len(old), [self.lost[row] for row in old]
+        made.closes = [self.closes[row] for row in old]
         return made
 
 
