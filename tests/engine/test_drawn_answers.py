@@ -144,7 +144,6 @@ def test_what_is_asked_for(models: Any, drawn: Any, seed: int) -> None:
             close(got, expected)
 
 
-@pytest.mark.slow
 @given(pairs, batches, properties.paddings, pixel_seeds)
 def test_a_row_is_the_same_in_any_batch(models: Any, drawn: list[Any], padding: str, seed: int) -> None:
     properties.check_rows(models, drawn, padding, seed)
