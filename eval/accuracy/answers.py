@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vtr.eval.accuracy.metrics import Metric
 import vtr
 from vtr import chat
 from vtr.data.choices import with_choices
+from vtr.data.videos import Video
 
 GRAY = (128, 128, 128)
 TOKENS = 32
@@ -29,10 +30,10 @@ def question_of(sample: Sample, instruction: str = "{question}") -> str:
 
 @dataclass
 class Batch:
-    """Samples that can be used, their pictures and encoded prompts (None without samples), and those that cannot."""
+    """Samples that can be used, their pictures or videos and encoded prompts (None without samples); the others."""
 
     samples: list[Sample]
-    pictures: list[Image.Image]
+    pictures: list[Image.Image | Video]
     inputs: Any
     bad: list[Bad]
 
@@ -55,9 +56,11 @@ class Bench:
     base: tuple[Any, Any] | None = None
     tick: Callable[[int], Any] = lambda count: None
 
-    def encode(self, samples: Sequence[Sample], pictures: Sequence[Image.Image] | None) -> Any:
-        """The samples' prompts, one picture each (or none), on the model's device; pixels in its dtype."""
+    def encode(self, samples: Sequence[Sample], pictures: Sequence[Image.Image | Video] | None) -> Any:
+        """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype."""
         questions = [question_of(sample, self.instruction) for sample in samples]
+        if pictures and isinstance(pictures[0], Video):
+            return _to(chat.encode_videos(self.processor, questions, pictures), self.model)
         return _to(chat.encode(self.processor, questions, pictures), self.model)
 
     def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -70,7 +73,7 @@ class Bench:
         if rows:
             with torch.inference_mode(), vtr.shared_features(self.model):
                 self._contend(batch, rows)
-                gray = [Image.new("RGB", picture.size, GRAY) for picture in batch.pictures]
+                gray = [gray_of(picture) for picture in batch.pictures]
                 blind = self.say(self.encode(batch.samples, gray), None)
             self._score(batch.samples, blind, [row["blind"] for row in rows])
             self._score(batch.samples, self.say_text_only(batch.samples), [row["text_only"] for row in rows])
@@ -85,6 +88,8 @@ class Bench:
 
     def inputs_for(self, one: Contender, batch: Batch) -> Any:
         """The batch as a contender gets it: its own smaller pictures, if it is an input baseline."""
+        if one.frames is not None:
+            return self.encode(batch.samples, [one.frames(video) for video in batch.pictures])
         if one.downsample is None:
             return batch.inputs
         return self.encode(batch.samples, [one.downsample(picture) for picture in batch.pictures])
@@ -97,7 +102,7 @@ class Bench:
             try:
                 if problem is not None:
                     raise BadPictureError(problem)
-                picture = sample.picture()
+                picture = sample.seen()
             except BadPictureError as error:
                 batch.bad.append(Bad(sample.index, sample.id, str(error)))
                 continue
@@ -153,6 +158,13 @@ class Bench:
     def _score(self, samples: Sequence[Sample], said: Sequence[str], cells: Sequence[dict[str, Any]]) -> None:
         for sample, text, cell in zip(samples, said, cells, strict=True):
             cell.update(said=text, score=self.metric.score(text, sample.answers, sample.choices))
+
+
+def gray_of(seen: Image.Image | Video) -> Image.Image | Video:
+    """An even gray picture of the same size, or as many of them as a video has frames."""
+    if isinstance(seen, Video):
+        return replace(seen, frames=[Image.new("RGB", frame.size, GRAY) for frame in seen.frames])
+    return Image.new("RGB", seen.size, GRAY)
 
 
 def costs(model: Any) -> list[dict[str, Any]]:

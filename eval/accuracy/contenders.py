@@ -8,6 +8,7 @@ from typing import Any
 
 from vtr.eval.accuracy import blind  # noqa: F401  (registers the question-blind selector)
 from vtr.eval.accuracy.downsample import NAME, Downsample
+from vtr.eval.accuracy.frames import FRAMES, Frames
 
 import vtr
 from vtr.budget import at_share
@@ -30,12 +31,14 @@ class Contender:
 
     Attributes:
         policy: None for no reduction. downsample: what happens to pictures before the processor, or None.
+        frames: which frames of a video the processor gets; None for all.
     """
 
     spec: str
     name: str
     policy: vtr.Policy | None = None
     downsample: Downsample | None = None
+    frames: Frames | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Shapes:
 
 
 def contender(spec: str) -> Contender:
-    """The contender of a spec: ``none``, a policy's, ``downsample:scale=0.5``, or ``downsample:scale=0.5+POLICY``.
+    """The contender of a spec: ``none``, a policy's, ``downsample:scale=0.5``, or ``downsample:scale=0.5+POLICY``; of
+    videos ``frames:keep=0.5``, or ``frames:keep=0.5+POLICY``.
 
     Raises:
         TypeError, ValueError: no such policy, or settings it refuses.
@@ -66,6 +70,9 @@ def contender(spec: str) -> Contender:
         return Contender(NONE, NONE)
     head, _, rest = spec.partition("+")
     name, _, settings = head.partition(":")
+    if name == FRAMES:
+        fewer, more = _fewer(head, settings), _policy(rest) if rest else None
+        return Contender(fewer.spec + (f"+{more.spec}" if more else ""), FRAMES, more, frames=fewer)
     if name != NAME:
         policy = _policy(spec)
         return Contender(policy.spec, policy.name, policy)
@@ -80,17 +87,28 @@ def contender(spec: str) -> Contender:
     return Contender(smaller.spec + (f"+{more.spec}" if more else ""), NAME, more, smaller)
 
 
+def _fewer(head: str, settings: str) -> Frames:
+    """The baseline of ``frames``, ``frames:0.5`` or ``frames:keep=0.5``."""
+    key, equals, value = settings.rpartition("=")
+    if equals and key != "keep":
+        raise ValueError(f"{FRAMES} has no setting {key!r}; it has: keep, e.g. {FRAMES}:keep=0.5")
+    try:
+        return Frames(float(value)) if settings else Frames()
+    except ValueError as error:
+        raise ValueError(f"{head!r}: {error}") from error
+
+
 def _policy(spec: str) -> vtr.Policy:
     """As :func:`vtr.policy`; where several policies are joined by commas, the message says how they are joined here."""
-    known = [*vtr.list_policies(), NONE, ALL, NAME]
+    known = [*vtr.list_policies(), NONE, ALL, NAME, FRAMES]
     if "," in spec:
         parts = [part.strip() for part in spec.split(",")]
         if any(part.partition(":")[0] in known and "=" not in part.partition(":")[0] for part in parts[1:]):
             raise ValueError(
                 f"{short(spec)!r}: policies are joined by a semicolon, like fastv:keep=0.25;random:keep=0.25"
             )
-    name = spec.partition(":")[0].strip()
-    if name not in known and (hint := similar(name, (NONE, ALL, NAME))) and not similar(name, vtr.list_policies()):
+    name, own = spec.partition(":")[0].strip(), (NONE, ALL, NAME, FRAMES)
+    if name not in known and (hint := similar(name, own)) and not similar(name, vtr.list_policies()):
         raise ValueError(f"unknown policy {short(name)!r}{hint}; {ALL} is one of each that `vtr list` shows")
     return vtr.policy(spec)
 

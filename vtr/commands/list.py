@@ -35,6 +35,7 @@ MODELS = {
     "pocket": "a tiny LLaVA-NeXT, the default",
     "pocket-joint": "the same, trained along with the policies",
     "pocket-internvl": "a tiny InternVL",
+    "pocket-video": "the same, trained to watch films",
 }
 
 
