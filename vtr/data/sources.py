@@ -55,9 +55,9 @@ def open_data(
     """The data that ``spec`` names.
 
     ``pocket``, ``pocket:split=val`` or ``pocket:task=video,frames=16`` (made from ``seed``; "test" otherwise) ·
-    ``FILE.jsonl``, or ``FILE.json`` with one array, pictures named relative to ``images`` or to the file · a folder with one JSONL file, or saved by
-    ``save_to_disk``, or of pictures as ``datasets``' imagefolder has it · ``hf:NAME,split=test,…`` (what follows goes
-    to ``datasets.load_dataset``, which streams).
+    ``FILE.jsonl``, or ``FILE.json`` with one array, pictures named relative to ``images`` or to the file · a folder
+    with one JSONL file, or saved by ``save_to_disk``, or of pictures as ``datasets``' imagefolder has it ·
+    ``hf:NAME,split=test,…`` (what follows goes to ``datasets.load_dataset``, which streams).
 
     Args:
         limit: read so many samples at most. columns: the data's own name for any of
