@@ -57,7 +57,7 @@ def test_contenders_of_pictures_and_of_films() -> None:
     with pytest.raises(ValueError, match="pictures have no frames"):
         Settings(policies=("frames:0.5",)).check()
     with pytest.raises(ValueError, match=r"frames:keep=0\.5"):
-        Settings(policies=("downsample:0.5",), data="pocket:task=video").check()
+        Settings(policies=("downsample:scale=0.5",), data="pocket:task=video").check()
 
 
 def test_a_gray_film(video: Video) -> None:

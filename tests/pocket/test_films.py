@@ -116,6 +116,8 @@ def test_a_frame_does_not_tell_how_many_appeared() -> None:
 def test_long_films() -> None:
     film = make_film(random.Random(1), 128)
     assert len(film.frames) == 128 and max(a.there[0] for a in film.actors) > FRAMES
+    clip = make_film(random.Random(1), films.CLIP)
+    assert len(clip.frames) == 4 and all(a.there[0] < 4 for a in clip.actors)
     with pytest.raises(ValueError, match="at least 8"):
         make_film(random.Random(1), 7)
 
@@ -198,10 +200,10 @@ def test_the_head_is_told_what_happens() -> None:
 
 @pytest.mark.slow
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    short = STAGES["watch"] | {"films": 1, "save_every": 1}
-    work(tmp_path, stages={"watch": short | {"steps": 1}})
-    work(tmp_path, stages={"watch": short | {"steps": 2}})
-    assert torch.load(tmp_path / "watch.pt", weights_only=True)["step"] == 2
+    clips, whole = ({**stage, "films": 1, "save_every": 1} for stage in STAGES.values())
+    work(tmp_path, stages={"clips": clips | {"steps": 1}})
+    work(tmp_path, stages={"clips": clips | {"steps": 2}, "films": whole | {"steps": 1}})
+    assert [torch.load(tmp_path / f"{stage}.pt", weights_only=True)["step"] for stage in STAGES] == [2, 1]
     model, processor = vtr.pocket.load("video", folder=tmp_path / "weights")
     assert len(processor.tokenizer) == len(WORDS) == model.config.text_config.vocab_size
 

@@ -1,13 +1,15 @@
 """Trains the pocket InternVL on to the pocket video model: `python -m vtr.pocket.video --out DIR`.
 
-One stage, `watch` (see STAGES for the schedule of the shipped weights): the language model learns on films, with all
-tokens, tokens dropped at random, and fewer frames. DIR/watch.pt is written every hundred steps; an interrupted run
-continues there. At the end DIR/weights holds what the package ships. One process of one thread.
+Stages (see STAGES for the schedule of the shipped weights): `clips` of four frames, then `films` of eight. The language
+model learns, with all tokens, tokens dropped at random, and every other frame left out. Every stage writes
+DIR/<stage>.pt every hundred steps; an interrupted run continues there. At the end DIR/weights holds what the package
+ships. One process of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ import torch
 from .. import load
 from ..release import export
 from ..train import Context, run_stages
+from .films import CLIP, FRAMES
 from .model import build, make_processor
 from .watch import train_watch
 
-STAGES: dict[str, dict[str, Any]] = {"watch": {"steps": 3000, "lr": 2e-3, "films": 4, "told": 0.5}}
+STAGES: dict[str, dict[str, Any]] = {
+    "clips": {"steps": 1500, "lr": 2e-3, "frames": CLIP, "films": 6, "told": 0.5},
+    "films": {"steps": 1500, "lr": 1.5e-3, "frames": FRAMES, "films": 4, "told": 0.25},
+}
 
 
 def work(out: Path, seed: int = 0, stages: dict[str, dict[str, Any]] = STAGES) -> None:
@@ -27,7 +33,7 @@ def work(out: Path, seed: int = 0, stages: dict[str, dict[str, Any]] = STAGES) -
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     model, ctx = build(load("internvl")[0], seed), Context(out, 0, 1, seed)
-    run_stages(model, ctx, stages, {"watch": train_watch})
+    run_stages(model, ctx, stages, {stage: functools.partial(train_watch, stage=stage) for stage in stages})
     export(model, out / "weights", make_processor(), longest=4)
 
 
@@ -35,9 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STAGES["watch"]["steps"], help="of stage watch")
     args = parser.parse_args()
-    work(args.out.resolve(), args.seed, {"watch": STAGES["watch"] | {"steps": args.steps}})
+    work(args.out.resolve(), args.seed)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw
 from ..scenes import COLOR_NAMES, NUMBERS, SHAPES, SIZES, TILE, WORDS, Canvas, draw_shape
 
 FRAMES = 8
-"""In a film, unless told otherwise; no film has fewer."""
+"""In a film, unless told otherwise; no film that is asked about has fewer."""
+CLIP = 4
+"""Frames of the clips that training begins with: fewer shapes appear in them."""
 SIDE = SIZES[0][0]
 """Of the picture that frames are made of, in pixels; all places below are in it."""
 WAYS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
@@ -85,14 +87,14 @@ def make_film(rng: random.Random, frames: int = FRAMES) -> Film:
     """Draws one film.
 
     Raises:
-        ValueError: fewer frames than FRAMES.
+        ValueError: fewer frames than FRAMES, and not as many as a CLIP.
     """
-    if frames < FRAMES:
+    if frames < FRAMES and frames != CLIP:
         raise ValueError(f"frames={frames}: a film has at least {FRAMES}, so that all that happens has a frame")
     canvas = Canvas(rng, SIDE, SIDE)
     gone = rng.choices(range(3), VANISHING)[0]
     last = rng.randint(6, 7 if gone < 2 else 6)  # shapes in the last frame
-    fresh = rng.randint(0, 4)  # of these, that appeared
+    fresh = rng.randint(0, min(4, frames - 1 - gone))  # of these, that appeared
     shapes, colors = rng.sample(SHAPES, 8), rng.sample(COLOR_NAMES, 8)
     times = rng.sample(range(1, frames), gone + fresh)
     spans = [(0, time) for time in times[:gone]] + [(time, frames) for time in times[gone:]]

@@ -1,4 +1,4 @@
-"""Stage `watch`: the language model learns to compare frames.
+"""Stages `clips` and `films`: the language model learns to compare frames, first few of them, then all.
 
 A film has up to a dozen questions, which share one run of its frames. Vision tokens are dropped at random, or whole
 frames are left out. Early on, a head that is thrown away afterwards reads a layer in the middle and tells, token by
@@ -35,15 +35,16 @@ POOL = 600  # films that are kept to be used again
 
 
 class Reels:
-    """Films and what the language model gets of them, fresh ones and used ones."""
+    """Films of so many frames and what the language model gets of them, fresh ones and used ones."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, frames: int) -> None:
+        self.model, self.frames = model, frames
         self.pool: deque[tuple[Film, torch.Tensor]] = deque(maxlen=POOL)
 
     def take(self, count: int, rng: random.Random) -> tuple[list[Film], torch.Tensor]:
-        """So many films, one in USES of them new, and their vision tokens (films, FRAMES, 36, width)."""
-        fresh = [make_film(rng) for _ in range(count if len(self.pool) < count else max(1, round(count / USES)))]
+        """So many films, one in USES of them new, and their vision tokens (films, frames, 36, width)."""
+        new = count if len(self.pool) < count else max(1, round(count / USES))
+        fresh = [make_film(rng, self.frames) for _ in range(new)]
         old = rng.sample(self.pool, count - len(fresh))
         made = list(zip(fresh, see(self.model, pixels(fresh)), strict=True))
         self.pool.extend(made)
@@ -178,18 +179,20 @@ def new_head() -> nn.Module:
     return nn.Sequential(nn.RMSNorm(LM_WIDTH), nn.Linear(LM_WIDTH, len(SEEN)))
 
 
-def train_watch(model: Any, ctx: Any, steps: int, lr: float, films: int, told: float, save_every: int = 100) -> None:
-    """Runs the stage. lr: of the language model. told: weight of the head's loss, which falls to 0."""
+def train_watch(
+    model: Any, ctx: Any, stage: str, steps: int, lr: float, frames: int, films: int, told: float, save_every: int = 100
+) -> None:
+    """Runs a stage. lr: of the language model. told: weight of the head's loss, which falls to 0."""
     params, optimizers = students(model, lr, 0.0)
     torch.manual_seed(ctx.seed)
     head = new_head()
     optimizers.append(torch.optim.AdamW(head.parameters(), lr, weight_decay=0.0))
     params += list(head.parameters())
-    reels = Reels(model)
+    reels = Reels(model, frames)
 
     def gradients(step: int, rng: random.Random) -> Figures:
-        view = choose_view(random.Random(f"watch-{ctx.seed}-{step}"), FRAMES)  # the same for all workers
-        count = films if sum(view[1]) > 0.5 * FRAMES else 2 * films  # short ones: more of them
+        view = choose_view(random.Random(f"{stage}-{ctx.seed}-{step}"), frames)  # the same for all workers
+        count = films if sum(view[1]) > 0.5 * frames else 2 * films  # short ones: more of them
         loss, seen, right = losses(model, head, *reels.take(count, rng), view, rng)
         (loss + told * (1 - step / steps) * seen).backward()
         figures = {kind: float(np.mean(hits)) for kind, hits in right.items()}
@@ -197,22 +200,22 @@ def train_watch(model: Any, ctx: Any, steps: int, lr: float, films: int, told: f
 
     def tell() -> None:
         for name, share in (("all", 1.0), ("quarter", 0.25)):
-            ctx.say(f"val {name} " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 12, share).items()))
+            ctx.say(f"val {name} " + " ".join(f"{k}:{v:.2f}" for k, v in validate(model, 12, share, frames).items()))
 
     run_stage(
-        "watch", ctx, model, steps, (params, optimizers), gradients,
+        stage, ctx, model, steps, (params, optimizers), gradients,
         rate=lambda step: ramp(step, steps, 30, "linear"), save_every=save_every, extra=head, tell=tell,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def validate(model: Any, films: int, share: float = 1.0) -> dict[str, float]:
+def validate(model: Any, films: int, share: float = 1.0, frames: int = FRAMES) -> dict[str, float]:
     """Accuracy by kind on validation films, a random ``share`` of every frame's tokens in place."""
     hits: dict[str, list[bool]] = defaultdict(list)
-    stream, rng = film_stream("val"), random.Random("val")
+    stream, rng = film_stream("val", frames=frames), random.Random("val")
     for _ in range(films // 4):
         several = [next(stream)[0] for _ in range(4)]
-        view = list(range(FRAMES)), [share] * FRAMES
+        view = list(range(frames)), [share] * frames
         for kind, right in losses(model, None, several, see(model, pixels(several)), view, rng)[2].items():
             hits[kind] += right
     every = [ok for right in hits.values() for ok in right]
