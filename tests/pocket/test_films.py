@@ -177,25 +177,28 @@ def test_the_head_is_told_what_happens() -> None:
     """A shape that comes in frame 2, one that goes in frame 3, one that moves left from frame 1 to 5."""
     side, cell = int(TOKENS**0.5), SIDE // int(TOKENS**0.5)
 
-    def actor(row: int, column: int, there: tuple[int, int], **more: Any) -> films.Actor:
+    def actor(row: int, column: int, there: tuple[int, int], color: str = "red", **more: Any) -> films.Actor:
         middle = (column + 0.5) * cell, (row + 0.5) * cell
-        return films.Actor("circle", "red", 12, 0, (0, 0, 0), *middle, there, **more)
+        return films.Actor("circle", color, 12, 0, (0, 0, 0), *middle, there, **more)
 
-    come, gone = actor(0, 1, (2, 8)), actor(2, 3, (0, 3))
+    def told(actors: list[films.Actor], shown: list[int]) -> dict[str, torch.Tensor]:
+        film = films.Film([None] * 8, actors)  # type: ignore[list-item]
+        seen = watch.events(film, shown).view(-1, side, side, len(watch.SEEN))
+        return {name: seen[..., i] for i, name in enumerate(watch.SEEN)}
+
+    come, gone, later = actor(0, 1, (2, 8)), actor(2, 3, (0, 3), "blue"), actor(3, 0, (5, 8))
     mover = actor(5, 4, (0, 8), way="left", length=2 * cell, begins=1, ends=5)
-    told = watch.events(films.Film([None] * 8, [come, gone, mover]), list(range(8)))  # type: ignore[list-item]
-    told = told.view(8, side, side, -1)
-    at = {name: told[..., watch.SEEN.index(name)] for name in watch.SEEN}
-    assert at["came"].nonzero().tolist() == [[2, 0, 1]]
-    assert at["fresh"].nonzero().tolist() == [[t, 0, 1] for t in range(2, 8)]
-    assert [t for t, row, column in at["went"].nonzero().tolist() if (row, column) == (2, 3)] == [3, 4, 5, 6, 7]
-    assert at["went"].sum() == 5
-    assert at["left"].any((1, 2)).tolist() == [False, False] + [True] * 6 and at["left"][7].nonzero().tolist() == [
-        [5, 2]
-    ]
+    at = told([come, gone, later, mover], list(range(8)))
+    assert at["came"].nonzero().tolist() == [[2, 0, 1], [5, 3, 0]]
+    assert at["first"].nonzero().tolist() == [[t, 0, 1] for t in range(2, 8)]
+    assert at["last"].nonzero().tolist() == [[t, 0, 1] for t in range(2, 5)] + [[t, 3, 0] for t in range(5, 8)]
+    assert torch.equal(at["appeared"], at["first"] | at["last"])
+    assert at["vanished"].nonzero().tolist() == [[t, 2, 3] for t in range(3, 8)]
+    assert at["blue"].nonzero().tolist() == [[t, 2, 3] for t in range(8)]
+    assert at["left"].any((1, 2)).tolist() == [False, False] + [True] * 6
+    assert at["left"][7].nonzero().tolist() == [[5, 2]] and torch.equal(at["left"], at["moved"])
     assert not any(at[way].any() for way in ("right", "top", "bottom"))
-    sparse = watch.events(films.Film([None] * 8, [come]), [0, 4, 7]).view(3, side, side, -1)  # type: ignore[list-item]
-    assert sparse[..., watch.SEEN.index("came")].nonzero().tolist() == [[1, 0, 1]]
+    assert told([come], [0, 4, 7])["came"].nonzero().tolist() == [[1, 0, 1]]
 
 
 @pytest.mark.slow

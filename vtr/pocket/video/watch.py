@@ -3,7 +3,9 @@
 A film has up to a dozen questions, which share one run of its frames. Vision tokens are dropped at random, or whole
 frames are left out. Early on, a head that is thrown away afterwards reads a layer in the middle and tells, token by
 token, what has happened at its place up to then. Tower and projector stay as they are, so that a film is seen once and
-used several times, each time with other questions and other tokens.
+used several times, each time with other questions and other tokens. Most of what the head tells it tells by the words
+for it (a state times a row of the word table), as in stage `align` of the pocket model: the word that decides a
+question finds what it is about.
 """
 
 from __future__ import annotations
@@ -20,15 +22,20 @@ from torch import nn
 from ..language import students
 from ..model import EOS, LM_WIDTH, PAD, answer_states
 from ..optim import ramp
+from ..scenes import COLOR_NAMES, SHAPES
 from ..stage import Figures, run_stage
-from .films import FRAMES, SIDE, TYPES, WAYS, Film, all_questions, film_stream, make_film
+from .films import FRAMES, SIDE, TYPES, WAYS, Actor, Film, all_questions, film_stream, make_film
 from .model import IDS, TOKENS, prefix, see
 
 QUESTIONS = 12  # about a film, at most
 HEAD_LAYER = 5  # its output is what the head reads
-SEEN = [*WAYS, "fresh", "came", "went"]
-"""What the head tells: a shape that moves to a side; one that was not there before; that came with this frame; that was
-here and is gone."""
+EVENTS = ["moved", "appeared", "vanished", "first", "last"]
+NAMED = [*EVENTS, *SHAPES, *COLOR_NAMES]
+"""What the head tells by words of a shape that is here, or was here and is gone. First, last: of those that had
+appeared up to then."""
+SEEN = [*WAYS, "came", *NAMED]
+"""All it tells. Those without a word for it: the side a shape has moved to, and that it came with this frame."""
+WEIGHTS = [1.0] * (len(WAYS) + 1 + len(EVENTS)) + [0.25] * (len(SHAPES) + len(COLOR_NAMES))
 KEEPS = (0.75, 0.5, 0.35, 0.25, 0.15)
 USES = 3  # of a film, on average
 POOL = 600  # films that are kept to be used again
@@ -84,6 +91,7 @@ def events(film: Film, shown: list[int]) -> torch.Tensor:
     """What there is to tell of every token of the frames that are shown: bool (shown · 36, SEEN)."""
     side = int(TOKENS**0.5)
     cell = SIDE / side
+    fresh = [actor.there[0] for actor in film.actors if not actor.shown(shown[0]) and actor.there[0] > shown[0]]
     edges = torch.arange(side) * cell
     out = torch.zeros(len(shown), side, side, len(SEEN), dtype=torch.bool)
     for actor in film.actors:
@@ -96,17 +104,23 @@ def events(film: Film, shown: list[int]) -> torch.Tensor:
                 for c in place
             ]
             here = over[1][:, None] * over[0][None, :] > 0.15 * size**2
-            told = out[i].view(side, side, -1)
-            if actor.shown(t):
-                if actor.way and place != actor.place(shown[0]):
-                    told[here, SEEN.index(actor.way)] = True
-                if not actor.shown(shown[0]):
-                    told[here, SEEN.index("fresh")] = True
-                if not actor.shown(before):
-                    told[here, SEEN.index("came")] = True
-            elif actor.shown(shown[0]):
-                told[here, SEEN.index("went")] = True
+            for name in _told(actor, shown[0], before, t, fresh):
+                out[i, :, :, SEEN.index(name)] |= here
     return out.view(-1, len(SEEN))
+
+
+def _told(actor: Actor, start: int, before: int, t: int, fresh: list[int]) -> list[str]:
+    """What there is to tell of a shape in frame ``t``, behind ``before``; ``fresh``: the frames in which some came."""
+    names = [actor.shape, actor.color]
+    if not actor.shown(t):
+        return [*names, "vanished"] if actor.shown(start) and t > start else []
+    if actor.way and actor.place(t) != actor.place(start):
+        names += [actor.way, "moved"]
+    if not actor.shown(start):
+        names += ["appeared", *(["came"] if not actor.shown(before) else [])]
+        names += ["first"] if actor.there[0] == min(fresh) else []
+        names += ["last"] if actor.there[0] == max(come for come in fresh if come <= t) else []
+    return names
 
 
 def choose_view(rng: random.Random, frames: int) -> tuple[list[int], list[float]]:
@@ -169,14 +183,24 @@ def losses(
         is_vision = number >= 0
         hidden = caught[0][:, 1:][is_vision]
         target = wanted.gather(1, number.clamp(min=0)[..., None].expand(-1, -1, len(SEEN)))[is_vision].float()
-        each = F.binary_cross_entropy_with_logits(head(hidden), target, pos_weight=torch.tensor(4.0), reduction="none")
-        told = each.sum(-1).mean()
+        logits = head(hidden, model.get_input_embeddings().weight)
+        each = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(4.0), reduction="none")
+        told = (each * torch.tensor(WEIGHTS)).sum(-1).mean()
     return loss, told, right
 
 
-def new_head() -> nn.Module:
-    """What tells SEEN from a token's state."""
-    return nn.Sequential(nn.RMSNorm(LM_WIDTH), nn.Linear(LM_WIDTH, len(SEEN)))
+class Head(nn.Module):
+    """Tells SEEN from tokens' states (…, width): logits (…, SEEN). The rows of the word table say what has a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wordless = nn.RMSNorm(LM_WIDTH), nn.Linear(LM_WIDTH, len(SEEN) - len(NAMED))
+        self.scale, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((len(NAMED),), -3.0))
+
+    def forward(self, hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(hidden)
+        named = hidden @ table[[IDS[word] for word in NAMED]].T * self.scale + self.bias
+        return torch.cat([self.wordless(hidden), named], -1)
 
 
 def train_watch(
@@ -185,7 +209,7 @@ def train_watch(
     """Runs a stage. lr: of the language model. told: weight of the head's loss, which falls to 0."""
     params, optimizers = students(model, lr, 0.0)
     torch.manual_seed(ctx.seed)
-    head = new_head()
+    head = Head()
     optimizers.append(torch.optim.AdamW(head.parameters(), lr, weight_decay=0.0))
     params += list(head.parameters())
     reels = Reels(model, frames)
