@@ -15,12 +15,14 @@ from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.resolve import shared_features
 from vtr.image import Image, Pooled
+from vtr.inputs import InputPolicy, split
 from vtr.keep import keep_count, top
 from vtr.policies import (
     AVTP,
     DART,
     EEMLLM,
     MMR,
+    MSAC,
     SCM,
     TOPS,
     VTW,
@@ -29,9 +31,11 @@ from vtr.policies import (
     ClsTop,
     DeFT,
     DivPrune,
+    Downsample,
     DynamicLLaVA,
     FasterVLM,
     FastV,
+    FewerCrops,
     FitPrune,
     GlobalCom2,
     GSearch,
@@ -61,6 +65,7 @@ from vtr.policies import (
     VScan,
     ZipVL,
 )
+from vtr.processing import processor
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
@@ -70,6 +75,7 @@ __all__ = [
     "DART",
     "EEMLLM",
     "MMR",
+    "MSAC",
     "SCM",
     "TOPS",
     "VTW",
@@ -82,9 +88,11 @@ __all__ = [
     "ClsTop",
     "DeFT",
     "DivPrune",
+    "Downsample",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FewerCrops",
     "FitPrune",
     "GSearch",
     "GlobalCom2",
@@ -92,6 +100,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "Image",
+    "InputPolicy",
     "KeyNorms",
     "MMTok",
     "Matryoshka",
@@ -132,10 +141,12 @@ __all__ = [
     "patch",
     "pocket",
     "policy",
+    "processor",
     "register_policy",
     "report",
     "search",
     "shared_features",
+    "split",
     "testing",
     "top",
     "unpatch",

@@ -24,6 +24,7 @@ from vtr.engine.prompt import ids_of, read_prompt
 from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_continue, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
 from vtr.engine.static import takes_static_step
+from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -70,7 +71,7 @@ class ForwardHooks:
             names: of the forward's parameters, in order. steps: whether a running generate's steps come this way.
         """
         given = kwargs.pop("policy", MISSING)
-        ends = kwargs.pop("vtr_queries_end", None)
+        ends, grids = kwargs.pop("vtr_queries_end", None), kwargs.pop(CROP_GRIDS, None)
         if args:
             kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
         cache = cache_in(kwargs)
@@ -105,16 +106,17 @@ class ForwardHooks:
             warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is not None and not by_hand:
             return args, kwargs, self._generation_request(generation, kwargs, source.shape)  # type: ignore[union-attr]
-        return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation)
+        return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation, grids)
 
     def _direct_request(
         self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
-        kwargs: dict[str, Any], ends: Any, generation: Generation | None,
+        kwargs: dict[str, Any], ends: Any, generation: Generation | None, grids: Any,
     ) -> Request:  # fmt: skip
         """Of a forward that is no step of a generate.
 
         Args:
             ends: the call's ``vtr_queries_end``. generation: the one inside which it is made by hand, or None.
+            grids: its ``crop_grids``.
         """
         if ids is None:
             assert embeds is not None
@@ -123,7 +125,7 @@ class ForwardHooks:
         if ends is None and generation is not None and generation.starts_with_prompt(ids):
             ends = generation.ids.shape[1]  # type: ignore[union-attr]
         labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
-        given = {**kwargs, "labels": labels}
+        given = {**kwargs, "labels": labels, CROP_GRIDS: grids}
         prompt = read_prompt(self.patch.adapter, self.patch.model, ids, kwargs.get("attention_mask"), given)
         starts, lacking = prompt.answer_starts()
         if ends is None and lacking:  # labels of plain language modeling

@@ -24,6 +24,7 @@ from vtr.engine.refusals import check_call, check_generation
 from vtr.engine.resolve import check_resolvable, resolve_rows
 from vtr.engine.static import StaticRaggedCache, decoding_of
 from vtr.engine.trace import Trace, Tried
+from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -103,7 +104,8 @@ class Generate:
         if given is MISSING and getattr(kwargs.get("generation_config"), "is_assistant", False):
             given = None  # another model's draft: that model checks it, and has encoded the images already
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        generation, tried = self._prepared(given, ids, kwargs)
+        grids = kwargs.pop(CROP_GRIDS, None)  # ours: the model's own generate refuses what it does not know
+        generation, tried = self._prepared(given, ids, kwargs, grids)
         with self._running(generation), generation.until_done:
             try:
                 out = self.__wrapped__(*args, **kwargs)
@@ -134,13 +136,13 @@ class Generate:
         return args, kwargs
 
     def _prepared(
-        self, given: Any, ids: torch.Tensor | None, kwargs: dict[str, Any]
+        self, given: Any, ids: torch.Tensor | None, kwargs: dict[str, Any], grids: Any
     ) -> tuple[Generation, Tried | None]:
         """What the call carries through its forwards, and what was tried to choose its policies."""
         patch, tried = self.patch, None
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         policies = patch.choice.policies(given, None if source is None else source.shape[0])
-        prompt = None if policies is None else self._check(ids, kwargs, policies)
+        prompt = None if policies is None else self._check(ids, kwargs, policies, grids)
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
             check_resolvable(patch.adapter, kwargs, patch.inner.generation_config, ids)
             assert ids is not None
@@ -167,7 +169,9 @@ class Generate:
             running.reset(token)
             capturing.reset(before)
 
-    def _check(self, ids: torch.Tensor | None, kwargs: dict[str, Any], policies: list[Policy | None]) -> Prompt:
+    def _check(
+        self, ids: torch.Tensor | None, kwargs: dict[str, Any], policies: list[Policy | None], grids: Any
+    ) -> Prompt:
         """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
         patch, adapter, model = self.patch, self.patch.adapter, self.patch.model
         check_call(kwargs, [model.config, patch.decoder.text.config])
@@ -182,6 +186,6 @@ class Generate:
             assert embeds is not None
             ids = ids_of(adapter, model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
-        prompt = read_prompt(adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        prompt = read_prompt(adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), {**kwargs, CROP_GRIDS: grids})
         adapter.check_generation(model, prompt)
         return prompt

@@ -104,7 +104,7 @@ def span_of(model: Any, inputs: Any, row: int, image: int) -> tuple[int, Layout]
         have = f"{len(mine)} image(s), counted from 0" if mine else "no image: choose a row with one"
         raise ValueError(f"image={image} of row {row}: it has {have}")
     slot, layout = mine[image]
-    if layout.crops == (0, 0) and layout.tiles > 1:
+    if layout.crops == (0, 0) and layout.tiles > 1 and not layout.groups:
         raise ValueError("videos cannot be drawn: ask about one frame as an image")
     return slot, layout
 
