@@ -132,7 +132,7 @@ class Stops(StoppingCriteria):
 
 
 class Chat:
-    """A model with its processor and one policy.
+    """A model with its processor and one policy, whose parts act before the tower and in the model.
 
     Args:
         pretrained: ``pocket``, ``pocket-joint``, ``pocket-internvl``, a folder or a hub name.
@@ -142,6 +142,7 @@ class Chat:
 
     Raises:
         ValueError: a checkpoint that cannot be loaded, an unknown dtype or policy.
+        UnsupportedError: a policy that has nothing to do before this processor.
     """
 
     def __init__(self, pretrained: str = POCKET, policy: Any = None, device: str = "auto", dtype: str = "auto") -> None:
@@ -149,11 +150,13 @@ class Chat:
         precision = None if dtype == "auto" else getattr(torch, dtype, None)
         if dtype != "auto" and not isinstance(precision, torch.dtype):
             raise ValueError(f"dtype={dtype!r}: choose auto, float32, bfloat16 or float16")
-        self.model, self.processor = load(pretrained, device)
+        before, self.inside = vtr.split(self.policy)
+        self.model, processor = load(pretrained, device)
+        self.processor = vtr.processor(processor, before)
         if precision is not None:
             self.model.to(precision)
-        if self.policy is not None:
-            self.policy.check(len(self.model.get_decoder().layers))
+        if self.inside is not None:
+            self.inside.check(len(self.model.get_decoder().layers))
         self.tokenizer = self.processor.tokenizer
 
     # -- prompts ---------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ class Chat:
             start = inputs["input_ids"].shape[1]
             stops = StoppingCriteriaList([Stops(self.tokenizer, until, start)] if until else [])
             made = self.model.generate(
-                **inputs, **self._padding(), policy=self.policy, stopping_criteria=stops, **settings
+                **inputs, **self._padding(), policy=self.inside, stopping_criteria=stops, **settings
             )[:, start:]
             rows = vtr.report(self.model).rows
             texts = self.processor.batch_decode(made, skip_special_tokens=True)
@@ -254,7 +257,7 @@ class Chat:
             wanted[row, : lengths[row]] = torch.tensor(tokens[i])
         wanted = wanted.to(self.model.device)
         steps = self.model.generate(
-            **inputs, **self._padding(), policy=self.policy, do_sample=False, num_beams=1, max_new_tokens=max(lengths),
+            **inputs, **self._padding(), policy=self.inside, do_sample=False, num_beams=1, max_new_tokens=max(lengths),
             logits_processor=LogitsProcessorList([Forced(wanted)]), eos_token_id=[], output_logits=True,
             return_dict_in_generate=True,
         ).logits  # fmt: skip

@@ -55,10 +55,15 @@ class Bench:
     base: tuple[Any, Any] | None = None
     tick: Callable[[int], Any] = lambda count: None
 
-    def encode(self, samples: Sequence[Sample], pictures: Sequence[Image.Image] | None) -> Any:
-        """The samples' prompts, one picture each (or none), on the model's device; pixels in its dtype."""
+    def encode(
+        self, samples: Sequence[Sample], pictures: Sequence[Image.Image] | None, before: vtr.Policy | None = None
+    ) -> Any:
+        """The samples' prompts, one picture each (or none), on the model's device; pixels in its dtype.
+
+        before: what acts on the pictures, or None.
+        """
         questions = [question_of(sample, self.instruction) for sample in samples]
-        return _to(chat.encode(self.processor, questions, pictures), self.model)
+        return _to(chat.encode(self.processor, questions, pictures, before), self.model)
 
     def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """One row a sample, in order; a picture that cannot be read or encoded makes a bad one.
@@ -84,10 +89,10 @@ class Bench:
             self._score(batch.samples, said, [row["policies"][one.spec] for row in rows])
 
     def inputs_for(self, one: Contender, batch: Batch) -> Any:
-        """The batch as a contender gets it: its own smaller pictures, if it is an input baseline."""
-        if one.downsample is None:
+        """The batch as a contender gets it: encoded anew where it acts on pictures."""
+        if one.before is None:
             return batch.inputs
-        return self.encode(batch.samples, [one.downsample(picture) for picture in batch.pictures])
+        return self.encode(batch.samples, batch.pictures, one.before)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         """Decode the pictures and encode the prompts of those samples that can be used."""

@@ -170,6 +170,9 @@ def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Sour
     model, processor = load(settings.model, device, settings.dtype)
     weights = settings.name if settings.name in vtr.pocket.POLICIES else None
     found, only_all, left_out = contenders(settings.policies, Shapes.from_model(model), settings.budget, weights)
+    for one in found:
+        if one not in only_all:
+            vtr.processor(processor, one.before)  # refused before anything is asked
     tokens = settings.max_new_tokens or model.generation_config.max_new_tokens or TOKENS
     base = None if settings.base_lm is None else load_language_model(settings.base_lm, device, model.dtype)
     bench = Bench(model, processor, found, metric(settings.metric), settings.instruction, tokens, base)

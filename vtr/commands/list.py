@@ -21,11 +21,13 @@ from vtr.learned import Learned
 from vtr.settings import policy_class
 
 OTHERS = "Policies from elsewhere."
-ROOMS = ("blind", "picture", "question", "decoder", "trained")
+ROOMS = ("input", "blind", "picture", "question", "decoder", "trained")
 """The order in which the packages of :mod:`vtr.policies` are shown; others follow."""
+ELSEWHERE = {"msac": "pocket-internvl"}
+"""Policies that the default model cannot have, and a model that can."""
 HOW = """[b]How to write a policy[/]  name:setting=value,…  e.g. [b]fastv:keep=0.25,layer=2[/]
 A setting left out has its default; a keep is a ratio (0.25) or a count (64).
-Two policies are joined by +: [b]m3:tokens=144+fastv:keep=0.5[/]
+Two policies are joined by +: [b]m3:tokens=144+fastv:keep=0.5[/], [b]fewer_crops+globalcom2:0.25[/]
 No reduction is called [b]none[/].
 
   vtr list NAME                                  its settings, what they mean
@@ -95,7 +97,8 @@ def _show_one(name: str) -> None:
         table.add_row("weights", "", f"a folder with trained weights, or {' or '.join(vtr.pocket.POLICIES)}")
     if table.row_count:
         console.print(table)
-    console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {escape(example_of(name))}", soft_wrap=True)
+    example = escape(example_of(name)) + (f" --model {ELSEWHERE[name]}" if name in ELSEWHERE else "")
+    console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {example}", soft_wrap=True)
 
 
 def example_of(name: str) -> str:

@@ -124,18 +124,19 @@ def ask(
         expected: the right answer, if it is known: figures then mark right and wrong ones.
 
     Returns:
-        A shot a policy, with the answer; the vision tower has run once.
+        A shot a policy, with the answer; the vision tower has run once for all that see the same tiles.
     """
     import vtr
     from vtr.chat import decode, encode
 
-    picture = upright(picture)
-    inputs = encode(processor, [question], [picture]).to(model.device)
-    first_slot, layout = span_of(vtr.patch(model), inputs, 0, 0)
-    shots = []
+    picture, shots = upright(picture), []
+    vtr.patch(model)
     with torch.inference_mode(), vtr.shared_features(model):
         for policy in policies:
-            out = model.generate(**inputs, policy=policy, max_new_tokens=max_new_tokens, do_sample=False)
+            before, rest = vtr.split(policy)
+            inputs = encode(processor, [question], [picture], before).to(model.device)
+            first_slot, layout = span_of(model, inputs, 0, 0)
+            out = model.generate(**inputs, policy=rest, max_new_tokens=max_new_tokens, do_sample=False)
             done, said = report(model), decode(processor, out, inputs["input_ids"].shape[1])[0]
             shots.append(Shot(picture, layout, first_slot, done.rows[0], said, done.flops, question, expected))
     return shots
