@@ -1,6 +1,7 @@
 """Policies that act on pictures, before the processor: what they are, and how a policy is split into both parts.
 
-The model never sees them. :func:`vtr.processor` puts one in front of a processor; what else a spec names is the model's.
+The model never sees them. :func:`vtr.processor` puts one in front of a processor; what else a spec names is for
+the model.
 """
 
 from __future__ import annotations

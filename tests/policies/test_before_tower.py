@@ -50,7 +50,9 @@ def vision_tokens(processor: Any, size: tuple[int, int], policy: Any = None) -> 
 
 
 # -- as data -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("spec", ["downsample:scale=0.25", "fewer_crops:alpha=0.2", "msac:detail=[1,24],adaptive=[1,8]"])
+@pytest.mark.parametrize(
+    "spec", ["downsample:scale=0.25", "fewer_crops:alpha=0.2", "msac:detail=[1,24],adaptive=[1,8]"]
+)
 def test_they_are_policies_as_data(spec: str, tmp_path: Path) -> None:
     made = vtr.policy(spec)
     assert isinstance(made, vtr.InputPolicy) and made.spec == spec and vtr.policy(made.spec) == made
@@ -70,7 +72,7 @@ def test_split() -> None:
 
 def test_settings_that_cannot_be() -> None:
     for spec in ("downsample:0", "downsample:2", "fewer_crops:1.0", "fewer_crops:-0.1", "msac:[4]", "msac:[5,4]"):
-        with pytest.raises(ValueError, match="lies in|fewest"):
+        with pytest.raises(ValueError, match=r"lies in|fewest"):
             vtr.policy(spec)
     for spec in ("downsample:half", "fewer_crops:x", "msac:4", 'msac:["a",3]'):
         with pytest.raises(TypeError, match="must be"):
@@ -328,7 +330,10 @@ def test_kits_split_them() -> None:
 
     kit = Chat("pocket", "downsample:0.5+fastv:0.5;layer=2")
     assert spelled(kit.policy) == "downsample:scale=0.5+fastv:keep=0.5"
-    message = {"role": "user", "content": [{"type": "image", "image": picture((192, 192))}, {"type": "text", "text": QUESTION}]}
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": picture((192, 192))}, {"type": "text", "text": QUESTION}],
+    }
     (said,) = kit.answers([kit.prompt([message])], {"max_new_tokens": 2, "do_sample": False})
     assert said.vision_tokens == (2 * 300 + 8 * 150) / 10
 

@@ -51,15 +51,16 @@ def run_command(
 ) -> None:
     """Ask a question about a picture, with fewer vision tokens.
 
-    Policies before the tower (`vtr list`) act on the picture, those in the model behind it: join them with +. Prints the answer, the vision tokens entering each decoder layer, prefill and decode time, FLOPs and KV bytes.
+    Prints the answer, the vision tokens entering each decoder layer, prefill and decode time, FLOPs and KV bytes. A
+    policy before the tower (`vtr list`) acts on the picture; join it with one in the model by +.
 
     * `vtr run --sample 0 --policy fastv:keep=0.1 --compare --show kept.png`
-
-    * `vtr run --sample 0 --policy fewer_crops+globalcom2:0.25` — fewer crops, and a quarter of their tokens
 
     * `vtr run --sample 0 --policy fastv --budget 192` — of this prompt's vision tokens, in the mean over layers
 
     * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
+
+    * `vtr run cat.jpg "What is this?" --model llava-hf/llava-v1.6-vicuna-7b-hf --policy fewer_crops+globalcom2:0.25`
     """
     try:
         check_show(show)

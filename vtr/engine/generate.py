@@ -186,6 +186,8 @@ class Generate:
             assert embeds is not None
             ids = ids_of(adapter, model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
-        prompt = read_prompt(adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), {**kwargs, CROP_GRIDS: grids})
+        prompt = read_prompt(
+            adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), {**kwargs, CROP_GRIDS: grids}
+        )
         adapter.check_generation(model, prompt)
         return prompt

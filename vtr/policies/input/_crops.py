@@ -74,7 +74,9 @@ def crops_of(image_processor: Any, settings: Mapping[str, Any]) -> AnyRes | ByPr
     if not hasattr(image_processor, "crop_to_patches"):
         return None
     names = ("crop_to_patches", "min_patches", "max_patches")
-    told = {name: settings[name] if settings.get(name) is not None else getattr(image_processor, name) for name in names}
+    told = {
+        name: settings[name] if settings.get(name) is not None else getattr(image_processor, name) for name in names
+    }
     side = tile_side(image_processor, settings)
     found = tuple((w * side, h * side) for w, h in grids(told["min_patches"], told["max_patches"]))
     return ByProportion(found, image_processor, {**told, "patch_size": {"height": side, "width": side}})

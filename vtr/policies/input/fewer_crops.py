@@ -102,4 +102,3 @@ class FewerCrops(InputPolicy):
         single = [not isinstance(row, (list, tuple)) or len(row) == 1 for row in rows]
         made = [mapped(scaled, row) if alone else row for row, alone in zip(rows, single, strict=True)]
         return image_processor(made, **settings)
-

@@ -1,4 +1,4 @@
-"""MSAC, Mini-Monkey's multi-scale adaptive crops (Huang et al., ICLR 2025, arXiv 2408.02034): two grids of a picture."""
+"""MSAC, Mini-Monkey's multi-scale adaptive crops (Huang et al., ICLR 2025, arXiv 2408.02034): two grids a picture."""
 
 from __future__ import annotations
 
