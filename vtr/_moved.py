@@ -13,8 +13,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 ROOMS = {
-    "vtr.eval.accuracy": "answers blind contenders data instructions journal kinds metrics processes run "
-    "stats summary",
+    "vtr.eval.accuracy": "answers blind contenders data instructions journal kinds metrics processes run stats summary",
     "vtr.eval.cost": "interleave midsize peak_memory servable shapes timing",
     "vtr.eval.studies": "apart autoscale budgets equal_flops oracle schedule_report schedules trained",
     "vtr.eval.report": "page plots readme results",

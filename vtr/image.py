@@ -84,8 +84,7 @@ class Layout:
     @property
     def group(self) -> torch.Tensor:
         """int64 [n]: 0 for the thumbnail (or the only tile), 1 for the finest grid of crops, 2 for the next, …"""
-        bounds = torch.tensor([first for first, _, _ in self.groups or ((1, 0, 0),)])
-        return torch.bucketize(self.tile, bounds, right=True)
+        return _group(self)
 
     @property
     def has_all_patches(self) -> bool:
@@ -270,6 +269,14 @@ def arrange(layout: Layout, tiles: torch.Tensor, newline: torch.Tensor | None) -
     elif bool(layout.newline.any()):
         raise ValueError("this layout has newline tokens: give the embedding of one")
     return torch.cat(parts).index_select(0, _sources(layout).to(tiles.device, non_blocking=True))
+
+
+@remembered(1024)
+def _group(layout: Layout) -> torch.Tensor:
+    """See :attr:`Layout.group`."""
+    if not layout.groups:
+        return layout.tile.clamp(max=1)
+    return torch.bucketize(layout.tile, torch.tensor([first for first, _, _ in layout.groups]), right=True)
 
 
 @remembered(1024)

@@ -117,7 +117,7 @@ def _joined(parts: Sequence[Policy]) -> Policy | None:
     return None if not parts else parts[0] if len(parts) == 1 else Chain(list(parts))
 
 
-def refuse_inputs(made: Policy) -> None:
+def refuse_inputs(made: Policy | None) -> None:
     """Raise UnsupportedError for a policy, on its way into a model, that acts before the processor."""
     before, rest = split(made)
     if before is None:

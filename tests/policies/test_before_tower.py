@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from vtr.integrations.internvl import grids_layout, tiles_layout
 
 import vtr
+import vtr.autopatch
 from vtr.chat import encode
 from vtr.cli import app
 from vtr.engine.adapters import find_adapter
@@ -88,8 +89,10 @@ def test_sizes_and_tokens(pocket: Any) -> None:
     square = [vision_tokens(processor, (192, 192), policy) for policy in (None, "downsample:0.5", "downsample:0.25")]
     assert square == [744, 300, 300]
     assert vtr.Downsample(0.01).size_for((192, 20), None, {}) == (2, 1)
-    tall = [vision_tokens(processor, (96, 100), policy) for policy in (None, "fewer_crops", "fewer_crops:0.0")]
-    assert tall[0] > tall[1] and tall[2] == tall[0]
+    above = [vision_tokens(processor, (100, 98), policy) for policy in (None, "fewer_crops", "fewer_crops:0.0")]
+    assert above[0] == above[2] > 2 * above[1]
+    padded = [encode(processor, ["what"], [picture((96, 100))], policy) for policy in (None, "fewer_crops")]
+    assert [one["pixel_values"].shape[1] for one in padded] == [3, 2]  # (padding has tiles, but no tokens)
     assert vision_tokens(processor, (192, 192), "fewer_crops") == 744
 
 
@@ -198,6 +201,8 @@ def test_a_model_does_not_take_them(pocket: Any) -> None:
     ):
         with pytest.raises(vtr.UnsupportedError, match=r"vtr\.processor\(processor.*policy='fastv:keep=0.25'"):
             call()
+    with pytest.raises(ValueError, match=r"models are patched here.*vtr\.processor"):
+        vtr.autopatch.enable("fewer_crops")
     with pytest.raises(vtr.UnsupportedError, match="policy=None"):
         model.generate(**inputs, policy="downsample")
     with pytest.raises(ValueError, match=r"'fastv:keep=0.5' acts in the model.*'downsample:scale=0.5' alone here"):
