@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers.image_processing_utils import select_best_resolution
 
 import vtr
 from tests import official
@@ -72,16 +75,27 @@ def test_a_scaled_picture_gets_the_crops_of_the_relaxed_canvas(
         assert crops.count(size) <= canvas[0] * canvas[1] and size[0] <= width and size[1] <= height
 
 
-def test_pictures_of_given_sizes_get_the_tiles_of_the_relaxed_canvas() -> None:
-    for name, config in TILES.items():
-        crops = AnyRes(PINS[name])
-        for size in (tuple(row["size"]) for row in config["rows"]):
-            canvas = relaxed(size, PINS[name], 0.1)
-            assert canvas is not None
+@pytest.mark.parametrize("name", TILES)
+def test_the_unchanged_choice_of_a_scaled_picture_is_the_relaxed_canvas(name: str) -> None:
+    """Of all given sizes, and of drawn ones."""
+    crops, rng = AnyRes(PINS[name]), random.Random(0)
+    sizes = [tuple(row["size"]) for row in TILES[name]["rows"]]
+    sizes += [(rng.randint(32, 2500), rng.randint(32, 2500)) for _ in range(400)]
+    for size in sizes:
+        canvas = relaxed(size, PINS[name], 0.1)
+        if canvas is not None and canvas[0] * canvas[1] < crops.count(size):
             fitted = crops.fit(size, canvas)
-            assert crops.count(fitted) == min(canvas[0] * canvas[1], crops.count(fitted))
-            if canvas[0] * canvas[1] < crops.count(size):
-                assert crops.count(fitted) == canvas[0] * canvas[1], (name, size)
+            pins = [pin[::-1] for pin in PINS[name]]
+            assert select_best_resolution(fitted[::-1], pins) == canvas[::-1], size
+
+
+def test_means_that_the_page_names() -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "methods" / "input.md").read_text().split())
+    fixture = json.loads((Path(__file__).parents[1] / "golden" / "bluelm" / "tiles.json").read_text())["configs"]
+    for name in ("bluelm_3x3_384", "ov_6x6_384", "next_336"):
+        rows = fixture[name]["rows"]
+        means = [sum(r[key][0] * r[key][1] for r in rows) / len(rows) for key in ("anyres", "relaxed_0.1_area")]
+        assert f"from {means[0]:.2f} to {means[1]:.2f}" in page
 
 
 @pytest.mark.parametrize("name", CROPS["configs"])
