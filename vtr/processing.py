@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from vtr.base import Policy, UnsupportedError
 from vtr.inputs import InputPolicy, parts_of, split

@@ -13,7 +13,8 @@ def tile_side(image_processor: Any, settings: Mapping[str, Any]) -> int:
     """The side of a tile in pixels."""
     size = settings.get("size") or image_processor.size
     size = size if isinstance(size, Mapping) else vars(size)
-    return int(size.get("height") or size.get("shortest_edge"))
+    side: Any = size.get("height") or size.get("shortest_edge")
+    return int(side)
 
 
 def grids(least: int, most: int) -> list[tuple[int, int]]:
@@ -37,7 +38,7 @@ class AnyRes:
         from transformers.image_processing_utils import select_best_resolution
 
         best = select_best_resolution(size[::-1], [canvas[::-1] for canvas in self.canvases])
-        return 0 if best is None else best[0] * best[1]
+        return 0 if best is None else int(best[0] * best[1])
 
     def fit(self, size: Size, canvas: Size) -> Size:
         """The largest size of these proportions that lies on the canvas, but no larger than it is."""
