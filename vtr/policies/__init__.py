@@ -32,6 +32,8 @@ from vtr.policies.input.fewer_crops import FewerCrops
 from vtr.policies.input.msac import MSAC
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
+from vtr.policies.picture.dycoke import DyCoke
+from vtr.policies.picture.evs import EVS
 from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.hiprune import HiPrune
@@ -42,6 +44,7 @@ from vtr.policies.picture.prumerge import PruMerge, PruMergePlus
 from vtr.policies.picture.prunesid import PruneSID
 from vtr.policies.picture.scope import Scope
 from vtr.policies.picture.tome import ToMe
+from vtr.policies.picture.vidcom2 import VidCom2
 from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.picture.vscan import VScan
@@ -56,6 +59,7 @@ __all__ = [
     "AVTP",
     "DART",
     "EEMLLM",
+    "EVS",
     "MMR",
     "MSAC",
     "SCM",
@@ -67,6 +71,7 @@ __all__ = [
     "DeFT",
     "DivPrune",
     "Downsample",
+    "DyCoke",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
@@ -96,6 +101,7 @@ __all__ = [
     "Trim",
     "UniformGrid",
     "VScan",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "ZipVL",
