@@ -268,14 +268,15 @@ def test_scm_cuts_the_detail_grid(internvl: Any) -> None:
 
 
 def test_a_mixed_batch_is_its_rows_alone(internvl: Any) -> None:
-    """Rows of two grids, of one and of a single tile: what each keeps, and says."""
+    """Rows of two grids and of one: what each keeps, and says."""
     model, processor = internvl
     sizes, policies = [(250, 130), (90, 90), (130, 250)], ["scm", "fastv:0.25", "m3:9"]
     made = [picture(size, seed) for seed, size in enumerate(sizes)]
     policy = "msac:[1,6],adaptive=[1,4]"
     together = encode(processor, [QUESTION] * 3, made, policy)
     assert len(together[CROP_GRIDS]) == 2 + 1
-    run = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    run: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": []}
+    run |= {"return_dict_in_generate": True, "output_logits": True}
     want = model.generate(**together, policy=policies, **run)
     rows = vtr.report(model).rows
     for b, (one, mine) in enumerate(zip(made, policies, strict=True)):

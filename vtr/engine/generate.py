@@ -147,7 +147,7 @@ class Generate:
             check_resolvable(patch.adapter, kwargs, patch.inner.generation_config, ids)
             assert ids is not None
             with busy(patch.key, "it is generating; wait until generate has returned"):
-                policies, tried = resolve_rows(self, ids, kwargs, policies, prompt)
+                policies, tried = resolve_rows(self, ids, {**kwargs, CROP_GRIDS: grids}, policies, prompt)
             prompt = None if policies is None else prompt
         length = 0 if ids is None else ids.shape[1]
         captures = None if policies is None or prompt is None else patch.vision.wanted(policies, prompt)
