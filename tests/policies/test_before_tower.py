@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def test_sizes_and_tokens(pocket: Any) -> None:
     padded = [encode(processor, ["what"], [picture((96, 100))], policy) for policy in (None, "fewer_crops")]
     assert [one["pixel_values"].shape[1] for one in padded] == [3, 2]  # (padding has tiles, but no tokens)
     assert vision_tokens(processor, (192, 192), "fewer_crops") == 744
+
+
+def test_the_table_of_the_page(pocket: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "input.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) × (\d+) \| (\d+) tiles, (\d+) tokens \| (\d+), (\d+) \| (\d+), (\d+) \|$", page, re.M)
+    assert len(rows) == 6
+    for width, height, *want in (map(int, row) for row in rows):
+        found: list[int] = []
+        for policy in (None, "fewer_crops", "downsample:0.5"):
+            inputs = encode(pocket[1], ["what"], [picture((width, height))], policy)
+            found += [inputs["pixel_values"].shape[1], int((inputs["input_ids"] == 4).sum())]
+        assert found == want, (width, height)
 
 
 def test_the_processor_is_as_it_was(pocket: Any, tmp_path: Path) -> None:
