@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_the_table_of_the_page(pocket: Any) -> None:
             inputs = encode(pocket[1], ["what"], [picture((width, height))], policy)
             found += [inputs["pixel_values"].shape[1], int((inputs["input_ids"] == 4).sum())]
         assert found == want, (width, height)
+
+
+def test_what_it_saves_is_what_the_study_found() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "methods" / "input.md").read_text(encoding="utf-8")
+    for one in json.loads((docs / "results" / "before-tower.json").read_text(encoding="utf-8"))["sizes"]:
+        none, *others = one["rows"].values()
+        if others[0]["tiles"] < none["tiles"]:
+            cells = [f"{row['flops'] / none['flops']:.2f}, {row['cpu_time']:.2f}" for row in others]
+            assert f"| {one['size'][0]} × {one['size'][1]} | {' | '.join(cells)} |" in page
 
 
 def test_the_processor_is_as_it_was(pocket: Any, tmp_path: Path) -> None:
