@@ -290,7 +290,7 @@ def test_a_prompt_that_does_not_go_on_is_refused(llava: Models) -> None:
 
 def test_several_pictures_and_a_new_one(llava: Models) -> None:
     """Demonstrations are shared; a question may bring a picture of its own, then its pixels alone are passed."""
-    family, model, policy = llava.family, llava.patched, vtr.UniformGrid(0.4)
+    family, model, policy = llava.family, llava.patched, M3
     shown, question = ["ab", IMAGE, "x", IMAGE, "yz"], ["what", IMAGE, "is"]
     whole = family.batch(model, [[*shown[:-1], shown[-1] + question[0], *question[1:]]])
     want = family.generate(model, whole, policy=policy, max_new_tokens=STEPS)
@@ -304,7 +304,7 @@ def test_several_pictures_and_a_new_one(llava: Models) -> None:
 
 @pytest.mark.parametrize("name", ["m3", "random", "dynamic-llava"])
 def test_decoding_with_constant_shapes(llava: Models, name: str) -> None:
-    """Of the prefix's generate, of a fork's; several forks at once."""
+    """Of the prefix's generate, and of forks that get more tokens than it did and name no policy."""
     policy, static = POLICIES[name](llava, asked(llava, ""), 0), {"cache_implementation": "static"}
     family, model = llava.family, llava.patched
     first = {"max_new_tokens": 2, "policy": policy}
@@ -313,9 +313,9 @@ def test_decoding_with_constant_shapes(llava: Models, name: str) -> None:
     new = torch.tensor([[20, 21, 22]] * 2)
     said = growing.get_seq_length()
     inputs = {"input_ids": new, "attention_mask": torch.ones(2, said + 3, dtype=torch.int64)}
-    want = family.generate(model, inputs, past_key_values=vtr.fork(growing, 2), max_new_tokens=STEPS)
+    want = family.generate(model, inputs, past_key_values=vtr.fork(growing, 2), max_new_tokens=24)
     for _ in range(2):
-        got = family.generate(model, inputs, past_key_values=vtr.fork(cache, 2), max_new_tokens=STEPS)
+        got = family.generate(model, inputs, past_key_values=vtr.fork(cache, 2), max_new_tokens=24)
         alike(got[:2], want[:2])
 
 
@@ -327,7 +327,7 @@ def test_a_question_guided_policy_says_so(llava: Models, how: str, named: bool) 
     policy = vtr.FastV(0.5, 2, on_continue=how)
     cache, more = prefilled(llava, policy), {"policy": policy} if named else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="the conversation goes on")
         with torch.no_grad():
             llava.patched(input_ids=torch.tensor([[9]]), past_key_values=vtr.fork(cache))
         if how == "keep":

@@ -45,9 +45,10 @@ class PreparesCache:
     ) -> Any:  # fmt: skip
         args = generation_mode, batch_size, max_cache_length, *args
         generation, cache = self.patch.choice.generation(), cache_in(model_kwargs)
-        reduces = generation is not None and generation.policies is not None and not generation.started
-        again = isinstance(cache, StaticRaggedCache)
-        if generation is None or not reduces or not (again or (cache is None and _wants_static(generation_config))):
+        reduces = generation is not None and generation.policies is not None
+        again = isinstance(cache, StaticRaggedCache) and (reduces or is_ragged(cache))
+        made = reduces and cache is None and _wants_static(generation_config)
+        if generation is None or generation.started or not (again or made):
             return self.original(generation_config, model_kwargs, *args)
         if again:
             self.original(generation_config, model_kwargs, *args)

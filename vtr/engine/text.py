@@ -208,7 +208,7 @@ class TextHooks:
         if call.request is not None:
             state.policies = list(call.request.policies)
         deltas = getattr(self.patch.entry, "rope_deltas", None)
-        if deltas is not None and call.positions.dim() == 3:
+        if deltas is not None and call.positions.dim() == 3 and rows % len(deltas) == 0:
             state.rope_deltas = deltas.repeat_interleave(rows // len(deltas), 0)
 
     def _decode(self, call: TextCall) -> dict[str, Any]:
