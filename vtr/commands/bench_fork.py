@@ -37,7 +37,7 @@ def bench_fork(
 
     Examples:
 
-    * `vtr bench fork` — two minutes on one core
+    * `vtr bench fork` — minutes on one core
 
     * `vtr bench fork --policy none --policy pool:grid=6 --questions 8 --rounds 3`
     """
