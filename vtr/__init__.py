@@ -14,6 +14,7 @@ from vtr.budget import at_budget
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.resolve import shared_features
+from vtr.engine.turns import fork
 from vtr.image import Image, Pooled
 from vtr.keep import keep_count, top
 from vtr.policies import (
@@ -133,6 +134,7 @@ __all__ = [
     "ZipVL",
     "at_budget",
     "chat",
+    "fork",
     "keep_count",
     "list_policies",
     "patch",
