@@ -18,8 +18,8 @@ from vtr.data.choices import with_choices
 
 GRAY = (128, 128, 128)
 REFERENCES = ("no_image", "gray", "base_lm")
-"""The runs without the picture, never reduced: the model gets the question alone; an even gray picture of the same size;
-the base language model, where there is one, gets the question alone."""
+"""The runs without the picture, never reduced: the model gets the question alone, or with an even gray picture of the
+same size; the base language model, where there is one, gets the question alone."""
 TOKENS = 32
 """The longest answer, where neither the caller nor the model's generation config says."""
 

@@ -15,7 +15,6 @@ import numpy as np
 import typer
 from vtr.eval.report import results
 
-
 NEVER_ZERO = 1e-6
 """What the published code adds to a mean before it divides by it, in percent."""
 

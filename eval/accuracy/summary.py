@@ -63,8 +63,8 @@ def summarize(
 def needs_picture(row: Row) -> bool:
     """Whether none of the runs without the picture is right.
 
-    After MMStar's idea of vision-indispensable samples, of which people and eight language models judged; here it is the
-    model itself (and its base language model, where that was asked).
+    After MMStar's idea of vision-indispensable samples. There eight language models and people judged; here the model
+    itself does, and its base language model where that was asked.
     """
     return all(row[name]["score"] < RIGHT for name in REFERENCES if name in row)
 

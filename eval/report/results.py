@@ -112,5 +112,4 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         return renewed(data)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is an older result of vtr eval and lacks something ({error}): measure it again") from error
-
+        raise ValueError(f"{path} is an older result of vtr eval, but lacks {error}: measure it again") from error

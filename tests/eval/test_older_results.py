@@ -82,7 +82,7 @@ def test_one_that_lacks_something_is_named(path: Path) -> None:
     broken = json.loads(path.read_text())
     del broken["policies"][0]["accuracy"]
     path.write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match=r"old.json is an older result of vtr eval and lacks something \('accuracy'\)"):
+    with pytest.raises(ValueError, match=r"old\.json is an older result of vtr eval, but lacks 'accuracy'"):
         results.load(path)
 
 

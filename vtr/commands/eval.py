@@ -31,14 +31,14 @@ def eval_command(
         typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket"),
     ] = None,
     base_lm: Annotated[
-        str | None, typer.Option(help="the language model before it saw pictures, asked without any: for MMStar's leakage")
+        str | None, typer.Option(help="the language model before it saw pictures, for MMStar's leakage")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for results.json, samples.jsonl, table.md, table.csv")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds")] = False,
     indispensable: Annotated[
-        bool, typer.Option("--indispensable", help="show only samples that the model does not get right without the picture")
+        bool, typer.Option("--indispensable", help="show only samples that no run without the picture gets right")
     ] = False,
     budget: Annotated[
         float, typer.Option(help="of `all`: the mean share of vision tokens that enters a layer; 192: tokens of a tile")
