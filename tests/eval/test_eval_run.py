@@ -144,7 +144,7 @@ def test_it_agrees_with_asking_one_by_one(done: Path, folder: Path) -> None:
             out = model.generate(**inputs, policy=policy, max_new_tokens=2, do_sample=False)
             said = vtr.chat.decode(processor, out, inputs["input_ids"].shape[1])
             assert said == [row["policies"][spec]["said"]]
-        inputs = vtr.chat.encode(processor, [record["question"]])
+        inputs = vtr.chat.encode(processor, [record["question"]], None)
         assert "pixel_values" not in inputs
         out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
         assert vtr.chat.decode(processor, out, inputs["input_ids"].shape[1]) == [row["no_image"]["said"]]
