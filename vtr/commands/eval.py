@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-WIDE, WIDE_ONLY = 120, ("interval", "p", "KV MiB", "selector ms")
+WIDE, WIDE_ONLY = 120, ("interval", "gain", "gray gain", "p", "KV MiB", "selector ms")
 """What is left out of the printed table on a narrower terminal; the files have everything."""
 
 
@@ -23,7 +23,7 @@ def eval_command(
     ] = None,
     columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = "",
     metric: Annotated[
-        str, typer.Option(help="exact, vqa, relaxed, anls, choice, listing; auto: choice or exact")
+        str, typer.Option(help="exact, vqa, relaxed, anls, choice, mmstar, listing; auto: choice or exact")
     ] = "auto",
     instruction: Annotated[str, typer.Option(help="how the question is put")] = "{question}",
     model: Annotated[
@@ -31,14 +31,14 @@ def eval_command(
         typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket"),
     ] = None,
     base_lm: Annotated[
-        str | None, typer.Option(help="the language model before it saw pictures: text-only prompts go to it")
+        str | None, typer.Option(help="the language model before it saw pictures, for MMStar's leakage")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for results.json, samples.jsonl, table.md, table.csv")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds")] = False,
     indispensable: Annotated[
-        bool, typer.Option("--indispensable", help="show only samples that cannot be answered without the picture")
+        bool, typer.Option("--indispensable", help="show only samples that no run without the picture gets right")
     ] = False,
     budget: Annotated[
         float, typer.Option(help="of `all`: the mean share of vision tokens that enters a layer; 192: tokens of a tile")
@@ -59,10 +59,10 @@ def eval_command(
 ) -> None:
     """Evaluate policies side by side: accuracy, what needs the picture, tokens, FLOPs, KV bytes.
 
-    Every sample is answered without reduction, by every policy (pictures are encoded once for all of them), blind (a
-    gray picture) and from its text alone, so that nobody looks good on questions that need no picture. Samples that
-    cannot be read are counted and named, with file and line. The table's intervals are 95 % bootstrap over pictures, p
-    is McNemar's.
+    Every sample is answered without reduction, by every policy (pictures are encoded once for all of them), without any
+    picture (MMStar's S_wv) and with a gray one, so that nobody looks good on questions that need no picture. Samples
+    that cannot be read are counted and named, with file and line. The table's intervals are 95 % bootstrap over
+    pictures, p is McNemar's; gain is MMStar's, S_v − S_wv in points, gray gain the same over the gray picture.
 
     * `vtr eval --policies all --limit 2000 --out results/pocket` — one of each registered policy at one budget, and the
       baselines none, random, uniform, pool, downsample
