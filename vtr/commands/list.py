@@ -37,6 +37,7 @@ MODELS = {
     "pocket": "a tiny LLaVA-NeXT, the default",
     "pocket-joint": "the same, trained along with the policies",
     "pocket-internvl": "a tiny InternVL",
+    "pocket-shots": "reads demonstrations (vtr eval --shots)",
 }
 
 

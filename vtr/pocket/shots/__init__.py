@@ -6,12 +6,19 @@ many pictures with remapped labels, ``python -m vtr.pocket.shots --out DIR`` tra
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = Path(__file__).parent / "weights"
 FILE = "layers.safetensors"
 """What ``weights`` holds: the layers that were trained on, in half precision."""
 FIRST = 2
 """The first decoder layer that was."""
+POSITIONS = 8192
+"""It was trained on positions up to here; the model it starts from has half as many."""
 
 
 def learnt(model: Any) -> dict[str, Any]:
@@ -19,3 +26,28 @@ def learnt(model: Any) -> dict[str, Any]:
     prefix = "model.language_model."
     names = {f"{prefix}layers.{i}." for i in range(FIRST, len(model.model.language_model.layers))}
     return {n: p for n, p in model.named_parameters() if n.startswith((*names, f"{prefix}norm."))}
+
+
+def load(dtype: torch.dtype | None = None, folder: Path | None = None) -> tuple[Any, Any]:
+    """The model (evaluation mode; float32 unless told otherwise) and its processor.
+
+    Args:
+        folder: with layers of another training; None: those of the package.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    from safetensors.torch import load_file
+
+    from .. import load as load_whole
+
+    path = (folder or WEIGHTS) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: python -m vtr.pocket.shots --out DIR trains it (DIR/weights)")
+    model, processor = load_whole("llava-next", dtype)
+    told = model.load_state_dict(load_file(path), strict=False)
+    if told.unexpected_keys or set(told.missing_keys) & set(learnt(model)):
+        raise ValueError(f"{path} does not hold the layers of this model from {FIRST} on")
+    model.config.text_config.max_position_embeddings = POSITIONS
+    processor.tokenizer.model_max_length = POSITIONS
+    return model, processor

@@ -1,10 +1,11 @@
 """Teaches the pocket model to read demonstrations: `python -m vtr.pocket.shots --out DIR`.
 
 The language model's layers from FIRST on learn; tower, projector and the layers before stay as shipped. Each step draws
-prompts of 1 to 8 pictures with one to three questions each, the words of the answers permuted, mostly with coarse
-pictures (prompts are then short), sometimes with a whole last picture or whole pictures throughout. Every question
-whose word was demonstrated before it in its prompt is one to answer. DIR/shots.pt is the checkpoint; an interrupted run
-goes on from there. At the end DIR/weights holds what the package ships. One process of one thread.
+prompts of some pictures with one to three questions each, the words of the answers permuted. Every question whose word
+was demonstrated before it in its prompt is one to answer. Prompts are short at first: of a picture only some patches of
+its shapes are shown. Later most pictures are coarse, sometimes the last one whole, sometimes all of them. DIR/shots.pt
+is the checkpoint, DIR/log.txt says how it goes; an interrupted run goes on. At the end DIR/weights holds what the
+package ships. One process of one thread.
 """
 
 from __future__ import annotations
@@ -29,20 +30,29 @@ from ..train import Context
 from . import FILE, learnt
 from .prompts import WORDS, remapping
 
-SCENES, FRESH = 320, 1  # pictures at hand, and how many of them are replaced in a step
-STEPS, LR, BATCH, WHOLE = 1500, 1.2e-3, 16, 2  # prompts a step: with coarse pictures, and with whole ones
-VIEWS = {"coarse": 0.78, "query": 0.17, "whole": 0.05}
-"""How a step shows its pictures: all coarse; only the last one whole; all whole (two or three of them)."""
+SCENES = 240  # pictures at hand
+STEPS, LR = 1600, 1.2e-3
+VIEWS = {
+    "patches": (16, 0.80, 0.10), "coarse": (10, 0.18, 0.62), "query": (4, 0.02, 0.22), "whole": (2, 0.0, 0.06),
+}  # fmt: skip
+"""How a step shows its pictures: some patches of the shapes; all coarse; only the last one whole; all whole (two or
+three of them). Of each: prompts a step, and its part of the steps in the first half and in the second."""
 SPREAD = 0.4  # part of the steps in which coarse pictures take up as many positions as whole ones
 LENGTH = 725  # tokens of a whole picture
 
 
 @dataclass
 class Shown:
-    """A scene's picture as the language model gets it, by tokens a tile, and its questions by type."""
+    """A scene's picture as the language model gets it, by tokens a tile; which of the whole one's tokens show a shape,
+    shape by shape; and its questions by type."""
 
     tokens: dict[int, torch.Tensor]
+    shapes: list[list[int]]
     questions: dict[str, list[S.Question]]
+
+    def patches(self, rng: random.Random) -> torch.Tensor:
+        """Two tokens of each shape."""
+        return self.tokens[144][sorted(i for at in self.shapes for i in rng.sample(at, min(2, len(at))))]
 
 
 def show(model: Any, rng: random.Random) -> Shown:
@@ -54,9 +64,21 @@ def show(model: Any, rng: random.Random) -> Shown:
             break
     with torch.no_grad():
         tiles = project(model, pixels_of(torch.from_numpy(S.tiles_of(scene.image)))[None], False)[0]
-        scales = {n: pool(tiles, (S.GRID, S.GRID), SCALES[n]) if n < 144 else tiles for n in (1, 9, 36, 144)}
+        scales = {144: tiles, 9: pool(tiles, (S.GRID, S.GRID), SCALES[9])}
         tokens = {n: pack(model, part[None], 2, 2)[0].half() for n, part in scales.items()}
-    return Shown(tokens, asked)
+    return Shown(tokens, _shapes(scene), asked)
+
+
+def _shapes(scene: S.Scene) -> list[list[int]]:
+    """Which of a whole picture's tokens lie on each shape, at least half of the patch."""
+    side, tile = 2 * S.GRID, S.GRID**2
+    found = []
+    for i, thing in enumerate(scene.objects):
+        mask = (scene.owner == i + 1).reshape(side, S.PATCH, side, S.PATCH).sum((1, 3)) >= S.PATCH**2 / 2
+        places = [tile + int(y) * (side + 1) + int(x) for y, x in zip(*mask.nonzero(), strict=True)]
+        if thing.kind == "shape" and places:
+            found.append(places)
+    return found
 
 
 @dataclass
@@ -77,20 +99,17 @@ def make_row(rng: random.Random, shown: list[Shown], view: str, spread: bool) ->
     some = rng.randint(1, 3)
     for i, one in enumerate(shown):
         last = i == len(shown) - 1
-        tokens = 144 if view == "whole" or (view == "query" and last) else rng.choice([9, 9, 9, 9, 36, 1])
-        if last and view == "coarse":
-            tokens = rng.choice([9, 36])
-        part = one.tokens[tokens]
+        part = one.tokens[144 if view == "whole" or (view == "query" and last) else 9]
+        if view == "patches":
+            part = one.patches(rng)
         row.parts.append(part)
         row.positions += range(place, place + len(part))
         place += rng.randint(len(part), LENGTH) if spread else len(part)
         of_kind = one.questions[kind]
         chosen = rng.sample(of_kind, min(len(of_kind), some))
-        if last and view != "coarse" and (met := [q for q in of_kind if q.answer in known]):
+        if last and view in ("query", "whole") and (met := [q for q in of_kind if q.answer in known]):
             chosen = [rng.choice(met)]
-        for j, q in enumerate(chosen):
-            if j:  # further questions about a picture stand behind it as they would behind an answer
-                assert row.parts[-1] == EOS
+        for q in chosen:
             words, answer = encode(q.text), IDS[new[q.answer]]
             row.parts += [*words, answer, EOS]
             row.positions += range(place, place + len(words) + 2)
@@ -136,8 +155,8 @@ def loss_of(model: Any, rows: list[Row]) -> tuple[torch.Tensor, Figures]:
     return loss, {"loss": loss.item(), "right": right}
 
 
-def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, batch: int = BATCH, most: int = 8) -> None:
-    """Trains the layers. batch: prompts of a step with coarse pictures. most: pictures of a prompt."""
+def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, most: int = 8, scenes: int = SCENES) -> None:
+    """Trains the layers. most: pictures of a prompt. scenes: that are at hand, one of which is replaced each step."""
     model.requires_grad_(False)
     params = [p.requires_grad_() for p in learnt(model).values()]
     matrices = [p for p in params if p.ndim == 2]
@@ -149,19 +168,13 @@ def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, batch: i
     at_hand: list[Shown] = []
 
     def gradients(step: int, rng: random.Random) -> Figures:
-        fresh = FRESH if at_hand else SCENES
-        for _ in range(fresh):
-            made = show(model, rng)
-            if len(at_hand) < SCENES:
-                at_hand.append(made)
-            else:
-                at_hand[rng.randrange(SCENES)] = made
-        view = rng.choices(list(VIEWS), list(VIEWS.values()))[0]
+        while len(at_hand) < scenes:
+            at_hand.append(show(model, rng))
+        at_hand[rng.randrange(scenes)] = show(model, rng)
+        view = rng.choices(list(VIEWS), [parts[1 + (step > steps / 2)] for parts in VIEWS.values()])[0]
         pictures = rng.randint(2, 3) if view == "whole" else rng.randint(2, most)
-        rows = [
-            make_row(rng, rng.sample(at_hand, pictures), view, view != "whole" and rng.random() < SPREAD)
-            for _ in range({"coarse": batch, "query": batch // 4, "whole": WHOLE}[view])
-        ]
+        spread = view != "whole" and rng.random() < SPREAD
+        rows = [make_row(rng, rng.sample(at_hand, pictures), view, spread) for _ in range(VIEWS[view][0])]
         loss, figures = loss_of(model, rows)
         loss.backward()
         return {name if name == "loss" else f"{view}-{name}": value for name, value in figures.items()}
@@ -185,14 +198,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--batch", type=int, default=BATCH, help="prompts a step")
     parser.add_argument("--most", type=int, default=8, help="pictures of a prompt, at most")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="pictures at hand; one is replaced each step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     model = load()[0]
-    train(model, Context(args.out, 0, 1, args.seed), args.steps, args.lr, args.batch, args.most)
+    train(model, Context(args.out, 0, 1, args.seed), args.steps, args.lr, args.most, args.scenes)
     export(model, args.out / "weights")
 
 
