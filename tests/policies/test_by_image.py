@@ -55,7 +55,7 @@ def test_it_is_data(spec: str, made: vtr.Policy, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"default": "fastv"}, 'join it behind, by_image:default="m3:9",last="none".fastv:….share="image"'),
+        ({"default": "fastv"}, r'join it behind, by_image:default="m3:9",last="none"\+fastv:… \(share="image"'),
         ({"default": "m3:9+fastv:0.5"}, "acts in the decoder"),
         ({"default": "uniform:0.5"}, "say before_decoder=true"),
         ({"default": "autoscale"}, "tries answers with all images"),

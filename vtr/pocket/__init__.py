@@ -44,9 +44,11 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
         ValueError: no such model.
     """
     if family == "shots":
-        from .shots import load as load_shots
+        from .shots import put_on
 
-        return load_shots(dtype, folder)
+        model, processor = load(dtype=dtype)
+        put_on(model, processor, folder)
+        return model, processor
     if family not in MODELS:
         raise ValueError(f"family={family!r}: choose one of {', '.join(NAMES.values())}")
     folder = folder or MODELS[family]

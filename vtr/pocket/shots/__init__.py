@@ -7,10 +7,7 @@ many pictures with remapped labels, ``python -m vtr.pocket.shots --out DIR`` tra
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 WEIGHTS = Path(__file__).parent / "weights"
 FILE = "layers.safetensors"
@@ -24,30 +21,27 @@ POSITIONS = 8192
 def learnt(model: Any) -> dict[str, Any]:
     """The parameters that were trained on, by name."""
     prefix = "model.language_model."
-    names = {f"{prefix}layers.{i}." for i in range(FIRST, len(model.model.language_model.layers))}
+    names = [f"{prefix}layers.{i}." for i in range(FIRST, len(model.model.language_model.layers))]
     return {n: p for n, p in model.named_parameters() if n.startswith((*names, f"{prefix}norm."))}
 
 
-def load(dtype: torch.dtype | None = None, folder: Path | None = None) -> tuple[Any, Any]:
-    """The model (evaluation mode; float32 unless told otherwise) and its processor.
+def put_on(model: Any, processor: Any, folder: Path | None = None) -> None:
+    """Make the shipped pocket LLaVA-NeXT the one that reads demonstrations.
 
     Args:
         folder: with layers of another training; None: those of the package.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none. ValueError: they are not those of this model.
     """
     from safetensors.torch import load_file
-
-    from .. import load as load_whole
 
     path = (folder or WEIGHTS) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: python -m vtr.pocket.shots --out DIR trains it (DIR/weights)")
-    model, processor = load_whole("llava-next", dtype)
-    told = model.load_state_dict(load_file(path), strict=False)
-    if told.unexpected_keys or set(told.missing_keys) & set(learnt(model)):
+    layers = load_file(path)
+    if layers.keys() != learnt(model).keys():
         raise ValueError(f"{path} does not hold the layers of this model from {FIRST} on")
+    model.load_state_dict(layers, strict=False)
     model.config.text_config.max_position_embeddings = POSITIONS
     processor.tokenizer.model_max_length = POSITIONS
-    return model, processor

@@ -38,7 +38,7 @@ VIEWS = {
 """How a step shows its pictures: some patches of the shapes; all coarse; only the last one whole; all whole (two or
 three of them). Of each: prompts a step, and its part of the steps in the first half and in the second."""
 SPREAD = 0.4  # part of the steps in which coarse pictures take up as many positions as whole ones
-LENGTH = 725  # tokens of a whole picture
+LENGTH = 744  # tokens of a whole picture
 
 
 @dataclass
