@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vtr
+from vtr.pocket.model import VOCAB
 from vtr.pocket.shots import FILE, POSITIONS, learnt, put_on
 from vtr.pocket.shots.__main__ import Shown, export, loss_of, make_row, show, states
 from vtr.pocket.shots.prompts import WORDS, Prompt, pictures, prompts, turns
@@ -80,7 +81,7 @@ def test_the_forward_of_the_training_is_the_models(shown: list[Shown]) -> None:
     rows = [make_row(random.Random(i), shown[: 2 + i], "coarse", False) for i in range(2)]
     lm = model.model.language_model
     with torch.no_grad():
-        got = states(model, rows)
+        got = states(model, rows)[-1]
         for i, row in enumerate(rows):
             parts = [lm.embed_tokens(torch.tensor([p])) if isinstance(p, int) else p.float() for p in row.parts]
             want = lm(inputs_embeds=torch.cat(parts)[None]).last_hidden_state[0]
@@ -92,10 +93,10 @@ def test_steps_teach_and_what_is_exported_is_loaded_again(shown: list[Shown], tm
     model.requires_grad_(False)
     params = [p.requires_grad_() for p in learnt(model).values()]
     rows = [make_row(random.Random(9), shown, "patches", False)]
-    optimizer = torch.optim.AdamW(params, 1e-3)
-    losses = []
+    losses, probe = [], torch.nn.Linear(160, len(VOCAB))
+    optimizer = torch.optim.AdamW([*params, *probe.parameters()], 1e-3)
     for _ in range(6):
-        loss, _ = loss_of(model, rows)
+        loss, _ = loss_of(model, rows, probe)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

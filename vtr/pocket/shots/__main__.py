@@ -3,9 +3,12 @@
 The language model's layers from FIRST on learn; tower, projector and the layers before stay as shipped. Each step draws
 prompts of some pictures with one to three questions each, the words of the answers permuted. Every question whose word
 was demonstrated before it in its prompt is one to answer. Prompts are short at first: of a picture only some patches of
-its shapes are shown. Later most pictures are coarse, sometimes the last one whole, sometimes all of them. DIR/shots.pt
-is the checkpoint, DIR/log.txt says how it goes; an interrupted run goes on. At the end DIR/weights holds what the
-package ships. One process of one thread.
+its shapes are shown. Later most pictures are coarse, sometimes the last one whole, sometimes all of them. A probe,
+which is not kept, has to read what a picture really shows off each question's end in a middle layer (NAMED), and off
+its answer one layer further (CARRIED), so that the layers behind have something to match.
+
+DIR/shots.pt is the checkpoint, DIR/log.txt says how it goes; an interrupted run goes on. At the end DIR/weights holds
+what the package ships.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from .. import load
 from .. import scenes as S
 from ..language import project
-from ..model import BOS, EOS, IDS, PAD, encode, pack, pixels_of
+from ..model import BOS, EOS, IDS, LM_WIDTH, PAD, VOCAB, encode, pack, pixels_of
 from ..nest import SCALES, pool
 from ..optim import Muon, ramp
 from ..stage import Figures, run_stage
@@ -39,6 +42,7 @@ VIEWS = {
 three of them). Of each: prompts a step, and its part of the steps in the first half and in the second."""
 SPREAD = 0.4  # part of the steps in which coarse pictures take up as many positions as whole ones
 LENGTH = 744  # tokens of a whole picture
+NAMED, CARRIED, PROBED = 5, 6, 0.3  # layers behind which the probe reads, and the weight of its losses
 
 
 @dataclass
@@ -83,19 +87,21 @@ def _shapes(scene: S.Scene) -> list[list[int]]:
 
 @dataclass
 class Row:
-    """One prompt: parts of embeddings and words, their positions, and at which places which word is to come next."""
+    """One prompt: parts of embeddings and words, their positions; at which places which word is to come next; those of
+    them where it can be known; and where questions end, with the word that says what the picture shows."""
 
     parts: list[torch.Tensor | int]
     positions: list[int]
     labels: dict[int, int]
     asked: set[int]
+    shows: dict[int, int]
 
 
 def make_row(rng: random.Random, shown: list[Shown], view: str, spread: bool) -> Row:
     """A prompt of the given pictures. Every question whose word has come before is to be answered."""
     kind = rng.choice(list(WORDS))
     new, known = remapping(rng, WORDS[kind]), set[str]()
-    row, place = Row([BOS], [0], {}, set()), 1
+    row, place = Row([BOS], [0], {}, set(), {}), 1
     some = rng.randint(1, 3)
     for i, one in enumerate(shown):
         last = i == len(shown) - 1
@@ -119,12 +125,16 @@ def make_row(rng: random.Random, shown: list[Shown], view: str, spread: bool) ->
                 row.labels[end] = answer
                 row.asked.add(end)
             row.labels[end + 1] = EOS
+            row.shows[end] = IDS[q.answer]
             known.add(q.answer)
     return row
 
 
-def states(model: Any, rows: list[Row]) -> torch.Tensor:
-    """Final hidden states, [rows, longest, width]: right-padded, each token sees those before it."""
+def states(model: Any, rows: list[Row]) -> list[torch.Tensor]:
+    """Hidden states behind every layer, the last ones normed: [rows, longest, width] each.
+
+    Rows are padded on the right, and a token sees those before it.
+    """
     lm = model.model.language_model
     table, longest = lm.embed_tokens.weight.detach(), max(len(row.positions) for row in rows)
     embeds = table[PAD].expand(len(rows), longest, -1).clone()
@@ -134,33 +144,46 @@ def states(model: Any, rows: list[Row]) -> torch.Tensor:
         embeds[i, : len(row.positions)] = torch.cat(parts)
         positions[i, : len(row.positions)] = torch.tensor(row.positions)
     rope = lm.rotary_emb(embeds, positions)
-    hidden = embeds
+    hidden = [embeds]
     for layer in lm.layers:
-        out = layer(hidden, attention_mask=None, position_embeddings=rope)
-        hidden = out[0] if isinstance(out, tuple) else out
-    return lm.norm(hidden)
+        out = layer(hidden[-1], attention_mask=None, position_embeddings=rope)
+        hidden.append(out[0] if isinstance(out, tuple) else out)
+    return [*hidden[1:-1], lm.norm(hidden[-1])]
 
 
-def loss_of(model: Any, rows: list[Row]) -> tuple[torch.Tensor, Figures]:
-    """Cross-entropy of the words that can be known, and of the ends of answers (a tenth)."""
+def loss_of(model: Any, rows: list[Row], probe: torch.nn.Linear) -> tuple[torch.Tensor, Figures]:
+    """Cross-entropy of the words that can be known, of the ends of answers (a tenth), and the probe's."""
+    hidden = states(model, rows)
+    figures: Figures = {}
+    row, place, shows = _columns([(i, place, word) for i, one in enumerate(rows) for place, word in one.shows.items()])
+    loss = hidden[-1].new_zeros(())
+    for name, layer, behind in (("named", NAMED, 0), ("carried", CARRIED, 1)):
+        read = probe(hidden[layer][row, place + behind])
+        loss = loss + PROBED * F.cross_entropy(read, shows)
+        figures[name] = (read.argmax(-1) == shows).float().mean().item()
     at = [(i, place, label, place in row.asked) for i, row in enumerate(rows) for place, label in row.labels.items()]
-    row, place, label, asked = (torch.tensor(column) for column in zip(*at, strict=True))
-    logits = model.lm_head(states(model, rows)[row, place])
+    row, place, label, asked = _columns(at)
+    logits = model.lm_head(hidden[-1][row, place])
     each = F.cross_entropy(logits, label, reduction="none")
-    loss = 0.1 * each[~asked].mean()
-    if not asked.any():
-        return loss, {"loss": loss.item()}
-    loss = loss + each[asked].mean()
-    right = (logits.argmax(-1) == label)[asked].float().mean().item()
-    return loss, {"loss": loss.item(), "right": right}
+    loss = loss + 0.1 * each[~asked].mean()
+    if asked.any():
+        loss = loss + each[asked].mean()
+        figures["right"] = (logits.argmax(-1) == label)[asked].float().mean().item()
+    return loss, figures | {"loss": loss.item()}
+
+
+def _columns(rows: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+    return [torch.tensor(column) for column in zip(*rows, strict=True)]
 
 
 def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, most: int = 8, scenes: int = SCENES) -> None:
     """Trains the layers. most: pictures of a prompt. scenes: that are at hand, one of which is replaced each step."""
     model.requires_grad_(False)
+    torch.manual_seed(ctx.seed)
+    probe = torch.nn.Linear(LM_WIDTH, len(VOCAB))
     params = [p.requires_grad_() for p in learnt(model).values()]
     matrices = [p for p in params if p.ndim == 2]
-    rest = [p for p in params if p.ndim != 2]
+    rest = [*(p for p in params if p.ndim != 2), *probe.parameters()]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr, 0.02),
         torch.optim.AdamW(rest, lr, (0.9, 0.95), weight_decay=0.0),
@@ -175,13 +198,13 @@ def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, most: in
         pictures = rng.randint(2, 3) if view == "whole" else rng.randint(2, most)
         spread = view != "whole" and rng.random() < SPREAD
         rows = [make_row(rng, rng.sample(at_hand, pictures), view, spread) for _ in range(VIEWS[view][0])]
-        loss, figures = loss_of(model, rows)
+        loss, figures = loss_of(model, rows, probe)
         loss.backward()
         return {name if name == "loss" else f"{view}-{name}": value for name, value in figures.items()}
 
     run_stage(
-        "shots", ctx, model, steps, (params, optimizers), gradients,
-        rate=lambda step: ramp(step, steps, 20, "linear"), save_every=50, every=25,
+        "shots", ctx, model, steps, (matrices + rest, optimizers), gradients,
+        rate=lambda step: ramp(step, steps, 20, "linear"), save_every=50, every=25, extra=probe,
     )  # fmt: skip
 
 
@@ -201,8 +224,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8, help="pictures of a prompt, at most")
     parser.add_argument("--scenes", type=int, default=SCENES, help="pictures at hand; one is replaced each step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     model = load()[0]
     train(model, Context(args.out, 0, 1, args.seed), args.steps, args.lr, args.most, args.scenes)
