@@ -7,10 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import nn
+from vtr.integrations.internvl import frame_numbers, runs_of
 from vtr.integrations.llava import tile_layout
 
 from vtr.engine.adapters import Adapter
-from vtr.image import Layout
+from vtr.image import Layout, framed
+
+LABEL = range(6, 25)
+"""Tokens between two frames of a video ("Frame from 00:01:"); between two tiles of a picture stand fewer."""
 
 
 class Idefics3(Adapter):
@@ -58,10 +62,15 @@ class Idefics3(Adapter):
         height, width = inputs["pixel_values"].shape[-2:]
         side = config.vision_config.patch_size * config.scale_factor
         tile = tile_layout(height // side, width // side)
-        count, left = divmod(int((inputs["input_ids"] == config.image_token_id).sum()), len(tile))
+        marks = inputs["input_ids"] == config.image_token_id
+        count, left = divmod(int(marks.sum()), len(tile))
         if left:
             raise ValueError(
                 f"{left} image placeholders are left over from whole tiles of {len(tile)} tokens: tokenize text and "
                 "images in one processor call, and do not truncate"
             )
-        return {int(config.image_token_id): [tile] * count}
+        runs = runs_of(marks)
+        if any(end - start != len(tile) for _, start, end in runs):  # tiles without text between them
+            return {int(config.image_token_id): [tile] * count}
+        numbers = frame_numbers(runs, [True] * count, LABEL)
+        return {int(config.image_token_id): [tile if i is None else framed(tile, i) for i in numbers]}

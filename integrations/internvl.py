@@ -13,8 +13,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vtr.integrations.llava import tile_layout
 
 from vtr.engine.adapters import Adapter
-from vtr.image import Layout
+from vtr.image import Layout, framed
 
+MOST_LABEL = 16
+"""Tokens that may lie between two frames of a video: a line break and "Frame12: ", with <img> and </img>."""
 SMALL = (48, 48)
 """Pixels that are enough to tell arrangements of crops apart."""
 
@@ -55,7 +57,8 @@ def tiles_layout(count: int, grid: tuple[int, int], crops: tuple[int, int]) -> L
 
 
 class InternVL(Adapter):
-    """``InternVLForConditionalGeneration`` (the ``-hf`` checkpoints). A video's frames are images of one tile."""
+    """``InternVLForConditionalGeneration`` (the ``-hf`` checkpoints). A video's frames are images of one tile each
+    (:func:`frame_numbers`)."""
 
     family = "InternVL"
     classes = ("InternVLForConditionalGeneration",)
@@ -89,7 +92,9 @@ class InternVL(Adapter):
             return {}
         grid = self.grid(model, pixels)
         layouts, first, (placeholder,) = [], 0, self.placeholders(model)
-        for run in _runs(inputs["input_ids"] == placeholder):
+        runs = runs_of(inputs["input_ids"] == placeholder)
+        for _, start, end in runs:
+            run = end - start
             count, left = divmod(run, grid[0] * grid[1])
             if left or count == 2:
                 raise ValueError(
@@ -105,11 +110,32 @@ class InternVL(Adapter):
                 f"{len(pixels)} image tiles in pixel_values for the {first} that input_ids have placeholders for: "
                 "tokenize text and images in one processor call, and do not truncate"
             )
-        return {placeholder: layouts}
+        numbers = frame_numbers(runs, [layout.crops == (0, 0) for layout in layouts], range(1, MOST_LABEL + 1))
+        marked = [one if i is None else framed(one, i) for one, i in zip(layouts, numbers, strict=True)]
+        return {placeholder: marked}
 
 
-def _runs(marks: torch.Tensor) -> list[int]:
-    """Lengths of the runs of True in the rows of ``marks``, bool [rows, L] on the CPU."""
+def runs_of(marks: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(row, first, one past the last) of each run of True in the rows of ``marks``, bool [rows, L] on the CPU."""
     edges = torch.nn.functional.pad(marks.int(), (1, 1)).diff(dim=1)
-    starts, ends = (edges == 1).nonzero()[:, 1], (edges == -1).nonzero()[:, 1]
-    return (ends - starts).tolist()
+    starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return [(row, start, end) for (row, start), (_, end) in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def frame_numbers(runs: list[tuple[int, int, int]], single: list[bool], label: range) -> list[int | None]:
+    """Which images are frames of a video, where nothing but the prompt's shape tells: their numbers; None: pictures.
+
+    Frames are images of one tile with a label before each ("Frame2: "), so that only so many tokens lie between two.
+    Several small pictures that stand so close together look the same.
+
+    Args:
+        runs: (row, first, one past the last) of each image's placeholders. single: which of them are one tile.
+        label: how many tokens may lie between two frames.
+    """
+    numbers: list[int | None] = [None] * len(runs)
+    for i in range(1, len(runs)):
+        (row, _, end), (here, start, _) = runs[i - 1 : i + 1]
+        if row == here and single[i - 1] and single[i] and start - end in label:
+            before = numbers[i - 1] or 0
+            numbers[i - 1], numbers[i] = before, before + 1
+    return numbers

@@ -16,7 +16,7 @@ from vtr.integrations.llava import check_patches, tile_layout
 from vtr.integrations.llava_next import canvas_of, window_of, with_newlines
 
 from vtr.engine.adapters import Adapter
-from vtr.image import Layout
+from vtr.image import Layout, framed
 
 
 @lru_cache(maxsize=1024)
@@ -97,7 +97,8 @@ class LlavaOnevision(Adapter):
                 )
             found[config.image_token_id] = self._images(config, inputs, side)
         if (videos := inputs.get("pixel_values_videos")) is not None:
-            found[config.video_token_id] = [frames_layout(videos.shape[1], math.ceil(side / 2))] * len(videos)
+            film = framed(frames_layout(videos.shape[1], math.ceil(side / 2)), 0)
+            found[config.video_token_id] = [film] * len(videos)
         return found
 
     def _images(self, config: Any, inputs: Mapping[str, Any], side: int) -> list[Layout]:

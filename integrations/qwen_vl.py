@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from vtr.integrations.llava import tile_layout
 
 from vtr.engine.adapters import Adapter
-from vtr.image import Layout
+from vtr.image import Layout, framed
 
 
 @lru_cache(maxsize=256)
@@ -94,12 +94,25 @@ class Qwen25VL(Adapter):
                 raise ValueError(f"{self.family} needs {grids} beside {pixels}: pass everything the processor returned")
             side = config.vision_config.spatial_merge_size
             shapes = [(int(t), int(h) // side, int(w) // side) for t, h, w in torch.as_tensor(inputs[grids]).tolist()]
-            found[int(placeholder)] = [layout for shape in shapes for layout in self.grids(*shape)]
+            if placeholder == config.video_token_id:
+                found[int(placeholder)] = self.videos(shapes, inputs.get("second_per_grid_ts"))
+            else:
+                found[int(placeholder)] = [
+                    tile_layout(h, w) if t == 1 else frames_layout(t, h, w) for t, h, w in shapes
+                ]
         return found
 
-    def grids(self, frames: int, height: int, width: int) -> list[Layout]:
-        """What one image or video of so many tokens is, in the order of its placeholders."""
-        return [tile_layout(height, width) if frames == 1 else frames_layout(frames, height, width)]
+    def videos(self, shapes: Sequence[tuple[int, int, int]], seconds: Any) -> list[Layout]:
+        """Videos of so many frames (each two of the film's), rows and columns, in the order of their placeholders.
+
+        Args:
+            seconds: between two frames, for each video; None where the call does not say.
+        """
+        steps = [None] * len(shapes) if seconds is None else [float(step) for step in seconds]
+        return [
+            framed(frames_layout(*shape), 0, None if step is None else tuple(step * i for i in range(shape[0])))
+            for shape, step in zip(shapes, steps, strict=True)
+        ]
 
 
 class Qwen3VL(Qwen25VL):
@@ -112,8 +125,8 @@ class Qwen3VL(Qwen25VL):
     family = "Qwen3-VL"
     classes = ("Qwen3VLForConditionalGeneration",)
 
-    def grids(self, frames: int, height: int, width: int) -> list[Layout]:
-        return [tile_layout(height, width)] * frames
+    def videos(self, shapes: Sequence[tuple[int, int, int]], seconds: Any) -> list[Layout]:
+        return [framed(tile_layout(height, width), i) for frames, height, width in shapes for i in range(frames)]
 
     def layer_features(self, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         kwargs.pop("visual_pos_masks", None)

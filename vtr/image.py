@@ -10,7 +10,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -50,6 +50,10 @@ class Layout:
         scaled: (height, width) the window is scaled to where the family does that; None where it is not.
         thumbnail_last: the vision tower gets the thumbnail behind the crops, not in front of them.
         shrunk: ``shrunk(k)`` is the layout of the same picture if every tile had 1/k as many rows and columns.
+        first_frame: of a video, the number (from 0) of the frame that its first tile shows; its tiles are frames that
+            follow each other. Where every frame is an image, each has the next number, and the next video begins
+            with 0 again. None for a picture.
+        times: of a video, at which second each of its frames was taken; None where the call does not say.
     """
 
     tile: torch.Tensor
@@ -62,9 +66,16 @@ class Layout:
     scaled: tuple[int, int] | None = None
     thumbnail_last: bool = False
     shrunk: Callable[[int], Layout] | None = None
+    first_frame: int | None = None
+    times: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return int(self.tile.shape[0])
+
+    @property
+    def frame(self) -> torch.Tensor:
+        """int64 [n]: which frame of its video each token shows, from 0; -1 in a picture."""
+        return torch.full_like(self.tile, -1) if self.first_frame is None else self.tile + self.first_frame
 
     @property
     def tiles(self) -> int:
@@ -83,6 +94,14 @@ class Layout:
         """Deprecated: :attr:`has_all_patches`."""
         warnings.warn("Layout.whole is now Layout.has_all_patches", DeprecationWarning, stacklevel=2)
         return self.has_all_patches
+
+
+@remembered(4096)
+def framed(layout: Layout, first: int, times: tuple[float, ...] | None = None) -> Layout:
+    """This layout as a part of a video, whose first tile is frame ``first``; also when its tiles shrink."""
+    shrunk = layout.shrunk
+    smaller = None if shrunk is None else lambda k: framed(shrunk(k), first, times)
+    return replace(layout, shrunk=smaller, first_frame=first, times=times)
 
 
 Layer = int | float | None

@@ -227,3 +227,17 @@ def image_spans(model: Any, inputs: Any) -> list[tuple[int, int, Layout]]:
             spans.append((row, slots[start], layout))
             start += len(layout)
     return spans
+
+
+def frame_spans(model: Any, inputs: Any) -> list[tuple[int, Layout]]:
+    """(first slot, layout) of every frame of a call's only row: of each image, or of each tile of a video."""
+    found = []
+    for _, slot, layout in image_spans(model, inputs):
+        if layout.first_frame is None or layout.tiles == 1:
+            found.append((slot, layout))
+            continue
+        for tile in range(layout.tiles):
+            at = ((layout.tile == tile) & (layout.newline == 0)).nonzero()[:, 0]
+            one = Layout(layout.tile[at] * 0, layout.y[at], layout.x[at], layout.newline[at], layout.grid)
+            found.append((slot + int(at[0]), one))
+    return found

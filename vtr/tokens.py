@@ -20,7 +20,8 @@ class Tokens:
     Attributes:
         layer: the 0-based decoder layer about to run; num_hidden_layers: how many there are.
         total: how many vision tokens the row had when it entered the text model.
-        image, tile, y, x, newline: int64 [n] each, n = len(tokens): the tokens still there.
+        image, tile, y, x, newline, frame: int64 [n] each, n = len(tokens): the tokens still there. A picture's frame is
+            -1; where every frame of a video is an image, ``image`` counts these.
         place: int64 [n], where they stand among the row's ``row_length`` tokens (text too) that enter the layer.
         hidden: [n, hidden_size], their hidden states. rope: ([n, d], [n, d]), cosine and sine of their positions.
         text: [t, hidden_size], the states of the prompt's text. text_place, text_rope: of the text.
@@ -72,6 +73,10 @@ class Tokens:
     @property
     def newline(self) -> torch.Tensor:
         return self._field("newline")
+
+    @property
+    def frame(self) -> torch.Tensor:
+        return self._field("frame")
 
     @property
     def place(self) -> torch.Tensor:

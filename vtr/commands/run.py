@@ -12,9 +12,10 @@ from rich.table import Table
 
 import vtr
 from vtr.accounting import Report
-from vtr.chat import encode
+from vtr.chat import encode, encode_videos
 from vtr.commands._console import check_file, console, fail
 from vtr.data.pictures import upright
+from vtr.data.videos import FRAMES, read_video
 from vtr.engine.adapters import find_adapter
 from vtr.limits import folded
 from vtr.models import load
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
+    from vtr.data.videos import Video
     from vtr.visualize import Shot
+
+VIDEO_MODEL = "pocket-internvl"
+"""What answers questions about videos unless a model is named."""
 
 
 def run_command(
-    image: Annotated[Path | None, typer.Argument(help="a picture file; leave out with --sample")] = None,
+    image: Annotated[str | None, typer.Argument(help="a picture file; leave out with --sample or --video")] = None,
     question: Annotated[str | None, typer.Argument(help="what to ask about it")] = None,
     policy: Annotated[str, typer.Option(help="how to reduce, e.g. `fastv:keep=0.25,layer=2` or `none`")] = "none",
     budget: Annotated[
@@ -45,17 +50,23 @@ def run_command(
         typer.Option(help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="the pocket model"),
     ] = None,
     sample: Annotated[int | None, typer.Option(help="use shipped sample picture 0, 1 or 2")] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="a film, an animated GIF or a folder of frames, instead of a picture")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="with --video: so many of its frames, evenly spread")] = FRAMES,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs; the median is shown")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
 ) -> None:
-    """Ask a question about a picture, with fewer vision tokens.
+    """Ask a question about a picture or a video, with fewer vision tokens.
 
     Prints the answer, the vision tokens entering each decoder layer, prefill and decode time, FLOPs and KV bytes.
 
     * `vtr run --sample 0 --policy fastv:keep=0.1 --compare --show kept.png`
 
     * `vtr run --sample 0 --policy fastv --budget 192` — of this prompt's vision tokens, in the mean over layers
+
+    * `vtr run --video film.gif "what shape moved" --policy evs:0.5 --show frames.png`
 
     * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
     """
@@ -64,7 +75,10 @@ def run_command(
         mean = mean_of(budget, policy)
         if policy != "none":
             vtr.policy(policy)  # refused before a model is loaded
-        asked = prepare(image, question, sample, model, device)
+        if video is not None:
+            asked = prepare_video(video, " ".join(filter(None, (image, question))), sample, frames, model, device)
+        else:
+            asked = prepare(None if image is None else Path(image), question, sample, model, device)
         chosen_spec = policy if mean is None else at_budget(asked, policy, mean)
         rows = run_all(asked, chosen_spec, compare, max_new_tokens, repeats)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -151,7 +165,7 @@ def check_show(path: Path | None) -> None:
 
 @dataclass
 class Asked:
-    """A patched model, its processor and one question about one picture, tokenized."""
+    """A patched model, its processor and one question about one picture (or the first frame of a video), tokenized."""
 
     model: Any
     processor: Any
@@ -159,6 +173,7 @@ class Asked:
     question: str
     answer: str | None
     inputs: Any
+    video: Video | None = None
 
 
 @dataclass
@@ -191,6 +206,22 @@ def prepare(image: Path | None, question: str | None, sample: int | None, name: 
         raise ValueError(f'ask something: vtr run {image} "what color is the star"')
     model, processor = load(name, device)
     return Asked(model, processor, picture, question, answer, tokenize(processor, picture, question, model.device))
+
+
+def prepare_video(path: Path, question: str, sample: int | None, frames: int, name: str | None, device: str) -> Asked:
+    """Load the model, read the video's frames and tokenize the question.
+
+    Raises:
+        ValueError: no question, a sample picture beside it, or no video.
+    """
+    if sample is not None:
+        raise ValueError("--video and --sample name two things to look at: choose one")
+    if not question:
+        raise ValueError(f'ask something: vtr run --video {path} "what moved"')
+    video = read_video(path, frames)
+    model, processor = load(name or VIDEO_MODEL, device)
+    inputs = encode_videos(processor, [question], [video]).to(model.device)
+    return Asked(model, processor, video.frames[0], question, None, inputs, video)
 
 
 def tokenize(processor: Any, picture: Image.Image, question: str, device: Any) -> Any:
@@ -284,17 +315,32 @@ def draw(asked: Asked, outcome: Outcome) -> Figure:
     """The kept tokens of ``outcome`` on the picture, with the question and whether the answer is right."""
     from vtr import visualize
 
+    if asked.video is not None:
+        return visualize.film(_film(asked, outcome), asked.video.times)
     return visualize.kept(_shot(asked, outcome))
 
 
 def save_picture(asked: Asked, outcome: Outcome, path: Path) -> None:
     """Write what :func:`draw` draws; a ``.gif`` shows it layer by layer."""
-    if path.suffix.lower() != ".gif":
+    if path.suffix.lower() != ".gif" or asked.video is not None:
         draw(asked, outcome).savefig(path, dpi=150)
         return
     from vtr import visualize
 
     visualize.animate(_shot(asked, outcome), path)
+
+
+def _film(asked: Asked, outcome: Outcome) -> list[Shot]:
+    """A shot of each frame."""
+    from vtr.picture import frame_spans
+    from vtr.visualize import Shot
+
+    assert asked.video is not None
+    about = outcome.report.rows[0], outcome.answer, outcome.report.flops, asked.question, asked.answer
+    spans = frame_spans(asked.model, asked.inputs)
+    return [
+        Shot(picture, layout, slot, *about) for picture, (slot, layout) in zip(asked.video.frames, spans, strict=True)
+    ]
 
 
 def _shot(asked: Asked, outcome: Outcome) -> Shot:

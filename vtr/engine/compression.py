@@ -27,7 +27,7 @@ class Shrunk(NamedTuple):
     Attributes:
         old: int64 [n], row-local indices of its tokens. new: int64 [m], those among them whose slots its new tokens
             take, ascending.
-        fields: tile, y, x and newline of the new tokens, int64 [m] each.
+        fields: tile, y, x, newline and frame of the new tokens, int64 [m] each.
         pooled: what the new tokens are, and what they were made from; None: they are the tokens of these slots.
     """
 

@@ -29,6 +29,8 @@ from vtr.policies.decoder.vtw import VTW
 from vtr.policies.decoder.zipvl import ZipVL
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
+from vtr.policies.picture.dycoke import DyCoke
+from vtr.policies.picture.evs import EVS
 from vtr.policies.picture.fastervlm import FasterVLM
 from vtr.policies.picture.globalcom2 import GlobalCom2
 from vtr.policies.picture.hiprune import HiPrune
@@ -39,6 +41,7 @@ from vtr.policies.picture.prumerge import PruMerge, PruMergePlus
 from vtr.policies.picture.prunesid import PruneSID
 from vtr.policies.picture.scope import Scope
 from vtr.policies.picture.tome import ToMe
+from vtr.policies.picture.vidcom2 import VidCom2
 from vtr.policies.picture.visionzip import VisionZip
 from vtr.policies.picture.vispruner import VisPruner
 from vtr.policies.picture.vscan import VScan
@@ -53,6 +56,7 @@ __all__ = [
     "AVTP",
     "DART",
     "EEMLLM",
+    "EVS",
     "MMR",
     "SCM",
     "TOPS",
@@ -62,6 +66,7 @@ __all__ = [
     "ClsTop",
     "DeFT",
     "DivPrune",
+    "DyCoke",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
@@ -90,6 +95,7 @@ __all__ = [
     "Trim",
     "UniformGrid",
     "VScan",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "ZipVL",

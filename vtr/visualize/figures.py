@@ -37,6 +37,39 @@ def kept(shot: Shot, layers: Sequence[int] | None = None, title: str | None = No
     return show_kept(shot.picture, shot.layout, shot.first_slot, shot.row, chosen, title, shot.verdict)
 
 
+def film(shots: Sequence[Shot], times: Sequence[float] | None = None, layer: int = -1, columns: int = 8) -> Figure:
+    """The frames of a video, in order: what enters ``layer`` of each, and how many of its tokens that are.
+
+    Args:
+        shots: one a frame, of one call. times: the second at which each was taken. columns: so many frames in a line.
+
+    Raises:
+        ValueError: no shots, not as many times, or no columns.
+    """
+    from matplotlib.figure import Figure
+
+    if not shots or columns < 1 or (times is not None and len(times) != len(shots)):
+        raise ValueError(f"{len(shots)} frames, {columns} columns and {times} as times: give a shot and a time a frame")
+    first, columns = shots[0], min(columns, len(shots))
+    lines, at, size = -(-len(shots) // columns), first.layer(layer), 9.0
+    here = set(first.row.kept(at))
+    figure = Figure(figsize=(1.5 * columns + 0.2, 1.95 * lines + 1.1), layout="constrained", dpi=110)
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes:
+        axis.set_axis_off()
+    for n, (axis, shot) in enumerate(zip(axes, shots, strict=False)):
+        total = len(shot.layout) - int(shot.layout.newline.sum())
+        kept_here = len(here.intersection(range(shot.first_slot, shot.first_slot + len(shot.layout))))
+        axis.imshow(shot.pixels(layer))
+        when = f" · {times[n]:.1f} s" if times is not None else ""
+        axis.set_title(f"frame {n + 1}{when}\n{kept_here} of {total}", fontsize=size)
+    figure.suptitle(wrapped(first.label, 14 * columns) + (f"\n{first.question}" if first.question else ""), fontsize=11)
+    said, color = first.verdict
+    deep = f"tokens that enter layer {at}: {first.row.vision_tokens[at]} of {first.row.total}"
+    figure.supxlabel(f"{said}\n{deep}" if said else deep, fontsize=10, color=color)
+    return figure
+
+
 def side_by_side(shots: Sequence[Shot], layer: int = -1, columns: int = 3) -> Figure:
     """The same picture under several policies: what is left on entering ``layer``, with tokens, FLOPs and answer.
 
