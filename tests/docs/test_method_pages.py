@@ -42,7 +42,7 @@ def options(text: str) -> dict[str, Any]:
 def sections() -> dict[str, str]:
     """Policy → its section of the pages on several methods."""
     found: dict[str, str] = {}
-    for page in ("picture", "question", "inside"):
+    for page in ("picture", "question", "video", "inside"):
         parts = re.split(r"^## `([\w-]+)`.*\n", (DOCS / "methods" / f"{page}.md").read_text(), flags=re.M)
         found |= dict(zip(parts[1::2], parts[2::2], strict=True))
     return found

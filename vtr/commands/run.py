@@ -81,7 +81,7 @@ def run_command(
             asked = prepare(None if image is None else Path(image), question, sample, model, device)
         chosen_spec = policy if mean is None else at_budget(asked, policy, mean)
         rows = run_all(asked, chosen_spec, compare, max_new_tokens, repeats)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise fail(error) from error
     console.print(f"[bold]{asked.question}[/]" + (f"   (expected: {asked.answer})" if asked.answer else ""))
     console.print(_table(rows))

@@ -55,7 +55,7 @@ def read_video(source: str | Path | Sequence[Any], frames: int = FRAMES) -> Vide
 
     Raises:
         ValueError: ``frames`` below 1, no frames, frames of different sizes, or a file that is no video.
-        ModuleNotFoundError: a film, and PyAV is not installed.
+        ImportError: a film, and PyAV is not installed.
         OSError: no such file.
     """
     if frames < 1:
@@ -88,6 +88,7 @@ def _animated(path: Path, frames: int) -> Video:
             at, found, times, now = spread(total, frames), [], [], 0.0
             for i in range(total):
                 film.seek(i)
+                film.load()  # some formats know how long a frame stays only now
                 if i in at:
                     found.append(film.convert("RGB"))
                     times.append(now / 1000)
@@ -100,9 +101,9 @@ def _animated(path: Path, frames: int) -> Video:
 def _film(path: Path, frames: int) -> Video:
     try:
         import av
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{path.name} is a film, which PyAV reads: pip install av; or give a folder of frames, or a GIF"
+    except ImportError as error:
+        raise ImportError(
+            f"{path.name} is a film, which PyAV reads: pip install av. Or give a folder of frames, or a GIF"
         ) from error
     try:
         with av.open(str(path)) as container:

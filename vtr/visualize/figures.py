@@ -54,7 +54,7 @@ def film(shots: Sequence[Shot], times: Sequence[float] | None = None, layer: int
     lines, at, size = -(-len(shots) // columns), first.layer(layer), 9.0
     here = set(first.row.kept(at))
     figure = Figure(figsize=(1.5 * columns + 0.2, 1.95 * lines + 1.1), layout="constrained", dpi=110)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for n, (axis, shot) in enumerate(zip(axes, shots, strict=False)):
