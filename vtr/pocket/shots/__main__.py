@@ -33,7 +33,7 @@ from ..train import Context
 from . import FILE, learnt
 from .prompts import WORDS, remapping
 
-SCENES = 240  # pictures at hand
+SCENES = 120  # pictures at hand
 STEPS, LR = 1600, 1.2e-3
 VIEWS = {
     "patches": (16, 0.80, 0.10), "coarse": (10, 0.18, 0.62), "query": (4, 0.02, 0.22), "whole": (2, 0.0, 0.06),
@@ -204,7 +204,7 @@ def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, most: in
 
     run_stage(
         "shots", ctx, model, steps, (matrices + rest, optimizers), gradients,
-        rate=lambda step: ramp(step, steps, 20, "linear"), save_every=50, every=25, extra=probe,
+        rate=lambda step: ramp(step, steps, 20, "linear"), save_every=25, every=25, extra=probe,
     )  # fmt: skip
 
 
