@@ -131,7 +131,7 @@ def as_many(model: Any, processor: Any, prompt: Prompt, policy: Policy) -> int:
     """How many of a prompt's demonstrations cost no more FLOPs unreduced than all of them under ``policy``."""
     model(**encode(model, processor, [prompt]), policy=policy, use_cache=True, logits_to_keep=1)
     most = vtr.report(model).prefill_flops
-    for count in range(len(prompt.demonstrations)):
+    for count in range(len(prompt.demonstrations) + 1):
         model(**encode(model, processor, [fewer(prompt, count)]), policy=None, use_cache=True, logits_to_keep=1)
         if vtr.report(model).prefill_flops > most:
             return max(count - 1, 0)
