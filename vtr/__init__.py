@@ -11,6 +11,7 @@ from vtr import (
 from vtr.accounting import Report, report
 from vtr.base import Attend, Attention, Best, KeyNorms, Merged, Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
+from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.resolve import shared_features
@@ -82,6 +83,7 @@ __all__ = [
     "Attention",
     "AutoScale",
     "Best",
+    "ByImage",
     "CDPruner",
     "Chain",
     "ClsTop",
