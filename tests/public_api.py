@@ -12,6 +12,7 @@ from typing import ClassVar, assert_type
 
 import torch
 from PIL.Image import Image as Picture
+from transformers import DynamicCache
 
 import vtr
 from vtr.base import LayerAttention
@@ -149,6 +150,8 @@ def answers() -> list[str]:
     norm = vtr.at_budget(Norm(), model, mean=16, total=144)
     with vtr.use(model, [norm, None]) as patched, vtr.shared_features(patched):
         out = patched.generate(**inputs, max_new_tokens=3)
+    cache = DynamicCache()
+    assert_type(vtr.fork(cache, 2), DynamicCache)
     said = vtr.chat.decode(processor, out, inputs["input_ids"].shape[1])
     assert_type(said, list[str])
     report: vtr.Report = vtr.report(model)

@@ -11,9 +11,11 @@ from vtr import (
 from vtr.accounting import Report, report
 from vtr.base import Attend, Attention, Best, KeyNorms, Merged, Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
+from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.resolve import shared_features
+from vtr.engine.turns import fork
 from vtr.image import Image, Pooled
 from vtr.inputs import InputPolicy, split
 from vtr.keep import keep_count, top
@@ -87,6 +89,7 @@ __all__ = [
     "Attention",
     "AutoScale",
     "Best",
+    "ByImage",
     "CDPruner",
     "Chain",
     "ClsTop",
@@ -142,6 +145,7 @@ __all__ = [
     "ZipVL",
     "at_budget",
     "chat",
+    "fork",
     "keep_count",
     "list_policies",
     "patch",

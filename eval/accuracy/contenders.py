@@ -14,6 +14,7 @@ from vtr.engine.adapters import find_adapter
 from vtr.inputs import InputPolicy, parts_of
 from vtr.learned import Learned
 from vtr.limits import short, similar
+from vtr.parts import Parts
 from vtr.settings import policy_class
 from vtr.shares import check_share
 
@@ -144,7 +145,7 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
             raise ValueError(f"budget={budget:g}: a tile has {shapes.side**2} tokens: give fewer, or a share (0.25)")
         budget = budget / shapes.side**2
     check_share(budget)
-    registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
+    registered = [name for name in vtr.list_policies() if not issubclass(policy_class(name), Parts)]
     order = [name for name in FIRST if name in registered]
     made, left_out = [], {}
     for name in order + [name for name in registered if name not in FIRST]:

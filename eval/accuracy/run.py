@@ -40,7 +40,7 @@ class Settings:
     Attributes:
         policies: spec strings, or "all". budget: the mean keep of "all".
         model: a folder, a hub name or a name of ``vtr.pocket.NAMES``; None is ``pocket``.
-        base_lm: a language model for text-only prompts.
+        base_lm: the language model before it saw pictures, for leakage.
         data, limit, seed, columns, images: see :func:`vtr.eval.accuracy.data.open_data`. instruction: has
             ``{question}`` in it.
         max_new_tokens: None is what the model's generation config says, or 32.
@@ -206,6 +206,7 @@ def _identity(settings: Settings, bench: Bench) -> dict[str, Any]:
     return {
         **asdict(settings),
         "policies": [one.spec for one in bench.contenders],
+        "references": bench.references,
         "max_new_tokens": bench.max_new_tokens,
         "device": bench.model.device.type,
         "dtype": str(bench.model.dtype).removeprefix("torch."),
@@ -225,7 +226,7 @@ def batches(source: Source, size: int) -> Iterator[tuple[int, list[Sample | Bad]
 
 def _run(bench: Bench, source: Source, settings: Settings, journal: Journal, rank: Rank) -> None:
     """Every batch that is this process's and not done yet."""
-    runs = len(bench.contenders) + 2  # … blind and text only
+    runs = len(bench.contenders) + len(bench.references)
     samples = settings.limit or (POCKET_QUESTIONS if settings.data.startswith(POCKET) else None)
     total = None if samples is None else samples * runs
     with tqdm(total=total, desc="samples × runs", unit="", disable=rank.index > 0) as bar:

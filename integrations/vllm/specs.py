@@ -13,11 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 from vtr.base import Policy, UnsupportedError
+from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
 from vtr.image import Layout
 from vtr.inputs import InputPolicy, as_picture, parts_of, split
 from vtr.limits import MOST_LAYERS, short
-from vtr.policies import GlobalCom2, GSearch, Matryoshka, Random, UniformGrid
+from vtr.parts import members
+from vtr.policies import GlobalCom2, GSearch, Random, UniformGrid
 from vtr.schedule import presets
 from vtr.settings import parse, policy_class
 
@@ -77,15 +79,14 @@ def read(value: Any, images: int, depth: int) -> list[str]:
 
 
 def _of_image(spec: str, index: int, count: int) -> str:
-    if "m3:tokens=[" not in spec:
+    if not any(mark in spec for mark in ("m3:tokens=[", f"{ByImage.name}:")):
         return spec
     before, made = split(spec)
-    assert isinstance(made, Matryoshka)
     try:
-        one = made.of_image(index, count).spec
+        one: Policy | None = made.of_image(index, count)  # type: ignore[union-attr]
     except ValueError as error:
         raise RequestError(str(error)) from error
-    return one if before is None else f"{before.spec}+{one}"
+    return "+".join(part.spec for part in (before, one) if part is not None) or NONE
 
 
 def spec_of(text: Any, depth: int) -> str:
@@ -166,11 +167,12 @@ def _check_place(made: Policy, depth: int) -> None:
         raise RequestError(f"{made.spec} reduces nothing: ask for {NONE!r}")
     if lacking := next((why for wish, why in UNSEEN.items() if any(w.startswith(wish) for w in made.wants)), None):
         raise RequestError(f"{made.spec} {lacking}: use a policy without, e.g. m3:tokens=36 or {same_budget(0.25)}")
-    if isinstance(made, GlobalCom2) and made.budget == "paper":
-        raise RequestError(
-            f"how many tokens {made.spec} leaves depends on the picture, and vLLM must know it before the picture is "
-            f"encoded: use {dataclasses.replace(made, budget='exact').spec}"
-        )
+    for part in members(made):
+        if isinstance(part, GlobalCom2) and part.budget == "paper":
+            raise RequestError(
+                f"how many tokens {part.spec} leaves depends on the picture, and vLLM must know it before the picture "
+                f"is encoded: use {dataclasses.replace(part, budget='exact').spec}"
+            )
 
 
 def refusal(made: Policy, depth: int) -> str:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {
     "fastv": "fastv", "gsearch": "gsearch", "pyramid": "pyramid", "matryoshka": "m3", "globalcom2": "globalcom2",
-    "pmod": "pmod", "dynamic-llava": "dynamic-llava", "baselines": "autoscale",
+    "pmod": "pmod", "dynamic-llava": "dynamic-llava", "baselines": "autoscale", "by-image": "by_image",
 }  # fmt: skip
 """Page → the policy whose options its table lists."""
 

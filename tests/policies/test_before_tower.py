@@ -80,6 +80,8 @@ def test_settings_that_cannot_be() -> None:
     for spec in ("downsample:half", "fewer_crops:x", "msac:4", 'msac:["a",3]'):
         with pytest.raises(TypeError, match="must be"):
             vtr.policy(spec)
+    with pytest.raises(ValueError, match="join it in front"):
+        vtr.policy('by_image:default="fewer_crops+m3:9"')
     with pytest.raises(ValueError, match="'or' or 'and'"):
         vtr.policy("msac:rule=xor")
 

@@ -21,6 +21,7 @@ from vtr.learned import Learned
 from vtr.settings import policy_class
 
 OTHERS = "Policies from elsewhere."
+TOGETHER = "Several policies in one."
 ROOMS = ("input", "blind", "picture", "question", "decoder", "trained")
 """The order in which the packages of :mod:`vtr.policies` are shown; others follow."""
 ELSEWHERE = {"msac": "pocket-internvl"}
@@ -28,6 +29,7 @@ ELSEWHERE = {"msac": "pocket-internvl"}
 HOW = """[b]How to write a policy[/]  name:setting=value,…  e.g. [b]fastv:keep=0.25,layer=2[/]
 A setting left out has its default; a keep is a ratio (0.25) or a count (64).
 Two policies are joined by +: [b]m3:tokens=144+fastv:keep=0.5[/], [b]fewer_crops+globalcom2:0.25[/]
+One for each image of a prompt: [b]by_image:default="m3:9",last="none"[/]
 No reduction is called [b]none[/].
 
   vtr list NAME                                  its settings, what they mean
@@ -37,6 +39,7 @@ MODELS = {
     "pocket": "a tiny LLaVA-NeXT, the default",
     "pocket-joint": "the same, trained along with the policies",
     "pocket-internvl": "a tiny InternVL",
+    "pocket-shots": "reads demonstrations (vtr eval --shots)",
 }
 
 
@@ -108,6 +111,8 @@ def example_of(name: str) -> str:
         return f"{name}:weights=pocket"
     if cls is vtr.Chain:
         return "m3:tokens=36+fastv:keep=0.5"
+    if cls is vtr.ByImage:
+        return vtr.ByImage("m3:9", last="none").spec
     try:
         return cls().spec if name != "gsearch" else "gsearch:schedule=pocket"
     except (TypeError, ValueError):  # a setting without a default
@@ -138,7 +143,7 @@ def _grouped() -> dict[str, list[str]]:
     titled: dict[str, list[str]] = {}
     for room, names in found.items():
         doc = sys.modules[room].__doc__ if room.startswith("vtr.policies.") and room in sys.modules else None
-        titled.setdefault(doc or OTHERS, []).extend(names)
+        titled.setdefault(doc or (TOGETHER if room == "vtr" else OTHERS), []).extend(names)
     return {title: names for title, names in titled.items() if names}
 
 

@@ -15,15 +15,16 @@ import torch
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.answers import answer_labels
 from vtr.engine.cache import is_ragged
-from vtr.engine.call import Generation, pending_request, refuse_replica
+from vtr.engine.call import PIXELS, Generation, pending_request, refuse_replica
 from vtr.engine.captures import begin
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in
 from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_continue, warn_on_labels
+from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
 from vtr.engine.static import takes_static_step
+from vtr.engine.turns import go_on, new_turn
 from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class ForwardHooks:
         source = ids if ids is not None else embeds
         rows = None if source is None else source.shape[0]
         generation = self.patch.choice.generation() if given is MISSING else None
+        self._goes_on(cache, generation, None if source is None else source.shape[1], kwargs)
         if generation is not None and generation.policies is None:
             return args, kwargs, None
         by_hand = False
@@ -102,11 +104,19 @@ class ForwardHooks:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
-        if is_ragged(cache):
-            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is not None and not by_hand:
             return args, kwargs, self._generation_request(generation, kwargs, source.shape)  # type: ignore[union-attr]
         return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation, grids)
+
+    def _goes_on(self, cache: Any, generation: Generation | None, length: int | None, kwargs: dict[str, Any]) -> None:
+        """If a cache goes on: whom that may surprise, said once a turn. length: columns of the forward."""
+        owned = generation is not None and generation.owns_cache(cache)
+        if generation is not None and owned and generation.started:
+            return
+        if not owned:
+            go_on(self.patch.entry, cache, None)
+        if owned or length != 1 or any(kwargs.get(name) is not None for name in PIXELS):
+            new_turn(cache)  # one token by hand is a decoded one
 
     def _direct_request(
         self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
