@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtr.base import QUESTIONS, Image, Layout, Policy, Pooled
+from vtr.base import QUESTIONS, Policy
 from vtr.chain import policy
+from vtr.image import Image, Layout, Pooled
 from vtr.inputs import split
 from vtr.limits import short
 from vtr.parts import Parts

@@ -54,7 +54,8 @@ class Bench:
     @property
     def cache(self) -> str:
         """What the installed transformers calls it."""
-        return cache_name(type(self.model))
+        made: Any = type(self.model)
+        return cache_name(made)
 
     def prefix(self, policy: str | None) -> Any:
         """The cache of what all questions share."""

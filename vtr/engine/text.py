@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtr.base import UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import RaggedLayer, is_ragged
 from vtr.engine.cache_state import CacheState
@@ -77,7 +77,7 @@ class TextCall:
         if self.cache is None and not self.wants_cache():
             return None
         rows = self.embeds.shape[0]
-        policies = [None] * rows if self.request is None else list(self.request.policies)
+        policies: list[Policy | None] = [None] * rows if self.request is None else list(self.request.policies)
         constant = getattr(self.cache, "constant", None)
         state = CacheState(policies, [0] * rows, [[0] * rows for _ in windows], constant)
         layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
