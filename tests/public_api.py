@@ -123,11 +123,21 @@ def policies() -> list[vtr.Policy]:
         vtr.PMoD(),
         vtr.DynamicLLaVA(),
         vtr.Chain([vtr.Pool(), Norm()]),
+        vtr.ByImage("m3:9", last="none"),
         vtr.policy("fastv:keep=0.25,layer=2"),
         vtr.policy(Norm()),
         chained,
     ]
     return made
+
+
+def before_the_tower() -> list[vtr.InputPolicy]:
+    """Policies that act on the picture, and a spec of both kinds taken apart."""
+    before, rest = vtr.split("fewer_crops+fastv:keep=0.25")
+    assert rest is not None
+    _, processor = vtr.pocket.load()
+    vtr.processor(processor, before)
+    return [vtr.Downsample(0.5), vtr.FewerCrops(alpha=0.1), vtr.MSAC()]
 
 
 def schedules() -> vtr.Schedule:
