@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vtr.eval.accuracy.metrics import Metric
 import vtr
 from vtr import chat
 from vtr.data.choices import with_choices
+from vtr.data.videos import Video
 
 GRAY = (128, 128, 128)
 REFERENCES = ("no_image", "gray", "base_lm")
@@ -32,10 +33,10 @@ def question_of(sample: Sample, instruction: str = "{question}") -> str:
 
 @dataclass
 class Batch:
-    """Samples that can be used, their pictures and encoded prompts (None without samples), and those that cannot."""
+    """Samples that can be used, their pictures or videos and encoded prompts (None without samples); the others."""
 
     samples: list[Sample]
-    pictures: list[Image.Image]
+    pictures: list[Image.Image | Video]
     inputs: Any
     bad: list[Bad]
 
@@ -64,13 +65,25 @@ class Bench:
         return REFERENCES if self.base is not None else REFERENCES[:-1]
 
     def encode(
-        self, samples: Sequence[Sample], pictures: Sequence[Image.Image] | None, before: vtr.Policy | None = None
+        self,
+        samples: Sequence[Sample],
+        pictures: Sequence[Image.Image | Video] | None,
+        before: vtr.Policy | None = None,
     ) -> Any:
-        """The samples' prompts, one picture each (or none), on the model's device; pixels in its dtype.
+        """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype.
 
         before: what acts on the pictures, or None.
+
+        Raises:
+            UnsupportedError: a policy that acts on pictures, and videos.
         """
         questions = [question_of(sample, self.instruction) for sample in samples]
+        if pictures and isinstance(pictures[0], Video):
+            if before is not None:
+                raise vtr.UnsupportedError(
+                    f"{before.spec} acts on pictures: of videos, frames:keep=0.5 takes fewer frames"
+                )
+            return _to(chat.encode_videos(self.processor, questions, pictures), self.model)
         return _to(chat.encode(self.processor, questions, pictures, before), self.model)
 
     def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -95,7 +108,7 @@ class Bench:
 
     def _refer(self, batch: Batch, rows: list[dict[str, Any]]) -> None:
         """What is answered without the picture: what policies are read against."""
-        gray = [Image.new("RGB", picture.size, GRAY) for picture in batch.pictures]
+        gray = [gray_of(picture) for picture in batch.pictures]
         said = {
             "no_image": self.say(self.encode(batch.samples, None), None),
             "gray": self.say(self.encode(batch.samples, gray), None),
@@ -107,7 +120,9 @@ class Bench:
             self._score(batch.samples, said[name], cells)
 
     def inputs_for(self, one: Contender, batch: Batch) -> Any:
-        """The batch as a contender gets it: encoded anew where it acts on pictures."""
+        """The batch as a contender gets it: encoded anew where it acts on pictures, or takes fewer frames."""
+        if one.frames is not None:
+            return self.encode(batch.samples, [one.frames(video) for video in batch.pictures], one.before)
         if one.before is None:
             return batch.inputs
         return self.encode(batch.samples, batch.pictures, one.before)
@@ -120,7 +135,7 @@ class Bench:
             try:
                 if problem is not None:
                     raise BadPictureError(problem)
-                picture = sample.picture()
+                picture = sample.seen()
             except BadPictureError as error:
                 batch.bad.append(Bad(sample.index, sample.id, str(error)))
                 continue
@@ -170,6 +185,13 @@ class Bench:
     def _score(self, samples: Sequence[Sample], said: Sequence[str], cells: Sequence[dict[str, Any]]) -> None:
         for sample, text, cell in zip(samples, said, cells, strict=True):
             cell.update(said=text, score=self.metric.score(text, sample.answers, sample.choices))
+
+
+def gray_of(seen: Image.Image | Video) -> Image.Image | Video:
+    """An even gray picture of the same size, or as many of them as a video has frames."""
+    if isinstance(seen, Video):
+        return replace(seen, frames=[Image.new("RGB", frame.size, GRAY) for frame in seen.frames])
+    return Image.new("RGB", seen.size, GRAY)
 
 
 def costs(model: Any) -> list[dict[str, Any]]:

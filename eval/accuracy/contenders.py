@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtr.eval.accuracy import blind  # noqa: F401  (registers the question-blind selector)
+from vtr.eval.accuracy.frames import FRAMES, Frames
 
 import vtr
 from vtr.budget import at_share
@@ -31,12 +32,14 @@ class Contender:
 
     Attributes:
         policy: what acts in the model, or None. before: what acts on pictures, before the tower, or None.
+        frames: which frames of a video the processor gets; None for all.
     """
 
     spec: str
     name: str
     policy: vtr.Policy | None = None
     before: vtr.Policy | None = None
+    frames: Frames | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Shapes:
 
 
 def contender(spec: str) -> Contender:
-    """The contender of a spec: ``none``, or a policy's; what of it acts before the tower is split off.
+    """The contender of a spec: ``none``, or a policy's; what of it acts before the tower is split off. Of videos also
+    ``frames:keep=0.5``, or ``frames:keep=0.5+POLICY``.
 
     Raises:
         TypeError, ValueError: no such policy, or settings it refuses.
@@ -65,22 +69,38 @@ def contender(spec: str) -> Contender:
     spec = spec.strip()
     if spec == NONE:
         return Contender(NONE, NONE)
+    head, _, more = spec.partition("+")
+    name, _, settings = head.partition(":")
+    if name == FRAMES:
+        fewer, behind = _fewer(head, settings), _policy(more) if more else None
+        return Contender(fewer.spec + (f"+{behind.spec}" if behind else ""), FRAMES, behind, frames=fewer)
     policy = _policy(spec)
     before, rest = vtr.split(policy)
     return Contender(policy.spec, policy.name if before is None else parts_of(before)[0].name, rest, before)
 
 
+def _fewer(head: str, settings: str) -> Frames:
+    """The baseline of ``frames``, ``frames:0.5`` or ``frames:keep=0.5``."""
+    key, equals, value = settings.rpartition("=")
+    if equals and key != "keep":
+        raise ValueError(f"{FRAMES} has no setting {key!r}; it has: keep, e.g. {FRAMES}:keep=0.5")
+    try:
+        return Frames(float(value)) if settings else Frames()
+    except ValueError as error:
+        raise ValueError(f"{head!r}: {error}") from error
+
+
 def _policy(spec: str) -> vtr.Policy:
     """As :func:`vtr.policy`; where several policies are joined by commas, the message says how they are joined here."""
-    known = [*vtr.list_policies(), NONE, ALL]
+    known = [*vtr.list_policies(), NONE, ALL, FRAMES]
     if "," in spec:
         parts = [part.strip() for part in spec.split(",")]
         if any(part.partition(":")[0] in known and "=" not in part.partition(":")[0] for part in parts[1:]):
             raise ValueError(
                 f"{short(spec)!r}: policies are joined by a semicolon, like fastv:keep=0.25;random:keep=0.25"
             )
-    name = spec.partition(":")[0].strip()
-    if name not in known and (hint := similar(name, (NONE, ALL))) and not similar(name, vtr.list_policies()):
+    name, own = spec.partition(":")[0].strip(), (NONE, ALL, FRAMES)
+    if name not in known and (hint := similar(name, own)) and not similar(name, vtr.list_policies()):
         raise ValueError(f"unknown policy {short(name)!r}{hint}; {ALL} is one of each that `vtr list` shows")
     return vtr.policy(spec)
 

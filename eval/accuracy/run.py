@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vtr.eval.accuracy import summary
 from vtr.eval.accuracy.answers import TOKENS, Bench, bad_row, refused
 from vtr.eval.accuracy.contenders import ALL, BUDGET, Contender, Shapes, contender, contenders, specs_of
-from vtr.eval.accuracy.data import POCKET, POCKET_QUESTIONS, Bad, Sample, Source, open_data
+from vtr.eval.accuracy.data import POCKET, Bad, Sample, Source, open_data, pocket_questions, settings_of
 from vtr.eval.accuracy.journal import ROWS, Journal
 from vtr.eval.accuracy.metrics import metric
 from vtr.eval.accuracy.processes import Rank, cores, device_of, launched, shared_cores, spread
@@ -76,8 +76,21 @@ class Settings:
         check_name(self.model)
         check_name(self.base_lm, "language model", owner=False)
         for spec in specs_of(self.policies):
-            if spec != ALL:
-                contender(spec)
+            if spec != ALL and (one := contender(spec)).frames is not None and self.task != "video":
+                raise ValueError(f"{one.spec}: pictures have no frames; it is for videos (--task video)")
+            if spec != ALL and one.downsample is not None and self.task == "video":
+                raise ValueError(f"{one.spec} is for pictures; for videos there is frames:keep=0.5")
+
+    @property
+    def task(self) -> str | None:
+        """The pocket task, or None for other data."""
+        head, _, rest = self.data.partition(":")
+        return settings_of(rest).get("task", "questions") if head == POCKET else None
+
+    @property
+    def samples(self) -> int | None:
+        """How many there are at most, where it is known beforehand."""
+        return self.limit or (None if self.task is None else pocket_questions(self.task))
 
     @property
     def name(self) -> str:
@@ -87,7 +100,7 @@ class Settings:
     def open(self) -> Source:
         """The data."""
         images = None if self.images is None else Path(self.images)
-        return open_data(self.data, limit=self.limit, seed=self.seed, columns=self.columns, images=images)
+        return open_data(self.data, limit=self.limit, seed=self.seed, columns=self.columns, images=images, videos=True)
 
 
 def evaluate(
@@ -130,8 +143,10 @@ def _sensible_processes(settings: Settings) -> int:
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
     if settings.name not in vtr.pocket.NAMES or not on_cpu:
         return 1
-    samples = settings.limit or POCKET_QUESTIONS
-    return max(1, min(cores(), MOST_PROCESSES, math.ceil(samples / settings.batch_size) // WORTH_A_PROCESS))
+    if settings.samples is None:
+        return min(cores(), MOST_PROCESSES)
+    batches = math.ceil(settings.samples / settings.batch_size)
+    return max(1, min(cores(), MOST_PROCESSES, batches // WORTH_A_PROCESS))
 
 
 def _work(
@@ -227,8 +242,7 @@ def batches(source: Source, size: int) -> Iterator[tuple[int, list[Sample | Bad]
 def _run(bench: Bench, source: Source, settings: Settings, journal: Journal, rank: Rank) -> None:
     """Every batch that is this process's and not done yet."""
     runs = len(bench.contenders) + len(bench.references)
-    samples = settings.limit or (POCKET_QUESTIONS if settings.data.startswith(POCKET) else None)
-    total = None if samples is None else samples * runs
+    total = None if settings.samples is None else settings.samples * runs
     with tqdm(total=total, desc="samples × runs", unit="", disable=rank.index > 0) as bar:
         bench.tick = lambda count: bar.update(count * rank.world)
         for number, batch in batches(source, settings.batch_size):

@@ -17,6 +17,8 @@ from vtr.eval.accuracy.stats import interval, mcnemar, outcomes, paired
 from vtr.data.choices import LETTERS, picked
 
 Row = Mapping[str, Any]
+FEW_KINDS = 8
+"""So many kinds of questions get a table of their own."""
 EXAMPLES = 10
 """How many bad records are named in the results; all are in the rows."""
 
@@ -110,6 +112,7 @@ def _policy(
         "policy": one.spec, "name": one.name, "accuracy": float(np.mean(mine)), "low": low, "high": high,
         "indispensable": float(np.mean(needing)) if needing else None,
         "by_kind": {kind: float(np.mean(by_kind[kind])) for kind in sorted(by_kind)},
+        "kind_intervals": _kind_intervals(shown, mine, groups, seed),
         "gain": gain(everywhere, references["no_image"]), "gray_gain": gain(everywhere, references["gray"]),
         "leakage": leakage(references["no_image"], references["base_lm"]),
         "vision_tokens": np.mean([cell["tokens"] for cell in cells], axis=0).tolist(),
@@ -124,6 +127,21 @@ def _policy(
             "won": won, "lost": lost,
         },
     }  # fmt: skip
+
+
+def _kind_intervals(
+    rows: Sequence[Row], scores: Sequence[float], groups: Sequence[int], seed: int
+) -> dict[str, tuple[float, float]]:
+    """The interval of each kind's accuracy, where there are at most FEW_KINDS."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        members[row["kind"]].append(i)
+    if len(members) > FEW_KINDS:
+        return {}
+    return {
+        kind: interval([scores[i] for i in at], [groups[i] for i in at], seed=seed)
+        for kind, at in sorted(members.items())
+    }
 
 
 def _kept(row: Row, spec: str) -> float:
@@ -189,11 +207,37 @@ def caption(body: Mapping[str, Any]) -> str:
     return f"{text}; multi-modal leakage {100 * leaked:.1f} ({body['base_lm']}, text only: {base:.1%})."
 
 
+def by_kind(body: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and lines of the table by kind of question: FLOPs as a share of no reduction's, and accuracy.
+
+    Of data with one kind, or with more than FEW_KINDS, there is no line.
+    """
+    kinds = body["data"]["kinds"]
+    if not 1 < len(kinds) <= FEW_KINDS:
+        return [], []
+    whole = next(row["gflops"] for row in body["policies"] if row["policy"] == NONE)
+
+    def cell(row: Mapping[str, Any], kind: str) -> str:
+        if kind not in row["by_kind"]:  # none of it is shown
+            return "–"
+        low, high = row.get("kind_intervals", {}).get(kind, (None, None))
+        between = "" if low is None else f" ({100 * low:.0f}–{100 * high:.0f})"
+        return f"{row['by_kind'][kind]:.1%}{between}"
+
+    lines = [
+        [row["policy"], f"{row['gflops'] / whole:.0%}", *(cell(row, kind) for kind in kinds)]
+        for row in body["policies"]
+    ]
+    return ["policy", "FLOPs", *kinds], lines
+
+
 def markdown(body: Mapping[str, Any]) -> str:
-    """The caption and the table in Markdown."""
-    columns, lines = used_columns(body)
-    out = [caption(body), "", "| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    out += ["| " + " | ".join(line) + " |" for line in lines]
+    """The caption and the tables in Markdown."""
+    out = [caption(body)]
+    for columns, lines in (used_columns(body), by_kind(body)):
+        if lines:
+            out += ["", "| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+            out += ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join(out) + "\n"
 
 

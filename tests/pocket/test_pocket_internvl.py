@@ -64,7 +64,7 @@ def test_another_process_loads_it_offline() -> None:
 
 
 def test_no_such_family() -> None:
-    with pytest.raises(ValueError, match="llava-next, joint, internvl"):
+    with pytest.raises(ValueError, match="llava-next, joint, internvl, video"):
         vtr.pocket.load("qwen")
 
 

@@ -16,8 +16,18 @@ def eval_command(
         list[str] | None,
         typer.Option("--policies", "-p", help="`all`, or specs joined by `;`; may be given again", show_default="all"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="so many samples at most (pocket: 1280)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many samples at most (pocket: 1280, video: 480)")] = None,
     data: Annotated[str, typer.Option(help="`pocket`, a JSON file, a folder, or `hf:NAME,split=test`")] = "pocket",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="a pocket task, and the model that has learnt it: `questions`, `listing`, `video`",
+            show_default="questions",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="of --task video: frames in a film", show_default="8")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="the folder of a JSONL's pictures", show_default="its own")
     ] = None,
@@ -33,7 +43,8 @@ def eval_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="folder, hub name, `pocket-joint`, `pocket-internvl`", show_default="pocket; of --shots pocket-shots"
+            help="folder, hub name, `pocket-joint`, `pocket-internvl`, `pocket-video`",
+            show_default="pocket; the task's; of --shots pocket-shots",
         ),
     ] = None,
     base_lm: Annotated[
@@ -75,6 +86,9 @@ def eval_command(
 
     * `vtr eval -p "fastv:keep=0.25,layer=2;random:keep=0.25,layer=2" --limit 320 --latency 4`
 
+    * `vtr eval --policies "none;evs:0.5;vidcom2:0.25;frames:0.5" --task video` — films whose questions need time;
+      `frames:0.5` gives the processor every other frame
+
     * `vtr eval --out results/pocket --limit 2000 --resume` — after a crash: the same options and --resume
 
     * `vtr eval --data chart.jsonl --metric relaxed --model llava-hf/llava-1.5-7b-hf --base-lm lmsys/vicuna-7b-v1.5`
@@ -112,6 +126,7 @@ def eval_command(
         from vtr.eval.accuracy.data import settings_of
         from vtr.eval.accuracy.run import Settings, evaluate
 
+        data, model, metric = of_task(task, frames, data, model, metric)
         chosen = Settings(
             policies=tuple(policies or ["all"]), budget=budget, model=model, base_lm=base_lm, data=data,
             images=None if images is None else str(images), columns=settings_of(columns), limit=limit, seed=seed,
@@ -184,6 +199,36 @@ def show_shots(body: dict[str, Any]) -> None:
     console.print(caption(body), highlight=False, markup=False)
 
 
+TASKS = {"questions": ("pocket", "auto"), "listing": ("pocket-joint", "listing"), "video": ("pocket-video", "auto")}
+"""The pocket tasks: the model that has learnt one, and what counts."""
+
+
+def of_task(
+    task: str | None, frames: int | None, data: str, model: str | None, metric: str
+) -> tuple[str, str | None, str]:
+    """``--task``, ``--frames`` and the three options they stand for → data, model and metric.
+
+    Raises:
+        ValueError: no such task, other data beside it, or frames of a task without.
+    """
+    from vtr.limits import similar
+
+    if task is None:
+        if frames is not None:
+            raise ValueError("--frames is for films: --task video")
+        return data, model, metric
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}{similar(task, TASKS)}: choose one of {', '.join(TASKS)}")
+    if data.partition(":")[0] != "pocket" or "task=" in data:
+        raise ValueError(f"--task {task} is a pocket task, and --data {data} other data: leave out one of the two")
+    if frames is not None and task != "video":
+        raise ValueError("--frames is for films: --task video")
+    given = [data.partition(":")[2], f"task={task}", *([] if frames is None else [f"frames={frames}"])]
+    known, counts = TASKS[task]
+    chosen = "pocket:" + ",".join(filter(None, given)) if task != "questions" else data
+    return chosen, model or known, counts if metric == "auto" else metric
+
+
 def show(body: dict[str, Any]) -> None:
     """Print the table and what it was measured on."""
     from rich import box
@@ -209,8 +254,29 @@ def show(body: dict[str, Any]) -> None:
     for row, name in zip(body["policies"], short, strict=True):
         if row["policy"] != name:
             console.print(row["policy"], highlight=False, markup=False)
+    show_kinds(body, short)
     console.print(caption(body), highlight=False, markup=False)
     for name, reason in body["left_out"].items():
         console.print(f"left out of all: {name}: {reason}", highlight=False, markup=False)
     for bad in body["data"]["bad_examples"]:
         console.print(f"bad: {bad['id']}: {bad['reason']}", highlight=False, markup=False)
+
+
+def show_kinds(body: dict[str, Any], names: list[str]) -> None:
+    """Print accuracy by kind of question, where there are a few kinds."""
+    from rich import box
+    from rich.table import Table
+
+    from vtr.commands._console import console
+    from vtr.eval.accuracy.summary import by_kind
+
+    columns, lines = by_kind(body)
+    if not lines:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column(columns[0], overflow="fold", min_width=min(max(map(len, names)), console.width // 4))
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, line in zip(names, lines, strict=True):
+        table.add_row(name, *[cell.split(" (")[0] for cell in line[1:]])
+    console.print(table)

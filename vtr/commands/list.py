@@ -39,6 +39,7 @@ MODELS = {
     "pocket": "a tiny LLaVA-NeXT, the default",
     "pocket-joint": "the same, trained along with the policies",
     "pocket-internvl": "a tiny InternVL",
+    "pocket-video": "the same, trained to watch films",
     "pocket-shots": "reads demonstrations (vtr eval --shots)",
 }
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vtr.data.videos import Video
     from vtr.visualize import Shot
 
-VIDEO_MODEL = "pocket-internvl"
+VIDEO_MODEL = "pocket-video"
 """What answers questions about videos unless a model is named."""
 
 

@@ -71,7 +71,7 @@ def serve_command(
     from vtr.models import check_name
 
     try:
-        if model == "pocket-internvl":
+        if model in ("pocket-internvl", "pocket-video"):
             raise ValueError(
                 "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
             )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtr.data.choices import LETTERS, letter_of, with_choices
 from vtr.data.pictures import BadPictureError, one_line, upright
+from vtr.data.videos import Video
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,14 +38,14 @@ ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about a picture.
+    """A question about a picture or a video.
 
     Attributes:
         index: its place in the data, from 0 (bad ones are counted too).
         answers: one, or those of several people; none only where the reader was told that none are needed.
         choices: of a multiple-choice question.
         kind: what sort of question. group: which picture; questions about one picture are drawn together.
-        load: opens the picture.
+        load: opens the picture, or gives a :class:`~vtr.data.videos.Video`.
         where: the file and line it comes from; "" where there is no file.
         source: the picture's path, bytes or PIL picture; None where there is only ``load``.
     """
@@ -56,21 +57,33 @@ class Sample:
     choices: tuple[str, ...] | None
     kind: str
     group: str
-    load: Callable[[], Image.Image]
+    load: Callable[[], Image.Image | Video]
     where: str = ""
     source: Any = field(default=None, repr=False)
 
-    def picture(self) -> Image.Image:
-        """The picture, decoded, upright, RGB.
+    def seen(self) -> Image.Image | Video:
+        """What the question is about: the picture, decoded, upright, RGB; or the video.
 
         Raises:
             BadPictureError: missing, truncated, not a picture; with file and line of the record.
         """
         try:
-            return upright(self.load())
+            found = self.load()
+            return found if isinstance(found, Video) else upright(found)
         except Exception as error:  # of ``load``, which may be anybody's
             told = str(error) if isinstance(error, BadPictureError) else f"picture: {one_line(error)}"
             raise BadPictureError(at(self.where, told)) from error
+
+    def picture(self) -> Image.Image:
+        """The picture, as :meth:`seen`.
+
+        Raises:
+            BadPictureError: as there; or it is a video.
+        """
+        found = self.seen()
+        if isinstance(found, Video):
+            raise BadPictureError(at(self.where, "a video, where a picture is wanted"))
+        return found
 
     @property
     def asked(self) -> str:

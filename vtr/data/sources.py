@@ -17,6 +17,7 @@ from vtr import pocket
 from vtr.data import files
 from vtr.data.pictures import one_line
 from vtr.data.records import COLUMNS, Bad, Sample, samples_of
+from vtr.data.videos import FRAMES, Video
 from vtr.limits import short, similar
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 POCKET = "pocket"
 FOLDER = "imagefolder"
 """What ``datasets`` calls a folder of pictures."""
-POCKET_QUESTIONS = 1280
-"""How many pocket questions there are where no limit is given (the model card's)."""
+POCKET_QUESTIONS, VIDEO_QUESTIONS = 1280, 480
+"""How many pocket questions there are about pictures and about videos where no limit is given (the model cards')."""
+TASKS = ("questions", "listing", "video")
 EXAMPLE = '{"image": "cat.png", "question": "what is this?", "answer": "a cat"}'
 Read = Callable[[], Iterator[Sample | Bad]]
 Sampled = Callable[..., list[Sample | Bad]]
@@ -48,18 +50,19 @@ class Source:
 
 def open_data(
     spec: str, *, limit: int | None = None, seed: int = 0, columns: Mapping[str, str] | None = None,
-    images: Path | None = None, answers_needed: bool = True,
+    images: Path | None = None, answers_needed: bool = True, videos: bool = False,
 ) -> Source:  # fmt: skip
     """The data that ``spec`` names.
 
-    ``pocket`` or ``pocket:split=val`` (made from ``seed``; "test" otherwise) · ``FILE.jsonl``, or ``FILE.json`` with
-    one array, pictures named relative to ``images`` or to the file · a folder with one JSONL file, or saved by
-    ``save_to_disk``, or of pictures as ``datasets``' imagefolder has it · ``hf:NAME,split=test,…`` (what follows goes
-    to ``datasets.load_dataset``, which streams).
+    ``pocket``, ``pocket:split=val`` or ``pocket:task=video,frames=16`` (made from ``seed``; "test" otherwise) ·
+    ``FILE.jsonl``, or ``FILE.json`` with one array, pictures named relative to ``images`` or to the file · a folder
+    with one JSONL file, or saved by ``save_to_disk``, or of pictures as ``datasets``' imagefolder has it ·
+    ``hf:NAME,split=test,…`` (what follows goes to ``datasets.load_dataset``, which streams).
 
     Args:
         limit: read so many samples at most. columns: the data's own name for any of
-            :data:`~vtr.data.records.COLUMNS`. answers_needed: a sample without an answer is bad.
+            :data:`~vtr.data.records.COLUMNS`. answers_needed: a sample without an answer is bad. videos: the caller can
+        do with videos.
 
     Raises:
         ValueError: nothing of that kind, or unknown columns.
@@ -75,7 +78,7 @@ def open_data(
     if head == POCKET:
         if columns or images is not None:
             raise ValueError("the pocket tasks have pictures and columns of their own: leave out images and columns")
-        read = _pocket(POCKET_QUESTIONS if limit is None else limit, seed, settings_of(rest))
+        read = _pocket(limit, seed, settings_of(rest), videos)
     else:
         sampled = partial(samples_of, columns=columns, answers_needed=answers_needed)
         if head == "hf":
@@ -120,33 +123,55 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 # -- the pocket tasks --------------------------------------------------------------------------------------------------
-def _pocket(count: int, seed: int, settings: dict[str, str]) -> Read:
-    split, task = settings.pop("split", "test"), settings.pop("task", "questions")
-    if settings or split not in ("train", "val", "test") or task not in ("questions", "listing"):
+def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool) -> Read:
+    split, task, frames = settings.pop("split", "test"), settings.pop("task", "questions"), settings.pop("frames", None)
+    if settings or split not in ("train", "val", "test") or task not in TASKS:
         raise ValueError(
-            "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions or listing "
-            "(all objects of a picture; --metric listing)"
+            "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions, listing "
+            "(all objects of a picture; --metric listing) or video (with frames=N)"
         )
-    draw = pocket.samples if task == "questions" else pocket.listings
+    if task == "video":
+        if not videos:
+            raise ValueError("pocket:task=video asks about videos: only vtr eval takes them")
+        draw: Any = partial(pocket.films, frames=_frames(frames))
+    elif frames is not None:
+        raise ValueError(f"frames={frames}: pictures have none; pocket:task=video has")
+    else:
+        draw = pocket.samples if task == "questions" else pocket.listings
+    count = limit if limit is not None else pocket_questions(task)
 
     def read() -> Iterator[Sample | Bad]:
         groups: dict[int, int] = {}
-        pictures = []  # keeps ids of pictures apart
+        seen = []  # keeps ids of pictures apart
         for index, made in enumerate(draw(count, split=split, seed=seed)):
-            image = made["image"]
-            if id(image) not in groups:
-                pictures.append(image)
-                groups[id(image)] = len(groups)
-            group = f"{split}-{seed}-{groups[id(image)]}"
-            answers, load = (made["answer"],), partial(_same, image)
+            one = made["frames"] if task == "video" else made["image"]
+            if id(one) not in groups:
+                seen.append(one)
+                groups[id(one)] = len(groups)
+            group = f"{split}-{seed}-{groups[id(one)]}"
+            source = Video(one, None, list(range(len(one))), len(one)) if task == "video" else one
+            answers, load = (made["answer"],), partial(_same, source)
             name = f"{group}-{index}"
-            yield Sample(index, name, made["question"], answers, None, made["type"], group, load, source=image)
+            yield Sample(index, name, made["question"], answers, None, made["type"], group, load, source=source)
 
     return read
 
 
-def _same(image: Image.Image) -> Image.Image:
-    return image
+def pocket_questions(task: str) -> int:
+    """How many questions a pocket task has where no limit is given."""
+    return VIDEO_QUESTIONS if task == "video" else POCKET_QUESTIONS
+
+
+def _frames(given: str | None) -> int:
+    if given is None:
+        return FRAMES
+    if not given.isdigit() or int(given) < FRAMES:
+        raise ValueError(f"frames={given}: a film of the pocket task has {FRAMES} frames or more")
+    return int(given)
+
+
+def _same(seen: Image.Image | Video) -> Image.Image | Video:
+    return seen
 
 
 # -- files and folders -------------------------------------------------------------------------------------------------

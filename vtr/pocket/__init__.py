@@ -1,7 +1,7 @@
-"""The pocket models: three tiny LLaVA-NeXT and a tiny InternVL with their weights, and pictures with questions.
+"""The pocket models: three tiny LLaVA-NeXT and two tiny InternVL with their weights, pictures and films with questions.
 
-They exist to compare token-reduction policies in seconds on a CPU, without a download. See weights/MODEL_CARD.md,
-joint/weights/MODEL_CARD.md, shots/weights/MODEL_CARD.md and internvl/weights/MODEL_CARD.md.
+They exist to compare token-reduction policies in seconds on a CPU, without a download. See the MODEL_CARD.md in
+weights, joint/weights, shots/weights, internvl/weights and video/weights.
 """
 
 from __future__ import annotations
@@ -20,25 +20,38 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 WEIGHTS, SAMPLES = _HERE / "weights", _HERE / "samples"
-MODELS = {"llava-next": WEIGHTS, "joint": _HERE / "joint" / "weights", "internvl": _HERE / "internvl" / "weights"}
+MODELS = {"llava-next": WEIGHTS} | {name: _HERE / name / "weights" for name in ("joint", "internvl", "video")}
 """The pocket models that are whole checkpoints, the first by default, and where their weights are. "joint" is the
 LLaVA-NeXT trained on under every policy, p-MoD and Dynamic-LLaVA among them; it also lists all objects of a picture
-(answers of fifty words). "shots" is the first one with some layers trained on (``vtr.pocket.shots``)."""
-NAMES = {"pocket": "llava-next", "pocket-joint": "joint", "pocket-internvl": "internvl", "pocket-shots": "shots"}
+(answers of fifty words). "video" is the InternVL trained on to watch films, "shots" the first one with some layers
+trained on (``vtr.pocket.shots``)."""
+NAMES = {"pocket": "llava-next"} | {f"pocket-{name}": name for name in ("joint", "internvl", "video", "shots")}
 """What a pocket model is called where a folder or a hub name may stand (``--model``)."""
 POLICIES = {"pocket": _HERE / "policies", "pocket-joint": _HERE / "joint" / "policies"}
 """What the trained policies of a pocket model are called as ``weights=``, and where they are."""
 SHIPPED.update(POLICIES)
 
-__all__ = ["MODELS", "NAMES", "POLICIES", "SAMPLES", "WEIGHTS", "autoscale", "listings", "load", "sample", "samples"]
+__all__ = [
+    "MODELS",
+    "NAMES",
+    "POLICIES",
+    "SAMPLES",
+    "WEIGHTS",
+    "autoscale",
+    "films",
+    "listings",
+    "load",
+    "sample",
+    "samples",
+]
 
 
 def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: Path | None = None) -> tuple[Any, Any]:
     """A trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package.
 
     Args:
-        family: "llava-next", "joint", "shots" (both of the same family) or "internvl". folder: another one with such a
-            model.
+        family: "llava-next", "joint", "shots" (both of the same family), "internvl" or "video" (of the same family).
+        folder: another one with such a model.
 
     Raises:
         ValueError: no such model.
@@ -107,3 +120,14 @@ def listings(n: int, split: str = "test", seed: int = 0) -> Iterator[dict[str, A
     from .listing import samples as draw
 
     return draw(n, split, seed)
+
+
+def films(n: int, split: str = "test", seed: int = 0, frames: int = 8) -> Iterator[dict[str, Any]]:
+    """n questions about films as dict(frames, question, answer, type); the answers need time (``vtr.pocket.video``).
+
+    Args:
+        frames: in a film, 8 or more.
+    """
+    from .video.films import samples as draw
+
+    return draw(n, split, seed, frames)

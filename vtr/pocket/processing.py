@@ -19,19 +19,25 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(ids: dict[str, int] = IDS, named: dict[str, str] | None = None) -> Any:
+def make_tokenizer(ids: dict[str, int] = IDS, named: dict[str, str] | None = None, numbers: bool = False) -> Any:
     """One token per word; upper case and ? . , ! do not matter; unknown words become <unk>.
 
-    ids: of words. named: special tokens the processor asks for by a name; None: LLaVA-NeXT's.
+    ids: of words. named: special tokens the processor asks for by a name; None: LLaVA-NeXT's. numbers: digits are words
+    wherever they stand, and colons do not matter ("Frame12:" is frame, 1, 2).
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    ignored = "[?.,!:]" if numbers else "[?.,!]"
     core.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("[?.,!]"), " "), normalizers.Replace("colour", "color")]
+        [normalizers.Lowercase(), normalizers.Replace(Regex(ignored), " "), normalizers.Replace("colour", "color")]
     )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if numbers:
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [core.pre_tokenizer, pre_tokenizers.Digits(individual_digits=True)]
+        )
     core.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
     )

@@ -37,6 +37,7 @@ COLORS = {
 }
 COLOR_NAMES = list(COLORS)
 SHAPES = ["circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart"]
+ROUND = ("circle", "ring")
 LETTERS = list("bcdefhklmnprtxyz")
 WORDS = ["cat", "dog", "sun", "map", "fig", "box", "jam", "hat", "bus", "cup", "ice", "fox", "owl", "pen", "tea", "zoo"]
 DIGITS = [str(i) for i in range(10)]
@@ -121,23 +122,10 @@ def _outline(shape: str, cx: float, cy: float, r: float, turn: float) -> list[tu
         return _ngon(cx, cy, [r * 1.18, r * 0.52] * 5, turn)
     if shape == "cross":
         t = r * 0.38
-        return [
-            (cx + x, cy + y)
-            for x, y in (
-                (-t, -r),
-                (t, -r),
-                (t, -t),
-                (r, -t),
-                (r, t),
-                (t, t),
-                (t, r),
-                (-t, r),
-                (-t, t),
-                (-r, t),
-                (-r, -t),
-                (-t, -t),
-            )
-        ]
+        arms = (
+            (-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t),
+        )  # fmt: skip
+        return [(cx + x, cy + y) for x, y in arms]
     angles = [2 * math.pi * i / 24 for i in range(24)]  # heart
     return [
         (
@@ -148,7 +136,19 @@ def _outline(shape: str, cx: float, cy: float, r: float, turn: float) -> list[tu
     ]
 
 
-class _Canvas:
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: float, turn: float, fill: Any, filled: bool = False
+) -> None:
+    """Draws a shape of radius r, turned by so many degrees. filled: a ring, too."""
+    if shape not in ROUND:
+        draw.polygon(_outline(shape, cx, cy, r, turn), fill=fill)
+    elif shape == "ring" and not filled:
+        draw.ellipse([cx - r, cy - r, cx + r, cy + r], outline=fill, width=max(4, round(r / 3)))
+    else:
+        draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=fill)
+
+
+class Canvas:
     """Draws objects onto the picture and, in parallel, onto the owner map; finds free places for them."""
 
     def __init__(self, rng: random.Random, width: int, height: int) -> None:
@@ -194,17 +194,9 @@ class _Canvas:
         if spot is None:
             return
         (cx, cy), fill, tag = spot, self.paint(color), len(self.objects) + 1
-        if shape in ("circle", "ring"):
-            box = [cx - r, cy - r, cx + r, cy + r]
-            if shape == "ring":
-                self.draw.ellipse(box, outline=fill, width=max(4, round(r / 3)))
-            else:
-                self.draw.ellipse(box, fill=fill)
-            self.mark.ellipse(box, fill=tag)
-        else:
-            points = _outline(shape, cx, cy, r, rng.uniform(-15, 15))
-            self.draw.polygon(points, fill=fill)
-            self.mark.polygon(points, fill=tag)
+        turn = 0.0 if shape in ROUND else rng.uniform(-15, 15)
+        draw_shape(self.draw, shape, cx, cy, r, turn, fill)
+        draw_shape(self.mark, shape, cx, cy, r, turn, tag, filled=True)
         if letter:
             plate = [round(cx - 5.5), round(cy - 5.5), round(cx + 5.5), round(cy + 5.5)]
             self.draw.rectangle(plate, fill=(255, 255, 255))
@@ -260,7 +252,7 @@ def _jiggle(mask: Image.Image, rng: random.Random) -> Image.Image:
 
 def make_scene(rng: random.Random, split: str = "train", size: tuple[int, int] = SIZES[0]) -> Scene:
     """Draws one scene. `size` is one of SIZES; the two small ones hold about half as many objects."""
-    canvas = _Canvas(rng, *size)
+    canvas = Canvas(rng, *size)
     small = size != SIZES[0]
     shapes, colors = rng.sample(SHAPES, 8), rng.sample(COLOR_NAMES, 8)
     single = rng.randint(2, 3) if small else rng.randint(3, 5)

@@ -180,10 +180,11 @@ def pruned(
 SHOWING = Showing(SCALES, project, at_scale, pruned)
 
 
-def make_processor() -> Any:
+def make_processor(ids: dict[str, int] = IDS, numbers: bool = False) -> Any:
     """InternVL's prompts and tiles by transformers' QianfanOCRProcessor, which is InternVL's processor without video.
 
     InternVL's own cannot be loaded without torchvision, which only videos need. Image processor: InternVL's, in Pillow.
+    ids, numbers: see :func:`vtr.pocket.processing.make_tokenizer`.
     """
     from transformers import QianfanOCRProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -197,7 +198,7 @@ def make_processor() -> Any:
     named = {"start_image_token": OPEN, "end_image_token": CLOSE, "context_image_token": CONTEXT}
     return QianfanOCRProcessor(
         image_processor=pictures,
-        tokenizer=make_tokenizer(IDS, named),
+        tokenizer=make_tokenizer(ids, named, numbers),
         image_seq_length=SIDE**2,
         image_placeholder_token=CONTEXT,
         chat_template=CHAT_TEMPLATE.replace("<image>", CONTEXT),
