@@ -59,7 +59,7 @@ class Vtr(BaseModel):
         self.chat_model = Chat(pretrained, policy, device, dtype, nframe)
 
     def generate_inner(self, message: str | list[Any], dataset: str | None = None) -> str:
-        """The answer to one question: a text, or a list of texts and ``{"type": …, "value": …}`` (text, image, video)."""
+        """The answer to one question: a text, or a list of texts and ``{"type": …, "value": …}`` (image, video)."""
         return self._answer([{"role": "user", "content": parts(message)}])
 
     def chat_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:

@@ -115,7 +115,8 @@ def eval_command(
                 "--data": data != "pocket", "--images": images is not None, "--columns": bool(columns),
                 "--metric": metric not in ("auto", "exact"), "--instruction": instruction != "{question}",
                 "--base-lm": base_lm is not None, "--indispensable": indispensable, "--latency": bool(latency),
-                "--max-new-tokens": max_new_tokens is not None,
+                "--max-new-tokens": max_new_tokens is not None, "--task": task is not None,
+                "--frames": frames is not None,
             }  # fmt: skip
             _many_shots(
                 shots, [name for name, given in others.items() if given], out, resume, processes,
