@@ -6,7 +6,7 @@ Uses vtr's public API only. Not imported by the package: only the kits' adapters
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers import (
 )
 
 import vtr
+from vtr.chat import of_videos, shows_videos, video_parts, whole_frames
 from vtr.data.pictures import upright
+from vtr.data.videos import FRAMES, Video, read_video
 from vtr.models import load
 
 POCKET = "pocket"
@@ -33,10 +35,15 @@ NOT_FOR_GENERATE = ("do_sample", "max_length", "return_dict_in_generate", "use_c
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the processor takes it: ``text`` with an image mark for each of ``images`` (PIL, RGB), in order."""
+    """A prompt as the processor takes it: ``text`` with an image mark for each of ``images`` (PIL, RGB), in order.
+
+    ``videos`` are those of a processor that takes videos; with ``framed`` the images are the frames of videos.
+    """
 
     text: str
     images: list[Any]
+    videos: list[Video] = field(default_factory=list)
+    framed: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,28 +139,38 @@ class Stops(StoppingCriteria):
 
 
 class Chat:
-    """A model with its processor and one policy.
+    """A model with its processor and one policy, whose parts act before the tower and in the model.
 
     Args:
         pretrained: ``pocket``, ``pocket-joint``, ``pocket-internvl``, a folder or a hub name.
         policy: a policy, or text that :func:`read_policy` reads; None is no reduction.
         device: cpu, cuda, cuda:1, …, or auto.
         dtype: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16 or float16.
+        frames: so many are taken of each video, evenly spread.
 
     Raises:
         ValueError: a checkpoint that cannot be loaded, an unknown dtype or policy.
+        UnsupportedError: a policy that has nothing to do before this processor.
     """
 
-    def __init__(self, pretrained: str = POCKET, policy: Any = None, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self, pretrained: str = POCKET, policy: Any = None, device: str = "auto", dtype: str = "auto",
+        frames: int = FRAMES,
+    ) -> None:  # fmt: skip
+        if frames < 1:
+            raise ValueError(f"frames={frames}: of a video at least one frame is taken")
+        self.frames = frames
         self.policy = read_policy(policy) if policy is None or isinstance(policy, str) else vtr.policy(policy)
         precision = None if dtype == "auto" else getattr(torch, dtype, None)
         if dtype != "auto" and not isinstance(precision, torch.dtype):
             raise ValueError(f"dtype={dtype!r}: choose auto, float32, bfloat16 or float16")
-        self.model, self.processor = load(pretrained, device)
+        before, self.inside = vtr.split(self.policy)
+        self.model, processor = load(pretrained, device)
+        self.processor = vtr.processor(processor, before)
         if precision is not None:
             self.model.to(precision)
-        if self.policy is not None:
-            self.policy.check(len(self.model.get_decoder().layers))
+        if self.inside is not None:
+            self.inside.check(len(self.model.get_decoder().layers))
         self.tokenizer = self.processor.tokenizer
 
     # -- prompts ---------------------------------------------------------------------------------------------------
@@ -162,12 +179,14 @@ class Chat:
 
         Args:
             messages: ``{"role": …, "content": …}``; the content is a text or a list of parts, and a part is a text,
-                ``{"type": "text", "text": …}`` or ``{"type": "image", "image": a PIL picture or a file}``.
+                ``{"type": "text", "text": …}``, ``{"type": "image", "image": a PIL picture or a file}`` or
+                ``{"type": "video", "video": a file, a folder of frames or a list of pictures}``.
 
         Raises:
-            UnsupportedError: a video or sound, or content of another kind.
+            UnsupportedError: sound, or content of another kind; pictures beside a video whose frames are put as
+                pictures, which this processor would cut into crops.
         """
-        images, turns = [], []
+        images, videos, framed, turns = [], [], 0, []
         for message in messages:
             parts: list[dict[str, Any]] = []
             for part in parts_of(message["content"]):
@@ -176,12 +195,27 @@ class Chat:
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
                     parts.append({"type": "text", "text": part["text"]})
+                elif part["type"] == "video":
+                    video = read_video(part["video"], self.frames)
+                    parts += video_parts(self.processor, len(video.frames))
+                    if shows_videos(self.processor):
+                        videos.append(video)
+                    else:
+                        images += video.frames
+                        framed += len(video.frames)
                 else:
-                    raise vtr.UnsupportedError(f"a prompt with {part['type']}: give pictures (frames) and text")
+                    raise vtr.UnsupportedError(f"a prompt with {part['type']}: give pictures, videos and text")
             turns.append({"role": message["role"], "content": parts})
+        if framed and framed < len(images) and whole_frames(self.processor):
+            raise vtr.UnsupportedError(
+                "a prompt with pictures and a video, on a processor that puts frames as pictures without crops: ask "
+                "about them in two prompts"
+            )
         if getattr(self.processor, "chat_template", None):
-            return Prompt(self.processor.apply_chat_template(turns, add_generation_prompt=True), images)
-        return Prompt(self._plain(turns), images)
+            text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        else:
+            text = self._plain(turns)
+        return Prompt(text, images, videos, framed > 0)
 
     def _plain(self, turns: Sequence[Mapping[str, Any]]) -> str:
         """For a processor without a chat template: LLaVA-1.5's layout."""
@@ -192,10 +226,14 @@ class Chat:
         return " ".join([*lines, "ASSISTANT:"])
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Any:
-        """A left-padded batch; all prompts have pictures, or none has."""
-        images = [prompt.images for prompt in prompts] if prompts[0].images else None
+        """A left-padded batch of prompts with pictures, videos or neither, all alike."""
+        media: dict[str, Any] = {"images": [prompt.images for prompt in prompts] if prompts[0].images else None}
+        if prompts[0].framed:
+            media |= whole_frames(self.processor)
+        if prompts[0].videos:
+            media |= of_videos(self.processor, [video for prompt in prompts for video in prompt.videos])
         inputs = self.processor(
-            text=[p.text for p in prompts], images=images, return_tensors="pt", padding=True, padding_side="left"
+            text=[p.text for p in prompts], return_tensors="pt", padding=True, padding_side="left", **media
         )
         return inputs.to(self.model.device, self.model.dtype)
 
@@ -203,18 +241,18 @@ class Chat:
     def answers(
         self, prompts: Sequence[Prompt], settings: Mapping[str, Any], until: Sequence[str] = ()
     ) -> list[Answer]:
-        """Generate an answer to each prompt, all in one batch (two, if some prompts have pictures and some have none).
+        """Generate an answer to each prompt, all in one batch (one a kind, if some have pictures and others not).
 
         Args:
             settings: keyword arguments of ``generate``. until: strings the answers end before.
         """
         out: dict[int, Answer] = {}
-        for indexes in by_pictures(prompts):
+        for indexes in by_media(prompts):
             inputs = self.tokenize([prompts[i] for i in indexes])
             start = inputs["input_ids"].shape[1]
             stops = StoppingCriteriaList([Stops(self.tokenizer, until, start)] if until else [])
             made = self.model.generate(
-                **inputs, **self._padding(), policy=self.policy, stopping_criteria=stops, **settings
+                **inputs, **self._padding(), policy=self.inside, stopping_criteria=stops, **settings
             )[:, start:]
             rows = vtr.report(self.model).rows
             texts = self.processor.batch_decode(made, skip_special_tokens=True)
@@ -239,7 +277,7 @@ class Chat:
         """
         tokens = [self._continuation(p.text, text) for p, text in zip(prompts, continuations, strict=True)]
         out: dict[int, tuple[float, bool]] = {}
-        for indexes in by_pictures(prompts):
+        for indexes in by_media(prompts):
             for i, loss in zip(indexes, self._forced(indexes, prompts, tokens), strict=True):
                 out[i] = loss
         return [out[i] for i in range(len(prompts))]
@@ -254,7 +292,7 @@ class Chat:
             wanted[row, : lengths[row]] = torch.tensor(tokens[i])
         wanted = wanted.to(self.model.device)
         steps = self.model.generate(
-            **inputs, **self._padding(), policy=self.policy, do_sample=False, num_beams=1, max_new_tokens=max(lengths),
+            **inputs, **self._padding(), policy=self.inside, do_sample=False, num_beams=1, max_new_tokens=max(lengths),
             logits_processor=LogitsProcessorList([Forced(wanted)]), eos_token_id=[], output_logits=True,
             return_dict_in_generate=True,
         ).logits  # fmt: skip
@@ -274,10 +312,12 @@ class Chat:
         return tokens
 
 
-def by_pictures(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Indexes of the prompts with pictures, and of those without: processors take no row without a picture."""
-    split = [[i for i, p in enumerate(prompts) if bool(p.images) is there] for there in (True, False)]
-    return [indexes for indexes in split if indexes]
+def by_media(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Indexes of the prompts that one call of a processor takes: none with media beside one without."""
+    kinds: dict[tuple[bool, bool, bool], list[int]] = {}
+    for i, p in enumerate(prompts):
+        kinds.setdefault((bool(p.images), bool(p.videos), p.framed), []).append(i)
+    return list(kinds.values())
 
 
 def parts_of(content: Any) -> list[dict[str, Any]]:

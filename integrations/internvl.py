@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vtr.integrations.llava import tile_layout
 
 from vtr.engine.adapters import Adapter
-from vtr.image import Layout, framed
+from vtr.image import CROP_GRIDS, Layout, framed
 
 MOST_LABEL = 16
 """Tokens that may lie between two frames of a video: a line break and "Frame12: ", with <img> and </img>."""
@@ -56,6 +57,28 @@ def tiles_layout(count: int, grid: tuple[int, int], crops: tuple[int, int]) -> L
     )
 
 
+@lru_cache(maxsize=256)
+def grids_layout(grids: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Layout:
+    """Crops in several grids of (rows, columns), then the thumbnail; tiles of ``grid`` tokens."""
+    counts = [rows * columns for rows, columns in grids]
+    if len(grids) == 1:
+        return tiles_layout(1 + counts[0], grid, grids[0])
+    groups = tuple((1 + sum(counts[:i]), *one) for i, one in enumerate(grids))
+    return replace(
+        tiles_layout(1 + sum(counts), grid, (0, 0)),
+        groups=groups,
+        shrunk=lambda k: grids_layout(grids, (grid[0] // k, grid[1] // k)),
+    )
+
+
+def told_grids(inputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], ...]] | None:
+    """Of each image of several tiles, in order, the grids that its crops lie in; None where the call does not say."""
+    told = inputs.get(CROP_GRIDS)
+    if told is None:
+        return None
+    return iter([tuple((rows, columns) for rows, columns in image if rows) for image in told.tolist()])
+
+
 class InternVL(Adapter):
     """``InternVLForConditionalGeneration`` (the ``-hf`` checkpoints). A video's frames are images of one tile each
     (:func:`frame_numbers`)."""
@@ -84,14 +107,17 @@ class InternVL(Adapter):
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """One image per run of placeholders: the processor puts text (``<img>``, ``</img>``) between images.
 
+        ``crop_grids`` (:data:`vtr.image.CROP_GRIDS`) says how crops lie, where it is given; else the pixels do.
+
         Raises:
-            ValueError: a run of placeholders that is no whole number of tiles, or of exactly two.
+            ValueError: a run of placeholders that is no whole number of tiles, or of exactly two; grids that are not
+                those of the images.
         """
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return {}
         grid = self.grid(model, pixels)
-        layouts, first, (placeholder,) = [], 0, self.placeholders(model)
+        layouts, first, (placeholder,), told = [], 0, self.placeholders(model), told_grids(inputs)
         runs = runs_of(inputs["input_ids"] == placeholder)
         for _, start, end in runs:
             run = end - start
@@ -102,17 +128,39 @@ class InternVL(Adapter):
                     "tile; one tile, or at least two crops and a thumbnail): pass what the processor returned, with "
                     "text or <img> </img> between images"
                 )
-            crops = crops_of(pixels[first : first + count]) if count > 1 and first + count <= len(pixels) else (0, 0)
-            layouts.append(tiles_layout(count, grid, crops))
+            if told is not None and count > 1:
+                layouts.append(_as_told(next(told, ()), grid, count))
+            else:
+                guessable = count > 1 and first + count <= len(pixels)
+                layouts.append(
+                    tiles_layout(count, grid, crops_of(pixels[first : first + count]) if guessable else (0, 0))
+                )
             first += count
         if first != len(pixels):
             raise ValueError(
                 f"{len(pixels)} image tiles in pixel_values for the {first} that input_ids have placeholders for: "
                 "tokenize text and images in one processor call, and do not truncate"
             )
-        numbers = frame_numbers(runs, [layout.crops == (0, 0) for layout in layouts], range(1, MOST_LABEL + 1))
+        if told is not None and (left := len(list(told))):
+            raise ValueError(f"{CROP_GRIDS} has grids of {left} more images than input_ids: {ONE_CALL}")
+        numbers = frame_numbers(runs, [layout.tiles == 1 for layout in layouts], range(1, MOST_LABEL + 1))
         marked = [one if i is None else framed(one, i) for one, i in zip(layouts, numbers, strict=True)]
         return {placeholder: marked}
+
+
+ONE_CALL = "pass all that one call of the processor returned"
+
+
+def _as_told(grids: tuple[tuple[int, int], ...], grid: tuple[int, int], count: int) -> Layout:
+    """The layout of an image of ``count`` tiles whose crops lie in ``grids``.
+
+    Raises:
+        ValueError: these grids do not have so many tiles.
+    """
+    said = 1 + sum(rows * columns for rows, columns in grids)
+    if said != count:
+        raise ValueError(f"{CROP_GRIDS} says {grids} and a thumbnail of an image of {count} tiles: {ONE_CALL}")
+    return grids_layout(grids, grid)
 
 
 def runs_of(marks: torch.Tensor) -> list[tuple[int, int, int]]:

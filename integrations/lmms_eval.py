@@ -8,7 +8,7 @@
 ``pretrained``: a folder, a hub name, ``pocket``, ``pocket-joint`` or ``pocket-internvl``. ``policy``: a spec string.
 lmms-eval splits ``--model_args`` at commas, so write ``;`` between a policy's settings, or put the spec in double
 quotes (commas inside ``[…]`` are safe); a folder that ``policy.save_pretrained`` wrote is taken too. ``device``: cpu,
-cuda, …; ``dtype``: auto, float32, …
+cuda, …; ``dtype``: auto, float32, …; ``max_frames_num``: so many frames of each video, evenly spread.
 
 Tasks that compare log-likelihoods (``multiple_choice``) need ``--force_simple``, as for every chat model of lmms-eval.
 Several processes: ``accelerate launch --num_processes 2 -m lmms_eval …``; on a CPU
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,12 @@ from tqdm import tqdm
 from vtr.integrations.chat import Answer, Chat, Prompt, generation_settings, parts_of, spelled
 
 from vtr.base import UnsupportedError
+from vtr.data.videos import FRAMES
 
 IMAGE_MARK = "<image>"
 """What lmms-eval's tasks write into their text where a picture belongs."""
+MEDIA = ("image", "video")
+FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
 
 
 def manifests() -> list[Any]:
@@ -51,21 +55,28 @@ def manifests() -> list[Any]:
 
 
 def interleaved(text: str, visuals: Sequence[Any]) -> list[dict[str, Any]]:
-    """The content of a user turn: pictures at the text's image marks, or in front where it has none.
+    """The content of a user turn: pictures and videos at the text's image marks, or in front where it has none.
 
     Raises:
         ValueError: some marks, but not one for each picture.
     """
     pieces = text.split(IMAGE_MARK)
     if len(pieces) == 1:
-        return [*({"type": "image", "image": v} for v in visuals), {"type": "text", "text": text}]
+        return [*map(part_of, visuals), {"type": "text", "text": text}]
     if len(pieces) != len(visuals) + 1:
         raise ValueError(f"{len(pieces) - 1} {IMAGE_MARK} marks for {len(visuals)} pictures in {text[:80]!r}")
     content: list[dict[str, Any]] = []
     for i, piece in enumerate(pieces):
         content += [{"type": "text", "text": piece}] if piece.strip() else []
-        content += [{"type": "image", "image": visuals[i]}] if i < len(visuals) else []
+        content += [part_of(visuals[i])] if i < len(visuals) else []
     return content
+
+
+def part_of(visual: Any) -> dict[str, Any]:
+    """One of a task's visuals: lmms-eval names videos by their files, and gives pictures themselves."""
+    path = Path(visual) if isinstance(visual, (str, Path)) else None
+    film = path is not None and (path.suffix.lower() in FILMS or path.is_dir())
+    return {"type": "video", "video": path} if film else {"type": "image", "image": visual}
 
 
 class Vtr(lmms):
@@ -81,6 +92,7 @@ class Vtr(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        max_frames_num: int | str = FRAMES,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -90,8 +102,9 @@ class Vtr(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         several = self._world_size > 1
         self.chat: Chat | None = Chat(
-            str(pretrained), policy, str(self.accelerator.device) if several else device or "auto", dtype
-        )
+            str(pretrained), policy, str(self.accelerator.device) if several else device or "auto", dtype,
+            int(max_frames_num),
+        )  # fmt: skip
         self.device: torch.device = self.chat.model.device
         logger.info(f"vtr: {pretrained}, policy {spelled(self.chat.policy)}, {self.device}, rank {self._rank}")
 
@@ -206,7 +219,7 @@ class VtrChat(Vtr):
 def content(given: str | Iterable[Any]) -> list[dict[str, Any]]:
     """The content of one of lmms-eval's messages (media stand under ``url``), as :class:`Chat` takes it."""
     return [
-        {"type": "image", "image": part["url"]} if part["type"] == "image" and "url" in part else part
+        {"type": part["type"], part["type"]: part["url"]} if part["type"] in MEDIA and "url" in part else part
         for part in parts_of(given)
     ]
 

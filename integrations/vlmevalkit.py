@@ -22,6 +22,8 @@ from vlmeval.config import supported_VLM
 from vlmeval.vlm.base import BaseModel
 from vtr.integrations.chat import Chat, generation_settings, parts_of
 
+from vtr.data.videos import FRAMES
+
 
 class Vtr(BaseModel):
     """A model under one policy, as VLMEvalKit calls it.
@@ -30,6 +32,7 @@ class Vtr(BaseModel):
         pretrained: ``pocket``, ``pocket-joint``, ``pocket-internvl``, a folder or a hub name.
         policy: a spec string, a folder with a saved policy, or None.
         device, dtype: as :class:`~vtr.integrations.chat.Chat` takes them.
+        nframe: so many frames are taken of each video, evenly spread.
         settings: of generation, e.g. ``max_new_tokens=512``.
 
     Raises:
@@ -44,6 +47,7 @@ class Vtr(BaseModel):
         policy: Any = None,
         device: str = "auto",
         dtype: str = "auto",
+        nframe: int = FRAMES,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -52,10 +56,10 @@ class Vtr(BaseModel):
             raise ValueError(
                 f"no generation setting is called {', '.join(unknown)}: name those of transformers.GenerationConfig"
             )
-        self.chat_model = Chat(pretrained, policy, device, dtype)
+        self.chat_model = Chat(pretrained, policy, device, dtype, nframe)
 
     def generate_inner(self, message: str | list[Any], dataset: str | None = None) -> str:
-        """The answer to one question: a list of ``{"type": "text" | "image", "value": …}`` and texts, or one text."""
+        """The answer to one question: a text, or a list of texts and ``{"type": …, "value": …}`` (image, video)."""
         return self._answer([{"role": "user", "content": parts(message)}])
 
     def chat_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:

@@ -12,6 +12,7 @@ from typing import ClassVar, assert_type
 
 import torch
 from PIL.Image import Image as Picture
+from transformers import DynamicCache
 
 import vtr
 from vtr.base import LayerAttention
@@ -122,11 +123,21 @@ def policies() -> list[vtr.Policy]:
         vtr.PMoD(),
         vtr.DynamicLLaVA(),
         vtr.Chain([vtr.Pool(), Norm()]),
+        vtr.ByImage("m3:9", last="none"),
         vtr.policy("fastv:keep=0.25,layer=2"),
         vtr.policy(Norm()),
         chained,
     ]
     return made
+
+
+def before_the_tower() -> list[vtr.InputPolicy]:
+    """Policies that act on the picture, and a spec of both kinds taken apart."""
+    before, rest = vtr.split("fewer_crops+fastv:keep=0.25")
+    assert rest is not None
+    _, processor = vtr.pocket.load()
+    vtr.processor(processor, before)
+    return [vtr.Downsample(0.5), vtr.FewerCrops(alpha=0.1), vtr.MSAC()]
 
 
 def schedules() -> vtr.Schedule:
@@ -149,6 +160,8 @@ def answers() -> list[str]:
     norm = vtr.at_budget(Norm(), model, mean=16, total=144)
     with vtr.use(model, [norm, None]) as patched, vtr.shared_features(patched):
         out = patched.generate(**inputs, max_new_tokens=3)
+    cache = DynamicCache()
+    assert_type(vtr.fork(cache, 2), DynamicCache)
     said = vtr.chat.decode(processor, out, inputs["input_ids"].shape[1])
     assert_type(said, list[str])
     report: vtr.Report = vtr.report(model)

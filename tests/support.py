@@ -17,6 +17,7 @@ import pytest
 import torch
 import typer
 from torch import Tensor
+from vtr.eval.cost.contenders import shipped
 
 import vtr
 from tests import learned, oracle, shorter
@@ -120,8 +121,7 @@ def _derived(name: str) -> Callable[[Models, Inputs, int], Policy]:
 
 def policies() -> dict[str, Callable[[Models, Inputs, int], Policy]]:
     """What stands for each policy of vtr in the tests, for row b of a batch."""
-    own = (name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies."))
-    return {name: OWN.get(name) or _derived(name) for name in own}
+    return {name: OWN.get(name) or _derived(name) for name in sorted(shipped())}
 
 
 POLICIES = policies()

@@ -11,10 +11,13 @@ from vtr import (
 from vtr.accounting import Report, report
 from vtr.base import Attend, Attention, Best, KeyNorms, Merged, Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
+from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
 from vtr.engine.install import patch, unpatch, use
 from vtr.engine.resolve import shared_features
+from vtr.engine.turns import fork
 from vtr.image import Image, Pooled
+from vtr.inputs import InputPolicy, split
 from vtr.keep import keep_count, top
 from vtr.policies import (
     AVTP,
@@ -22,6 +25,7 @@ from vtr.policies import (
     EEMLLM,
     EVS,
     MMR,
+    MSAC,
     SCM,
     TOPS,
     VTW,
@@ -30,10 +34,12 @@ from vtr.policies import (
     ClsTop,
     DeFT,
     DivPrune,
+    Downsample,
     DyCoke,
     DynamicLLaVA,
     FasterVLM,
     FastV,
+    FewerCrops,
     FitPrune,
     GlobalCom2,
     GSearch,
@@ -64,6 +70,7 @@ from vtr.policies import (
     VScan,
     ZipVL,
 )
+from vtr.processing import processor
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
@@ -74,6 +81,7 @@ __all__ = [
     "EEMLLM",
     "EVS",
     "MMR",
+    "MSAC",
     "SCM",
     "TOPS",
     "VTW",
@@ -81,15 +89,18 @@ __all__ = [
     "Attention",
     "AutoScale",
     "Best",
+    "ByImage",
     "CDPruner",
     "Chain",
     "ClsTop",
     "DeFT",
     "DivPrune",
+    "Downsample",
     "DyCoke",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FewerCrops",
     "FitPrune",
     "GSearch",
     "GlobalCom2",
@@ -97,6 +108,7 @@ __all__ = [
     "HiRED",
     "HoloV",
     "Image",
+    "InputPolicy",
     "KeyNorms",
     "MMTok",
     "Matryoshka",
@@ -133,15 +145,18 @@ __all__ = [
     "ZipVL",
     "at_budget",
     "chat",
+    "fork",
     "keep_count",
     "list_policies",
     "patch",
     "pocket",
     "policy",
+    "processor",
     "register_policy",
     "report",
     "search",
     "shared_features",
+    "split",
     "testing",
     "top",
     "unpatch",

@@ -13,8 +13,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 ROOMS = {
-    "vtr.eval.accuracy": "answers blind contenders data downsample instructions journal kinds metrics processes run "
-    "stats summary",
+    "vtr.eval.accuracy": "answers blind contenders data instructions journal kinds metrics processes run stats summary",
     "vtr.eval.cost": "interleave midsize peak_memory servable shapes timing",
     "vtr.eval.studies": "apart autoscale budgets equal_flops oracle schedule_report schedules trained",
     "vtr.eval.report": "page plots readme results",
@@ -24,6 +23,7 @@ ROOMS = {
     "vtr.policies.trained": "autoscale dynamic_llava pmod",
 }
 MOVED = {"vtr.demo": "vtr.commands.run", "vtr.engine.memo": "vtr.engine.resolve"}
+MOVED |= dict.fromkeys(("vtr.eval.downsample", "vtr.eval.accuracy.downsample"), "vtr.policies.input.downsample")
 for _room, _names in ROOMS.items():
     MOVED |= {f"{_room.rpartition('.')[0]}.{_name}": f"{_room}.{_name}" for _name in _names.split()}
 for _name in ("batch", "engine", "gate", "policies", "scale", "serve"):

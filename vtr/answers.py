@@ -84,14 +84,26 @@ class Best:
         scores: [n], one for each of the row's vision tokens; or ``tokens.ahead``, not called, which is then computed
             for all such rows at once.
         count: how many stay; all of them, if there are no more.
+        groups: (tokens, how many of them stay) of stretches of the tokens, one behind the other, that are each ranked
+            by itself: the row's images. Together they are the n tokens, and ``count`` stay. None: all are one.
     """
 
     scores: torch.Tensor | Callable[[], torch.Tensor]
     count: int
+    groups: Sequence[tuple[int, int]] | None = None
 
     def indices(self) -> torch.Tensor:
         """int64 [min(count, n)], ascending: the tokens that stay."""
-        return top(self.scores() if callable(self.scores) else self.scores, self.count)
+        scores = self.scores() if callable(self.scores) else self.scores
+        if self.groups is None:
+            return top(scores, self.count)
+        import torch
+
+        kept, first = [], 0
+        for size, count in self.groups:
+            kept.append(top(scores[first : first + size], count) + first)
+            first += size
+        return torch.cat(kept)
 
 
 @dataclass(frozen=True, eq=False)

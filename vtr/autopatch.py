@@ -26,6 +26,7 @@ from vtr.engine.call import refuse_if_busy
 from vtr.engine.choice import Key
 from vtr.engine.hooks import NAME
 from vtr.engine.install import patch, unpatch
+from vtr.inputs import refuse_inputs
 
 VARIABLE = "VTR_POLICY"
 """The environment variable that names the default policy."""
@@ -54,13 +55,17 @@ def enable(policy: Policy | str | None = None) -> None:
             or ``vtr.use``, names one.
 
     Raises:
-        ValueError, TypeError: not a policy. Whether it suits a model (its depth, its weights) is seen when that is
-            built, which then raises.
+        ValueError, TypeError: not a policy, or one that acts before the processor. Whether it suits a model (its depth,
+            its weights) is seen when that is built, which then raises.
     """
     global _enabled, _default
     if isinstance(policy, str):
         policy = Policy.from_pretrained(policy) if Path(policy).is_dir() else None if policy == "none" else policy
     made = None if policy is None else as_policy(policy)
+    try:
+        refuse_inputs(made)
+    except UnsupportedError as error:
+        raise ValueError(f"models are patched here, not processors: {error}") from error
     with _lock:
         _default = made
         if _enabled:

@@ -251,6 +251,11 @@ class Policy(Settings):
         """
         return self.entering(num_hidden_layers, self.kept_of(layout) if self.asks("compress") else len(layout))
 
+    def of_image(self, index: int, count: int) -> Policy | None:
+        """What acts on image ``index`` of a row of ``count`` before the decoder: this policy, unless its settings say
+        something else of each image. None: nothing does."""
+        return self
+
     def compress_row(self, images: Sequence[Image]) -> Sequence[torch.Tensor | Pooled | None]:
         """:meth:`compress`, asked of all images of a row at once; for methods that divide one budget among them. An
         answer for each; define :meth:`compress` as well, for one image alone."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtr.base import QUESTIONS, Policy, Request, Tries
+from vtr.parts import Parts
 from vtr.settings import MOST_PARTS, build, check_names_no_file, parse, register_policy
-
-if TYPE_CHECKING:
-    import torch
 
 
 def policy(spec: str | Policy) -> Policy:
@@ -35,7 +33,7 @@ def policy(spec: str | Policy) -> Policy:
 
 @register_policy("chain")
 @dataclass
-class Chain(Policy):
+class Chain(Parts):
     """Several policies acting together, e.g. a compressor before the decoder and a pruner in it. Written ``a + b``."""
 
     policies: Sequence[Policy | dict[str, Any]] = field(default_factory=list)
@@ -80,20 +78,12 @@ class Chain(Policy):
             )
 
     @property
-    def question_guided(self) -> bool:  # type: ignore[override]
-        return any(p.question_guided for p in self.policies)  # type: ignore[union-attr]
-
-    @property
     def wants(self) -> tuple[str, ...]:  # type: ignore[override]
         return self._answers["compress"].wants if "compress" in self._answers else ()
 
     @property
     def renumbers(self) -> bool:
         return any(p.renumbers for p in self.policies)  # type: ignore[union-attr]
-
-    @property
-    def on_continue(self) -> str:
-        return next((p.on_continue for p in self.policies if hasattr(p, "on_continue")), "warn")
 
     def asks(self, question: str) -> bool:
         return question in self._answers
@@ -114,48 +104,13 @@ class Chain(Policy):
         together = [rest if one is None else [one, *rest] for one in chooser.resolve(tries)]
         return [Chain(parts) if parts else None for parts in together]
 
-    def check(self, num_hidden_layers: int) -> None:
-        for p in self.policies:
-            p.check(num_hidden_layers)  # type: ignore[union-attr]
+    def parts(self) -> list[Policy]:
+        return list(self.policies)  # type: ignore[arg-type]
 
-    def check_model(self, model: Any) -> None:
-        for p in self.policies:
-            p.check_model(model)  # type: ignore[union-attr]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"{i}.{n}": t for i, p in enumerate(self.policies) for n, t in p.tensors().items()}  # type: ignore[union-attr]
-
-    def about(self) -> dict[str, Any] | None:
-        found = {str(i): p.about() for i, p in enumerate(self.policies) if p.about() is not None}  # type: ignore[union-attr]
-        return found or None
-
-    def load_tensors(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        for p, mine, said in self._shared_out(tensors, about):
-            p.load_tensors(mine, *said)
-
-    def expect(self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None = None) -> None:
-        for p, mine, said in self._shared_out(tensors, about):
-            p.expect(mine, *said)
-
-    def _shared_out(
-        self, tensors: dict[str, torch.Tensor], about: dict[str, Any] | None
-    ) -> list[tuple[Any, dict[str, torch.Tensor], list[Any]]]:
-        """Each policy of the chain, its tensors, and what is known about them (none or one).
-
-        Raises:
-            ValueError: something belongs to none of them.
-        """
-        known = about if isinstance(about, dict) else {} if about is None else {"weights": about}
-        places = [str(i) for i in range(len(self.policies))]
-        if foreign := sorted({n for n in tensors if n.partition(".")[0] not in places} | {*known} - {*places}):
-            raise ValueError(f"these tensors belong to no policy of the chain: {', '.join(foreign)}")
-        out = []
-        for i, p in zip(places, self.policies, strict=True):
-            mine = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == i}
-            said = [known[i]] if known.get(i) is not None else []
-            if mine or said:
-                out.append((p, mine, said))
-        return out
+    def of_image(self, index: int, count: int) -> Policy | None:
+        """As the one who compresses says."""
+        compressor = self._answers.get("compress")
+        return self if compressor is None else compressor.of_image(index, count)
 
     @classmethod
     def first_setting(cls) -> None:
@@ -166,10 +121,6 @@ class Chain(Policy):
         for part in settings.get("policies", []):
             check_names_no_file(part["policy"], part["settings"])
         return False
-
-    def loaded_from(self, folder: str | None, allow_mismatch: bool) -> None:
-        for p in self.policies:
-            p.loaded_from(None, allow_mismatch)  # type: ignore[union-attr]
 
     def config(self) -> dict[str, Any]:
         return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vtr.data.pictures import upright
+from vtr.inputs import split
+from vtr.processing import processor as before_tower
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vtr.base import Policy
     from vtr.data.videos import Video
 
 
@@ -26,14 +29,22 @@ def prompt(processor: Any, question: str, picture: bool = True) -> str:
     return f"USER: {image}{question} ASSISTANT:"
 
 
-def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Image.Image] | None) -> Any:
+def encode(
+    processor: Any, questions: Sequence[str], pictures: Sequence[Image.Image] | None, policy: str | Policy | None = None
+) -> Any:
     """A left-padded batch for ``generate``: one picture a question, or text only where ``pictures`` is None.
 
     PIL pictures are turned upright, as their EXIF orientation says.
 
+    Args:
+        policy: what of it acts before the tower (``"fewer_crops"``) acts on the pictures; the rest is for ``generate``
+            (:func:`vtr.split` says which that is).
+
     Raises:
         ValueError: not as many pictures as questions.
+        UnsupportedError: the policy has nothing to do before this processor.
     """
+    processor = before_tower(processor, split(policy)[0])
     texts = [prompt(processor, question, pictures is not None) for question in questions]
     given = {"text": texts, "padding": True, "padding_side": "left", "return_tensors": "pt"}
     if pictures is None:

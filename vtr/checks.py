@@ -65,6 +65,12 @@ def check_positions(positions: str) -> None:
         raise ValueError(f"positions={positions!r}: choose 'keep' or 'reindex'")
 
 
+def check_sharing(share: str) -> None:
+    """Raise unless ``share`` says among whom a budget is divided: all tokens of the row, or image by image."""
+    if share not in ("row", "image"):
+        raise ValueError(f"share={share!r}: choose 'row' or 'image'")
+
+
 def check_before(before_decoder: bool, layer: int) -> None:
     """Raise unless ``before_decoder`` is a bool, and ``layer`` is 0 where it is true."""
     if not isinstance(before_decoder, bool):

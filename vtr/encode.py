@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
-from vtr.chain import policy as policy_of
 from vtr.data.pictures import upright
 from vtr.engine.midway import enter
+from vtr.inputs import split
 from vtr.policies import UniformGrid
+from vtr.processing import processor as before_tower
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
 
     Args:
         model: a patched model. picture: turned upright, as its EXIF orientation says.
-        policy: one that acts before the decoder; None or ``"none"`` for all tokens.
+        policy: one that acts before the decoder, or before the tower; None or ``"none"`` for all tokens.
 
     Returns:
         [n, hidden_size], in the model's dtype, on the CPU; newline tokens included.
@@ -37,7 +38,8 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
     Raises:
         UnsupportedError: the policy acts in the decoder as well, or there alone.
     """
-    made = EVERYTHING if policy is None or policy == "none" else policy_of(policy)
+    before, made = split(None if policy == "none" else policy)
+    processor, made = before_tower(processor, before), made or EVERYTHING
     inside = [question for question in ("prune", "route", "attend", "remember", "resolve") if made.asks(question)]
     if inside or not made.asks("compress"):
         raise UnsupportedError(

@@ -36,6 +36,12 @@ def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return wrap
 
 
+CROP_GRIDS = "crop_grids"
+"""The input beside ``pixel_values`` that says how an image's crops are arranged: int64 [images of several tiles, grids,
+2], the (rows, columns) of each of its grids in the order of their tiles, the finest first; (0, 0) where there is no
+such grid. The thumbnail is not counted."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where each token of one image lies. All tensors are int64 [n], on the CPU, in the order of the image's slots.
@@ -45,7 +51,9 @@ class Layout:
         y, x: patch row and column inside the tile. A newline token has the row it ends and x = one past the last.
         newline: 1 for a newline (separator) token, else 0.
         grid: (height, width) of one tile in tokens.
-        crops: (rows, columns) of crop tiles; (0, 0) where there are none (one tile, or the frames of a video).
+        crops: (rows, columns) of crop tiles; (0, 0) where there are none (one tile, or the frames of a video) and where
+            there are several grids of them.
+        groups: of an image with several grids of crops: (first tile, rows, columns) of each, the finest first.
         window: (top, left, height, width) of what is left of the crops' canvas after unpadding; None for all of it.
         scaled: (height, width) the window is scaled to where the family does that; None where it is not.
         thumbnail_last: the vision tower gets the thumbnail behind the crops, not in front of them.
@@ -62,6 +70,7 @@ class Layout:
     newline: torch.Tensor
     grid: tuple[int, int]
     crops: tuple[int, int] = (0, 0)
+    groups: tuple[tuple[int, int, int], ...] = field(default=(), kw_only=True)
     window: tuple[int, int, int, int] | None = None
     scaled: tuple[int, int] | None = None
     thumbnail_last: bool = False
@@ -82,6 +91,11 @@ class Layout:
         """How many tiles the vision tower sees of this image."""
         rows, columns = self.crops
         return 1 + rows * columns if rows else int(self.tile.max()) + 1
+
+    @property
+    def group(self) -> torch.Tensor:
+        """int64 [n]: 0 for the thumbnail (or the only tile), 1 for the finest grid of crops, 2 for the next, …"""
+        return _group(self)
 
     @property
     def has_all_patches(self) -> bool:
@@ -274,6 +288,14 @@ def arrange(layout: Layout, tiles: torch.Tensor, newline: torch.Tensor | None) -
     elif bool(layout.newline.any()):
         raise ValueError("this layout has newline tokens: give the embedding of one")
     return torch.cat(parts).index_select(0, _sources(layout).to(tiles.device, non_blocking=True))
+
+
+@remembered(1024)
+def _group(layout: Layout) -> torch.Tensor:
+    """See :attr:`Layout.group`."""
+    if not layout.groups:
+        return layout.tile.clamp(max=1)
+    return torch.bucketize(layout.tile, torch.tensor([first for first, _, _ in layout.groups]), right=True)
 
 
 @remembered(1024)

@@ -52,18 +52,23 @@ def verdict(said: str, expected: str | None) -> tuple[str, str]:
     return (f"✓ {said}", RIGHT) if right else (f"✗ {said}  (right: {expected})", WRONG)
 
 
+def finest(layout: Layout) -> tuple[int, int]:
+    """(rows, columns) of the crops that are drawn: of several grids the finest; (0, 0) where there are none."""
+    return layout.groups[0][1:] if layout.groups else layout.crops
+
+
 def views(layout: Layout) -> list[str]:
     """What there is to see of an image: the thumbnail, and the crops where there are any."""
-    return ["thumbnail", "crops"] if layout.crops != (0, 0) else ["thumbnail"]
+    return ["thumbnail", "crops"] if finest(layout) != (0, 0) else ["thumbnail"]
 
 
 def _cells(layout: Layout, made_of: list[list[int]], tiles: str) -> np.ndarray:
     """Which token shows each patch of the thumbnail or of the crops' canvas: [height, width], -1 for none."""
     height, width = layout.grid
     y, x, tile = layout.y.numpy(), layout.x.numpy(), layout.tile.numpy()
-    mine = (layout.newline.numpy() == 0) & ((tile == 0) if tiles == "thumbnail" else (tile > 0))
+    mine = (layout.newline.numpy() == 0) & (layout.group.numpy() == (0 if tiles == "thumbnail" else 1))
     if tiles == "crops":
-        columns = layout.crops[1]
+        columns = finest(layout)[1]
         y, x = y + (tile - 1) // columns * height, x + (tile - 1) % columns * width
     y, x, index = y[mine], x[mine], np.nonzero(mine)[0]
     if not len(index):  # a sliver of a picture has no crop patches
@@ -109,7 +114,7 @@ def _painted(picture: Image.Image, cells: np.ndarray, pooled: np.ndarray) -> np.
 
 def crop_lines(axis: Any, layout: Layout, picture: Image.Image) -> None:
     """Draw lines on a matplotlib axis where one crop ends and the next begins."""
-    (rows, columns), (h, w) = layout.crops, layout.grid
+    (rows, columns), (h, w) = finest(layout), layout.grid
     top, left, height, width = layout.window or (0, 0, rows * h, columns * w)
     for row in range(1, rows):
         if 0 < row * h - top < height:
@@ -151,7 +156,7 @@ def ranked_pixels(picture: Image.Image, layout: Layout, ranks: np.ndarray, tiles
 
 def seen(picture: Image.Image, layout: Layout) -> Image.Image:
     """What the model sees of a picture: of one square tile only the middle, as CLIP's processor cuts it."""
-    if layout.crops != (0, 0):
+    if finest(layout) != (0, 0):
         return picture
     side = min(picture.size)
     left, upper = (picture.width - side) // 2, (picture.height - side) // 2

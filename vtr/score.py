@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vtr.base import Best, Policy, Request, Tokens
-from vtr.checks import check_depth, check_layer
+from vtr.checks import check_depth, check_layer, check_sharing
 from vtr.keep import Keep, check_keep, keep_count
+from vtr.shares import divided
 
 if TYPE_CHECKING:
     import torch
+
+
+Share = Literal["row", "image"]
+"""Who competes for a budget: all vision tokens of the row, or those of each image among themselves, each image having
+its part of the budget by its number of tokens."""
+HERE = "tokens left of each image"
+
+
+def best(tokens: Tokens, scores: torch.Tensor | Callable[[], torch.Tensor], count: int, share: Share) -> Best:
+    """The ``count`` best of a row's tokens, at most all; with ``share="image"`` so many of each image as its size says.
+
+    How many are left of each image is noted in ``tokens.memo``. Where somebody else has cut the row since it entered
+    the text model, they are counted on the device, which the host then waits for.
+    """
+    if share == "row" or len(tokens.per_image) < 2 or count >= len(tokens):
+        return Best(scores, count)
+    here = tokens.memo.get(HERE, tokens.per_image)
+    if sum(here) != len(tokens):
+        here = tuple(tokens.image.bincount(minlength=len(tokens.per_image)).tolist())
+    stay = tokens.memo[HERE] = tuple(divided(count, tokens.per_image, here))
+    return Best(scores, count, list(zip(here, stay, strict=True)))
 
 
 @dataclass
@@ -29,6 +51,8 @@ class ScorePolicy(Policy):
     Args:
         keep: tokens that stay: a ratio (float) or a count (int).
         layer: the decoder layer before which the cut happens; at least 1 where ``attention`` is asked for.
+        share: who competes: "row", all vision tokens of the row together; "image", those of each image among
+            themselves, the budget divided by how many tokens the images have.
 
     Raises:
         TypeError, ValueError: settings out of range.
@@ -36,6 +60,7 @@ class ScorePolicy(Policy):
 
     keep: Keep = 0.5
     layer: int = 2
+    share: Share = field(default="row", kw_only=True)
 
     attention: ClassVar[Request | None] = None
     """The attention that ``tokens.scores`` holds (paid in the layer before, as :meth:`needs` names it), or None. A
@@ -60,6 +85,7 @@ class ScorePolicy(Policy):
         check_keep(self.keep)
         why = f"{type(self).__name__} ranks by the attention of the layer before, so layer must be at least 1"
         check_layer(self.layer, *((1, why) if self.attention else ()))
+        check_sharing(self.share)
 
     def check(self, num_hidden_layers: int) -> None:
         check_depth(self.layer, num_hidden_layers, 1 if self.attention else 0)
@@ -78,4 +104,7 @@ class ScorePolicy(Policy):
         if layer != self.layer:
             return [None] * len(tokens)
         scores = self.score_all(tokens)
-        return [Best(score, keep_count(self.keep, one.total)) for score, one in zip(scores, tokens, strict=True)]
+        return [
+            best(one, score, keep_count(self.keep, one.total), self.share)
+            for score, one in zip(scores, tokens, strict=True)
+        ]

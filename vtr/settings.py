@@ -292,8 +292,10 @@ def _split(text: str, separator: str) -> list[str]:
     if separator not in text:
         return [text]
     parts, depth, quoted, start = [], 0, False, 0
+    escaped = False
     for i, char in enumerate(text):
-        quoted ^= char == '"'
+        quoted ^= char == '"' and not escaped
+        escaped = quoted and char == "\\" and not escaped  # of a spec string in a spec string
         depth += (char in "[{") - (char in "]}")
         if char == separator and depth == 0 and not quoted:
             parts.append(text[start:i])

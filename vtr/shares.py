@@ -55,6 +55,23 @@ def nearest_side(share: float, side: int) -> int:
     return max(min((math.floor(exact), math.ceil(exact)), key=lambda s: abs((s / side) ** 2 - share)), 1)
 
 
+def divided(count: int, sizes: Sequence[int], here: Sequence[int]) -> list[int]:
+    """``count`` tokens among images of ``sizes`` tokens, of which ``here`` are left: in proportion, at least one each.
+
+    Rounded by :func:`apportion`. Fewer tokens than images go to the larger ones; ``count`` at most ``sum(here)``.
+    """
+    there = [i for i, n in enumerate(here) if n]
+    if count < len(there):
+        first = sorted(there, key=lambda i: (-sizes[i], i))[:count]
+        return [int(i in first) for i in range(len(here))]
+    exact = apportion([float(n) for n in sizes], list(here), count)
+    for i in there:
+        if not exact[i]:
+            exact[max(there, key=lambda j: exact[j])] -= 1
+            exact[i] = 1
+    return exact
+
+
 def apportion(shares: list[float], capacities: list[int], total: int) -> list[int]:
     """Whole counts that add up to ``total``, as near to ``shares`` (scaled to that sum) as whole numbers come.
 

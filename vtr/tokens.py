@@ -22,6 +22,8 @@ class Tokens:
         total: how many vision tokens the row had when it entered the text model.
         image, tile, y, x, newline, frame: int64 [n] each, n = len(tokens): the tokens still there. A picture's frame is
             -1; where every frame of a video is an image, ``image`` counts these.
+        group: int64 [n]: 0 in the thumbnail (or only tile), 1 in the crops; where an image has several grids of crops,
+            1 in the finest, 2 in the next, …
         place: int64 [n], where they stand among the row's ``row_length`` tokens (text too) that enter the layer.
         hidden: [n, hidden_size], their hidden states. rope: ([n, d], [n, d]), cosine and sine of their positions.
         text: [t, hidden_size], the states of the prompt's text. text_place, text_rope: of the text.
@@ -61,6 +63,10 @@ class Tokens:
     @property
     def tile(self) -> torch.Tensor:
         return self._field("tile")
+
+    @property
+    def group(self) -> torch.Tensor:
+        return self._field("group")
 
     @property
     def y(self) -> torch.Tensor:

@@ -18,6 +18,9 @@ from vtr.data.choices import with_choices
 from vtr.data.videos import Video
 
 GRAY = (128, 128, 128)
+REFERENCES = ("no_image", "gray", "base_lm")
+"""The runs without the picture, never reduced: the model gets the question alone, or with an even gray picture of the
+same size; the base language model, where there is one, gets the question alone."""
 TOKENS = 32
 """The longest answer, where neither the caller nor the model's generation config says."""
 
@@ -43,7 +46,7 @@ class Bench:
     """A patched model with all that stays the same from batch to batch.
 
     Attributes:
-        base: (language model, tokenizer) for text-only prompts, or None: the model itself gets them.
+        base: (the language model before it saw pictures, its tokenizer), or None.
         tick: called with the number of samples done for one contender.
     """
 
@@ -56,12 +59,32 @@ class Bench:
     base: tuple[Any, Any] | None = None
     tick: Callable[[int], Any] = lambda count: None
 
-    def encode(self, samples: Sequence[Sample], pictures: Sequence[Image.Image | Video] | None) -> Any:
-        """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype."""
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Those of :data:`REFERENCES` that are made."""
+        return REFERENCES if self.base is not None else REFERENCES[:-1]
+
+    def encode(
+        self,
+        samples: Sequence[Sample],
+        pictures: Sequence[Image.Image | Video] | None,
+        before: vtr.Policy | None = None,
+    ) -> Any:
+        """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype.
+
+        before: what acts on the pictures, or None.
+
+        Raises:
+            UnsupportedError: a policy that acts on pictures, and videos.
+        """
         questions = [question_of(sample, self.instruction) for sample in samples]
         if pictures and isinstance(pictures[0], Video):
+            if before is not None:
+                raise vtr.UnsupportedError(
+                    f"{before.spec} acts on pictures: of videos, frames:keep=0.5 takes fewer frames"
+                )
             return _to(chat.encode_videos(self.processor, questions, pictures), self.model)
-        return _to(chat.encode(self.processor, questions, pictures), self.model)
+        return _to(chat.encode(self.processor, questions, pictures, before), self.model)
 
     def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """One row a sample, in order; a picture that cannot be read or encoded makes a bad one.
@@ -73,10 +96,7 @@ class Bench:
         if rows:
             with torch.inference_mode(), vtr.shared_features(self.model):
                 self._contend(batch, rows)
-                gray = [gray_of(picture) for picture in batch.pictures]
-                blind = self.say(self.encode(batch.samples, gray), None)
-            self._score(batch.samples, blind, [row["blind"] for row in rows])
-            self._score(batch.samples, self.say_text_only(batch.samples), [row["text_only"] for row in rows])
+                self._refer(batch, rows)
         return sorted(rows + [bad_row(one) for one in batch.bad], key=lambda row: row["index"])
 
     def _contend(self, batch: Batch, rows: list[dict[str, Any]]) -> None:
@@ -86,13 +106,26 @@ class Bench:
                 row["policies"][one.spec] = cost
             self._score(batch.samples, said, [row["policies"][one.spec] for row in rows])
 
+    def _refer(self, batch: Batch, rows: list[dict[str, Any]]) -> None:
+        """What is answered without the picture: what policies are read against."""
+        gray = [gray_of(picture) for picture in batch.pictures]
+        said = {
+            "no_image": self.say(self.encode(batch.samples, None), None),
+            "gray": self.say(self.encode(batch.samples, gray), None),
+        }
+        if self.base is not None:
+            said["base_lm"] = self._base_says(*self.base, batch.samples)
+        for name in self.references:
+            cells: list[dict[str, Any]] = [row.setdefault(name, {}) for row in rows]
+            self._score(batch.samples, said[name], cells)
+
     def inputs_for(self, one: Contender, batch: Batch) -> Any:
-        """The batch as a contender gets it: its own smaller pictures, if it is an input baseline."""
+        """The batch as a contender gets it: encoded anew where it acts on pictures, or takes fewer frames."""
         if one.frames is not None:
-            return self.encode(batch.samples, [one.frames(video) for video in batch.pictures])
-        if one.downsample is None:
+            return self.encode(batch.samples, [one.frames(video) for video in batch.pictures], one.before)
+        if one.before is None:
             return batch.inputs
-        return self.encode(batch.samples, [one.downsample(picture) for picture in batch.pictures])
+        return self.encode(batch.samples, batch.pictures, one.before)
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         """Decode the pictures and encode the prompts of those samples that can be used."""
@@ -137,15 +170,9 @@ class Bench:
         self.tick(rows)
         return chat.decode(self.processor, out, length)
 
-    def say_text_only(self, samples: Sequence[Sample]) -> list[str]:
-        """Answers to the questions alone: the base language model's where there is one, else the model's own."""
-        if self.base is None:
-            with torch.inference_mode():
-                return self.say(self.encode(samples, None), None)
-        model, tokenizer = self.base
+    def _base_says(self, model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
         inputs = _text_only(tokenizer, [question_of(sample, self.instruction) for sample in samples]).to(model.device)
-        with torch.inference_mode():
-            out = model.generate(**inputs, **self._how(model, tokenizer))
+        out = model.generate(**inputs, **self._how(model, tokenizer))
         self.tick(len(samples))
         return chat.decode(tokenizer, out, inputs["input_ids"].shape[1])
 
@@ -209,7 +236,7 @@ def _head(sample: Sample) -> dict[str, Any]:
     }
     if sample.choices is not None:
         row["choices"] = list(sample.choices)
-    return {**row, "policies": {}, "blind": {}, "text_only": {}}
+    return {**row, "policies": {}}
 
 
 def _to(inputs: Any, model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is compared: policies by spec string, no reduction, input downsampling; and one of each at a common budget."""
+"""What is compared: policies by spec string, no reduction; and one of each at a common budget."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtr.eval.accuracy import blind  # noqa: F401  (registers the question-blind selector)
-from vtr.eval.accuracy.downsample import NAME, Downsample
 from vtr.eval.accuracy.frames import FRAMES, Frames
 
 import vtr
 from vtr.budget import at_share
 from vtr.engine.adapters import find_adapter
+from vtr.inputs import InputPolicy, parts_of
 from vtr.learned import Learned
 from vtr.limits import short, similar
+from vtr.parts import Parts
 from vtr.settings import policy_class
 from vtr.shares import check_share
 
 NONE = "none"
 ALL = "all"
 BUDGET = 0.25
-FIRST = (NONE, "random", "uniform", "pool", NAME)
+FIRST = (NONE, "random", "uniform", "pool", vtr.Downsample.name)
 """What ``all`` begins with: no reduction and the baselines every policy has to beat."""
 
 
@@ -30,14 +31,14 @@ class Contender:
     """One row of the table.
 
     Attributes:
-        policy: None for no reduction. downsample: what happens to pictures before the processor, or None.
+        policy: what acts in the model, or None. before: what acts on pictures, before the tower, or None.
         frames: which frames of a video the processor gets; None for all.
     """
 
     spec: str
     name: str
     policy: vtr.Policy | None = None
-    downsample: Downsample | None = None
+    before: vtr.Policy | None = None
     frames: Frames | None = None
 
 
@@ -59,8 +60,8 @@ class Shapes:
 
 
 def contender(spec: str) -> Contender:
-    """The contender of a spec: ``none``, a policy's, ``downsample:scale=0.5``, or ``downsample:scale=0.5+POLICY``; of
-    videos ``frames:keep=0.5``, or ``frames:keep=0.5+POLICY``.
+    """The contender of a spec: ``none``, or a policy's; what of it acts before the tower is split off. Of videos also
+    ``frames:keep=0.5``, or ``frames:keep=0.5+POLICY``.
 
     Raises:
         TypeError, ValueError: no such policy, or settings it refuses.
@@ -68,23 +69,14 @@ def contender(spec: str) -> Contender:
     spec = spec.strip()
     if spec == NONE:
         return Contender(NONE, NONE)
-    head, _, rest = spec.partition("+")
+    head, _, more = spec.partition("+")
     name, _, settings = head.partition(":")
     if name == FRAMES:
-        fewer, more = _fewer(head, settings), _policy(rest) if rest else None
-        return Contender(fewer.spec + (f"+{more.spec}" if more else ""), FRAMES, more, frames=fewer)
-    if name != NAME:
-        policy = _policy(spec)
-        return Contender(policy.spec, policy.name, policy)
-    key, _, value = settings.partition("=")
-    if settings and key != "scale":
-        raise ValueError(f"{NAME} has no setting {key!r}; it has: scale, e.g. {NAME}:scale=0.5")
-    try:
-        smaller = Downsample(float(value)) if settings else Downsample()
-    except ValueError as error:
-        raise ValueError(f"{head!r}: {error}") from error
-    more = _policy(rest) if rest else None
-    return Contender(smaller.spec + (f"+{more.spec}" if more else ""), NAME, more, smaller)
+        fewer, behind = _fewer(head, settings), _policy(more) if more else None
+        return Contender(fewer.spec + (f"+{behind.spec}" if behind else ""), FRAMES, behind, frames=fewer)
+    policy = _policy(spec)
+    before, rest = vtr.split(policy)
+    return Contender(policy.spec, policy.name if before is None else parts_of(before)[0].name, rest, before)
 
 
 def _fewer(head: str, settings: str) -> Frames:
@@ -100,14 +92,14 @@ def _fewer(head: str, settings: str) -> Frames:
 
 def _policy(spec: str) -> vtr.Policy:
     """As :func:`vtr.policy`; where several policies are joined by commas, the message says how they are joined here."""
-    known = [*vtr.list_policies(), NONE, ALL, NAME, FRAMES]
+    known = [*vtr.list_policies(), NONE, ALL, FRAMES]
     if "," in spec:
         parts = [part.strip() for part in spec.split(",")]
         if any(part.partition(":")[0] in known and "=" not in part.partition(":")[0] for part in parts[1:]):
             raise ValueError(
                 f"{short(spec)!r}: policies are joined by a semicolon, like fastv:keep=0.25;random:keep=0.25"
             )
-    name, own = spec.partition(":")[0].strip(), (NONE, ALL, NAME, FRAMES)
+    name, own = spec.partition(":")[0].strip(), (NONE, ALL, FRAMES)
     if name not in known and (hint := similar(name, own)) and not similar(name, vtr.list_policies()):
         raise ValueError(f"unknown policy {short(name)!r}{hint}; {ALL} is one of each that `vtr list` shows")
     return vtr.policy(spec)
@@ -173,13 +165,15 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
             raise ValueError(f"budget={budget:g}: a tile has {shapes.side**2} tokens: give fewer, or a share (0.25)")
         budget = budget / shapes.side**2
     check_share(budget)
-    registered = [name for name in vtr.list_policies() if name != vtr.Chain.name]
-    order = [name for name in FIRST if name in registered or name == NAME]
+    registered = [name for name in vtr.list_policies() if not issubclass(policy_class(name), Parts)]
+    order = [name for name in FIRST if name in registered]
     made, left_out = [], {}
     for name in order + [name for name in registered if name not in FIRST]:
         try:
-            if name == NAME:
-                one = contender(Downsample(round(budget**0.5, 4)).spec)
+            if name == vtr.Downsample.name:
+                one = contender(vtr.Downsample(round(budget**0.5, 4)).spec)
+            elif issubclass(policy_class(name), InputPolicy):
+                raise ValueError("it acts on pictures, so a budget says nothing to it: name it")
             else:
                 learned = weights is not None and issubclass(policy_class(name), Learned)
                 one = _set(f"{name}:weights={weights}" if learned else name, budget, shapes)

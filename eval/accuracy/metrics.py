@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vtr.data.choices import Choices, normalized, picked
+from vtr.data.choices import LETTERS, Choices, normalized, picked
 from vtr.limits import similar
 
 RIGHT = 0.5
@@ -163,6 +163,20 @@ def _no_choice(answers: Sequence[str], choices: Choices) -> str | None:
     return f"the answer {answers[0]!r} is none of the choices {list(choices or [])}"
 
 
+OPENING = re.compile(r"(?:\(|option |the answer is )?(.)")
+
+
+def mmstar(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
+    """1 if the reply begins as MMStar's evaluation wants it: ``b…``, ``(b…``, ``option b…`` or ``the answer is b…``.
+
+    Case, outer spaces and line breaks aside. Whatever comes behind the letter is not looked at, so "a dog" is the
+    choice A, and a choice's text is no answer: :func:`choice` is stricter about letters and takes texts.
+    """
+    said = reply.lower().strip().replace("\n", " ")
+    letters = {LETTERS[i].lower() for answer in answers if (i := picked(answer, choices)) is not None}
+    return float(said[:1] in letters or ((found := OPENING.match(said)) is not None and found[1] in letters))
+
+
 # -- by name -----------------------------------------------------------------------------------------------------------
 def listing(reply: str, answers: Sequence[str], choices: Choices = None) -> float:
     """Order-free F1 of the objects named by the pocket model's long answers, all their properties right."""
@@ -183,6 +197,7 @@ METRICS = {
         Metric("relaxed", relaxed),
         Metric("anls", anls),
         Metric("choice", choice, _no_choice),
+        Metric("mmstar", mmstar, _no_choice),
         Metric("listing", listing),
         Metric("auto", lambda r, a, c: _fitting(a, c).score(r, a, c), lambda a, c: _fitting(a, c).problem(a, c)),
     )
@@ -202,11 +217,20 @@ def metric(name: str) -> Metric:
 
 
 # -- MMStar ------------------------------------------------------------------------------------------------------------
-def gain(seen: float, blind: float) -> float:
-    """Multi-modal gain (MMStar, Chen et al., NeurIPS 2024, arXiv 2403.20330): S_v − S_wv, seen against not seen."""
-    return seen - blind
+def gain(seen: float, no_image: float) -> float:
+    """Multi-modal gain (MMStar, Chen et al., NeurIPS 2024, arXiv 2403.20330): S_v − S_wv.
+
+    Args:
+        seen: S_v, the model's accuracy with pictures. no_image: S_wv, the same model's without any.
+    """
+    return seen - no_image
 
 
-def leakage(blind: float, text_only: float) -> float:
-    """Multi-modal leakage (MMStar): max(0, S_wv − S_t), what a model answers blind that its language model does not."""
-    return max(0.0, blind - text_only)
+def leakage(no_image: float, base_lm: float | None) -> float | None:
+    """Multi-modal leakage (MMStar): max(0, S_wv − S_t), what training with pictures taught a model to answer unseen.
+
+    Args:
+        no_image: S_wv, as in :func:`gain`. base_lm: S_t, the accuracy of the language model that the model was made
+            of. Where it is not known (None), neither is the leakage (None).
+    """
+    return None if base_lm is None else max(0.0, no_image - base_lm)

@@ -40,7 +40,7 @@ class Settings:
     Attributes:
         policies: spec strings, or "all". budget: the mean keep of "all".
         model: a folder, a hub name or a name of ``vtr.pocket.NAMES``; None is ``pocket``.
-        base_lm: a language model for text-only prompts.
+        base_lm: the language model before it saw pictures, for leakage.
         data, limit, seed, columns, images: see :func:`vtr.eval.accuracy.data.open_data`. instruction: has
             ``{question}`` in it.
         max_new_tokens: None is what the model's generation config says, or 32.
@@ -185,6 +185,9 @@ def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Sour
     model, processor = load(settings.model, device, settings.dtype)
     weights = settings.name if settings.name in vtr.pocket.POLICIES else None
     found, only_all, left_out = contenders(settings.policies, Shapes.from_model(model), settings.budget, weights)
+    for one in found:
+        if one not in only_all:
+            vtr.processor(processor, one.before)  # refused before anything is asked
     tokens = settings.max_new_tokens or model.generation_config.max_new_tokens or TOKENS
     base = None if settings.base_lm is None else load_language_model(settings.base_lm, device, model.dtype)
     bench = Bench(model, processor, found, metric(settings.metric), settings.instruction, tokens, base)
@@ -218,6 +221,7 @@ def _identity(settings: Settings, bench: Bench) -> dict[str, Any]:
     return {
         **asdict(settings),
         "policies": [one.spec for one in bench.contenders],
+        "references": bench.references,
         "max_new_tokens": bench.max_new_tokens,
         "device": bench.model.device.type,
         "dtype": str(bench.model.dtype).removeprefix("torch."),
@@ -237,7 +241,7 @@ def batches(source: Source, size: int) -> Iterator[tuple[int, list[Sample | Bad]
 
 def _run(bench: Bench, source: Source, settings: Settings, journal: Journal, rank: Rank) -> None:
     """Every batch that is this process's and not done yet."""
-    runs = len(bench.contenders) + 2  # … blind and text only
+    runs = len(bench.contenders) + len(bench.references)
     total = None if settings.samples is None else settings.samples * runs
     with tqdm(total=total, desc="samples × runs", unit="", disable=rank.index > 0) as bar:
         bench.tick = lambda count: bar.update(count * rank.world)

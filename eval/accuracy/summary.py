@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from vtr.eval.accuracy.answers import REFERENCES
 from vtr.eval.accuracy.contenders import NONE, Contender
 from vtr.eval.accuracy.metrics import RIGHT, Metric, gain, leakage
 from vtr.eval.accuracy.stats import interval, mcnemar, outcomes, paired
@@ -27,8 +28,9 @@ def summarize(
 ) -> dict[str, Any]:
     """The body of an ``eval`` result without model and settings.
 
-    A sample that is answered right blind or from its text alone is *dispensable*: it does not need the picture. The
-    references, ``gain`` and ``leakage`` are of all samples; the rest too, unless ``indispensable`` restricts it.
+    References, ``gain`` (S_v − S_wv, with S_wv the model without an image), ``gray_gain`` (the same over an even gray
+    picture) and ``leakage`` (None without a base language model) are of all samples; the rest too, unless
+    ``indispensable`` restricts it to those that :func:`needs_picture`.
 
     Args:
         rows: of :meth:`vtr.eval.accuracy.answers.Bench.rows`. seed: of the bootstrap.
@@ -42,8 +44,8 @@ def summarize(
         raise ValueError(f"none of {len(rows)} samples can be used{reason}")
     shown = [row for row in good if needs_picture(row)] if indispensable else good
     if not shown:
-        raise ValueError(f"none of {len(good)} samples needs its picture: each is answered blind or from text alone")
-    blind, text_only = _mean(good, "blind"), _mean(good, "text_only")
+        raise ValueError(f"none of {len(good)} samples needs its picture: each is answered right without it")
+    references = {name: _mean(good, name) if name in good[0] else None for name in REFERENCES}
     kinds = sorted({row["kind"] for row in good})
     bad = [row for row in rows if "bad" in row]
     return {
@@ -54,15 +56,19 @@ def summarize(
         },
         "reference": {
             NONE: float(np.mean([row["policies"][NONE]["score"] for row in good])),
-            "blind": blind, "text_only": text_only, "majority": majority(good, metric),
+            **references, "majority": majority(good, metric),
         },
-        "policies": [_policy(one, shown, good, blind, text_only, seed) for one in contenders],
+        "policies": [_policy(one, shown, good, references, seed) for one in contenders],
     }  # fmt: skip
 
 
 def needs_picture(row: Row) -> bool:
-    """Whether a sample is vision-indispensable (MMStar): right neither blind nor from its text alone."""
-    return row["blind"]["score"] < RIGHT and row["text_only"]["score"] < RIGHT
+    """Whether none of the runs without the picture is right.
+
+    After MMStar's idea of vision-indispensable samples. There eight language models and people judged; here the model
+    itself does, and its base language model where that was asked.
+    """
+    return all(row[name]["score"] < RIGHT for name in REFERENCES if name in row)
 
 
 def majority(rows: Sequence[Row], metric: Metric) -> float:
@@ -89,7 +95,7 @@ def _mean(rows: Sequence[Row], what: str) -> float:
 
 
 def _policy(
-    one: Contender, shown: Sequence[Row], good: Sequence[Row], blind: float, text_only: float, seed: int
+    one: Contender, shown: Sequence[Row], good: Sequence[Row], references: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     mine, theirs = ([row["policies"][spec]["score"] for row in shown] for spec in (one.spec, NONE))
     groups = _numbered([row["group"] for row in shown])
@@ -107,7 +113,8 @@ def _policy(
         "indispensable": float(np.mean(needing)) if needing else None,
         "by_kind": {kind: float(np.mean(by_kind[kind])) for kind in sorted(by_kind)},
         "kind_intervals": _kind_intervals(shown, mine, groups, seed),
-        "gain": gain(everywhere, blind), "leakage": leakage(blind, text_only),
+        "gain": gain(everywhere, references["no_image"]), "gray_gain": gain(everywhere, references["gray"]),
+        "leakage": leakage(references["no_image"], references["base_lm"]),
         "vision_tokens": np.mean([cell["tokens"] for cell in cells], axis=0).tolist(),
         "mean_keep": float(np.mean([_kept(row, one.spec) for row in shown])),
         "gflops": float(np.mean([cell["flops"] for cell in cells]) / 1e9),
@@ -150,8 +157,8 @@ def _numbered(names: Sequence[str]) -> list[int]:
 
 # -- as a table --------------------------------------------------------------------------------------------------------
 COLUMNS = (
-    "policy", "accuracy", "interval", "needs picture", "− none", "p", "mean keep", "GFLOPs", "KV MiB",
-    "selector ms", "prefill ms",
+    "policy", "accuracy", "interval", "needs picture", "gain", "gray gain", "− none", "p", "mean keep", "GFLOPs",
+    "KV MiB", "selector ms", "prefill ms",
 )  # fmt: skip
 
 
@@ -167,6 +174,8 @@ def cells(body: Mapping[str, Any]) -> list[list[str]]:
                 f"{row['accuracy']:.1%}",
                 f"{100 * row['low']:.1f}–{100 * row['high']:.1f}",
                 "–" if needing is None else f"{needing:.1%}",
+                f"{100 * row['gain']:+.1f}",
+                f"{100 * row['gray_gain']:+.1f}",
                 "" if reference else "{:+.1f} [{:+.1f}, {:+.1f}]".format(
                     *(100 * versus[key] for key in ("difference", "low", "high"))
                 ),
@@ -185,15 +194,17 @@ def caption(body: Mapping[str, Any]) -> str:
     """What was measured, in a few sentences."""
     data, reference = body["data"], body["reference"]
     restricted = f" The table shows the {data['shown']} that need it." if data["only_indispensable"] else ""
-    text = "the model without a picture" if body.get("base_lm") is None else body["base_lm"]
-    return (
+    seen, no_image, gray, base = (reference[name] for name in (NONE, *REFERENCES))
+    text = (
         f"{body['model']} on {data['name']}: {data['samples']} samples, {data['bad']} bad; {data['indispensable']} "
-        f"need the picture (right neither blind nor from text alone).{restricted} No reduction {reference[NONE]:.1%}, "
-        f"blind (gray picture) {reference['blind']:.1%}, text only ({text}) {reference['text_only']:.1%}, most "
-        f"frequent answer {reference['majority']:.1%}. Gain without reduction "
-        f"{100 * gain(reference[NONE], reference['blind']):+.1f} points, leakage "
-        f"{100 * leakage(reference['blind'], reference['text_only']):.1f}."
+        f"need the picture (no run without it is right).{restricted} No reduction {seen:.1%}, no image {no_image:.1%}, "
+        f"gray picture {gray:.1%}, most frequent answer {reference['majority']:.1%}. Multi-modal gain without "
+        f"reduction {100 * gain(seen, no_image):+.1f} points (over gray {100 * gain(seen, gray):+.1f})"
     )
+    leaked = leakage(no_image, base)
+    if leaked is None:
+        return f"{text}; multi-modal leakage –: it needs the base language model's answers, --base-lm."
+    return f"{text}; multi-modal leakage {100 * leaked:.1f} ({body['base_lm']}, text only: {base:.1%})."
 
 
 def by_kind(body: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

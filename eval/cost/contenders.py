@@ -37,8 +37,9 @@ class Contender:
 
 
 def shipped() -> list[str]:
-    """Names of the policies that come with vtr: those registered by its own modules."""
+    """Names of the policies of the model that come with vtr: those registered by its own modules."""
     own = (name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies."))
+    own = (name for name in own if not issubclass(policy_class(name), vtr.InputPolicy))
     order = ["random", "uniform", "pool"]
     return sorted(own, key=lambda name: (order.index(name) if name in order else len(order), name))
 

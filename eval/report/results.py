@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from vtr.eval.report.older import renewed
 
 from vtr.files import read_json
 
 Kind = Literal[
     "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve", "gpu",
-    "decode", "selectors", "films",
+    "decode", "fork", "selectors", "shots", "films",
 ]  # fmt: skip
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
@@ -95,7 +96,7 @@ def save(
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote.
+    """Read what :func:`save` wrote; an older evaluation as it would be written now (:mod:`vtr.eval.report.older`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -108,4 +109,7 @@ def load(path: str | Path) -> dict[str, Any]:
     for key, type_ in (("kind", str), ("hardware", dict), ("versions", dict)):
         if not isinstance(data[key], type_):
             raise ValueError(f"{path} is not a result file of vtr: its {key!r} is {str(data[key])[:80]!r}")
-    return data
+    try:
+        return renewed(data)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is an older result of vtr eval, but lacks {error}: measure it again") from error

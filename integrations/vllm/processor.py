@@ -12,7 +12,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vtr.integrations.vllm import metrics
 from vtr.integrations.vllm.layouts import LayoutOf, check_tower, count_of
-from vtr.integrations.vllm.specs import NONE, RequestError, identity, packed, read
+from vtr.integrations.vllm.specs import NONE, RequestError, acts_before, identity, packed, read, scaled
 
 from vtr.image import Layout
 
@@ -55,13 +55,25 @@ class Reduced:
             for spec in specs:
                 check_tower(config, spec)
         kwargs = {**_without(inputs.hf_processor_mm_kwargs), KEY: specs}
-        made = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
+        inputs = self._scaled(replace(inputs, hf_processor_mm_kwargs=kwargs), items, specs)
+        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         if count and not isinstance(items, ImageEmbeddingItems):
             for i, (spec, place) in enumerate(zip(specs, made["mm_placeholders"]["image"], strict=True)):
                 if items.get(i) is not None:
                     full = len(self._layout(items, i, kwargs))
                     metrics.seen(spec, full, place.get_num_embeds())
         return made
+
+    def _scaled(self, inputs: Any, items: Any, specs: Sequence[str]) -> Any:
+        """The request with the pictures that policies before the tower leave, where there are such."""
+        if not any(map(acts_before, specs)):
+            return inputs
+        images = self.info.get_hf_processor().image_processor  # type: ignore[attr-defined]
+        given = [items.get(i) for i in range(len(specs))]
+        given = [getattr(one, "media", one) for one in given]  # (vLLM may keep a file's bytes beside its picture)
+        pictures = [scaled(one, spec, images) for one, spec in zip(given, specs, strict=True)]
+        known = inputs.mm_data_items
+        return replace(inputs, mm_data_items=type(known)({**known, "image": ImageProcessorItems(pictures)}))
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """What memory is measured with: images with all of their tokens, whatever the server's default."""

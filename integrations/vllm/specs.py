@@ -1,4 +1,4 @@
-"""What a request may ask for: spec strings of policies that act before the decoder, one for each image.
+"""What a request may ask for: spec strings of policies that act before the decoder or the tower, one for each image.
 
 Pure: no vLLM here. A spec is checked before anything is made of it, so that no request can name a file on the server.
 """
@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from vtr.base import Policy
+from vtr.base import Policy, UnsupportedError
+from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
 from vtr.image import Layout
+from vtr.inputs import InputPolicy, as_picture, parts_of, split
 from vtr.limits import MOST_LAYERS, short
-from vtr.policies import GlobalCom2, GSearch, Matryoshka, Random, UniformGrid
+from vtr.parts import members
+from vtr.policies import GlobalCom2, GSearch, Random, UniformGrid
 from vtr.schedule import presets
 from vtr.settings import parse, policy_class
 
@@ -76,14 +79,14 @@ def read(value: Any, images: int, depth: int) -> list[str]:
 
 
 def _of_image(spec: str, index: int, count: int) -> str:
-    if not spec.startswith("m3:tokens=["):
+    if not any(mark in spec for mark in ("m3:tokens=[", f"{ByImage.name}:")):
         return spec
-    made = policy(spec)
-    assert isinstance(made, Matryoshka)
+    before, made = split(spec)
     try:
-        return made.of_image(index, count).spec
+        one: Policy | None = made.of_image(index, count)  # type: ignore[union-attr]
     except ValueError as error:
         raise RequestError(str(error)) from error
+    return "+".join(part.spec for part in (before, one) if part is not None) or NONE
 
 
 def spec_of(text: Any, depth: int) -> str:
@@ -114,7 +117,12 @@ def _checked(text: str, depth: int) -> str:
         raise
     except Exception as error:  # whatever a policy stumbles over is in the request
         raise RequestError(_said(error)) from error
-    _check_place(made, depth)
+    before, inside = split(made)
+    for part in [] if before is None else parts_of(before):
+        if type(part).size_for is InputPolicy.size_for:  # type: ignore[attr-defined]
+            raise RequestError(f"{part.spec} cuts tiles in its own way, which vLLM's models do not know: leave it out")
+    if before is None or inside is not None:
+        _check_place(inside, depth)  # type: ignore[arg-type]
     return made.spec
 
 
@@ -159,11 +167,12 @@ def _check_place(made: Policy, depth: int) -> None:
         raise RequestError(f"{made.spec} reduces nothing: ask for {NONE!r}")
     if lacking := next((why for wish, why in UNSEEN.items() if any(w.startswith(wish) for w in made.wants)), None):
         raise RequestError(f"{made.spec} {lacking}: use a policy without, e.g. m3:tokens=36 or {same_budget(0.25)}")
-    if isinstance(made, GlobalCom2) and made.budget == "paper":
-        raise RequestError(
-            f"how many tokens {made.spec} leaves depends on the picture, and vLLM must know it before the picture is "
-            f"encoded: use {dataclasses.replace(made, budget='exact').spec}"
-        )
+    for part in members(made):
+        if isinstance(part, GlobalCom2) and part.budget == "paper":
+            raise RequestError(
+                f"how many tokens {part.spec} leaves depends on the picture, and vLLM must know it before the picture "
+                f"is encoded: use {dataclasses.replace(part, budget='exact').spec}"
+            )
 
 
 def refusal(made: Policy, depth: int) -> str:
@@ -200,13 +209,35 @@ def same_budget(share: float) -> str:
 
 
 def made_of(spec: str) -> Policy | None:
-    """The policy of a checked spec."""
-    return None if spec == NONE else _made(spec)
+    """What of a checked spec acts in the model, or None."""
+    return None if spec == NONE else _made(spec)[1]
 
 
 @lru_cache(maxsize=4096)
-def _made(spec: str) -> Policy:
-    return policy(spec)
+def _made(spec: str) -> tuple[Policy | None, Policy | None]:
+    return split(spec)
+
+
+def acts_before(spec: str) -> bool:
+    """Whether some of a checked spec acts before the tower."""
+    return spec != NONE and _made(spec)[0] is not None
+
+
+def scaled(picture: Any, spec: str, image_processor: Any) -> Any:
+    """A picture as what of its checked spec acts before the tower leaves it; itself where nothing does.
+
+    Raises:
+        RequestError: that has nothing to do before this image processor, or cannot take such a picture.
+    """
+    before = _made(spec)[0] if acts_before(spec) and picture is not None else None
+    try:
+        for part in [] if before is None else parts_of(before):
+            assert isinstance(part, InputPolicy)
+            part.check_processor(image_processor)
+            picture = part.scaled(as_picture(picture), image_processor, {})
+    except (UnsupportedError, TypeError) as error:
+        raise RequestError(str(error)) from error
+    return picture
 
 
 def identity(image: str, spec: str) -> str:

@@ -12,11 +12,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"vtr": "vtr", "integrations": "vtr.integrations", "eval": "vtr.eval"}
 ROOMS = {
     "ground": "checks files image keep limits settings shares",
-    "base": "answers base chain learned schedule score tokens watch",
+    "base": "answers base by_image chain inputs learned parts processing schedule score tokens watch",
     "engine": "engine accounting",
     "data": "chat data",
     "tools": "autopatch budget encode models picture",
-    "pocket": "pocket.__init__ pocket.listing pocket.scenes pocket.video.films",
+    "pocket": "pocket.__init__ pocket.listing pocket.scenes pocket.shots.__init__ pocket.shots.prompts "
+    "pocket.video.films",
     "training": "pocket training",
     "clients": "integrations.chat integrations.lmms_eval integrations.vlmevalkit",
     "vllm": "integrations.vllm",

@@ -16,7 +16,7 @@ import vtr
 from tests.docs.test_docs import PAGES, ROOT, commands, commands_of
 from vtr.chat import decode
 from vtr.cli import app
-from vtr.commands.run import mean_of, prepare
+from vtr.commands.run import mean_of, prepare, tokenize
 
 
 def examples() -> dict[str, list[str]]:
@@ -48,10 +48,11 @@ def test_a_first_command_gives_the_right_answer(line: str, where: list[str]) -> 
     asked = prepare(None, None, given["sample"], given["model"], "cpu")
     spec, mean = given["policy"], mean_of(given["budget"], given["policy"])
     spec = spec if mean is None else at_budget(asked, spec, mean)
-    policy = None if spec == "none" else vtr.policy(spec)
+    before, policy = vtr.split(None if spec == "none" else spec)
+    inputs = tokenize(asked.processor, asked.picture, asked.question, "cpu", before)
     with torch.inference_mode():
-        out = asked.model.generate(**asked.inputs, policy=policy, max_new_tokens=8, do_sample=False)
-    said = decode(asked.processor, out, asked.inputs["input_ids"].shape[1])[0]
+        out = asked.model.generate(**inputs, policy=policy, max_new_tokens=8, do_sample=False)
+    said = decode(asked.processor, out, inputs["input_ids"].shape[1])[0]
     assert said == asked.answer, f"{line} says {said!r}, in {', '.join(where)}"
 
 

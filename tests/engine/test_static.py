@@ -175,7 +175,8 @@ def test_rows_of_the_cache_are_selected_while_it_decodes() -> None:
 def test_a_call_that_fails_leaves_the_cache_in_order() -> None:
     model = model_of("llava")
     inputs = tiny.batch(model, ROWS)
-    cache = said(model, inputs, "fastv:layer=2", **STATIC).past_key_values
+    first = said(model, inputs, "fastv:layer=2", **STATIC)
+    cache = first.past_key_values
 
     class Fails(StoppingCriteria):
         def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -183,8 +184,10 @@ def test_a_call_that_fails_leaves_the_cache_in_order() -> None:
             raise KeyError("mine")
 
     before = cache.get_seq_length()
-    ids = torch.full((len(ROWS), before + 2), 17)
-    more = {"past_key_values": cache, "attention_mask": torch.ones_like(ids)}
+    ids = torch.cat([first.sequences[:, :before], torch.full((len(ROWS), 2), 17)], 1)
+    mask = torch.ones_like(ids)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    more = {"past_key_values": cache, "attention_mask": mask}
     with pytest.raises(KeyError, match="mine"):
         said(model, {"input_ids": ids}, "fastv:layer=2", stopping_criteria=StoppingCriteriaList([Fails()]), **more)
     assert decoding_of(cache) is None

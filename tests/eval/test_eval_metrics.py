@@ -25,6 +25,7 @@ from vtr.eval.accuracy.metrics import (
 )
 from vtr.eval.accuracy.metrics import vqa_normalized as normal
 from vtr.eval.accuracy.stats import interval, mcnemar, outcomes, paired
+from vtr.eval.accuracy.summary import needs_picture
 from vtr.eval.report import results
 
 
@@ -154,6 +155,30 @@ def test_metrics_by_name() -> None:
 def test_multi_modal_gain_and_leakage() -> None:
     assert gain(0.6, 0.25) == pytest.approx(0.35)
     assert leakage(0.25, 0.2) == pytest.approx(0.05) and leakage(0.2, 0.25) == 0.0
+    assert leakage(0.25, None) is None
+
+
+def test_a_sample_that_any_run_without_the_picture_answers_needs_no_picture() -> None:
+    wrong, right = {"score": 0.0}, {"score": 1.0}
+    assert needs_picture({"no_image": wrong, "gray": wrong})
+    for name in ("no_image", "gray", "base_lm"):
+        assert not needs_picture({"no_image": wrong, "gray": wrong, "base_lm": wrong, name: right})
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("B", True), ("b. blue", True), (" (b) blue", True), ("Option B", True), ("The answer is b", True),
+        ("Blue", True), ("big", True),  # only the letter is looked at
+        ("a", False), ("(a)", False), ("", False), ("the blue one", False), ("it is b", False), ("option", False),
+        ("the answer is (b)", False), ("The answer is: b", False),
+    ],
+)  # fmt: skip
+def test_answers_as_mmstar_takes_them(reply: str, right: bool) -> None:
+    for answer in ("B", "blue"):
+        assert METRICS["mmstar"].score(reply, [answer], ["red", "blue"]) == right
+    assert METRICS["mmstar"].score(reply, ["B"], None) == right
+    assert METRICS["mmstar"].problem(["green"], ["red", "blue"]) is not None
 
 
 # -- paired tests ------------------------------------------------------------------------------------------------------
@@ -193,13 +218,13 @@ def test_best_performance() -> None:
 
 def test_mean_relative_gain() -> None:
     # policy 0, data 0: means 0.4 0.4 0.6 → +25 %, +75 %, 0 %; data 1: means 0.3 0.2 0.3 → −33.3 %, 0, +66.7 %
-    gains = instructions.mean_relative_gain(SCORES)
-    np.testing.assert_allclose(gains, [[100 / 3, 100 / 9], [-100 / 3, -100 / 9]])
+    gains = instructions.mean_relative_gain(100 * SCORES)
+    np.testing.assert_allclose(gains, [[100 / 3, 100 / 9], [-100 / 3, -100 / 9]], atol=1e-4)
     # instruction 0, data 0: policy 0 is 0.5 of mean 0.6, policy 1 is 0.3 of mean 1/3
-    by_instruction = instructions.mean_relative_gain(SCORES, over="instructions")
+    by_instruction = instructions.mean_relative_gain(100 * SCORES, over="instructions")
     assert by_instruction.shape == (3, 2)
-    assert by_instruction[0, 0] == pytest.approx((100 * (0.5 / 0.6 - 1) + 100 * (0.3 / (1 / 3) - 1)) / 2)
-    assert instructions.mean_relative_gain(np.zeros((2, 1, 2))).tolist() == [[0.0], [0.0]]
+    assert by_instruction[0, 0] == pytest.approx((100 * (0.5 / 0.6 - 1) + 100 * (0.3 / (1 / 3) - 1)) / 2, abs=1e-4)
+    assert instructions.mean_relative_gain(np.zeros((2, 1, 2))).tolist() == [[-100.0], [-100.0]]
 
 
 def test_stability() -> None:
@@ -212,8 +237,8 @@ def test_stability() -> None:
 
 
 def test_adaptability() -> None:
-    # top 2 of policy 0: {1, 2} and {2, 0} (0 and 1 are equal, the first counts); of policy 1: {2, 0} and {0, 1}
-    np.testing.assert_allclose(instructions.adaptability(SCORES, k=2), [[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]])
+    # top 2 of policy 0: {1, 2} and {2, 1} (0 and 1 are equal, the later counts); of policy 1: {2, 0} and {0, 1}
+    np.testing.assert_allclose(instructions.adaptability(SCORES, k=2), [[0, 0.5, 0.5], [0.5, 0.25, 0.25]])
     with pytest.raises(ValueError, match="the top 4 of 3"):
         instructions.adaptability(SCORES, k=4)
 
@@ -229,7 +254,7 @@ def test_results_become_a_table(tmp_path: Path) -> None:
         result("please {question}", "d", {"none": 0.6, "fastv": 0.6}),
     ]
     scores, policies, data_sets, wordings = instructions.collect(files)
-    assert scores.tolist() == [[[0.8, 0.6]], [[0.4, 0.6]]]
+    assert scores.tolist() == [[[80.0, 60.0]], [[40.0, 60.0]]]
     assert (policies, data_sets, wordings) == (["none", "fastv"], ["d"], ["{question}", "please {question}"])
     assert instructions.collect(files, by_kind=True)[0].shape == (2, 2, 2)
     paths = [str(tmp_path / f"{i}.json") for i in range(2)]
@@ -239,6 +264,8 @@ def test_results_become_a_table(tmp_path: Path) -> None:
     app.command()(instructions.main)
     printed = CliRunner().invoke(app, [*paths, "--k", "1"]).output
     assert "| none | 80.0% | +16.7% | 10.0 | '{question}' (100%) |" in printed
+    assert "| '{question}' | -2.9% | 20.0 |" in printed  # 80 of a mean of 70: +14.3 %, 40 of 50: −20 %
+    assert "'{question}' and 'please {question}' (50%) |" in instructions.markdown(files, k=2)
     with pytest.raises(ValueError, match="missing"):
         instructions.collect([files[0], result("please {question}", "d", {"none": 0.1})])
     with pytest.raises(ValueError, match="twice"):

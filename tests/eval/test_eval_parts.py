@@ -12,7 +12,6 @@ from vtr.eval.accuracy import contenders
 from vtr.eval.accuracy.answers import Bench
 from vtr.eval.accuracy.contenders import Shapes, contender
 from vtr.eval.accuracy.data import Sample
-from vtr.eval.accuracy.downsample import Downsample
 from vtr.eval.accuracy.journal import Journal
 from vtr.eval.accuracy.metrics import METRICS
 
@@ -97,7 +96,7 @@ def test_all_is_one_of_each_registered_policy_at_the_budget() -> None:
     found, only_all, left_out = contenders.contenders(["all"], POCKET)
     names = [one.name for one in found]
     assert names[0] == "none" and names[1:3] == ["random", "uniform"]
-    assert set(names) | set(left_out) == {"none", "downsample", *vtr.list_policies()} - {"chain"}
+    assert set(names) | set(left_out) == {"none", "downsample", *vtr.list_policies()} - {"chain", "by_image"}
     assert only_all == found[1:]
     specs = {one.name: one.spec for one in found}
     assert specs["fastv"] == "fastv:keep=0.0625" and specs["random"] == "random:keep=0.25"
@@ -137,41 +136,24 @@ def test_specs_of_contenders() -> None:
     found, only_all, _ = contenders.contenders(["none", "fastv:keep=0.25 ; random:keep=36"], POCKET)
     assert [one.spec for one in found] == ["none", "fastv:keep=0.25", "random:keep=36"] and not only_all
     both = contender("downsample:scale=0.5+fastv:keep=0.25,layer=3")
-    assert (both.spec, both.downsample) == ("downsample:scale=0.5+fastv:keep=0.25,layer=3", Downsample(0.5))
+    assert (both.spec, both.before) == ("downsample:scale=0.5+fastv:keep=0.25,layer=3", vtr.Downsample(0.5))
     assert isinstance(both.policy, vtr.FastV)
     assert contender("downsample").spec == "downsample:scale=0.5"
     for spec, said in {
         "fastvv": "unknown policy",
         "downsample:factor=2": "no setting 'factor'",
         "downsample:scale=2": "lies in",
-        "downsample:scale=x": "could not convert",
         "fastv:layer=12": "10 decoder layers",
         "random;random": "there twice",
     }.items():
         with pytest.raises(ValueError, match=said):
             contenders.contenders([spec], POCKET)
+    with pytest.raises(TypeError, match="a number"):
+        contender("downsample:scale=x")
     with pytest.raises(ValueError, match="between 0 and 1"):
         contenders.contenders(["all"], POCKET, budget=1.5)
     _, _, left_out = contenders.contenders(["all"], POCKET, budget=0.05)
     assert {"fastv", "gsearch"} <= left_out.keys()  # in a tenth of the layers all tokens stand
-
-
-def test_downsampling_a_picture() -> None:
-    assert Downsample(0.5)(Image.new("RGB", (192, 96))).size == (96, 48)
-    assert Downsample(0.01)(Image.new("RGB", (192, 20))).size == (2, 1)
-    _, processor = vtr.pocket.load()
-    tokens = [
-        int(
-            (
-                vtr.chat.encode(processor, ["what"], [Downsample(scale)(Image.new("RGB", (192, 192)))])["input_ids"]
-                == 4
-            ).sum()
-        )
-        for scale in (1, 0.5, 0.25)
-    ]
-    assert tokens == [744, 300, 300]  # as the module says
-    with pytest.raises(TypeError, match="a number"):
-        Downsample("half")  # type: ignore[arg-type]
 
 
 # -- pictures that a processor refuses --------------------------------------------------------------------------------

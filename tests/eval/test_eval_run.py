@@ -92,8 +92,9 @@ def test_rows_say_what_everybody_said(done: Path) -> None:
     assert [row["index"] for row in found] == list(range(COUNT))
     for row in found:
         assert list(row["policies"]) == ["none", "fastv:keep=0.1", "random:keep=0.25", "downsample:scale=0.5"]
-        for cell in [*row["policies"].values(), row["blind"], row["text_only"]]:
+        for cell in [*row["policies"].values(), row["no_image"], row["gray"]]:
             assert cell["score"] == float(cell["said"] == row["answers"][0])
+        assert "base_lm" not in row
         none, fastv = row["policies"]["none"], row["policies"]["fastv:keep=0.1"]
         assert none["tokens"] == [none["total"]] * 10
         assert fastv["tokens"] == [none["total"]] * 2 + [int(none["total"] * 0.1)] * 8
@@ -105,14 +106,18 @@ def test_the_table_follows_from_the_rows(done: Path) -> None:
     scores = [row["policies"]["fastv:keep=0.1"]["score"] for row in found]
     assert data["kind"] == "eval" and data["model"] == "pocket" and data["rows"] == "samples.jsonl"
     assert fastv["accuracy"] == pytest.approx(sum(scores) / COUNT)
-    assert none["accuracy"] == data["reference"]["none"] > data["reference"]["blind"]
-    needing = [row for row in found if row["blind"]["score"] == row["text_only"]["score"] == 0]
+    reference = data["reference"]
+    assert none["accuracy"] == reference["none"] > reference["gray"] and reference["base_lm"] is None
+    for name in ("no_image", "gray"):
+        assert reference[name] == pytest.approx(sum(row[name]["score"] for row in found) / COUNT)
+    needing = [row for row in found if row["no_image"]["score"] == row["gray"]["score"] == 0]
     assert data["data"]["indispensable"] == len(needing) and data["data"]["bad"] == 0
     assert fastv["indispensable"] == pytest.approx(
         sum(row["policies"]["fastv:keep=0.1"]["score"] for row in needing) / len(needing)
     )
-    assert fastv["gain"] == pytest.approx(fastv["accuracy"] - data["reference"]["blind"])
-    assert fastv["leakage"] == max(0.0, data["reference"]["blind"] - data["reference"]["text_only"])
+    assert fastv["gain"] == pytest.approx(fastv["accuracy"] - reference["no_image"])
+    assert fastv["gray_gain"] == pytest.approx(fastv["accuracy"] - reference["gray"])
+    assert fastv["leakage"] is None and "multi-modal leakage –: it needs" in (done / "table.md").read_text()
     versus = fastv["versus_none"]
     assert 0 < fastv["accuracy"] < 1
     assert versus["difference"] == pytest.approx(fastv["accuracy"] - none["accuracy"])
@@ -128,7 +133,7 @@ def test_the_table_follows_from_the_rows(done: Path) -> None:
 
 
 def test_it_agrees_with_asking_one_by_one(done: Path, folder: Path) -> None:
-    """No batches, no shared features."""
+    """No batches, no shared features; the reference without an image is the model with the question alone."""
     model, processor = vtr.pocket.load()
     vtr.patch(model)
     records = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
@@ -139,6 +144,10 @@ def test_it_agrees_with_asking_one_by_one(done: Path, folder: Path) -> None:
             out = model.generate(**inputs, policy=policy, max_new_tokens=2, do_sample=False)
             said = vtr.chat.decode(processor, out, inputs["input_ids"].shape[1])
             assert said == [row["policies"][spec]["said"]]
+        inputs = vtr.chat.encode(processor, [record["question"]], None)
+        assert "pixel_values" not in inputs
+        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert vtr.chat.decode(processor, out, inputs["input_ids"].shape[1]) == [row["no_image"]["said"]]
 
 
 def test_two_runs_are_equal_and_a_torn_one_goes_on(done: Path, settings: Settings, tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_bad_samples_are_counted_and_the_rest_is_as_before(
             assert {s: c["said"] for s, c in new["policies"].items()} == {
                 s: c["said"] for s, c in old["policies"].items()
             }
-            assert new["blind"] == old["blind"] and new["text_only"] == old["text_only"]
+            assert new["no_image"] == old["no_image"] and new["gray"] == old["gray"]
 
 
 def test_only_what_needs_the_picture(done: Path, settings: Settings, tmp_path: Path) -> None:
@@ -212,9 +221,10 @@ def test_only_what_needs_the_picture(done: Path, settings: Settings, tmp_path: P
     assert found is not None and found["data"]["shown"] == found["data"]["indispensable"] < COUNT
     before = body(done)
     for new, old in zip(found["policies"], before["policies"], strict=True):
-        assert new["accuracy"] == old["indispensable"] and new["gain"] == old["gain"]
+        assert new["accuracy"] == old["indispensable"]
+        assert all(new[figure] == old[figure] for figure in ("gain", "gray_gain", "leakage"))
     assert found["reference"] == before["reference"]
-    dispensable = [{**row, "blind": {"said": "", "score": 1.0}} for row in rows(done)]
+    dispensable = [{**row, "gray": {"said": "", "score": 1.0}} for row in rows(done)]
     with pytest.raises(ValueError, match="none of 16 samples needs its picture"):
         summary.summarize(dispensable, [Contender("none", "none")], METRICS["exact"], indispensable=True)
 
@@ -248,7 +258,9 @@ def test_latency_is_measured_in_turns(settings: Settings, tmp_path: Path) -> Non
     assert "prefill ms" in (tmp_path / "table.md").read_text()
 
 
-def test_a_base_language_model_gets_the_text_only_prompts(settings: Settings, tmp_path: Path) -> None:
+def test_a_base_language_model_is_asked_beside_the_model_without_an_image(
+    done: Path, settings: Settings, tmp_path: Path
+) -> None:
     from transformers import LlamaForCausalLM
 
     model, processor = vtr.pocket.load()
@@ -257,7 +269,13 @@ def test_a_base_language_model_gets_the_text_only_prompts(settings: Settings, tm
     processor.tokenizer.save_pretrained(tmp_path / "lm")
     found = evaluate(replace(settings, limit=4, base_lm=str(tmp_path / "lm")), tmp_path / "out", processes=1)
     assert found is not None and found["base_lm"] == str(tmp_path / "lm")
-    assert any(row["text_only"]["said"] for row in rows(tmp_path / "out"))
+    told = rows(tmp_path / "out")
+    assert any(row["base_lm"]["said"] for row in told)
+    for new, old in zip(told, rows(done), strict=False):
+        assert new["no_image"] == old["no_image"] and new["gray"] == old["gray"]
+    leaked = max(0.0, found["reference"]["no_image"] - found["reference"]["base_lm"])
+    assert [row["leakage"] for row in found["policies"]] == [leaked] * 4
+    assert f"multi-modal leakage {100 * leaked:.1f} (" in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(ValueError, match="cannot load language model"):
         evaluate(replace(settings, base_lm=str(tmp_path / "nothing")), tmp_path / "x", processes=1)
 
@@ -300,7 +318,7 @@ def test_the_command_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     where = ["--data", str(folder), "--out", str(tmp_path / "out")]
     shown = command("-p", "fastv:keep=0.1", "--limit", "8", "--processes", "1", *where)
     assert shown.exit_code == 0, shown.output
-    for word in ("fastv", "accuracy", "picture", "GFLOPs", "8 samples, 0 bad", "Gain without reduction"):
+    for word in ("fastv", "accuracy", "picture", "GFLOPs", "8 samples, 0 bad", "Multi-modal gain without"):
         assert word in shown.output
     assert json.loads((tmp_path / "out" / "results.json").read_text())["data"]["samples"] == 8
 

@@ -247,8 +247,11 @@ def test_what_cannot_be_is_said(adapter: Any) -> None:
     with pytest.raises(ValueError, match="decoder layers"):
         model(adapter, policy="fastv:keep=0.5;layer=99")
     made = model(adapter, "VtrChat")
-    video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}]
-    with pytest.raises(vtr.UnsupportedError, match="video"):
+    sound = [{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]
+    with pytest.raises(vtr.UnsupportedError, match="audio"):
+        made.generate_until([chat(0, turns=lambda doc: sound)])
+    video = [{"role": "user", "content": [{"type": "video", "url": "gone.gif"}]}]
+    with pytest.raises(FileNotFoundError, match=r"gone\.gif"):
         made.generate_until([chat(0, turns=lambda doc: video)])
     with pytest.raises(vtr.UnsupportedError, match="several rounds"):
         made.generate_until_multi_round([])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import vtr
 from tests.integrations.lmms_task import direct_answers, questions
@@ -100,8 +101,26 @@ def test_what_cannot_be_is_said(kit: Any) -> None:
         kit.Vtr("pocket", temprature=0.1)
     with pytest.raises(ValueError, match="unknown policy"):
         kit.Vtr("pocket", policy="fastvv")
-    with pytest.raises(vtr.UnsupportedError, match="video"):
-        kit.Vtr("pocket", device="cpu").generate_inner([{"type": "video", "value": "a.mp4"}])
+    with pytest.raises(vtr.UnsupportedError, match="audio"):
+        kit.Vtr("pocket", device="cpu").generate_inner([{"type": "audio", "value": "a.wav"}])
+
+
+def test_videos(kit: Any, tmp_path: Path) -> None:
+    """Frames are put as pictures behind their numbers, as many as asked for; a temporal policy thins them together."""
+    frames = [Image.new("RGB", (96, 96), (40 * i, 90, 120)) for i in range(5)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    model = kit.Vtr("pocket-internvl", policy="evs:0.5", device="cpu", nframe=4, max_new_tokens=3)
+    for value in (str(tmp_path / "film.gif"), str(tmp_path), frames):
+        said = model.generate_inner([{"type": "video", "value": value}, {"type": "text", "value": "what color is it"}])
+        (row,) = vtr.report(model.chat_model.model).rows
+        assert isinstance(said, str) and row.total == 4 * 36 and row.vision_tokens == [72] * 10
+    pair = [{"type": "image", "value": frames[0]}, {"type": "video", "value": frames}]
+    with pytest.raises(vtr.UnsupportedError, match="two prompts"):
+        model.generate_inner(pair)
+    with pytest.raises(ValueError, match="at least one"):
+        kit.Vtr("pocket", nframe=0)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def shown(row: oracle.Row, layout: Layout, paid: Tensor) -> tuple[Any, Any]:
             return len(place)
 
     tokens = Shown(
-        place=place, text_place=(~row.vision).nonzero().squeeze(1), tile=layout.tile, image=layout.tile * 0,
+        place=place, text_place=(~row.vision).nonzero().squeeze(1), group=layout.group, image=layout.tile * 0,
         per_image=(len(layout),), memo={},
     )  # fmt: skip
     return tokens, SimpleNamespace(received=lambda rows: paid[rows].sum(0))
@@ -112,10 +112,10 @@ def test_the_model_goes_on(case: str) -> None:
 # ------------------------------------------------------------------------------------------------------- our own ways
 def test_each_image_has_its_group() -> None:
     tokens: Any = SimpleNamespace(
-        image=torch.tensor([0, 0, 0, 1, 1, 2, 2]), tile=torch.tensor([0, 1, 2, 1, 0, 0, 0]), per_image=(3, 2, 2)
+        image=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), group=torch.tensor([0, 1, 1, 2, 1, 0, 0, 0]), per_image=(4, 2, 2)
     )
-    assert [group.tolist() for group in groups(tokens, "detail")] == [[1, 2], [3], [5, 6]]
-    assert [group.tolist() for group in groups(tokens, "all")] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [group.tolist() for group in groups(tokens, "detail")] == [[1, 2], [4], [6, 7]]
+    assert [group.tolist() for group in groups(tokens, "all")] == [[0, 1, 2, 3], [4, 5], [6, 7]]
 
 
 def test_a_group_that_nobody_looks_at_stays_whole() -> None:

@@ -11,6 +11,7 @@ import typer
 from vtr.commands._bench import Device, Dtype, Json, Out, check_targets, medians, say, show, write
 from vtr.commands._options import shared
 from vtr.commands.bench_decode import bench_decode
+from vtr.commands.bench_fork import bench_fork
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -42,11 +43,14 @@ def bench_main() -> None:
 
     * `vtr bench decode --small` — a decoded token beside transformers' own, with growing and static caches
 
+    * `vtr bench fork` — many questions on one picture: forks of one prefill beside a prefill each
+
     * `vtr bench launches` — what a GPU would be asked for, counted without one
     """
 
 
 bench.command("decode")(bench_decode)
+bench.command("fork")(bench_fork)
 
 
 @bench.command("engine")

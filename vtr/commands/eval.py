@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-WIDE, WIDE_ONLY = 120, ("interval", "p", "KV MiB", "selector ms")
+WIDE, WIDE_ONLY = 120, ("interval", "gain", "gray gain", "p", "KV MiB", "selector ms")
 """What is left out of the printed table on a narrower terminal; the files have everything."""
 
 
@@ -33,25 +33,29 @@ def eval_command(
     ] = None,
     columns: Annotated[str, typer.Option(help="the data's names of things: `question=query,answers=label`")] = "",
     metric: Annotated[
-        str, typer.Option(help="exact, vqa, relaxed, anls, choice, listing; auto: choice or exact")
+        str, typer.Option(help="exact, vqa, relaxed, anls, choice, mmstar, listing; auto: choice or exact")
     ] = "auto",
     instruction: Annotated[str, typer.Option(help="how the question is put")] = "{question}",
+    shots: Annotated[
+        str | None,
+        typer.Option(help="demonstrations in front of the question, like `0,4,8`: labels that they alone tell"),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help="folder, hub name, `pocket-joint`, `pocket-internvl`, `pocket-video`",
-            show_default="pocket; the task's",
+            show_default="pocket; the task's; of --shots pocket-shots",
         ),
     ] = None,
     base_lm: Annotated[
-        str | None, typer.Option(help="the language model before it saw pictures: text-only prompts go to it")
+        str | None, typer.Option(help="the language model before it saw pictures, for MMStar's leakage")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for results.json, samples.jsonl, table.md, table.csv")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds")] = False,
     indispensable: Annotated[
-        bool, typer.Option("--indispensable", help="show only samples that cannot be answered without the picture")
+        bool, typer.Option("--indispensable", help="show only samples that no run without the picture gets right")
     ] = False,
     budget: Annotated[
         float, typer.Option(help="of `all`: the mean share of vision tokens that enters a layer; 192: tokens of a tile")
@@ -72,10 +76,10 @@ def eval_command(
 ) -> None:
     """Evaluate policies side by side: accuracy, what needs the picture, tokens, FLOPs, KV bytes.
 
-    Every sample is answered without reduction, by every policy (pictures are encoded once for all of them), blind (a
-    gray picture) and from its text alone, so that nobody looks good on questions that need no picture. Samples that
-    cannot be read are counted and named, with file and line. The table's intervals are 95 % bootstrap over pictures, p
-    is McNemar's.
+    Every sample is answered without reduction, by every policy (pictures are encoded once for all of them), without any
+    picture (MMStar's S_wv) and with a gray one, so that nobody looks good on questions that need no picture. Samples
+    that cannot be read are counted and named, with file and line. The table's intervals are 95 % bootstrap over
+    pictures, p is McNemar's; gain is MMStar's, S_v − S_wv in points, gray gain the same over the gray picture.
 
     * `vtr eval --policies all --limit 2000 --out results/pocket` — one of each registered policy at one budget, and the
       baselines none, random, uniform, pool, downsample
@@ -93,6 +97,9 @@ def eval_command(
 
     * `vtr eval --data hf:lmms-lab/ChartQA,split=test --metric relaxed --model llava-hf/llava-v1.6-mistral-7b-hf`
 
+    * `vtr eval --shots 0,1,2,4,8,16 --out results/shots` — demonstrations in front of each question, whose labels are
+      permuted from prompt to prompt: unreduced, all coarse, demonstrations coarse, and `fewer` demonstrations
+
     * `torchrun --nproc-per-node 4 -m vtr.cli eval …` — every process its share, one table (accelerate launch too)
     """
     import tempfile
@@ -103,6 +110,20 @@ def eval_command(
         check_folder(out)
         if resume and out is None:
             raise ValueError("--resume goes on with what --out holds: name that folder as well, --out FOLDER")
+        if shots is not None:
+            others = {
+                "--data": data != "pocket", "--images": images is not None, "--columns": bool(columns),
+                "--metric": metric not in ("auto", "exact"), "--instruction": instruction != "{question}",
+                "--base-lm": base_lm is not None, "--indispensable": indispensable, "--latency": bool(latency),
+                "--max-new-tokens": max_new_tokens is not None, "--task": task is not None,
+                "--frames": frames is not None,
+            }  # fmt: skip
+            _many_shots(
+                shots, [name for name, given in others.items() if given], out, resume, processes,
+                policies=tuple(policies or ["all"]), limit=limit, model=model, seed=seed, batch_size=batch_size,
+                device=device, dtype=dtype,
+            )  # fmt: skip
+            return
         from vtr.eval.accuracy.data import settings_of
         from vtr.eval.accuracy.run import Settings, evaluate
 
@@ -130,6 +151,53 @@ def eval_command(
             console.print(
                 f"written to [bold]{out}[/]: results.json, samples.jsonl, table.md, table.csv", highlight=False
             )
+
+
+def _many_shots(
+    shots: str, others: list[str], out: Path | None, resume: bool, processes: int | None, **settings: Any
+) -> None:
+    """``--shots``: other data, other options.
+
+    Raises:
+        ValueError: options that say nothing here, or settings that cannot work.
+    """
+    import tempfile
+
+    from vtr.commands._console import console
+    from vtr.eval.shots.run import Settings, evaluate, shots_of
+
+    if others:
+        raise ValueError(
+            f"--shots draws pocket scenes with labels of its own, and counts exact answers: omit {', '.join(others)}"
+        )
+    chosen = Settings(shots=shots_of(shots), **{key: value for key, value in settings.items() if value is not None})
+    with tempfile.TemporaryDirectory() as scratch:
+        body = evaluate(chosen, out or Path(scratch), resume=resume, processes=processes)
+    if body is not None:
+        show_shots(body)
+        if out is not None:
+            files = "results.json, samples.jsonl, table.md, table.csv, shots.png"
+            console.print(f"written to [bold]{out}[/]: {files}", highlight=False)
+
+
+def show_shots(body: dict[str, Any]) -> None:
+    """Print the table of many shots and what it was measured on."""
+    from rich import box
+    from rich.table import Table
+
+    from vtr.commands._console import console
+    from vtr.eval.shots.summary import COLUMNS, caption, cells
+
+    left_out = ("interval", "p", "KV MiB") if console.width < WIDE else ()
+    kept = [i for i, name in enumerate(COLUMNS) if name not in left_out]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for i in kept:
+        policy = COLUMNS[i] == "policy"
+        table.add_column(COLUMNS[i], justify="left" if policy else "right", no_wrap=not policy, overflow="fold")
+    for line in cells(body):
+        table.add_row(*[line[i].split(" [")[0] if left_out else line[i] for i in kept])
+    console.print(table)
+    console.print(caption(body), highlight=False, markup=False)
 
 
 TASKS = {"questions": ("pocket", "auto"), "listing": ("pocket-joint", "listing"), "video": ("pocket-video", "auto")}

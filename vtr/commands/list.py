@@ -21,11 +21,15 @@ from vtr.learned import Learned
 from vtr.settings import policy_class
 
 OTHERS = "Policies from elsewhere."
-ROOMS = ("blind", "picture", "question", "decoder", "trained")
+TOGETHER = "Several policies in one."
+ROOMS = ("input", "blind", "picture", "question", "decoder", "trained")
 """The order in which the packages of :mod:`vtr.policies` are shown; others follow."""
+ELSEWHERE = {"msac": "pocket-internvl"}
+"""Policies that the default model cannot have, and a model that can."""
 HOW = """[b]How to write a policy[/]  name:setting=value,…  e.g. [b]fastv:keep=0.25,layer=2[/]
 A setting left out has its default; a keep is a ratio (0.25) or a count (64).
-Two policies are joined by +: [b]m3:tokens=144+fastv:keep=0.5[/]
+Two policies are joined by +: [b]m3:tokens=144+fastv:keep=0.5[/], [b]fewer_crops+globalcom2:0.25[/]
+One for each image of a prompt: [b]by_image:default="m3:9",last="none"[/]
 No reduction is called [b]none[/].
 
   vtr list NAME                                  its settings, what they mean
@@ -36,6 +40,7 @@ MODELS = {
     "pocket-joint": "the same, trained along with the policies",
     "pocket-internvl": "a tiny InternVL",
     "pocket-video": "the same, trained to watch films",
+    "pocket-shots": "reads demonstrations (vtr eval --shots)",
 }
 
 
@@ -96,7 +101,8 @@ def _show_one(name: str) -> None:
         table.add_row("weights", "", f"a folder with trained weights, or {' or '.join(vtr.pocket.POLICIES)}")
     if table.row_count:
         console.print(table)
-    console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {escape(example_of(name))}", soft_wrap=True)
+    example = escape(example_of(name)) + (f" --model {ELSEWHERE[name]}" if name in ELSEWHERE else "")
+    console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {example}", soft_wrap=True)
 
 
 def example_of(name: str) -> str:
@@ -106,6 +112,8 @@ def example_of(name: str) -> str:
         return f"{name}:weights=pocket"
     if cls is vtr.Chain:
         return "m3:tokens=36+fastv:keep=0.5"
+    if cls is vtr.ByImage:
+        return vtr.ByImage("m3:9", last="none").spec
     try:
         return cls().spec if name != "gsearch" else "gsearch:schedule=pocket"
     except (TypeError, ValueError):  # a setting without a default
@@ -136,7 +144,7 @@ def _grouped() -> dict[str, list[str]]:
     titled: dict[str, list[str]] = {}
     for room, names in found.items():
         doc = sys.modules[room].__doc__ if room.startswith("vtr.policies.") and room in sys.modules else None
-        titled.setdefault(doc or OTHERS, []).extend(names)
+        titled.setdefault(doc or (TOGETHER if room == "vtr" else OTHERS), []).extend(names)
     return {title: names for title, names in titled.items() if names}
 
 

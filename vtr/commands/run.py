@@ -60,7 +60,8 @@ def run_command(
 ) -> None:
     """Ask a question about a picture or a video, with fewer vision tokens.
 
-    Prints the answer, the vision tokens entering each decoder layer, prefill and decode time, FLOPs and KV bytes.
+    Prints the answer, the vision tokens entering each decoder layer, prefill and decode time, FLOPs and KV bytes. A
+    policy before the tower (`vtr list`) acts on the picture; join it with one in the model by +.
 
     * `vtr run --sample 0 --policy fastv:keep=0.1 --compare --show kept.png`
 
@@ -69,12 +70,17 @@ def run_command(
     * `vtr run --video film.gif "what shape moved" --policy evs:0.5 --show frames.png`
 
     * `vtr run cat.jpg "What is this?" --model llava-hf/llava-1.5-7b-hf --policy fastv:keep=0.25`
+
+    * `vtr run cat.jpg "What is this?" --model llava-hf/llava-v1.6-vicuna-7b-hf --policy fewer_crops+globalcom2:0.25`
     """
     try:
         check_show(show)
         mean = mean_of(budget, policy)
-        if policy != "none":
-            vtr.policy(policy)  # refused before a model is loaded
+        before, _ = vtr.split(None if policy == "none" else policy)  # refused before a model is loaded
+        if before is not None and video is not None:
+            raise ValueError(
+                f"{before.spec} acts on pictures, and a video is left as it is: name a policy of the model"
+            )
         if video is not None:
             asked = prepare_video(video, " ".join(filter(None, (image, question))), sample, frames, model, device)
         else:
@@ -125,7 +131,7 @@ def _table(rows: list[Any]) -> Table:
         table.add_row(
             escape(spec),
             escape(row.answer) + SIGNS[row.right],
-            f"{r.rows[0].mean_keep:.0%}",
+            f"{row.share:.0%}",
             f"{t.prefill_ms:.1f}",
             f"{base.timing.prefill_ms / t.prefill_ms:.2f}×",
             *[f"{t.first_token_ms:.1f}"] * wide,
@@ -178,12 +184,19 @@ class Asked:
 
 @dataclass
 class Outcome:
-    """One policy's run."""
+    """One policy's run.
+
+    Attributes:
+        inputs: what the model got. share: mean over layers of the vision tokens that entered, of all that the prompt
+            has without a policy.
+    """
 
     spec: str
     answer: str
     report: Report
     timing: Any
+    inputs: Any
+    share: float
     right: bool | None = None
     """Whether the answer is the right one; None where nobody knows."""
 
@@ -224,18 +237,23 @@ def prepare_video(path: Path, question: str, sample: int | None, frames: int, na
     return Asked(model, processor, video.frames[0], question, None, inputs, video)
 
 
-def tokenize(processor: Any, picture: Image.Image, question: str, device: Any) -> Any:
-    """One picture and one question, as :func:`vtr.chat.encode` puts them, on the device."""
-    return encode(processor, [question], [picture]).to(device)
+def tokenize(processor: Any, picture: Image.Image, question: str, device: Any, before: Any = None) -> Any:
+    """One picture and one question, as :func:`vtr.chat.encode` puts them, on the device.
+
+    before: what acts on the picture, or None.
+    """
+    return encode(processor, [question], [picture], before).to(device)
 
 
-def same_budget(report: Report) -> list[str]:
+def same_budget(report: Report, total: int | None = None) -> list[str]:
     """The baselines that let as many vision tokens into the same layers as the reported policy did, in the mean.
 
-    They cut once, where the policy first cuts.
+    They cut once, where the policy first cuts. total: the prompt's vision tokens without a policy, where that has
+    acted on the picture.
     """
     row = report.rows[0]
-    first = next((n for n, count in enumerate(row.vision_tokens) if count < row.total), None)
+    total = row.total if total is None else total
+    first = next((n for n, count in enumerate(row.vision_tokens) if count < total), None)
     if first is None:
         return []
     after = row.vision_tokens[first:]
@@ -268,27 +286,37 @@ def at_budget(asked: Asked, policy: str, mean: int | float) -> str:
     Raises:
         ValueError: more tokens than the prompt has, or what :func:`vtr.at_budget` refuses.
     """
-    ids = asked.inputs["input_ids"]
-    marks = torch.tensor(find_adapter(asked.model).placeholders(asked.model), device=ids.device)
-    total = int(torch.isin(ids[0], marks).sum())
+    total = total_of(asked)
     if isinstance(mean, int) and mean > total > 0:
         raise ValueError(f"--budget {mean}: this prompt has {total} vision tokens: give fewer, or a share (0.25)")
     return vtr.at_budget(policy, asked.model, mean, total=total or None).spec
+
+
+def total_of(asked: Asked) -> int:
+    """How many vision tokens the prompt has without a policy."""
+    ids = asked.inputs["input_ids"]
+    marks = torch.tensor(find_adapter(asked.model).placeholders(asked.model), device=ids.device)
+    return int(torch.isin(ids[0], marks).sum())
 
 
 def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) -> Outcome:
     """Run one policy: answer, report, timing."""
     from vtr.eval.cost.timing import time_call
 
-    chosen = None if policy == "none" else vtr.policy(policy)
-    out = asked.model.generate(**asked.inputs, policy=chosen, max_new_tokens=max_new_tokens, do_sample=False)
-    report = vtr.report(asked.model)
-    text = asked.processor.decode(out[0, asked.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    before, chosen = vtr.split(None if policy == "none" else policy)
+    model, inputs = asked.model, asked.inputs
+    if before is not None:
+        inputs = tokenize(asked.processor, asked.picture, asked.question, model.device, before)
+    out = model.generate(**inputs, policy=chosen, max_new_tokens=max_new_tokens, do_sample=False)
+    report = vtr.report(model)
+    text = asked.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     timed: Any = chosen
     if chosen is not None and chosen.asks("resolve"):
         timed = report.rows[0].policy  # what it has chosen: a forward by itself does not choose
-    timing = time_call(asked.model, asked.inputs, timed, repeats=repeats, new_tokens=8)
-    return Outcome(policy, text.strip(), report, timing, is_right(text, asked.answer))
+    timing = time_call(model, inputs, timed, repeats=repeats, new_tokens=8)
+    entering, total = report.rows[0].vision_tokens, total_of(asked)
+    share = sum(entering) / len(entering) / total if total else 1.0
+    return Outcome(policy, text.strip(), report, timing, inputs, share, is_right(text, asked.answer))
 
 
 def run_all(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int, repeats: int) -> list[Outcome]:
@@ -306,7 +334,7 @@ def run_all(asked: Asked, policy: str, with_baselines: bool, max_new_tokens: int
             bar.set_description(spec[:40])
             rows.append(answer_with(asked, spec, max_new_tokens, repeats))
             if spec == policy and with_baselines and spec != "none":
-                specs = same_budget(rows[-1].report)
+                specs = same_budget(rows[-1].report, total_of(asked))
             bar.update()
     return rows
 
@@ -347,7 +375,7 @@ def _shot(asked: Asked, outcome: Outcome) -> Shot:
     from vtr.picture import image_spans
     from vtr.visualize import Shot
 
-    _, first_slot, layout = image_spans(asked.model, asked.inputs)[0]
+    _, first_slot, layout = image_spans(asked.model, outcome.inputs)[0]
     return Shot(
         asked.picture, layout, first_slot, outcome.report.rows[0], outcome.answer, outcome.report.flops,
         asked.question, asked.answer,

@@ -34,6 +34,11 @@ def _folder(model: str) -> str:
     """Where a pocket model is; others are what they are called."""
     from vtr.pocket import MODELS, NAMES
 
+    if model in NAMES and NAMES[model] not in MODELS:
+        raise ValueError(
+            f"{model} is layers on top of another model, and a server wants a whole checkpoint: write one with "
+            f"vtr.pocket.load({NAMES[model]!r}), then save_pretrained of model and processor, and name that folder"
+        )
     return str(MODELS[NAMES[model]]) if model in NAMES else model
 
 

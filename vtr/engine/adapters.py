@@ -13,6 +13,7 @@ from torch import nn
 
 from vtr.base import Policy, UnsupportedError
 from vtr.image import Layout
+from vtr.parts import members
 
 if TYPE_CHECKING:
     from vtr.engine.prompt import Prompt
@@ -132,10 +133,10 @@ class Adapter(ABC):
         return []
 
     def refuse(self, policies: Iterable[Policy | None]) -> None:
-        """Raise UnsupportedError if one of ``policies`` (or a member of a chain) cannot work here."""
+        """Raise UnsupportedError if one of ``policies`` (or one that it is made of) cannot work here."""
         for policy in policies:
-            for part in getattr(policy, "policies", [policy]):
-                if part is not None and (why := self.why_not(part)):
+            for part in members(policy):
+                if why := self.why_not(part):
                     raise UnsupportedError(f"{part.spec!r} does not work on {self.family}: {why}")
 
     def why_not(self, policy: Policy) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -87,6 +87,8 @@ class Bucket:
     """int64 [b, capacity]: of the cached tokens; only where a sliding window asks for them."""
     part_of: Storage | None = None
     """The storage of the whole layer that it still is a part of."""
+    shared: bool = False
+    """Whether forks read the same storage: who writes first takes a copy."""
     asked: Longest | None = None
     """Of rows whose lengths only the device knows, the longest, once it has been asked for."""
 
@@ -133,8 +135,23 @@ class Bucket:
         if self.positions is not None and positions is not None:
             self.positions[:, :n] = positions.view(rows, n)
 
+    def forked(self) -> Bucket:
+        """The same rows once more. Both read one storage from now on, until either writes."""
+        self.part_of, self.shared = None, True
+        return replace(self, rows=self.rows[:], asked=None)
+
+    def spread(self, rows: int) -> Bucket:
+        """Its only row as so many rows, which read what there is of it."""
+        many = [
+            None if t is None else t.expand(rows, *t.shape[1:])
+            for t in (self.keys, self.values, self.ragged, self.positions)
+        ]
+        return Bucket(list(range(rows)), many[0], many[1], self.upper, None, many[2], many[3], shared=True)  # type: ignore[arg-type]
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None, once: Once) -> None:
         """Write one token more behind each row's last: [b, kv_heads, 1, head_dim] each; positions: int64 [b]."""
+        if self.shared:
+            self.grow(self.keys.shape[2])
         if self.ragged is None:
             self.keys.narrow(2, self.upper, 1).copy_(keys)
             self.values.narrow(2, self.upper, 1).copy_(values)
@@ -152,7 +169,8 @@ class Bucket:
             self.positions.scatter_(1, where[:, None], positions[:, None])
 
     def grow(self, capacity: int) -> None:
-        self.part_of = None
+        """Move to a storage of its own with room for ``capacity`` tokens a row."""
+        self.part_of, self.shared = None, False
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
@@ -165,7 +183,7 @@ class Bucket:
 
     def take(self, index: torch.Tensor) -> None:
         """Row i of the bucket is what row ``index[i]`` (int64 [b]) was; the lengths are left to the caller."""
-        self.part_of = None
+        self.part_of, self.shared = None, False
         self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         if self.positions is not None:
             self.positions = self.positions.index_select(0, index)
@@ -188,7 +206,7 @@ class Bucket:
             left: how many that leaves each row, or a bound where only the device knows.
         """
         assert self.positions is not None
-        self.part_of = None
+        self.part_of, self.shared = None, False
         device, last = self.keys.device, self.keys.shape[2] - 1
         index = (torch.arange(capacity, device=device) + by[:, None]).clamp_(max=last)
         for name in ("keys", "values"):

@@ -7,6 +7,7 @@ sliding window they hold no token that none to come can see, give or take such a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, cast
@@ -99,15 +100,29 @@ class RaggedLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
-        self._take(indices.tolist())
+        rows = len(self.place)
+        wanted = indices.tolist()
+        if wrong := [i for i in wanted if not -rows <= i < rows]:
+            raise IndexError(f"row {wrong[0]} of a cache of {rows}: rows are counted from 0")
+        self._take([i % rows for i in wanted])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._take([row for row in range(len(self.place)) for _ in range(repeats)])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayer:
+        """Rows of its own, on a storage that both layers read until either writes."""
+        self.thaw()
+        made = copy.copy(self)
+        made.state, made.staged = copy.deepcopy(self.state, memo), None
+        made.buckets, made._back = [bucket.forked() for bucket in self.buckets], self._back[:]
+        made._find_rows()
+        return made
+
     def reset(self) -> None:
-        self.state.decoding = None
         self.buckets, self.place, self.attended = [], {}, 0
-        self.state.logical = self.state.tail = self.state.floor = self._committed = 0
+        self._committed = 0
+        if self.index == 0:
+            self.state.reset()
 
     def activate_past_recording(self) -> None:
         """From now on, what comes in can be taken back: until ``crop``, no token is dropped that it may need."""
@@ -133,8 +148,7 @@ class RaggedLayer(DynamicLayer):
             lens = None if bucket.equal else bucket.lens - n
             bucket.hold(lens, sizes and [size - n for size in sizes], bucket.upper - n)
         if self.index == 0:
-            self.state.logical -= n
-            self.state.tail -= n
+            self.state.crop(n)
         self._committed = self.state.logical
         self.tidy()
 
@@ -386,8 +400,11 @@ class RaggedLayer(DynamicLayer):
         storage = Storage.like(keys, values, sum(sizes), self.window is not None)
         starts = accumulate(sizes, initial=0)
         self.buckets = [storage.bucket(rows, at, c) for rows, at, c in zip(groups, starts, capacities, strict=False)]
-        self.place = {row: (bucket, i) for bucket in self.buckets for i, row in enumerate(bucket.rows)}
+        self._find_rows()
         return storage
+
+    def _find_rows(self) -> None:
+        self.place = {row: (bucket, i) for bucket in self.buckets for i, row in enumerate(bucket.rows)}
 
     def whole_storage(self) -> Storage:
         """The one storage that all of its buckets are parts of, with room for what is to come."""
@@ -423,7 +440,7 @@ class RaggedLayer(DynamicLayer):
     def _reserve(self, lengths: list[int]) -> None:
         for bucket in self.buckets:
             need = max(lengths[r] for r in bucket.rows)
-            if need > bucket.keys.shape[2]:
+            if need > bucket.keys.shape[2] or bucket.shared:
                 bucket.grow(self._with_room(need))
 
     def _set_lengths(self, lengths: list[int]) -> None:
@@ -450,6 +467,9 @@ class RaggedLayer(DynamicLayer):
             for bucket in self.buckets:
                 self._take_within(bucket, [self.place[sources[row]][1] for row in bucket.rows])
             return
+        if len(self.place) == 1:
+            self.buckets, self._order = [self.buckets[0].spread(len(sources))], None
+            return self._find_rows()
         old, lengths = self.place, self.lengths()
         first = self.buckets[0]
         self._allocate([lengths[s] for s in sources], first.keys, first.values)

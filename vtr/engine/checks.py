@@ -70,13 +70,23 @@ def checked_keep(answer: Any, count: int, question: str, policy: Policy, device:
     return keep
 
 
-def check_best(scores: Any, keep: Any, count: int, question: str, policy: Policy) -> None:
+def check_best(
+    scores: Any, keep: Any, count: int, question: str, policy: Policy, groups: Sequence[tuple[int, int]] | None = None
+) -> None:
     """Raise TypeError or ValueError unless these are scores of ``count`` tokens, and how many of them stay."""
     who = f"{type(policy).__name__}.{question}"
     if not isinstance(scores, torch.Tensor) or scores.shape != (count,) or scores.is_complex():
         raise ValueError(f"{who}: the scores of vtr.Best are one for each of {count} tokens, got {_short(scores)}")
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
         raise TypeError(f"{who}: the count of vtr.Best is an int of at least 0, got {keep!r}: vtr.keep_count makes one")
+    if groups is None:
+        return
+    whole = (sum(size for size, _ in groups), sum(stay for _, stay in groups))
+    if whole != (count, min(keep, count)) or any(not 0 <= stay <= size for size, stay in groups):
+        raise ValueError(
+            f"{who}: the groups of vtr.Best are (tokens, how many stay) and add up to ({count}, {min(keep, count)}), "
+            f"got {_short(list(groups))}"
+        )
 
 
 def check_count(answers: Any, count: int, question: str, policy: Policy) -> None:

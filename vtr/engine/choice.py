@@ -14,6 +14,7 @@ from vtr.base import WANTED, Policy, UnsupportedError, tower_wish
 from vtr.chain import policy as as_policy
 from vtr.engine.adapters import Adapter
 from vtr.engine.call import Generation, running
+from vtr.inputs import refuse_inputs
 
 Given = Policy | str | None | Sequence[Policy | str | None]
 
@@ -90,6 +91,7 @@ def policies_per_row(given: Given, rows: int | None, num_hidden_layers: int, mod
         TypeError: neither policies, spec strings nor None.
         ValueError: an unknown spec, settings impossible on this model, scores asked for that there are none of, weights
             of another model, or not one policy per row.
+        UnsupportedError: a policy that acts before the processor.
     """
     if given is None:
         return None
@@ -97,6 +99,7 @@ def policies_per_row(given: Given, rows: int | None, num_hidden_layers: int, mod
     entries: Sequence[Any] = given if several else [given]  # type: ignore[assignment]
     made = [None if p is None else as_policy(p) for p in entries]
     for p in {id(p): p for p in made if p is not None}.values():
+        refuse_inputs(p)
         p.check(num_hidden_layers)
         check_needs_and_wants(p, num_hidden_layers)
         p.check_model(model)

@@ -27,7 +27,7 @@ class Shrunk(NamedTuple):
     Attributes:
         old: int64 [n], row-local indices of its tokens. new: int64 [m], those among them whose slots its new tokens
             take, ascending.
-        fields: tile, y, x, newline and frame of the new tokens, int64 [m] each.
+        fields: tile, group, y, x, newline and frame of the new tokens, int64 [m] each.
         pooled: what the new tokens are, and what they were made from; None: they are the tokens of these slots.
     """
 
@@ -105,13 +105,14 @@ def compress_row(row: Row, embeds: torch.Tensor, captures: Captures | None) -> C
 
 def _image(row: Row, i: int, old: torch.Tensor, embeds: torch.Tensor, captures: Captures | None) -> Image:
     """What the row's policy sees of its ``i``-th image, whose tokens have the row-local indices ``old``."""
-    policy, given = row.policy, row.given
-    assert policy is not None
+    given = row.given
+    assert row.policy is not None
+    policy = row.policy.of_image(i, len(given.layouts))
     layout, slots, n = given.layouts[i], row.slots[old], len(old)
     first = int(slots[0])
     in_a_row = int(slots[-1]) - first + 1 == n  # as a rule an image's slots follow each other
     features = embeds[first : first + n] if in_a_row else embeds.index_select(0, slots.to(embeds.device))
-    if captures is None or not policy.wants:
+    if captures is None or policy is None or not policy.wants:
         return Image(features, layout, i, len(given.layouts), memo=row.memo)
     image = captures.image(features, layout, given.places[i], i, len(given.layouts), policy)
     image.memo = row.memo

@@ -15,15 +15,17 @@ import torch
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.answers import answer_labels
 from vtr.engine.cache import is_ragged
-from vtr.engine.call import Generation, pending_request, refuse_replica
+from vtr.engine.call import PIXELS, Generation, pending_request, refuse_replica
 from vtr.engine.captures import begin
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in
 from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_continue, warn_on_labels
+from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
 from vtr.engine.static import takes_static_step
+from vtr.engine.turns import go_on, new_turn
+from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -70,7 +72,7 @@ class ForwardHooks:
             names: of the forward's parameters, in order. steps: whether a running generate's steps come this way.
         """
         given = kwargs.pop("policy", MISSING)
-        ends = kwargs.pop("vtr_queries_end", None)
+        ends, grids = kwargs.pop("vtr_queries_end", None), kwargs.pop(CROP_GRIDS, None)
         if args:
             kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, ()
         cache = cache_in(kwargs)
@@ -78,6 +80,7 @@ class ForwardHooks:
         source = ids if ids is not None else embeds
         rows = None if source is None else source.shape[0]
         generation = self.patch.choice.generation() if given is MISSING else None
+        self._goes_on(cache, generation, None if source is None else source.shape[1], kwargs)
         if generation is not None and generation.policies is None:
             return args, kwargs, None
         by_hand = False
@@ -101,20 +104,29 @@ class ForwardHooks:
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
                 "a fixed policy"
             )
-        if is_ragged(cache):
-            warn_on_continue([p for p in cache.layers[0].state.policies if p is not None])
         if generation is not None and not by_hand:
             return args, kwargs, self._generation_request(generation, kwargs, source.shape)  # type: ignore[union-attr]
-        return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation)
+        return args, kwargs, self._direct_request(policies, ids, embeds, kwargs, ends, generation, grids)
+
+    def _goes_on(self, cache: Any, generation: Generation | None, length: int | None, kwargs: dict[str, Any]) -> None:
+        """If a cache goes on: whom that may surprise, said once a turn. length: columns of the forward."""
+        owned = generation is not None and generation.owns_cache(cache)
+        if generation is not None and owned and generation.started:
+            return
+        if not owned:
+            go_on(self.patch.entry, cache, None)
+        if owned or length != 1 or any(kwargs.get(name) is not None for name in PIXELS):
+            new_turn(cache)  # one token by hand is a decoded one
 
     def _direct_request(
         self, policies: list[Policy | None], ids: torch.Tensor | None, embeds: torch.Tensor | None,
-        kwargs: dict[str, Any], ends: Any, generation: Generation | None,
+        kwargs: dict[str, Any], ends: Any, generation: Generation | None, grids: Any,
     ) -> Request:  # fmt: skip
         """Of a forward that is no step of a generate.
 
         Args:
             ends: the call's ``vtr_queries_end``. generation: the one inside which it is made by hand, or None.
+            grids: its ``crop_grids``.
         """
         if ids is None:
             assert embeds is not None
@@ -123,7 +135,7 @@ class ForwardHooks:
         if ends is None and generation is not None and generation.starts_with_prompt(ids):
             ends = generation.ids.shape[1]  # type: ignore[union-attr]
         labels = answer_labels(ends, kwargs, type(self.patch.model), ids)
-        given = {**kwargs, "labels": labels}
+        given = {**kwargs, "labels": labels, CROP_GRIDS: grids}
         prompt = read_prompt(self.patch.adapter, self.patch.model, ids, kwargs.get("attention_mask"), given)
         starts, lacking = prompt.answer_starts()
         if ends is None and lacking:  # labels of plain language modeling

@@ -24,6 +24,8 @@ from vtr.engine.refusals import check_call, check_generation
 from vtr.engine.resolve import check_resolvable, resolve_rows
 from vtr.engine.static import StaticRaggedCache, decoding_of
 from vtr.engine.trace import Trace, Tried
+from vtr.engine.turns import behind_cache, go_on, state_of, without_cached_pictures
+from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -44,9 +46,10 @@ class PreparesCache:
     ) -> Any:  # fmt: skip
         args = generation_mode, batch_size, max_cache_length, *args
         generation, cache = self.patch.choice.generation(), cache_in(model_kwargs)
-        reduces = generation is not None and generation.policies is not None and not generation.started
-        again = isinstance(cache, StaticRaggedCache)
-        if generation is None or not reduces or not (again or (cache is None and _wants_static(generation_config))):
+        reduces = generation is not None and generation.policies is not None
+        again = isinstance(cache, StaticRaggedCache) and (reduces or is_ragged(cache))
+        made = reduces and cache is None and _wants_static(generation_config)
+        if generation is None or generation.started or not (again or made):
             return self.original(generation_config, model_kwargs, *args)
         if again:
             self.original(generation_config, model_kwargs, *args)
@@ -102,8 +105,10 @@ class Generate:
         given = kwargs.pop("policy", MISSING)
         if given is MISSING and getattr(kwargs.get("generation_config"), "is_assistant", False):
             given = None  # another model's draft: that model checks it, and has encoded the images already
+        args, kwargs = self._behind_cache(args, kwargs)
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        generation, tried = self._prepared(given, ids, kwargs)
+        grids = kwargs.pop(CROP_GRIDS, None)  # ours: the model's own generate refuses what it does not know
+        generation, tried = self._prepared(given, ids, kwargs, grids)
         with self._running(generation), generation.until_done:
             try:
                 out = self.__wrapped__(*args, **kwargs)
@@ -133,19 +138,33 @@ class Generate:
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         return args, kwargs
 
+    def _behind_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Where a ragged cache goes on, the arguments that say of its columns what it holds."""
+        patch, cache = self.patch, cache_in(kwargs)
+        if state_of(cache) is None:
+            return args, kwargs
+        name = "inputs" if kwargs.get("inputs") is not None else "input_ids"
+        ids = args[0] if args else kwargs.get(name)
+        go_on(patch.entry, cache, None if ids is None else len(ids))
+        if ids is None or kwargs.get("inputs_embeds") is not None or patch.inner is not patch.model:
+            return args, kwargs
+        ids, kwargs = behind_cache(ids, kwargs)
+        kwargs = without_cached_pictures(new_part(ids, kwargs).cpu(), patch.forward_hooks.marks(), kwargs)
+        return (), {**kwargs, name: ids}
+
     def _prepared(
-        self, given: Any, ids: torch.Tensor | None, kwargs: dict[str, Any]
+        self, given: Any, ids: torch.Tensor | None, kwargs: dict[str, Any], grids: Any
     ) -> tuple[Generation, Tried | None]:
         """What the call carries through its forwards, and what was tried to choose its policies."""
         patch, tried = self.patch, None
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         policies = patch.choice.policies(given, None if source is None else source.shape[0])
-        prompt = None if policies is None else self._check(ids, kwargs, policies)
+        prompt = None if policies is None else self._check(ids, kwargs, policies, grids)
         if policies is not None and prompt is not None and any(p is not None and p.asks("resolve") for p in policies):
             check_resolvable(patch.adapter, kwargs, patch.inner.generation_config, ids)
             assert ids is not None
             with busy(patch.key, "it is generating; wait until generate has returned"):
-                policies, tried = resolve_rows(self, ids, kwargs, policies, prompt)
+                policies, tried = resolve_rows(self, ids, {**kwargs, CROP_GRIDS: grids}, policies, prompt)
             prompt = None if policies is None else prompt
         length = 0 if ids is None else ids.shape[1]
         captures = None if policies is None or prompt is None else patch.vision.wanted(policies, prompt)
@@ -167,7 +186,9 @@ class Generate:
             running.reset(token)
             capturing.reset(before)
 
-    def _check(self, ids: torch.Tensor | None, kwargs: dict[str, Any], policies: list[Policy | None]) -> Prompt:
+    def _check(
+        self, ids: torch.Tensor | None, kwargs: dict[str, Any], policies: list[Policy | None], grids: Any
+    ) -> Prompt:
         """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
         patch, adapter, model = self.patch, self.patch.adapter, self.patch.model
         check_call(kwargs, [model.config, patch.decoder.text.config])
@@ -182,6 +203,8 @@ class Generate:
             assert embeds is not None
             ids = ids_of(adapter, model, embeds)
         assert ids is not None  # policies are only resolved for a known number of rows
-        prompt = read_prompt(adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), kwargs)
+        prompt = read_prompt(
+            adapter, model, new_part(ids, kwargs), kwargs.get("attention_mask"), {**kwargs, CROP_GRIDS: grids}
+        )
         adapter.check_generation(model, prompt)
         return prompt

@@ -25,6 +25,10 @@ class Once:
     def clear(self) -> None:
         self._made.clear()
 
+    def __reduce__(self) -> Any:
+        """A copy begins anew: other tensors may get the ids that these are known by."""
+        return Once, ()
+
 
 def from_host(values: Sequence[Any], device: torch.device) -> torch.Tensor:
     """``values`` as a tensor on the device, without waiting for it."""

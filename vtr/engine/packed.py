@@ -25,7 +25,7 @@ class Packed:
         vision: int64 [v], places of the vision tokens, ascending. text: int64 [t], of the text, ascending.
         starts: int64 [rows + 1], places at which the rows begin, and the end.
         alive: int64 [v], which of all vision tokens that entered the text model these are, counted through the rows.
-        fields: name → int64 [vision tokens that entered]: tile, y, x, newline, frame and image.
+        fields: name → int64 [vision tokens that entered]: tile, group, y, x, newline, frame and image.
         slots: int64 [tokens], of each token on entering the text model: row * logical columns + slot.
         first_vision: per row, where its vision tokens begin in that count.
         features: [vision tokens that entered, D] each: what is added to them behind the first layers.

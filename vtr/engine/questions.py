@@ -108,8 +108,8 @@ class Questions:
             if isinstance(answer, Best):
                 scores: Any = answer.scores
                 scores = found[i] if i in looking else scores() if callable(scores) else scores
-                check_best(scores, answer.count, n, question, policy)
-                kept[i] = (scores, answer.count) if answer.count < n else None
+                check_best(scores, answer.count, n, question, policy, answer.groups)
+                kept[i] = (scores, answer.count, answer.groups) if answer.count < n else None
             elif isinstance(answer, Merged) and question == "prune":
                 chosen = checked_merge(answer, n, width, policy, self.packed.vision.device)
                 kept[i] = chosen if len(chosen) < n else None

@@ -9,8 +9,10 @@ import torch
 from vtr.engine.once import from_host
 from vtr.engine.packed import on_device, sums
 
-Kept = tuple[torch.Tensor, int] | torch.Tensor | None
-"""Of one row: (scores [n], how many of the best stay), or int64 indices, ascending; None: all of them."""
+Groups = Sequence[tuple[int, int]] | None
+"""Stretches of a row's tokens that are ranked each by itself: (tokens, how many stay); None: there is one."""
+Kept = tuple[torch.Tensor, int] | tuple[torch.Tensor, int, Groups] | torch.Tensor | None
+"""Of one row: (scores [n], how many of the best stay, groups), or int64 indices, ascending; None: all of them."""
 
 
 def keep(kept: Sequence[Kept], counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, list[int]]:
@@ -26,11 +28,11 @@ def keep(kept: Sequence[Kept], counts: Sequence[int], device: torch.device) -> t
     ranked = [row for row, k in enumerate(kept) if isinstance(k, tuple)]
     parts: dict[int, torch.Tensor] = {}
     if ranked:
-        scores, most = zip(*(kept[row] for row in ranked), strict=True)  # type: ignore[misc]
-        best = _best(_on_one_device(scores, device), most, [starts[row] for row in ranked])
+        scores = _on_one_device([kept[row][0] for row in ranked], device)  # type: ignore[index]
+        best = _best(*_grouped([kept[row] for row in ranked], scores, [starts[row] for row in ranked]))
         if len(ranked) == len(kept):
             return best, left
-        parts.update(zip(ranked, best.split(list(most)), strict=True))
+        parts.update(zip(ranked, best.split([left[row] for row in ranked]), strict=True))
     whole = [row for row, k in enumerate(kept) if k is None]
     everything = on_device([torch.arange(starts[row], starts[row] + counts[row]) for row in whole], device)
     parts.update(zip(whole, everything, strict=True))
@@ -38,6 +40,19 @@ def keep(kept: Sequence[Kept], counts: Sequence[int], device: torch.device) -> t
         if isinstance(k, torch.Tensor):
             parts[row] = k + starts[row] if starts[row] else k
     return torch.cat([parts[row] for row in range(len(kept))]), left
+
+
+def _grouped(
+    kept: Sequence[Kept], scores: list[torch.Tensor], starts: list[int]
+) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    """What :func:`_best` takes: a row with groups comes as several, which are parts of its scores."""
+    apart, most, first = list[torch.Tensor](), list[int](), list[int]()
+    for (_, count, *groups), mine, start in zip(kept, scores, starts, strict=True):  # type: ignore[misc]
+        several = groups[0] if groups and groups[0] is not None else [(len(mine), count)]
+        apart += mine.split([size for size, _ in several]) if len(several) > 1 else [mine]
+        most += [stay for _, stay in several]
+        first += [start + before for before in sums([size for size, _ in several])[:-1]]
+    return apart, most, first
 
 
 def _on_one_device(scores: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from vtr.engine.call import last_traces
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import Clock, Tried
-from vtr.image import Image, Layout
+from vtr.image import CROP_GRIDS, Image, Layout
 
 if TYPE_CHECKING:
     from vtr.engine.generate import Generate
@@ -86,7 +86,7 @@ class GenerateTries:
             entries[self.rows[i]] = policy
         has_prompt = patch.inner is patch.model  # else its generate returns new tokens only
         names = patch.forward_hooks.inner_names if has_prompt else ("attention_mask", *patch.adapter.image_inputs)
-        given = {name: self.kwargs[name] for name in names if name in self.kwargs}
+        given = {name: self.kwargs[name] for name in (*names, CROP_GRIDS) if name in self.kwargs}
         given |= {"input_ids": self.ids, "policy": entries, "max_new_tokens": tokens, "do_sample": False}
         out = self.generate(**{**given, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True})
         trace = last_traces.get()[patch.key]

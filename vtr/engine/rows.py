@@ -18,7 +18,7 @@ from vtr.engine.captures import Place
 from vtr.engine.trace import RowTrace, Sources
 from vtr.image import Layout
 
-FIELDS = ("tile", "y", "x", "newline", "frame")
+FIELDS = ("tile", "group", "y", "x", "newline", "frame")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class VisionTokens:
 
     Attributes:
         index: int64 [count], row-local, ascending: those still there.
-        fields: tile, y, x, newline, frame and image of all that entered the text model: int64 [total] each.
+        fields: tile, group, y, x, newline, frame and image of all that entered the text model: int64 [total] each.
         per_image: how many of them each image has.
         origin: int64 [total] on the CPU: logical slots, -1 for a pooled one.
         original: how many there were before ``compress``.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtr.base import UnsupportedError
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import RaggedLayer, is_ragged
 from vtr.engine.cache_state import CacheState
@@ -17,6 +17,7 @@ from vtr.engine.capture import StepGraph
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
 from vtr.engine.decode import DecodeStep, note_cache
+from vtr.engine.once import from_host
 from vtr.engine.positions import many_axes
 from vtr.engine.refusals import check_cache, refuse_compiled
 from vtr.engine.request import Request
@@ -71,14 +72,14 @@ class TextCall:
 
     def layers(self, windows: tuple[int | None, ...]) -> list[RaggedLayer] | None:
         """Those of its ragged cache, new ones where it is to get one, or None."""
-        if is_ragged(self.cache):
+        if is_ragged(self.cache) and self.cache.layers[0].place:  # after a reset there is none
             return self.cache.layers
         if self.cache is None and not self.wants_cache():
             return None
-        assert self.request is not None
         rows = self.embeds.shape[0]
+        policies: list[Policy | None] = [None] * rows if self.request is None else list(self.request.policies)
         constant = getattr(self.cache, "constant", None)
-        state = CacheState(list(self.request.policies), [0] * rows, [[0] * rows for _ in windows], constant)
+        state = CacheState(policies, [0] * rows, [[0] * rows for _ in windows], constant)
         layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
         if any(getattr(layer, "record_past", False) for layer in getattr(self.cache, "layers", ())):
             for layer in layers:  # assisted decoding will take drafts back
@@ -134,6 +135,8 @@ class TextHooks:
             cache.layers[0].thaw()
             past = cache.get_seq_length()
         mask = _checked_mask(cache, past, embeds.shape, kwargs.get("attention_mask"))
+        if given is None and past:
+            given = _next_positions(cache.layers[0].state, embeds, mask)
         positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
         if given is not None and request is not None and request.generation is None:
             _check_one_sequence(positions, mask)
@@ -183,9 +186,9 @@ class TextHooks:
         if request is not None and request.captures is not None:
             # without a cache, every step of a generate compresses again
             request.captures.close(keep=generation is not None and layers is None)
-        if layers is not None and request is not None:  # nothing can be refused any more
-            layers[0].state.policies = list(request.policies)
-        if layers is not None and not is_ragged(call.cache):
+        if layers is not None:  # nothing can be refused any more
+            self._note(call, layers[0].state)
+        if layers is not None and layers is not getattr(call.cache, "layers", None):
             from transformers import DynamicCache
 
             cache = DynamicCache() if call.cache is None else call.cache
@@ -196,6 +199,17 @@ class TextHooks:
         session.generation = generation
         kwargs["vtr_session"] = session
         return kwargs
+
+    def _note(self, call: TextCall, state: CacheState) -> None:
+        """What those who go on with the cache will need to know of this forward."""
+        rows, columns = call.embeds.shape[:2]
+        prompt = None if call.request is None else call.request.prompt
+        state.note(None if prompt is None else prompt.ids, call.valid(), rows, columns)
+        if call.request is not None:
+            state.policies = list(call.request.policies)
+        deltas = getattr(self.patch.entry, "rope_deltas", None)
+        if deltas is not None and call.positions.dim() == 3 and rows % len(deltas) == 0:
+            state.rope_deltas = deltas.repeat_interleave(rows // len(deltas), 0)
 
     def _decode(self, call: TextCall) -> dict[str, Any]:
         kwargs, generation, positions, rows = call.kwargs, call.generation, call.positions, call.embeds.shape[0]
@@ -264,6 +278,21 @@ def _checked_mask(cache: Any, past: int, shape: torch.Size, mask: torch.Tensor |
             "by, or start with a new cache"
         )
     return None if mask is None else mask[:, -shape[1] :]
+
+
+def _next_positions(state: CacheState, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """int64 [rows, L]: where text behind a cache stands, its padding and that of earlier turns left out.
+
+    Args:
+        mask: of the L new columns. None: all are there. Without any padding, None: they just go on.
+    """
+    gaps = state.gaps()
+    if mask is None and not any(gaps):
+        return None
+    length, device = embeds.shape[1], embeds.device
+    there = torch.ones(len(gaps), length, device=device) if mask is None else mask.to(device)
+    starts = from_host([state.logical - gap - 1 for gap in gaps], device)
+    return starts[:, None] + there.long().cumsum(-1)
 
 
 def _checked_positions(

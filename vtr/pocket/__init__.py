@@ -1,8 +1,7 @@
-"""The pocket models: two tiny LLaVA-NeXT and two tiny InternVL with weights in the package, pictures and films with
-questions.
+"""The pocket models: three tiny LLaVA-NeXT and two tiny InternVL with their weights, pictures and films with questions.
 
 They exist to compare token-reduction policies in seconds on a CPU, without a download. See the MODEL_CARD.md in
-weights, joint/weights, internvl/weights and video/weights.
+weights, joint/weights, shots/weights, internvl/weights and video/weights.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 WEIGHTS, SAMPLES = _HERE / "weights", _HERE / "samples"
 MODELS = {"llava-next": WEIGHTS} | {name: _HERE / name / "weights" for name in ("joint", "internvl", "video")}
-"""The pocket models, the first by default, and where their weights are. "joint" is the LLaVA-NeXT trained on under
-every policy, p-MoD and Dynamic-LLaVA among them; it also lists all objects of a picture (answers of fifty words).
-"video" is the InternVL trained on to watch films."""
-NAMES = {"pocket": "llava-next"} | {f"pocket-{name}": name for name in ("joint", "internvl", "video")}
+"""The pocket models that are whole checkpoints, the first by default, and where their weights are. "joint" is the
+LLaVA-NeXT trained on under every policy, p-MoD and Dynamic-LLaVA among them; it also lists all objects of a picture
+(answers of fifty words). "video" is the InternVL trained on to watch films, "shots" the first one with some layers
+trained on (``vtr.pocket.shots``)."""
+NAMES = {"pocket": "llava-next"} | {f"pocket-{name}": name for name in ("joint", "internvl", "video", "shots")}
 """What a pocket model is called where a folder or a hub name may stand (``--model``)."""
 POLICIES = {"pocket": _HERE / "policies", "pocket-joint": _HERE / "joint" / "policies"}
 """What the trained policies of a pocket model are called as ``weights=``, and where they are."""
@@ -50,14 +50,20 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
     """A trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package.
 
     Args:
-        family: "llava-next", "joint" (of the same family), "internvl" or "video" (of the same family).
+        family: "llava-next", "joint", "shots" (both of the same family), "internvl" or "video" (of the same family).
         folder: another one with such a model.
 
     Raises:
         ValueError: no such model.
     """
+    if family == "shots":
+        from .shots import put_on
+
+        model, processor = load(dtype=dtype)
+        put_on(model, processor, folder)
+        return model, processor
     if family not in MODELS:
-        raise ValueError(f"family={family!r}: choose one of {', '.join(MODELS)}")
+        raise ValueError(f"family={family!r}: choose one of {', '.join(NAMES.values())}")
     folder = folder or MODELS[family]
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vtr.image import scales
-from vtr.policies.blind.matryoshka import pool
+from vtr.policies.blind.matryoshka import pool as pool
 from vtr.training.m3 import backward_nested
 
 from . import scenes as S

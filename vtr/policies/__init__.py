@@ -27,6 +27,9 @@ from vtr.policies.decoder.sparsevlm_plus import SparseVLMPlus
 from vtr.policies.decoder.tops import TOPS
 from vtr.policies.decoder.vtw import VTW
 from vtr.policies.decoder.zipvl import ZipVL
+from vtr.policies.input.downsample import Downsample
+from vtr.policies.input.fewer_crops import FewerCrops
+from vtr.policies.input.msac import MSAC
 from vtr.policies.picture.cls_top import ClsTop
 from vtr.policies.picture.divprune import DivPrune
 from vtr.policies.picture.dycoke import DyCoke
@@ -58,6 +61,7 @@ __all__ = [
     "EEMLLM",
     "EVS",
     "MMR",
+    "MSAC",
     "SCM",
     "TOPS",
     "VTW",
@@ -66,10 +70,12 @@ __all__ = [
     "ClsTop",
     "DeFT",
     "DivPrune",
+    "Downsample",
     "DyCoke",
     "DynamicLLaVA",
     "FastV",
     "FasterVLM",
+    "FewerCrops",
     "FitPrune",
     "GSearch",
     "GlobalCom2",

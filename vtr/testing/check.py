@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vtr.base import Policy
+from vtr.inputs import InputPolicy
 from vtr.testing import oracles, tiny
 from vtr.testing.bench import Bench, Fault, Skip
 
@@ -119,6 +120,8 @@ def check_policy(
 
 def _made(policy: Any) -> Policy:
     """An instance of what was given."""
+    if isinstance(policy, InputPolicy) or (isinstance(policy, type) and issubclass(policy, InputPolicy)):
+        raise TypeError(f"{policy.name!r} acts on pictures, before the processor; check_policy runs models")
     if isinstance(policy, type) and issubclass(policy, Policy):
         try:
             return policy()

@@ -104,7 +104,7 @@ def span_of(model: Any, inputs: Any, row: int, image: int) -> tuple[int, Layout]
         have = f"{len(mine)} image(s), counted from 0" if mine else "no image: choose a row with one"
         raise ValueError(f"image={image} of row {row}: it has {have}")
     slot, layout = mine[image]
-    if layout.crops == (0, 0) and layout.tiles > 1:
+    if layout.crops == (0, 0) and layout.tiles > 1 and not layout.groups:
         raise ValueError("videos cannot be drawn: ask about one frame as an image")
     return slot, layout
 
@@ -124,18 +124,19 @@ def ask(
         expected: the right answer, if it is known: figures then mark right and wrong ones.
 
     Returns:
-        A shot a policy, with the answer; the vision tower has run once.
+        A shot a policy, with the answer; the vision tower has run once for all that see the same tiles.
     """
     import vtr
     from vtr.chat import decode, encode
 
-    picture = upright(picture)
-    inputs = encode(processor, [question], [picture]).to(model.device)
-    first_slot, layout = span_of(vtr.patch(model), inputs, 0, 0)
-    shots = []
+    picture, shots = upright(picture), []
+    vtr.patch(model)
     with torch.inference_mode(), vtr.shared_features(model):
         for policy in policies:
-            out = model.generate(**inputs, policy=policy, max_new_tokens=max_new_tokens, do_sample=False)
+            before, rest = vtr.split(policy)
+            inputs = encode(processor, [question], [picture], before).to(model.device)
+            first_slot, layout = span_of(model, inputs, 0, 0)
+            out = model.generate(**inputs, policy=rest, max_new_tokens=max_new_tokens, do_sample=False)
             done, said = report(model), decode(processor, out, inputs["input_ids"].shape[1])[0]
             shots.append(Shot(picture, layout, first_slot, done.rows[0], said, done.flops, question, expected))
     return shots

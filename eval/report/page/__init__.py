@@ -35,8 +35,8 @@ TITLES = {
 RADARS = 12
 """At most so many radars; with more policies, one a name."""
 FIELDS = (
-    "policy", "name", "accuracy", "low", "high", "indispensable", "gain", "leakage", "mean_keep", "gflops", "kv_mib",
-    "selector_ms",
+    "policy", "name", "accuracy", "low", "high", "indispensable", "gain", "gray_gain", "leakage", "mean_keep",
+    "gflops", "kv_mib", "selector_ms",
 )  # fmt: skip
 
 

@@ -60,9 +60,12 @@ def choose(rows: Sequence[dict[str, Any]], layers: int) -> list[str]:
 
 
 def fits(spec: str, layers: int) -> bool:
-    """Whether this installation knows the policy and it can run on so many layers."""
+    """Whether this installation knows the policy, and it acts in the model and can run on so many layers."""
     try:
-        vtr.policy(spec).check(layers)
+        before, rest = vtr.split(spec)
+        if before is not None or rest is None:
+            return False
+        rest.check(layers)
     except (ValueError, TypeError, KeyError):
         return False
     return True
@@ -93,10 +96,11 @@ def show(n: int, policies: Sequence[str] = (), rows: Sequence[dict[str, Any]] = 
     with tqdm(total=n * len(policies), desc="gallery") as bar:
         for picture, question, answer in pictures(n):
             kept = []
-            inputs = encode(processor, [question], [picture])
             for policy in policies:
                 try:
-                    kept.append(keep(model, processor, inputs, picture, answer, policy))
+                    before, rest = vtr.split(policy)
+                    inputs = encode(processor, [question], [picture], before)
+                    kept.append(keep(model, processor, inputs, picture, answer, policy, rest))
                 except (ValueError, TypeError, RuntimeError) as error:
                     raise ValueError(f"{policy} does not run on the pocket model of the gallery: {error}") from error
                 bar.update()
@@ -104,9 +108,11 @@ def show(n: int, policies: Sequence[str] = (), rows: Sequence[dict[str, Any]] = 
     return out
 
 
-def keep(model: Any, processor: Any, inputs: Any, picture: Image.Image, answer: str, policy: str) -> Kept:
-    """Run one policy and draw what it keeps."""
-    out = model.generate(**inputs, policy=policy, max_new_tokens=4, do_sample=False)
+def keep(
+    model: Any, processor: Any, inputs: Any, picture: Image.Image, answer: str, policy: str, rest: vtr.Policy | None
+) -> Kept:
+    """Run one policy and draw what it keeps. inputs: what of it acts before the tower has acted. rest: the others."""
+    out = model.generate(**inputs, policy=rest, max_new_tokens=4, do_sample=False)
     said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     row = vtr.report(model).rows[0]
     _, first, layout = image_spans(model, inputs)[0]

@@ -136,7 +136,7 @@ def leaderboard(result: Result) -> Table:
     columns = [
         Column("policy", numeric=False),
         Column("accuracy", down=True, note="95% bootstrap interval"),
-        Column("indispensable", down=True, note="accuracy on the questions that need the image"),
+        Column("indispensable", down=True, note="accuracy on questions not right without the image; after MMStar"),
         Column("vs. none", down=True, note="difference in points, 95% paired bootstrap interval"),
         Column("McNemar p", note="of the difference to none"),
         Column("mean keep", note="vision tokens entering a layer, mean over layers"),

@@ -40,11 +40,18 @@ def facts(result: Result) -> list[tuple[str, str]]:
     out = [(f"{data['samples']:,}", f"questions of {data['name']}" + (f", {kinds} kinds" if kinds > 1 else ""))]
     named = {
         "none": "right with all vision tokens",
-        "blind": "right without the picture",
-        "text_only": "right by the language model alone",
+        "no_image": "right without an image (MMStar’s S_wv)",
+        "gray": "right with a gray picture",
+        "base_lm": "right by the base language model, without an image (MMStar’s S_t)",
         "majority": "right by the most frequent answer",
     }
-    return out + [(f"{100 * reference[k]:.1f}%", text) for k, text in named.items() if reference.get(k) is not None]
+    out += [(f"{100 * reference[k]:.1f}%", text) for k, text in named.items() if reference.get(k) is not None]
+    none = next((row for row in result.rows if row["policy"] == "none"), None)
+    if none is not None and none.get("gain") is not None:
+        leaked, what = none.get("leakage"), "multi-modal leakage (S_wv − S_t)"
+        out.append((points(none["gain"]), "points of multi-modal gain without reduction (S_v − S_wv)"))
+        out.append(("–", f"{what}: needs --base-lm") if leaked is None else (points(leaked), f"points of {what}"))
+    return out
 
 
 def breakable(spec: str) -> Markup:
@@ -116,7 +123,7 @@ def limits(found: Sequence[Result]) -> list[str]:
         )
         out.append(
             "A policy sees the picture through a model that may not need it: the column “indispensable” counts only "
-            "questions that cannot be answered blind."
+            "questions that this model gets right neither without an image nor with a gray one."
         )
     if compared > 1:
         level = number(0.05 / compared, 2)

@@ -27,6 +27,8 @@ class Blind(ScorePolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_before(self.before_decoder, self.layer)
+        if self.before_decoder and self.share != "row":
+            raise ValueError("before_decoder=true takes every image by itself as it is: leave out share")
 
     def asks(self, question: str) -> bool:
         return question == ("compress" if self.before_decoder else "prune")

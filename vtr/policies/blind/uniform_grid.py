@@ -37,6 +37,8 @@ class UniformGrid(Blind):
         before_decoder: each image is reduced by itself, and the positions of what follows close up: the prompt is
             really shorter, and engines that know nothing of vtr's decoder hooks can serve it (vLLM). ``keep`` is then
             of each image's tokens, newlines included.
+        share: who competes: "row", all vision tokens of the row together; "image", those of each image among
+            themselves, the budget divided by how many tokens the images have.
 
     Raises:
         TypeError, ValueError: settings out of range.

@@ -24,6 +24,8 @@ class FastV(ScorePolicy):
         keep: tokens that stay: a ratio (float, the paper's 1 - R) or a count (int).
         layer: the decoder layer before which the cut happens, at least 1 (a layer before it must have run).
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
+        share: who competes: "row", all vision tokens of the row together; "image", those of each image among
+            themselves, the budget divided by how many tokens the images have.
 
     Raises:
         TypeError, ValueError: settings out of range.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtr.base import SCORES, Best, Policy, Scores, Tokens
-from vtr.checks import check_on_continue
+from vtr.checks import check_on_continue, check_sharing
 from vtr.keep import Keep, keep_count
 from vtr.schedule import Schedule, presets
+from vtr.score import Share, best
 from vtr.settings import register_policy
 from vtr.shares import LEAST, equal_steps, ratio
 
@@ -33,6 +34,8 @@ class GSearch(Policy):
         layers: decoder layers of the model the schedule is to be used on; resampled to it, with a warning, if it was
             made for another depth. None: as it is.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
+        share: who competes: "row", all vision tokens of the row together; "image", those of each image among
+            themselves, the budget divided by how many tokens the images have.
 
     Raises:
         TypeError, ValueError: settings out of range.
@@ -43,6 +46,7 @@ class GSearch(Policy):
     queries: Scores = "text"
     layers: int | None = None
     on_continue: str = "warn"
+    share: Share = field(default="row", kw_only=True)
 
     question_guided: ClassVar[bool] = True
 
@@ -64,7 +68,7 @@ class GSearch(Policy):
 
         def __init__(
             self, schedule: Sequence[Keep] | str | Path = ..., queries: Scores = ..., layers: int | None = None,
-            on_continue: str = ...,
+            on_continue: str = ..., *, share: Share = ...,
         ) -> None: ...  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -81,6 +85,7 @@ class GSearch(Policy):
         if self.queries not in SCORES:
             raise ValueError(f"queries={self.queries!r}: choose one of {', '.join(map(repr, SCORES))}")
         check_on_continue(self.on_continue)
+        check_sharing(self.share)
 
     def check(self, num_hidden_layers: int) -> None:
         if len(self.schedule) != num_hidden_layers:
@@ -98,4 +103,4 @@ class GSearch(Policy):
         keep = keep_count(self.schedule[layer], tokens.total)
         if keep >= len(tokens) or tokens.scores is None:
             return None
-        return Best(tokens.scores, keep)
+        return best(tokens, tokens.scores, keep, self.share)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from vtr.base import Best, Policy, Tokens
-from vtr.checks import check_depth, check_layer, check_on_continue, check_positions
+from vtr.checks import check_depth, check_layer, check_on_continue, check_positions, check_sharing
 from vtr.keep import Keep, check_keep, keep_count
+from vtr.score import Share, best
 from vtr.settings import register_policy
 from vtr.shares import LEAST, STAGE, equal_steps
 
@@ -29,6 +30,8 @@ class Pyramid(Policy):
         positions: "reindex" numbers the tokens that stay contiguously after each stage (official code); "keep" leaves
             them their own positions, as FastV and G-Search do. The two do not give the same answers.
         on_continue: what to do when a later turn meets tokens kept for an earlier question: "warn", "keep", "error".
+        share: who competes: "row", all vision tokens of the row together; "image", those of each image among
+            themselves, the budget divided by how many tokens the images have.
 
     Raises:
         TypeError, ValueError: settings out of range.
@@ -38,6 +41,7 @@ class Pyramid(Policy):
     layers: Sequence[int] | None = None
     positions: Literal["keep", "reindex"] = "reindex"
     on_continue: str = "warn"
+    share: Share = field(default="row", kw_only=True)
 
     question_guided: ClassVar[bool] = True
 
@@ -72,6 +76,7 @@ class Pyramid(Policy):
                 )
         check_positions(self.positions)
         check_on_continue(self.on_continue)
+        check_sharing(self.share)
 
     def stages(self, num_hidden_layers: int) -> dict[int, Keep]:
         """The layer each stage begins with → its keep."""
@@ -89,4 +94,4 @@ class Pyramid(Policy):
         keep = self.stages(tokens.num_hidden_layers).get(layer)
         if keep is None or (count := keep_count(keep, tokens.total)) >= len(tokens):
             return None
-        return Best(tokens.ahead, count)
+        return best(tokens, tokens.ahead, count, self.share)

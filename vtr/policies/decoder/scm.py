@@ -23,7 +23,7 @@ def groups(tokens: Tokens, which: str) -> list[torch.Tensor]:
     found = []
     for image in range(len(tokens.per_image)):
         mine = tokens.image == image
-        fine = mine & (tokens.tile > 0)
+        fine = mine & (tokens.group == 1)
         found.append((fine if which == "detail" and bool(fine.any()) else mine).nonzero().squeeze(1))
     return [group for group in found if len(group)]
 

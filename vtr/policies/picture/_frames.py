@@ -92,7 +92,7 @@ class Framewise(Policy):
             for i, layout in enumerate(layouts):
                 if layout.first_frame is None:
                     continue
-                if layout.first_frame == 0:
+                if layout.first_frame == 0 or not films:  # by_image may have given the first frame to another
                     films.append([])
                 films[-1] += [(i, at) for at in frames_of(layout)]
             if not films and len(layouts) > 1:

@@ -116,7 +116,8 @@ def layout_of(layout: Layout, cells: torch.Tensor) -> Layout:
     """The layout of an image of which these patches are left, in this order; no newline tokens."""
     h, w = layout.grid
     tile, at = cells // (h * w), cells % (h * w)
-    return Layout(tile, at // w, at % w, torch.zeros_like(cells), layout.grid, layout.crops, layout.window)
+    none = torch.zeros_like(cells)
+    return Layout(tile, at // w, at % w, none, layout.grid, layout.crops, layout.window, groups=layout.groups)
 
 
 def best_of(scores: torch.Tensor, counts: list[int], there: torch.Tensor) -> torch.Tensor:

@@ -221,4 +221,4 @@ def _laid_out(layout: Layout, which: torch.Tensor) -> tuple[list[list[int]], Lay
     ends = layout.newline.nonzero().squeeze(1)
     own = dict(zip(((layout.tile[ends] - 1) // columns * h + layout.y[ends]).tolist(), ends.tolist(), strict=True))
     sources = [[i] if i < n else [own[i - n]] if i - n in own else [] for i in which.tolist()]
-    return sources, Layout(tile, y, x, newline, layout.grid, layout.crops)
+    return sources, Layout(tile, y, x, newline, layout.grid, layout.crops, groups=layout.groups)
