@@ -36,7 +36,7 @@ class Batch:
     """Samples that can be used, their pictures or videos and encoded prompts (None without samples); the others."""
 
     samples: list[Sample]
-    pictures: list[Image.Image | Video]
+    pictures: list[Any]
     inputs: Any
     bad: list[Bad]
 
@@ -67,7 +67,7 @@ class Bench:
     def encode(
         self,
         samples: Sequence[Sample],
-        pictures: Sequence[Image.Image | Video] | None,
+        pictures: Sequence[Any] | None,
         before: vtr.Policy | None = None,
     ) -> Any:
         """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype.

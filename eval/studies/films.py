@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -133,7 +133,7 @@ def plot(accuracy: Mapping[str, Any], one: Mapping[str, Any], cost: Mapping[str,
     left.minorticks_off()
     left.legend(fontsize=7)
     base, names = cost["rows"][0], [SHOWN.get(row["name"], "no reduction") for row in cost["rows"]]
-    parts = {"CPU time, tower included": lambda row: row["cpu"]["value"]}
+    parts: dict[str, Callable[..., float]] = {"CPU time, tower included": lambda row: row["cpu"]["value"]}
     for label, key in (("FLOPs", "flops"), ("KV cache", "kv_bytes")):
         parts[label] = lambda row, key=key: row[key] / base[key]
     for i, (label, share) in enumerate(parts.items()):

@@ -24,7 +24,7 @@ from .watch import train_watch
 
 STAGES: dict[str, dict[str, Any]] = {
     "clips": {"steps": 1000, "lr": 2e-3, "frames": CLIP, "films": 6, "told": 0.5},
-    "films": {"steps": 1200, "lr": 1.5e-3, "frames": FRAMES, "films": 4, "told": 0.5},
+    "films": {"steps": 600, "lr": 1.5e-3, "frames": FRAMES, "films": 4, "told": 0.5},
 }
 
 
