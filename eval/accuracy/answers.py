@@ -67,12 +67,13 @@ class Bench:
     def encode(
         self,
         samples: Sequence[Sample],
-        pictures: Sequence[Image.Image | Video] | None,
+        pictures: Sequence[Any] | None,
         before: vtr.Policy | None = None,
     ) -> Any:
         """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype.
 
-        before: what acts on the pictures, or None.
+        Args:
+            pictures: PIL pictures, or all of them a Video. before: what acts on the pictures, or None.
 
         Raises:
             UnsupportedError: a policy that acts on pictures, and videos.
