@@ -78,7 +78,7 @@ class Settings:
         for spec in specs_of(self.policies):
             if spec != ALL and (one := contender(spec)).frames is not None and self.task != "video":
                 raise ValueError(f"{one.spec}: pictures have no frames; it is for videos (--task video)")
-            if spec != ALL and one.downsample is not None and self.task == "video":
+            if spec != ALL and one.before is not None and self.task == "video":
                 raise ValueError(f"{one.spec} is for pictures; for videos there is frames:keep=0.5")
 
     @property
