@@ -72,7 +72,8 @@ class Bench:
     ) -> Any:
         """The samples' prompts, one picture or video each (or none), on the model's device; pixels in its dtype.
 
-        before: what acts on the pictures, or None.
+        Args:
+            pictures: PIL pictures, or all of them a Video. before: what acts on the pictures, or None.
 
         Raises:
             UnsupportedError: a policy that acts on pictures, and videos.

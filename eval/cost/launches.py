@@ -96,12 +96,14 @@ def policies(stock: Any, layers: int) -> dict[str, vtr.Policy]:
 class Field:
     """An unpatched and a patched model on a pretended device, and the policies that run on the latter."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, size: Size, dtype: torch.dtype, seed: int = 0, specs: Sequence[str] = ()) -> None:
         self.size, self.seed = size, seed
         self.stock = midsize.build(size, "cpu", dtype, seed=seed)
         self.unpatched = move(copy.deepcopy(self.stock))
         self.patched = vtr.patch(move(copy.deepcopy(self.stock)))
-        self.policies = policies(self.stock, size.layers)
+        self.policies = {spec: vtr.policy(spec) for spec in specs} or policies(self.stock, size.layers)
+        for policy in self.policies.values():
+            policy.check(size.layers)
         for name, policy in self.policies.items():
             if getattr(policy, "module", None) is not None:
                 self.count(Case(name, 1, False))  # weights come to the device once
@@ -150,7 +152,7 @@ def forwards(module: Any, counts: Counts) -> Iterator[list[Counts]]:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 def cases(batches: Sequence[int], names: Sequence[str]) -> list[Case]:
     """Every policy at every batch, equal and ragged; one row alone is neither ragged nor of several policies."""
-    every = ["unpatched", "no policy", *names, "seven policies"]
+    every = ["unpatched", "no policy", *names, *["seven policies"] * (set(SEVEN) <= set(names))]
     return [
         Case(name, batch, ragged)
         for name in every
@@ -177,17 +179,21 @@ def check(layers: int, batches: Sequence[int], dtype: str) -> torch.dtype:
 
 def measure(
     layers: int, batches: Sequence[int], dtype: torch.dtype, seed: int = 0,
-    progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda found: found,
+    progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda found: found, specs: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[Counted]]:  # fmt: skip
     """The body of a result of kind "launches", and the same with the lines that asked.
 
     Args:
         progress: is given the cases and gives them back while they are worked off.
+        specs: of the policies to count; none for those of :func:`policies`.
+
+    Raises:
+        ValueError: no such policy, or one that cannot work on so many layers.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of a narrow model nothing is worth a second one
     try:
-        field = Field(size_of(layers), dtype, seed)
+        field = Field(size_of(layers), dtype, seed, specs)
         found = [field.count(case) for case in progress(cases(sorted(set(batches)), list(field.policies)))]
     finally:
         torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -133,12 +133,14 @@ def plot(accuracy: Mapping[str, Any], one: Mapping[str, Any], cost: Mapping[str,
     left.minorticks_off()
     left.legend(fontsize=7)
     base, names = cost["rows"][0], [SHOWN.get(row["name"], "no reduction") for row in cost["rows"]]
-    parts: dict[str, Callable[..., float]] = {"CPU time, tower included": lambda row: row["cpu"]["value"]}
-    for label, key in (("FLOPs", "flops"), ("KV cache", "kv_bytes")):
-        parts[label] = lambda row, key=key: row[key] / base[key]
-    for i, (label, share) in enumerate(parts.items()):
-        right.barh([y + 0.27 * (i - 1) for y in range(len(names))], [100 * share(row) for row in cost["rows"]], 0.25,
-                   label=label)  # fmt: skip
+    parts = {
+        "CPU time, tower included": [row["cpu"]["value"] for row in cost["rows"]],
+        "FLOPs": [row["flops"] / base["flops"] for row in cost["rows"]],
+        "KV cache": [row["kv_bytes"] / base["kv_bytes"] for row in cost["rows"]],
+    }
+    for i, (label, shares) in enumerate(parts.items()):
+        places = [y + 0.27 * (i - 1) for y in range(len(names))]
+        right.barh(places, [100 * share for share in shares], 0.25, label=label)
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.set(xlabel="% of no reduction", title=f"{cost['frames']} frames, {cost['budget']:.0%} of the tokens")

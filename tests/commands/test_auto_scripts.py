@@ -66,7 +66,7 @@ def test_what_the_docs_show_works(auto: Any) -> None:
     names: dict[str, Any] = {}
     for block in code:
         exec(block, names)
-    assert len(code) == 4 and names["answer"] == "orange" and not auto.patched()
+    assert len(code) == 5 and names["answer"] == "orange" and not auto.patched()
 
 
 def run(

@@ -148,3 +148,17 @@ def test_without_a_policy_nothing_more_is_asked_for(rows: str) -> None:
     unpatched, patched = asked("unpatched", rows), asked("no policy", rows)
     for one, other in zip(unpatched, patched, strict=True):
         assert one.totals() == other.totals()
+
+
+INDICES = ("dart:0.4", "fitprune:0.6", "reroute:keeps=[0.5,0.3],layers=[1,3]", "ee-mllm:all", "scm:0.5,group=all",
+           "sparsevlm:keeps=[0.6,0.3],layers=[1,3]", "zipvl")  # fmt: skip
+"""Policies all of whose rows answer with indices, merge, or reduce attention."""
+
+
+@pytest.mark.parametrize("spec", INDICES)
+def test_answers_that_are_no_scores_run_on_a_device(spec: str) -> None:
+    """Nothing of them is only possible on the CPU, and no decoded token waits."""
+    here = Field(replace(TINY, layers=4, side=6), torch.bfloat16, 0, [spec])
+    found = here.count(Case(spec, 3, False))
+    assert found.prefill.launches.total() > found.token.launches.total() > 0
+    assert not of_vtr(found.token)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vtr.integrations.internvl import tiles_layout
 from vtr.integrations.llava import tile_layout
 from vtr.integrations.llava_next import anyres_layout
+from vtr.integrations.qwen_vl import frames_layout
 from vtr.integrations.vllm.layouts import count_of
 
 import vtr
@@ -23,6 +24,7 @@ from tests.tiny import IMAGE
 from vtr.base import Tokens
 from vtr.budget import at_share
 from vtr.engine.compression import compressed
+from vtr.image import framed
 from vtr.keep import keep_count
 from vtr.policies import ClsTop
 from vtr.settings import policy_class
@@ -104,13 +106,18 @@ PER_ROW: dict[str, Callable[[float], vtr.Policy]] = {
     "sparsevlm": lambda keep: vtr.SparseVLM(keeps=[keep], layers=[1]),
     "sparsevlm-plus": lambda keep: vtr.SparseVLMPlus(keeps=[keep], layers=[1]),
 }
+PER_VIDEO: dict[str, Callable[[float], vtr.Policy]] = {
+    "evs": lambda keep: vtr.EVS(keep),
+    "vidcom2": lambda keep: vtr.VidCom2(keep),
+    "dycoke": lambda keep: vtr.DyCoke(keep),
+}
 RATIO = {"keep", "keeps", "retention", "schedule", "ratios", "low"}
 
 
 def test_every_registered_policy_with_a_ratio_is_here() -> None:
     shipped = [name for name in vtr.list_policies() if policy_class(name).__module__.startswith("vtr.policies")]
     with_ratio = {name for name in shipped if RATIO & {field.name for field in fields(policy_class(name))}}
-    assert with_ratio == {name.split()[0] for name in (*PER_IMAGE, *PER_ROW)}
+    assert with_ratio == {name.split()[0] for name in (*PER_IMAGE, *PER_ROW, *PER_VIDEO)}
 
 
 @given(st.integers(0, 30), st.one_of(ratios, st.just(SMALLEST)), st.sampled_from([1e-9, 0.0]))
@@ -134,6 +141,21 @@ def test_every_picture_keeps_a_token_and_kept_of_says_so(name: str, layout: Any,
         assert policy.kept_of(layout) == len(kept)
         if policy.wants in ((), ("cls",)):  # vLLM hands out no more of its tower
             assert len(kept) == count_of(policy.spec, layout)
+
+
+@pytest.mark.parametrize("name", PER_VIDEO)
+@given(frames=st.integers(1, 6), side=st.integers(1, 4), keep=ratios, seed=st.integers(0, 3))
+@example(frames=3, side=1, keep=SMALLEST, seed=0)
+def test_every_video_keeps_a_patch_of_its_first_frame(
+    name: str, frames: int, side: int, keep: float, seed: int
+) -> None:
+    layout = framed(frames_layout(frames, side, side), 0)
+    kept, pooled = compressed(PER_VIDEO[name](keep), image(layout, seed))
+    assert pooled is None and int(kept[0]) < side * side
+    per_frame = (kept // side**2).bincount(minlength=frames)
+    assert name == "evs" or int(per_frame.min()) >= 1
+    if name == "evs":
+        assert len(kept) == PER_VIDEO[name](keep).kept_of(layout) >= side**2
 
 
 @pytest.mark.parametrize("name", ["cls", "random", "uniform"])

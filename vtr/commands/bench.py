@@ -269,6 +269,9 @@ def bench_launches(
     layers: Annotated[int, typer.Option(help="of the text model; counts grow in proportion")] = 8,
     batch: Annotated[list[int] | None, typer.Option(help="rows; may be given again; default: 1, 8, 32")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 (all rows in one kernel) or float32 (row by row)")] = "bfloat16",
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="count this one (may be given again), not the usual ones")
+    ] = None,
     lines: Annotated[
         int, typer.Option("--where", min=0, help="show so many lines of code that launch, wait and copy most")
     ] = 0,
@@ -291,6 +294,8 @@ def bench_launches(
 
     * `vtr bench launches --batch 8 --where 10` — a quick look, and the lines that ask most
 
+    * `vtr bench launches --batch 8 --batch 32 -p zipvl -p dart:64` — of policies of your choice
+
     * `vtr bench launches --out before.json`, then, after a change, `vtr bench launches --against before.json`
     """
     from tqdm import tqdm
@@ -304,7 +309,9 @@ def bench_launches(
         check_file(json_file, "--out", made=True)
         precision = measure.check(layers, batches, dtype)
         before = None if against is None else measure.earlier(against, layers, dtype)
-        body, found = measure.measure(layers, batches, precision, seed, lambda cases: tqdm(cases, "bench launches"))
+        body, found = measure.measure(
+            layers, batches, precision, seed, lambda cases: tqdm(cases, "bench launches"), policy or ()
+        )
         body |= {} if before is None else {"before": before}
         if json_file is not None:
             results.save(json_file, "launches", body, seed=seed)

@@ -242,7 +242,7 @@ def less(lengths: Sequence[int], before: Sequence[int], after: Sequence[int]) ->
 
 def on_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """int64 tensors [n] each from the host, in one copy that nobody waits for."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not parts:
         return list(parts)
     moved = torch.cat(list(parts)).to(device, non_blocking=True)
     return list(moved.split([len(part) for part in parts]))

@@ -24,7 +24,7 @@ def build(teacher: Any, seed: int = 0) -> Any:
     """The pocket InternVL ``teacher`` with rows for the new words: about as loud as the others, in any direction."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    config = InternVLConfig.from_dict(teacher.config.to_dict())
+    config: Any = InternVLConfig.from_dict(teacher.config.to_dict())
     config.text_config.vocab_size = len(WORDS)
     model = InternVLForConditionalGeneration(config)
     state = {name: value for name, value in teacher.state_dict().items() if "embed_tokens" not in name}
