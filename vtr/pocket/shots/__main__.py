@@ -34,7 +34,7 @@ from . import FILE, learnt
 from .prompts import WORDS, remapping
 
 SCENES = 120  # pictures at hand
-STEPS, LR = 1600, 1.2e-3
+STEPS, LR = 1000, 1.2e-3
 VIEWS = {
     "patches": (16, 0.80, 0.10), "coarse": (10, 0.18, 0.62), "query": (4, 0.02, 0.22), "whole": (2, 0.0, 0.06),
 }  # fmt: skip
