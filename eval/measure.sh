@@ -44,7 +44,8 @@ accuracy() {
     pool:grid={10,8,6,4} downsample:scale={0.87,0.71,0.5,0.32}
   cp "$runs/globalcom2/results.json" docs/results/globalcom2.json
   python -m vtr.eval.accuracy.kinds docs/results/globalcom2.json --out docs/results/globalcom2
-  python -m vtr.eval.studies.films --rows "$runs/films"
+  python -m vtr.eval.studies.films --rows "$runs/films" --limit 240
+  cp "$runs/films/results.json" eval/results/video.json
   python -m vtr.eval.studies.autoscale --out docs/results
   python -m vtr.eval.studies.schedules --out docs/results --n 2000 --test-seed 1 --presets vtr/presets/pocket.json
   python -m vtr.eval.studies.budgets --out docs/results

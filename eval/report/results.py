@@ -58,12 +58,15 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line that is running, as one would type it again."""
     program = Path(sys.argv[0])
-    # of a package (python -m vtr.eval.peers) or a module (python -m vtr.cli, torchrun -m vtr.cli)
-    stem = program.parent.name if program.stem == "__main__" else program.stem
+    # of a package (python -m vtr.eval.peers) or a module (python -m vtr.cli, python -m vtr.eval.studies.films)
+    parts = program.with_suffix("").parts
+    inside = parts[len(parts) - parts[::-1].index("eval") :] if "eval" in parts else parts[-1:]
     if program.parts[-2:] == ("vtr", "cli.py"):
         name = "vtr"
+    elif program.suffix != ".py":
+        name = program.name
     else:
-        name = program.name if program.suffix != ".py" else f"python -m vtr.eval.{stem}"
+        name = "python -m " + ".".join(["vtr.eval", *(part for part in inside if part != "__main__")])
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 

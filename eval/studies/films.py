@@ -1,14 +1,13 @@
 """Films under policies that look at time and under others: ``python -m vtr.eval.studies.films --rows runs/films``.
 
-Three parts, each written as soon as it is there. ``video.json`` is a result of ``vtr eval --task video`` with every
-contender at 50, 25 and 12.5 % of the tokens. ``one-frame.json`` says what a single frame gives away. ``long-film.json``
-has prefill CPU time, FLOPs and bytes of the KV cache of a film of 128 frames (longer than any the model was trained on:
-only what it costs counts there). ``video.png`` shows them.
+Three parts, each written as soon as it is there. ``results.json`` in the folder of the rows is that of ``vtr eval
+--task video`` with every contender at 50, 25 and 12.5 % of the tokens. ``one-frame.json`` says what a single frame
+gives away. ``long-film.json`` has prefill CPU time, FLOPs and bytes of the KV cache of a film of 128 frames (longer
+than any the model was trained on: only what it costs counts there). ``films.png`` shows them.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -156,7 +155,7 @@ def timed(row: Mapping[str, Any]) -> float:
 
 def main(
     rows: Annotated[Path, typer.Option(help="folder of the answers as they come; a run goes on there")],
-    out: Annotated[Path, typer.Option(help="folder of the results and the picture")] = Path("eval/results"),
+    out: Annotated[Path, typer.Option(help="folder of the other results and the picture")] = Path("docs/results"),
     limit: Annotated[int, typer.Option(min=1, help="questions")] = 480,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
     frames: Annotated[int, typer.Option(min=8, help="in the long film")] = 128,
@@ -171,7 +170,6 @@ def main(
     settings = run.Settings(policies=tuple(wanted), model=MODEL, data="pocket:task=video", limit=limit, seed=seed)
     run.evaluate(settings, rows, resume=True, processes=processes)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(rows / run.RESULTS, out / "video.json")
     bench, _, source = run.prepare(replace(settings, policies=(NONE,)), Rank())
     samples = [one for one in source if isinstance(one, Sample)]
     about = {"model": MODEL, "data": settings.data}
@@ -185,7 +183,7 @@ def main(
     cost = results.save(
         out / "long-film.json", "films", {**cost, "rows": long_film(bench, film, names, repeats)}, seed=seed
     )
-    plot(results.load(out / "video.json"), single_frames, cost).savefig(out / "video.png", dpi=130)
+    plot(results.load(rows / run.RESULTS), single_frames, cost).savefig(out / "films.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def test_rows_of_all_peers_are_written_also_where_one_cannot_be_installed(
 def test_the_command_is_written_as_one_types_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(HERE / "__main__.py"), "--limit", "3"])
     assert results.command() == "python -m vtr.eval.peers --limit 3"
+    monkeypatch.setattr(sys, "argv", [str(HERE.parent / "studies" / "films.py"), "--rows", "runs"])
+    assert results.command() == "python -m vtr.eval.studies.films --rows runs"
 
 
 def test_failed_installs_make_a_row_a_method(plan: Plan) -> None:
