@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import nn
-from vtr.integrations.internvl import frame_numbers, runs_of
+from vtr.integrations.internvl import runs_of, with_frames
 from vtr.integrations.llava import tile_layout
 
 from vtr.engine.adapters import Adapter
-from vtr.image import Layout, framed
+from vtr.image import Layout
 
 LABEL = range(6, 25)
 """Tokens between two frames of a video ("Frame from 00:01:"); between two tiles of a picture stand fewer."""
@@ -72,5 +72,4 @@ class Idefics3(Adapter):
         runs = runs_of(marks)
         if any(end - start != len(tile) for _, start, end in runs):  # tiles without text between them
             return {int(config.image_token_id): [tile] * count}
-        numbers = frame_numbers(runs, [True] * count, LABEL)
-        return {int(config.image_token_id): [tile if i is None else framed(tile, i) for i in numbers]}
+        return {int(config.image_token_id): with_frames([tile] * count, runs, LABEL)}

@@ -81,7 +81,7 @@ def told_grids(inputs: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], ...
 
 class InternVL(Adapter):
     """``InternVLForConditionalGeneration`` (the ``-hf`` checkpoints). A video's frames are images of one tile each
-    (:func:`frame_numbers`)."""
+    (:func:`with_frames`)."""
 
     family = "InternVL"
     classes = ("InternVLForConditionalGeneration",)
@@ -143,9 +143,7 @@ class InternVL(Adapter):
             )
         if told is not None and (left := len(list(told))):
             raise ValueError(f"{CROP_GRIDS} has grids of {left} more images than input_ids: {ONE_CALL}")
-        numbers = frame_numbers(runs, [layout.tiles == 1 for layout in layouts], range(1, MOST_LABEL + 1))
-        marked = [one if i is None else framed(one, i) for one, i in zip(layouts, numbers, strict=True)]
-        return {placeholder: marked}
+        return {placeholder: with_frames(layouts, runs, range(1, MOST_LABEL + 1))}
 
 
 ONE_CALL = "pass all that one call of the processor returned"
@@ -170,20 +168,20 @@ def runs_of(marks: torch.Tensor) -> list[tuple[int, int, int]]:
     return [(row, start, end) for (row, start), (_, end) in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def frame_numbers(runs: list[tuple[int, int, int]], single: list[bool], label: range) -> list[int | None]:
-    """Which images are frames of a video, where nothing but the prompt's shape tells: their numbers; None: pictures.
+def with_frames(layouts: list[Layout], runs: list[tuple[int, int, int]], label: range) -> list[Layout]:
+    """The images of a call, those marked that are frames of a video, where nothing but the prompt's shape tells.
 
     Frames are images of one tile with a label before each ("Frame2: "), so that only so many tokens lie between two.
     Several small pictures that stand so close together look the same.
 
     Args:
-        runs: (row, first, one past the last) of each image's placeholders. single: which of them are one tile.
+        runs: (row, first, one past the last) of each image's placeholders.
         label: how many tokens may lie between two frames.
     """
     numbers: list[int | None] = [None] * len(runs)
     for i in range(1, len(runs)):
         (row, _, end), (here, start, _) = runs[i - 1 : i + 1]
-        if row == here and single[i - 1] and single[i] and start - end in label:
+        if row == here and layouts[i - 1].tiles == layouts[i].tiles == 1 and start - end in label:
             before = numbers[i - 1] or 0
             numbers[i - 1], numbers[i] = before, before + 1
-    return numbers
+    return [one if number is None else framed(one, number) for one, number in zip(layouts, numbers, strict=True)]

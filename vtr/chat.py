@@ -22,11 +22,15 @@ def prompt(processor: Any, question: str, picture: bool = True) -> str:
     Without a chat template it is LLaVA-1.5's ``USER: <image>\\n… ASSISTANT:``.
     """
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * picture + [{"type": "text", "text": question}]
-        turn = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(turn, add_generation_prompt=True))
+        return _turn(processor, [{"type": "image"}] * picture, question)
     image = f"{processor.image_token}\n" if picture else ""
     return f"USER: {image}{question} ASSISTANT:"
+
+
+def _turn(processor: Any, media: Sequence[dict[str, str]], question: str) -> str:
+    """The text of one turn: media parts, then the question, as the chat template puts them."""
+    turn = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
+    return str(processor.apply_chat_template(turn, add_generation_prompt=True))
 
 
 def encode(
@@ -94,11 +98,10 @@ def encode_videos(processor: Any, questions: Sequence[str], videos: Sequence[Vid
             f"{type(processor).__name__} has no chat template, so nobody knows where it wants the frames of a video: "
             "set processor.chat_template, or give the frames as pictures"
         )
-    texts = []
-    for question, video in zip(questions, videos, strict=True):
-        content = [*video_parts(processor, len(video.frames)), {"type": "text", "text": question}]
-        turn = [{"role": "user", "content": content}]
-        texts.append(str(processor.apply_chat_template(turn, add_generation_prompt=True)))
+    texts = [
+        _turn(processor, video_parts(processor, len(video.frames)), question)
+        for question, video in zip(questions, videos, strict=True)
+    ]
     return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **of_videos(processor, videos))
 
 

@@ -38,6 +38,14 @@ def check_number(value: float, name: str) -> float:
     return float(value)
 
 
+def check_part(value: float, name: str, what: str) -> None:
+    """Raise unless ``value`` is a number in (0, 1]. what: it does, for the message."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value}: {what} and lies in (0, 1]")
+
+
 def check_tower_layer(layer: int | float, name: str) -> None:
     """Raise unless ``layer`` names a layer of the vision tower: an int, or a float as a share of its depth."""
     value = check_number(layer, name)

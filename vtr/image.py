@@ -118,6 +118,14 @@ def framed(layout: Layout, first: int, times: tuple[float, ...] | None = None) -
     return replace(layout, shrunk=smaller, first_frame=first, times=times)
 
 
+def frames_of(layout: Layout) -> list[torch.Tensor]:
+    """int64 [n] for each frame: its patches, as indices into the image's tokens. A picture is one frame."""
+    patches = (layout.newline == 0).nonzero()[:, 0]
+    if layout.first_frame is None or layout.tiles == 1:
+        return [patches]
+    return [patches[layout.tile[patches] == tile] for tile in range(layout.tiles)]
+
+
 Layer = int | float | None
 """Which layer of a vision tower: see :class:`Tower`."""
 

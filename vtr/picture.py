@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtr.accounting import RowReport
-from vtr.image import Layout
+from vtr.image import Layout, frames_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -241,8 +241,7 @@ def frame_spans(model: Any, inputs: Any) -> list[tuple[int, Layout]]:
         if layout.first_frame is None or layout.tiles == 1:
             found.append((slot, layout))
             continue
-        for tile in range(layout.tiles):
-            at = ((layout.tile == tile) & (layout.newline == 0)).nonzero()[:, 0]
+        for at in frames_of(layout):
             one = Layout(layout.tile[at] * 0, layout.y[at], layout.x[at], layout.newline[at], layout.grid)
             found.append((slot + int(at[0]), one))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vtr.checks import check_part
 from vtr.data.videos import Video, spread
 
 FRAMES = "frames"
@@ -25,10 +26,7 @@ class Frames:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)):
-            raise TypeError(f"keep must be a number in (0, 1], got {self.keep!r}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep={self.keep}: it is the share of the frames that stay and lies in (0, 1]")
+        check_part(self.keep, "keep", "it is the share of the frames that stay")
 
     @property
     def spec(self) -> str:

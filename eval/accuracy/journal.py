@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vtr.eval.accuracy.processes import Rank
+
 from vtr.files import read_json
 
 ROWS, SETTINGS = "samples.jsonl", "settings.json"
@@ -27,6 +29,17 @@ class Journal:
         self.rows: dict[int, dict[str, Any]] = {}
         self.redone = 0
         """Lines that were torn by a crash, to be made again."""
+
+    @classmethod
+    def opened(cls, folder: Path, rank: Rank, settings: Mapping[str, Any], resume: bool) -> Journal:
+        """This process's part of a run: the first process claims the folder (:meth:`begin`), then all read."""
+        made = cls(folder, rank.index)
+        if rank.index == 0:
+            made.begin(settings, resume)
+        rank.wait()
+        made.read()
+        rank.wait()  # nobody appends before all have read
+        return made
 
     def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
         """Claim the folder for a run with these settings. Rank 0 does it, before the others :meth:`read`.

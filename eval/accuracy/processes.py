@@ -114,6 +114,32 @@ def launched() -> bool:
     return Rank.here().world > 1
 
 
+def run_on(work: Callable[[Rank, str | None], None], processes: int | None, sensible: int) -> bool:
+    """Run ``work(rank, store)`` in the processes that torchrun started, or in so many of this machine.
+
+    Args:
+        processes: of this machine; None is ``sensible``.
+
+    Returns:
+        Whether this process is the first of them.
+
+    Raises:
+        ValueError: ``processes`` beside those of torchrun. RuntimeError: see :func:`spread`.
+    """
+    if launched():
+        if processes is not None:
+            raise ValueError("--processes starts processes itself: leave it out under torchrun or accelerate launch")
+        rank = Rank.here()
+        work(rank, None)
+        return rank.index == 0
+    count = sensible if processes is None else processes
+    if count == 1:
+        work(Rank(), None)
+    else:
+        spread(work, count)
+    return True
+
+
 def device_of(rank: Rank, device: str) -> Any:
     """``auto``: this process's own GPU where there are any, else the CPU."""
     if device == "auto":

@@ -18,7 +18,7 @@ from vtr.eval.accuracy.contenders import ALL, BUDGET, Contender, Shapes, contend
 from vtr.eval.accuracy.data import POCKET, Bad, Sample, Source, open_data, pocket_questions, settings_of
 from vtr.eval.accuracy.journal import ROWS, Journal
 from vtr.eval.accuracy.metrics import metric
-from vtr.eval.accuracy.processes import Rank, cores, device_of, launched, shared_cores, spread
+from vtr.eval.accuracy.processes import Rank, cores, device_of, run_on, shared_cores
 from vtr.eval.cost.interleave import in_turns, text_times
 from vtr.eval.cost.timing import milliseconds
 from vtr.eval.report import results
@@ -124,18 +124,8 @@ def evaluate(
     """
     settings.check()
     work = partial(_work, settings=settings, out=out, resume=resume, indispensable=indispensable, latency=latency)
-    if launched():
-        if processes is not None:
-            raise ValueError("--processes starts processes itself: leave it out under torchrun or accelerate launch")
-        rank = Rank.here()
-        work(rank, None)
-        return results.load(out / RESULTS) if rank.index == 0 else None
-    count = _sensible_processes(settings) if processes is None else processes
-    if count == 1:
-        work(Rank(), None)
-    else:
-        spread(work, count)
-    return results.load(out / RESULTS)
+    first = run_on(work, processes, _sensible_processes(settings))
+    return results.load(out / RESULTS) if first else None
 
 
 def _sensible_processes(settings: Settings) -> int:
@@ -156,12 +146,7 @@ def _work(
     with shared_cores(rank):
         rank.join(store)
         bench, left_out, source = prepare(settings, rank)
-        journal = Journal(out, rank.index)
-        if rank.index == 0:
-            journal.begin(_identity(settings, bench), resume)
-        rank.wait()
-        journal.read()
-        rank.wait()  # nobody appends before all have read
+        journal = Journal.opened(out, rank, _identity(settings, bench), resume)
         if journal.redone:
             tqdm.write(f"{journal.redone} torn lines are made again")
         _run(bench, source, settings, journal, rank)
@@ -223,9 +208,16 @@ def _identity(settings: Settings, bench: Bench) -> dict[str, Any]:
         "policies": [one.spec for one in bench.contenders],
         "references": bench.references,
         "max_new_tokens": bench.max_new_tokens,
-        "device": bench.model.device.type,
-        "dtype": str(bench.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads() if bench.model.device.type == "cpu" else None,
+        **conditions(bench.model),
+    }
+
+
+def conditions(model: Any) -> dict[str, Any]:
+    """What numbers depend on beside settings: where and how precisely the model runs, and in which versions."""
+    return {
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "versions": results.versions(),
     }
 

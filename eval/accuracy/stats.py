@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,13 @@ class Paired:
     high: float
     wins: int
     losses: int
+
+    def figures(self) -> dict[str, Any]:
+        """As result files have it, with McNemar's p."""
+        return {
+            "difference": self.difference, "low": self.low, "high": self.high,
+            "p_mcnemar": mcnemar(self.wins, self.losses), "wins": self.wins, "losses": self.losses,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"

@@ -12,7 +12,7 @@ import numpy as np
 from vtr.eval.accuracy.answers import REFERENCES
 from vtr.eval.accuracy.contenders import NONE, Contender
 from vtr.eval.accuracy.metrics import RIGHT, Metric, gain, leakage
-from vtr.eval.accuracy.stats import interval, mcnemar, outcomes, paired
+from vtr.eval.accuracy.stats import interval, outcomes, paired
 
 from vtr.data.choices import LETTERS, picked
 
@@ -121,11 +121,7 @@ def _policy(
         "kv_mib": float(np.mean([cell["kv_bytes"] for cell in cells]) / 2**20),
         "prefill_ms": None,
         "selector_ms": float(np.mean([cell["selector_ms"] for cell in cells])),
-        "versus_none": {
-            "difference": versus.difference, "low": versus.low, "high": versus.high,
-            "p_mcnemar": mcnemar(versus.wins, versus.losses), "wins": versus.wins, "losses": versus.losses,
-            "won": won, "lost": lost,
-        },
+        "versus_none": {**versus.figures(), "won": won, "lost": lost},
     }  # fmt: skip
 
 
@@ -236,9 +232,15 @@ def markdown(body: Mapping[str, Any]) -> str:
     out = [caption(body)]
     for columns, lines in (used_columns(body), by_kind(body)):
         if lines:
-            out += ["", "| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-            out += ["| " + " | ".join(line) + " |" for line in lines]
+            out += ["", *markdown_table(columns, lines)]
     return "\n".join(out) + "\n"
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]], words: int = 0) -> list[str]:
+    """The lines of a table in Markdown; column ``words`` is of words, the others of figures."""
+    rule = "".join("|---" if i == words else "|--:" for i in range(len(columns))) + "|"
+    head, *rows = ("| " + " | ".join(line) + " |" for line in (columns, *lines))
+    return [head, rule, *rows]
 
 
 def used_columns(body: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -249,13 +251,14 @@ def used_columns(body: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table_csv(body: Mapping[str, Any]) -> str:
-    """The figures, unrounded: one line a policy, one column a figure and kind of question."""
+    """The figures, unrounded: one line a row of the table, one column a figure and kind of question."""
     flat = []
     for row in body["policies"]:
         line = {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
-        line.update({f"accuracy {kind}": value for kind, value in row["by_kind"].items()})
-        line.update({f"minus_none_{k}": v for k, v in row["versus_none"].items() if not isinstance(v, list)})
-        line.update({f"prefill_ms_{k}": v for k, v in (row["prefill_ms"] or {}).items()})
+        line.update({f"accuracy {kind}": value for kind, value in row.get("by_kind", {}).items()})
+        versus = (row.get("versus_none") or {}).items()
+        line.update({f"minus_none_{k}": v for k, v in versus if not isinstance(v, list)})
+        line.update({f"prefill_ms_{k}": v for k, v in (row.get("prefill_ms") or {}).items()})
         line.pop("prefill_ms", None)
         flat.append(line)
     file = io.StringIO()

@@ -16,7 +16,8 @@ from vtr.eval.accuracy.answers import costs
 from vtr.eval.accuracy.contenders import ALL, Contender
 from vtr.eval.accuracy.journal import ROWS, Journal
 from vtr.eval.accuracy.metrics import exact
-from vtr.eval.accuracy.processes import Rank, cores, device_of, launched, shared_cores, spread
+from vtr.eval.accuracy.processes import Rank, cores, device_of, run_on, shared_cores
+from vtr.eval.accuracy.run import conditions
 from vtr.eval.report import results
 from vtr.eval.shots import summary
 from vtr.eval.shots.contenders import FEWER, Room, as_many, by_default, contenders, encode, fewer
@@ -84,20 +85,10 @@ def evaluate(settings: Settings, out: Path, *, resume: bool = False, processes: 
     find_device(settings.device)
     check_name(settings.model)
     work = partial(_work, settings=settings, out=out, resume=resume)
-    if launched():
-        if processes is not None:
-            raise ValueError("--processes starts processes itself: leave it out under torchrun or accelerate launch")
-        rank = Rank.here()
-        work(rank, None)
-        return results.load(out / RESULTS) if rank.index == 0 else None
     batches = math.ceil(settings.limit / settings.batch_size)
     on_cpu = settings.model in vtr.pocket.NAMES and find_device(settings.device) == "cpu"
-    count = processes or (max(1, min(cores(), batches // 2)) if on_cpu else 1)
-    if count == 1:
-        work(Rank(), None)
-    else:
-        spread(work, count)
-    return results.load(out / RESULTS)
+    first = run_on(work, processes, max(1, min(cores(), batches // 2)) if on_cpu else 1)
+    return results.load(out / RESULTS) if first else None
 
 
 @dataclass
@@ -157,12 +148,7 @@ def _work(rank: Rank, store: str | None, *, settings: Settings, out: Path, resum
     with shared_cores(rank):
         rank.join(store)
         bench = Bench.from_settings(settings, rank)
-        journal = Journal(out, rank.index)
-        if rank.index == 0:
-            journal.begin(_identity(settings, bench), resume)
-        rank.wait()
-        journal.read()
-        rank.wait()  # nobody appends before all have read
+        journal = Journal.opened(out, rank, _identity(settings, bench), resume)
         _run(bench, journal, rank)
         rank.wait()
         if rank.index == 0:
@@ -202,10 +188,7 @@ def _identity(settings: Settings, bench: Bench) -> dict[str, Any]:
         **asdict(settings),
         "shots": list(settings.shots),
         "policies": [one.spec for one in bench.contenders],
-        "device": bench.model.device.type,
-        "dtype": str(bench.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads() if bench.model.device.type == "cpu" else None,
-        "versions": results.versions(),
+        **conditions(bench.model),
     }
 
 

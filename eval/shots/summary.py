@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from vtr.eval.accuracy.contenders import NONE
-from vtr.eval.accuracy.stats import interval, mcnemar, paired
+from vtr.eval.accuracy.stats import interval, paired
+from vtr.eval.accuracy.summary import markdown_table
+from vtr.eval.accuracy.summary import table_csv as table_csv
 
 from vtr.pocket.shots.prompts import CHANCE
 
@@ -60,10 +60,7 @@ def _line(rows: Sequence[Row], line: Mapping[str, Any], seed: int) -> dict[str, 
     if reference and spec != NONE:
         versus = paired(scores, [cell["score"] for cell in reference], seed=seed)
         made["of_none"] = made["gflops"] * 1e9 / float(np.mean([cell["flops"] for cell in reference]))
-        made["versus_none"] = {
-            "difference": versus.difference, "low": versus.low, "high": versus.high,
-            "p_mcnemar": mcnemar(versus.wins, versus.losses), "wins": versus.wins, "losses": versus.losses,
-        }  # fmt: skip
+        made["versus_none"] = versus.figures()
     return made
 
 
@@ -110,24 +107,7 @@ def caption(body: Mapping[str, Any]) -> str:
 
 def markdown(body: Mapping[str, Any]) -> str:
     """The caption and the table in Markdown."""
-    out = [caption(body), "", "| " + " | ".join(COLUMNS) + " |", "|--:|---" + "|--:" * (len(COLUMNS) - 2) + "|"]
-    out += ["| " + " | ".join(line) + " |" for line in cells(body)]
-    return "\n".join(out) + "\n"
-
-
-def table_csv(body: Mapping[str, Any]) -> str:
-    """The figures, unrounded: a line for each contender and number of shots."""
-    flat = []
-    for row in body["policies"]:
-        line = {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
-        line.update({f"accuracy {kind}": value for kind, value in row.get("by_kind", {}).items()})
-        line.update({f"minus_none_{key}": value for key, value in (row.get("versus_none") or {}).items()})
-        flat.append(line)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for line in flat for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return file.getvalue()
+    return "\n".join([caption(body), "", *markdown_table(COLUMNS, cells(body), words=1)]) + "\n"
 
 
 def plot(body: Mapping[str, Any]) -> Any:

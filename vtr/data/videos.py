@@ -107,18 +107,18 @@ def _film(path: Path, frames: int) -> Video:
         ) from error
     try:
         with av.open(str(path)) as container:
-            decoded = [(frame.time, frame.to_image()) for frame in _wanted(container, frames)]
             total = _length(container)
+            at = spread(total, frames)
+            container.seek(0)
+            shown: Any = enumerate(container.decode(video=0))
+            decoded = [(frame.time, frame.to_image()) for i, frame in shown if i in at]
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} is no video that PyAV can read: {error}") from error
     if not decoded:
         raise ValueError(f"{path} has no frames")
-    total = max(total, len(decoded))
     known = all(time is not None for time, _ in decoded)
     times = [float(time) for time, _ in decoded] if known else None
-    return _checked(
-        Video([picture.convert("RGB") for _, picture in decoded], times, spread(total, len(decoded)), total)
-    )
+    return _checked(Video([picture.convert("RGB") for _, picture in decoded], times, at[: len(decoded)], total))
 
 
 def _length(container: Any) -> int:
@@ -128,14 +128,6 @@ def _length(container: Any) -> int:
         return int(stream.frames)
     container.seek(0)
     return sum(1 for _ in container.decode(video=0))
-
-
-def _wanted(container: Any, frames: int) -> list[Any]:
-    """The frames that are taken; only they are turned into pictures."""
-    total = _length(container)
-    container.seek(0)
-    at = set(spread(total, frames))
-    return [frame for i, frame in enumerate(container.decode(video=0)) if i in at]
 
 
 def _checked(video: Video) -> Video:

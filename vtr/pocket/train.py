@@ -177,6 +177,15 @@ def work(rank: int, workers: int, args: argparse.Namespace) -> None:
             write_samples(out / "weights", out / "samples")
 
 
+def command(doc: str | None, work: Callable[[Path, int], None]) -> None:
+    """The command line of a model that one process trains: ``work(folder, seed)``. doc: of the module, for --help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    work(args.out.resolve(), args.seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)

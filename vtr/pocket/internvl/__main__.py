@@ -8,7 +8,6 @@ DIR/weights holds what the package ships. One process of one thread.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..model import see, up_to_features
 from ..nest import train_nest
 from ..optim import Muon, descend, ramp, set_lr
 from ..release import export
-from ..train import Context, run_stages
+from ..train import Context, command, run_stages
 from .model import SHOWING, SHUFFLE, build, features, make_processor, pixels_of_scenes, tokens_of
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -79,13 +78,5 @@ def work(out: Path, seed: int = 0, stages: dict[str, dict[str, Any]] = STAGES) -
     export(model, out / "weights", make_processor(), longest=4)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    work(args.out.resolve(), args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, work)

@@ -8,7 +8,6 @@ ships. One process of one thread.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from .. import load
 from ..release import export
-from ..train import Context, run_stages
+from ..train import Context, command, run_stages
 from .films import CLIP, FRAMES
 from .model import build, make_processor
 from .watch import train_watch
@@ -37,13 +36,5 @@ def work(out: Path, seed: int = 0, stages: dict[str, dict[str, Any]] = STAGES) -
     export(model, out / "weights", make_processor(), longest=4)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    work(args.out.resolve(), args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, work)

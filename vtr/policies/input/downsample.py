@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vtr.checks import check_part
 from vtr.inputs import InputPolicy, Size
 from vtr.settings import register_policy
 
@@ -29,10 +30,7 @@ class Downsample(InputPolicy):
     scale: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
-            raise TypeError(f"scale must be a number in (0, 1], got {self.scale!r}")
-        if not 0 < self.scale <= 1:
-            raise ValueError(f"scale={self.scale}: it scales width and height and lies in (0, 1]")
+        check_part(self.scale, "scale", "it scales width and height")
         self.scale = float(self.scale)
 
     def size_for(self, size: Size, image_processor: Any, settings: Mapping[str, Any]) -> Size:

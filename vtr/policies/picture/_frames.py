@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from vtr.base import Policy
-from vtr.image import Image, Layout, Pooled
+from vtr.image import Image, Layout, Pooled, frames_of
 from vtr.keep import Keep, check_keep
 
 Part = tuple[int, torch.Tensor]
@@ -46,6 +46,11 @@ class Framewise(Policy):
             raise ValueError(
                 f"frames={self.frames!r}: choose 'videos', 'images' or a list of different images, e.g. frames=[0,1,2]"
             )
+
+    @property
+    def share(self) -> float:
+        """The keep as official codes have it: one minus the share that goes."""
+        return 1 - round(1 - self.keep, 12)
 
     def choose(self, video: torch.Tensor) -> list[torch.Tensor]:
         """The patches of each frame that stay, int64 on the CPU, in the order in which they are to stand.
@@ -106,11 +111,3 @@ class Framewise(Policy):
         if max(mine, default=0) >= len(layouts):
             raise ValueError(f"frames={self.frames}: this request has {len(layouts)} images, counted from 0")
         return [[(i, at) for i in mine for at in frames_of(layouts[i])]]
-
-
-def frames_of(layout: Layout) -> list[torch.Tensor]:
-    """int64 [n] for each frame: its patches, as indices into the image's tokens. A picture is one frame."""
-    patches = (layout.newline == 0).nonzero()[:, 0]
-    if layout.first_frame is None or layout.tiles == 1:
-        return [patches]
-    return [patches[layout.tile[patches] == tile] for tile in range(layout.tiles)]

@@ -51,7 +51,7 @@ class DyCoke(Framewise):
                 f"placement='official' is the published code, which fails on {frames} frames: give at least 5, or use "
                 "placement='true'"
             )
-        count, states = max(int((1 - round(1 - self.keep, 12)) * n), 1), video.float()
+        count, states = max(int(self.share * n), 1), video.float()
         out = [torch.arange(n)] * frames
         for i in range(1, frames):
             if i % 4 == 0 or (official and i % 2 == 0 and i + 2 >= frames):

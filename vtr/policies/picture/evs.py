@@ -48,8 +48,7 @@ class EVS(Framewise):
 
     def count(self, frames: int, n: int) -> int:
         """How many patches of so many frames of n each stay: ``max(n, int(frames · n · (1 − rate)))``."""
-        rate = round(1 - self.keep, 12)
-        return max(n, int(frames * n * (1 - rate)))
+        return max(n, int(frames * n * self.share))
 
     def choose(self, video: torch.Tensor) -> list[torch.Tensor]:
         frames, n = video.shape[:2]
