@@ -8,10 +8,12 @@ from vtr.integrations.llava_next import LlavaNext
 from vtr.integrations.llava_onevision import LlavaOnevision
 from vtr.integrations.llava_original import LlavaOriginal
 from vtr.integrations.qwen_vl import Qwen3VL, Qwen25VL
+from vtr.integrations.structural import Structural
 
 from vtr.engine.adapters import refuse_family, register_adapter
 
 FAMILIES = (Llava, LlavaNext, LlavaOnevision, LlavaOriginal, InternVL, InternVLChat, Qwen25VL, Qwen3VL, Idefics3)
+register_adapter(Structural())  # the first to be made known is the last to be asked
 for family in FAMILIES:
     register_adapter(family())
 
@@ -36,4 +38,5 @@ __all__ = [
     "LlavaOriginal",
     "Qwen3VL",
     "Qwen25VL",
+    "Structural",
 ]

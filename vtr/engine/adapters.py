@@ -179,7 +179,7 @@ def refuse_family(classes: Iterable[str], why: str) -> None:
 
 def families() -> dict[str, tuple[str, ...]]:
     """The known families and the transformers classes they cover."""
-    return {a.family: a.classes for a in reversed(_ADAPTERS)}
+    return {a.family: a.classes for a in reversed(_ADAPTERS) if a.classes}
 
 
 _WRAPPERS = {
@@ -234,12 +234,12 @@ def find_adapter(model: object) -> Adapter:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vtr.patch needs a model (a torch.nn.Module), got {type(model).__name__}")
-    for adapter in _ADAPTERS:
-        if adapter.serves(model):
-            return adapter
     for cls in type(model).__mro__:
         if why := _REFUSED.get(cls.__name__):
             raise UnsupportedError(f"{type(model).__name__} cannot be patched: {why}")
+    for adapter in _ADAPTERS:
+        if adapter.serves(model):
+            return adapter
     known = "; ".join(f"{family} ({', '.join(classes)})" for family, classes in families().items())
     raise UnsupportedError(
         f"{type(model).__name__} is no model family vtr knows. {_advice(model)}Known: {known}. "
