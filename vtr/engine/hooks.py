@@ -41,7 +41,12 @@ class Patch:
         request_by_context: whether a call's request goes to the text model by a context variable.
         entry: the module in front of which the request is made.
         last: what the last call did, in whatever thread.
+        path: "packed". why: None. off: what the self-test found, where there was one.
     """
+
+    path: str = "packed"
+    why: str | None = None
+    off: float | None = None
 
     def __init__(self, model: Any, adapter: Adapter) -> None:
         self.model, self.adapter, self.inner = model, adapter, adapter.inner(model)
