@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ class Structural(Adapter):
             return
         features = getattr(model, "get_image_features", None)
         self.image_inputs = () if features is None else tuple(inspect.signature(features).parameters)
-        self.lacks = MappingProxyType(self._lacks(model))
+        self.lacks = self._lacks(model)
 
     def serves(self, model: nn.Module) -> bool:
         config: Any = getattr(model, "config", None)

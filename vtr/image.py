@@ -84,6 +84,11 @@ class Layout:
         return int(self.tile.shape[0])
 
     @property
+    def doubt(self) -> str:
+        """What an error about the grid has to add: empty, or that it is not known."""
+        return "" if self.known else " (nothing in the inputs says how its tokens lie, so they are taken for one row)"
+
+    @property
     def frame(self) -> torch.Tensor:
         """int64 [n]: which frame of its video each token shows, from 0; -1 in a picture."""
         return torch.full_like(self.tile, -1) if self.first_frame is None else self.tile + self.first_frame

@@ -32,6 +32,7 @@ class Description:
         grids: where the grid of an image's tokens comes from.
         path: "packed" (every kind of policy) or "padded" (policies before the decoder). why: the reason for the latter.
         off: what the self-test found, as a share of the largest logit; None where it was not run.
+        proven: whether the family is one that tests have compared with transformers' own, so that it needs none.
         cannot: policies that cannot work on it, by name, and why.
     """
 
@@ -46,6 +47,7 @@ class Description:
     path: str
     why: str | None
     off: float | None
+    proven: bool
     cannot: dict[str, str]
 
     def __str__(self) -> str:
@@ -63,6 +65,8 @@ class Description:
         }
         if self.off is not None:
             lines["self-test"] = f"logits differ by {self.off:.0e} of the largest"
+        elif not self.proven:
+            lines["self-test"] = "not run (it is when a model is patched with its weights)"
         reasons: dict[str, list[str]] = {}
         for name, why in self.cannot.items():
             reasons.setdefault(why, []).append(name)
@@ -91,6 +95,7 @@ def describe(patch: Patch) -> Description:
         patch.path,
         patch.why,
         patch.off,
+        adapter.proven,
         cannot(patch),
     )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import UnsupportedError
+from vtr.engine.call import last_traces
 from vtr.engine.positions import many_axes
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def self_test(patch: Patch) -> float | None:
     key = type(model), config.to_json_string(use_diff=False), model.dtype, kernel, patch.path
     if key not in _passed:
         try:
-            with _quiet(model):
+            with _quiet(patch):
                 off = _difference(patch)
         except Exception as error:  # whatever a stranger's model raises
             raise UnsupportedError(
@@ -116,8 +117,9 @@ def _logits(patch: Patch, rows: Sequence[list[int]], policies: Sequence[str | No
 
 
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
-    """The model as it answers: no dropout, no gradients; afterwards as it was."""
+def _quiet(patch: Patch) -> Iterator[None]:
+    """The model as it answers: no dropout, no gradients; afterwards as it was, with nothing to report."""
+    model, traces = patch.model, last_traces.get()
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -126,3 +128,5 @@ def _quiet(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        last_traces.set(traces)
+        patch.last = None
