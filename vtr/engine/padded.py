@@ -1,8 +1,8 @@
 """The padded path: hooks of a text model that cannot run packed rows, for policies that act before the decoder.
 
 In front of the decoder rows are shortened and padded on the left again (``shortened.py``); behind it they are spread
-over their logical columns. In between nothing is hooked: the model's own layers run on a shorter prompt, and its own cache,
-whatever its layers keep, holds that. Later calls on the cache get its mask and positions.
+over their logical columns. In between nothing is hooked: the model's own layers run on a shorter prompt, and its own
+cache, whatever its layers keep, holds that. Later calls on the cache get its mask and positions.
 """
 
 from __future__ import annotations
