@@ -25,9 +25,17 @@ from vtr.engine.short_cache import ShortCache
 from vtr.image import Image, Pooled
 
 TOLERANCE = 2e-5
-CLASSES = ["Qwen3_5", "Lfm2Vl", "MiniCPMV4_6", "Gemma3n", "Inkling2", "MistralLarge4", "Glm5Next", "Llava"]
+slow = pytest.mark.slow
+CLASSES = ["Qwen3_5", "Lfm2Vl", "MiniCPMV4_6", "Gemma3n", "Inkling2", "MistralLarge4", "Llava"]
+CLASSES += [pytest.param("Glm5Next", marks=slow)]  # transformers' reference kernel takes a minute
 """Recurrent layers over positions of three axes, convolutions, the same once more, arguments for each layer and token,
-relative bias, an indexer, indexed and linear layers without positions, and one that is packed as a rule."""
+relative bias, an indexer, one that is packed as a rule, indexed and linear layers without positions."""
+SOME = [
+    "Qwen3_5",
+    "Lfm2Vl",
+    "Llava",
+    *(pytest.param(one, marks=slow) for one in ("Gemma3n", "Inkling2", "MistralLarge4")),
+]
 RECURRENT = ["Qwen3_5", "Lfm2Vl"]
 
 
@@ -178,7 +186,7 @@ def test_rows_are_those_of_the_shorter_prompt(name: str) -> None:
     assert report.rows[0].kept(0) == [pad + slot for slot in range(4, 19, 2)]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", SOME)
 def test_batch_cache_and_rows_without_a_policy(name: str) -> None:
     models = pair(name)
     full, policies = paint.batch(models.rows), ["divprune:keep=0.4", None, None]
@@ -190,7 +198,7 @@ def test_batch_cache_and_rows_without_a_policy(name: str) -> None:
     close(got, paint.generate(models.patched, full, policy=policies, use_cache=False)[0])
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", SOME)
 def test_off_is_off_and_unpatching_leaves_nothing(name: str) -> None:
     models = pair(name)
     full = paint.batch(models.rows)
@@ -207,7 +215,7 @@ def test_off_is_off_and_unpatching_leaves_nothing(name: str) -> None:
         assert len(mine._forward_pre_hooks) == len(its._forward_pre_hooks)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", SOME)
 def test_by_hand_and_padded_on_the_right(name: str) -> None:
     """Forwards by hand say what generate says, whatever side the rows are padded on."""
     models = pair(name)
@@ -236,7 +244,7 @@ def test_by_hand_and_padded_on_the_right(name: str) -> None:
             assert out.cache is cache and cache.get_seq_length() == mask.shape[1]
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, "Gemma3n"])
+@pytest.mark.parametrize("name", [*RECURRENT, pytest.param("Gemma3n", marks=slow)])
 def test_beams_and_several_answers(name: str) -> None:
     models = pair(name)
     given: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, num_beams=3)
@@ -436,8 +444,9 @@ def test_padding_counts_as_computed_and_attention_alone_has_keys() -> None:
 # ------------------------------------------------------------------------------------------------------ both paths
 @pytest.mark.parametrize(
     ("kind", "policy"),
-    [("llava", "cls:keep=0.3"), ("llava_next", "globalcom2:retention=0.5"), ("qwen3_vl", "divprune:keep=0.4"),
-     ("qwen3_vl", "tome:keep=0.5"), ("llava_next", 'by_image:default="divprune:keep=0.5",last="none"'), ("llava", "pool")],
+    [("llava", "cls:keep=0.3"), ("llava_next", "globalcom2:retention=0.5"), ("llava", "pool"),
+     ("qwen3_vl", "divprune:keep=0.4"), ("qwen3_vl", "tome:keep=0.5"),
+     ("llava_next", 'by_image:default="divprune:keep=0.5",last="none"')],
 )  # fmt: skip
 def test_packed_and_padded_say_the_same(kind: str, policy: str) -> None:
     """With real pictures through the model's own tower; Qwen3-VL adds features to vision tokens behind its layers."""
