@@ -25,6 +25,8 @@ from tests.models.sizes import ANY_TEXT, CONFIGS, DEPTH, MAX_SIZE, OVER, TEXT, T
 MERGES = re.compile(r"def (get_placeholder_mask|inputs_merger)\b")
 CONTRAST = ("DiffusionGemmaForBlockDiffusion", "MllamaForConditionalGeneration")
 """Classes that do not decode token by token, or attend to images without merging them: refused, and in the table."""
+TALKERS = ("Qwen2_5OmniForConditionalGeneration",)
+"""Classes that are several models one behind the other: of these, the one that sees images is in the table."""
 
 
 def _classes() -> tuple[str, ...]:
@@ -41,7 +43,7 @@ def _classes() -> tuple[str, ...]:
         for part in re.split(r"^(?=class )", source, flags=re.M)[1:]:
             name, bases = re.match(r"class (\w+)\(?([^)]*)", part).groups()  # type: ignore[union-attr]
             generates = "GenerationMixin" in bases or "ForConditionalGeneration" in bases.replace("PreTrained", "")
-            generates &= not name.endswith("Model") and name not in found
+            generates &= not name.endswith("Model") and name not in {*found, *TALKERS}
             if generates and re.search(r"\bpixel_values\b", part) and name in public:
                 found.append(name)
     return tuple(sorted(found))
@@ -119,6 +121,8 @@ class Shrink:
         if name in table and isinstance(value, list) == isinstance(table[name], list) and value is not None:
             return type(value)(table[name]) if isinstance(value, float) else table[name]
         if isinstance(value, list) and depth and depth > 2 and len(value) == depth:  # one value per layer
+            if name in table:
+                return [table[name]] * table.get("num_hidden_layers", DEPTH)
             return value[:2] if kind == "vision" else self.per_layer(value)
         return value
 
@@ -130,7 +134,7 @@ class Shrink:
     def text(self, out: dict[str, Any]) -> None:
         """What belongs together in a language model's config."""
         latent = bool(out.get("kv_lora_rank"))
-        out.update(ANY_TEXT)
+        out.update({name: value for name, value in ANY_TEXT.items() if name in out})
         if out.get("eos_token_id") is not None:
             out["eos_token_id"] = None
         if latent:  # one key for all heads, of the size of its rotated part
