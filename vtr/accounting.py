@@ -80,6 +80,8 @@ class Report:
         kv_bytes: keys and values live when the call ended; kv_bytes_allocated: the storage that held them.
         selector_ms: time spent on choosing tokens, tries included.
         steps: forwards after the prompt's.
+        path: "packed", or "padded" for a decoder that cannot run packed rows: policies act before it, and rows are
+            padded to the longest.
     """
 
     rows: list[RowReport]
@@ -91,6 +93,7 @@ class Report:
     kv_bytes_allocated: int
     selector_ms: float
     steps: int
+    path: str = "packed"
 
     def table(self) -> str:
         """A plain-text table: a line a row."""
@@ -104,7 +107,7 @@ class Report:
         lines.append(
             f"decoder {self.flops / 1e9:.3f} GFLOPs (prefill {self.prefill_flops / 1e9:.3f}), "
             f"KV {self.kv_bytes / 1024:.1f} KiB live, {self.kv_bytes_allocated / 1024:.1f} KiB allocated, "
-            f"selector {self.selector_ms:.2f} ms"
+            f"selector {self.selector_ms:.2f} ms{'' if self.path == 'packed' else f', {self.path} rows'}"
         )
         return "\n".join(lines)
 
@@ -157,20 +160,22 @@ def _with_tries(made: Report, tried: Tried | None) -> Report:
 def _reduced(trace: Trace) -> Report:
     g = trace.geometry
     attended = [int(a) for a in trace.attended]
+    held = sum(int(n) for n in trace.kv_tokens) * 2 * g.kv_heads * g.head_dim * trace.kv_itemsize
     decode = trace.decode_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
     return Report(
         rows=[
-            _row(row, words, bool(trace.kv_tokens))
+            _row(row, words, bool(trace.kv_tokens or trace.kv_bytes))
             for row, words in zip(trace.rows[:: trace.beams], _remembered(trace), strict=True)
         ],
         flops=trace.prefill_flops + decode,
         prefill_flops=trace.prefill_flops,
         decode_flops=decode,
         selector_flops=trace.selector_flops,
-        kv_bytes=sum(int(n) for n in trace.kv_tokens) * 2 * g.kv_heads * g.head_dim * trace.kv_itemsize,
+        kv_bytes=held if trace.kv_bytes is None else trace.kv_bytes,
         kv_bytes_allocated=trace.kv_allocated,
         selector_ms=sum(clock.ms() for clock in trace.clocks),
         steps=trace.decode_steps,
+        path=trace.path,
     )
 
 
@@ -223,7 +228,7 @@ def _dense(trace: DenseTrace) -> Report:
     g, steps, past = trace.geometry, trace.steps, trace.past
     rows, n = trace.input_ids.shape[0] * trace.beams, trace.input_ids.shape[1]
     per_token, attention = sum(g.linear_flops), 4 * g.heads * g.head_dim
-    windows = trace.windows or (None,) * g.num_hidden_layers
+    windows = g.attending(trace.windows or (None,) * g.num_hidden_layers)
     prefill = rows * (n * per_token + attention * n * sum(_held(past, w) + n for w in windows))
     if trace.cached:
         keys = sum(_held(past + n + t, w) + 1 for t in range(steps) for w in windows)
@@ -231,7 +236,7 @@ def _dense(trace: DenseTrace) -> Report:
         held = sum(_held(past + n + steps, w) for w in windows)
         kv = rows * held * 2 * g.kv_heads * g.head_dim * trace.itemsize
     else:
-        attention *= g.num_hidden_layers
+        attention *= len(windows)
         decode = rows * sum((n + t + 1) * per_token + attention * (n + t + 1) ** 2 for t in range(steps))
         kv = 0
     return Report(
@@ -244,6 +249,7 @@ def _dense(trace: DenseTrace) -> Report:
         kv_bytes_allocated=kv,
         selector_ms=0.0,
         steps=steps,
+        path=trace.path,
     )
 
 

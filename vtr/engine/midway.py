@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vtr.base import Policy
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.install import patch_of
 from vtr.engine.session import Session
 
@@ -79,7 +79,10 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     Raises:
         UnsupportedError, TypeError, ValueError: what a call under ``policy`` would raise.
     """
-    text, me = patch_of(model).decoder.text, threading.get_ident()
+    patch, me = patch_of(model), threading.get_ident()
+    text = patch.decoder.text
+    if patch.path != "packed":
+        raise UnsupportedError(f"{type(text).__name__} cannot run packed rows, so its forward cannot be forked midway")
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == me:
