@@ -47,7 +47,10 @@ class Patch:
         path: "packed"; or "padded" for a decoder that cannot run packed rows: policies act before it, on rows that are
             padded. why: what is wrong with that decoder; None where it is packed.
         last: what the last call did, in whatever thread.
+        off: what the self-test found, where there was one.
     """
+
+    off: float | None = None
 
     def __init__(self, model: Any, adapter: Adapter, path: str | None = None) -> None:
         """Nothing of the model is touched yet. path: "padded" takes that path though the decoder could be packed."""
