@@ -71,14 +71,13 @@ _TILES = {
     "init_values": 0.1, "ref_feat_shape": [2, 2],
 }  # fmt: skip
 _WINDOWED = {
-    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 18, "kv_lora_rank": 24, "head_dim": 20, "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 18, "kv_lora_rank": 24, "head_dim": 20,
+    "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
 _INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 64, "compress_ratio": 4}
 _MARK: dict[str, Any] = {"image_token_id": 100}
-_WIDE_INDEX: dict[str, Any] = {
-    "text_config.index_topk": 64
-}  # under a prompt's length the unpatched model is not batch invariant
+_WIDE_INDEX: dict[str, Any] = {"text_config.index_topk": 64}
+"""Under a prompt's length the unpatched model is not batch invariant."""
 
 OVER: dict[str, dict[str, Any]] = {
     f"{name}ForConditionalGeneration": fields
