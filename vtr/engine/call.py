@@ -19,9 +19,9 @@ import torch
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer, is_ragged
-from vtr.engine.short_cache import ShortCache, is_short
 from vtr.engine.captures import Captures
 from vtr.engine.prompt import Prompt
+from vtr.engine.short_cache import ShortCache, is_short
 from vtr.engine.trace import DenseTrace, Trace
 
 last_traces: ContextVar[Mapping[object, Trace | DenseTrace | None]] = ContextVar(

@@ -1,8 +1,8 @@
 """The hooks of a patched model: what ``patch`` puts in, and ``unpatch`` takes out.
 
 They do nothing until a call carries a policy; then: model pre-hook (which policy, which
-images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route) → text model post-hook (unpack). A decoder that
-cannot run packed rows has no hooks inside: its text model's shorten the rows, and spread them again.
+images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route) → text model post-hook (unpack). A decoder
+that cannot run packed rows has no hooks inside: those of its text model shorten the rows, and spread them again.
 """
 
 from __future__ import annotations

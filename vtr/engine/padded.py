@@ -1,7 +1,7 @@
 """The padded path: hooks of a text model that cannot run packed rows, for policies that act before the decoder.
 
-In front of the decoder rows are shortened and padded on the left again (``shortened.py``); behind it they are spread over
-their logical columns. In between nothing is hooked: the model's own layers run on a shorter prompt, and its own cache,
+In front of the decoder rows are shortened and padded on the left again (``shortened.py``); behind it they are spread
+over their logical columns. In between nothing is hooked: the model's own layers run on a shorter prompt, and its own cache,
 whatever its layers keep, holds that. Later calls on the cache get its mask and positions.
 """
 
@@ -25,7 +25,14 @@ from vtr.engine.refusals import refuse_compiled
 from vtr.engine.request import Request, check_rows, rows_of
 from vtr.engine.rows import Row
 from vtr.engine.short_cache import (
-    ShortCache, ShortState, check_own_cache, columns_of, inside, is_short, note_short, shorten,
+    ShortCache,
+    ShortState,
+    check_own_cache,
+    columns_of,
+    inside,
+    is_short,
+    note_short,
+    shorten,
 )  # fmt: skip
 from vtr.engine.shortened import ShortRows, take_features
 from vtr.engine.trace import Clock, RowTrace, Trace
@@ -141,12 +148,20 @@ class PaddedHooks:
         return self._mask(short, mask, "full_attention")
 
     def _mask(self, short: ShortRows, mask: Any, kind: str) -> Any:
-        if not isinstance(mask, torch.Tensor) or kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedError(
-                f"this model has built a mask of {kind} ({type(mask).__name__}) for the whole prompt, which cannot be "
-                "made for a shorter one: pass policy=None, or take another attn_implementation"
-            )
-        return short.square(mask, self.patch.decoder.text.config.sliding_window if "sliding" in kind else None)
+        """One that the model has built: of all columns, or of layers of a kind."""
+        text = self.patch.decoder.text
+        window = text.config.sliding_window if "sliding" in kind else None
+        if kind in ("full_attention", "sliding_attention"):
+            if (mask is None and "flash" in text.config._attn_implementation) or getattr(mask, "ndim", 0) == 2:
+                return short.mask if mask is None else short.mask.to(mask.dtype)
+            if mask is None:  # causal, without padding
+                return short.causal(window)
+            if isinstance(mask, torch.Tensor):
+                return short.square(mask, window)
+        raise UnsupportedError(
+            f"this model has built a mask of {kind} ({type(mask).__name__}) for the whole prompt, which cannot be made "
+            "for a shorter one: pass policy=None, or take another attn_implementation"
+        )
 
     def _cut(self, module: Any, short: ShortRows, request: Request, kwargs: dict[str, Any]) -> None:
         """Cut whatever else the text model is given per token."""
@@ -324,8 +339,8 @@ def _cut_one(short: ShortRows, name: str, value: Any) -> Any:
     if value.dim() >= 2 and value.shape[:2] == (1, length):
         return short.take(value.expand(batch, *value.shape[1:]))
     raise UnsupportedError(
-        f"this model gives its decoder {name} of shape {tuple(value.shape)}, of which vtr does not know how it belongs to "
-        f"the {length} tokens of {batch} rows: pass policy=None"
+        f"this model gives its decoder {name} of shape {tuple(value.shape)}, of which vtr does not know how it belongs "
+        f"to the {length} tokens of {batch} rows: pass policy=None"
     )
 
 

@@ -87,10 +87,10 @@ def check_padded_generation(kwargs: Mapping[str, Any], default: Any) -> None:
         UnsupportedError: naming the way out.
     """
     config = kwargs.get("generation_config") or default
-    if "static" == (kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)):
+    if (kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)) == "static":
         raise UnsupportedError(
-            "cache_implementation='static' is not available for rows that are shortened and padded (this model's decoder "
-            "cannot run packed rows): leave it out, or pass policy=None"
+            "cache_implementation='static' is not available for rows that are shortened and padded (this model's "
+            "decoder cannot run packed rows): leave it out, or pass policy=None"
         )
     drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha")
     if found := [name for name in drafts if kwargs.get(name) or getattr(config, name, None)]:

@@ -1,4 +1,4 @@
-"""A cache of transformers' own, of whatever layers, that holds shortened rows: real lengths inside, logical ones outside.
+"""A cache of transformers' own, of whatever layers, with shortened rows: real lengths inside, logical ones outside.
 
 The rows are padded on the left to a common length. What the engine must know of them between calls is carried by the
 cache object itself, as by a ragged one.
@@ -68,17 +68,26 @@ class ShortCache(DynamicCache):
         """Logical columns, as ``generate`` and the module that merges images count them."""
         return int(super().get_seq_length(layer_idx)) + self.vtr_state.missing
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(columns, where they begin), counted as :meth:`get_seq_length` does."""
+        columns, start = super().get_mask_sizes(query_length, layer_idx)
+        missing = self.vtr_state.missing
+        return (columns, start + missing) if start else (columns + missing, 0)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.vtr_state.take(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.vtr_state.take([row for row in range(len(self.vtr_state.lengths)) for _ in range(repeats)])
+        self.batch_select_indices(torch.arange(len(self.vtr_state.lengths)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.vtr_state.take(torch.arange(len(self.vtr_state.lengths))[indices.cpu()].tolist())
+        """As beams change places, since recurrent layers know that alone."""
+        rows = torch.arange(len(self.vtr_state.lengths))[indices.cpu()]
+        self.reorder_cache(rows.to(self.vtr_state.mask.device))  # type: ignore[union-attr]
+        for layer in self.layers:
+            if hasattr(layer, "batch_size"):
+                layer.batch_size = len(rows)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raises UnsupportedError."""

@@ -7,7 +7,6 @@ makes of its neighbours (convolutions, recurrent states, relative positions, win
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -103,7 +102,7 @@ class ShortRows:
         return torch.where(closes, (counted + first) * self.mask, kept)
 
     def square(self, mask: torch.Tensor, window: int | None) -> torch.Tensor:
-        """[1 or rows, heads, length, length] → [rows, heads, width, width]: what a model's own mask says of what is left.
+        """[1 or rows, heads, length, length] → [rows, heads, width, width]: a model's own mask, of what is left.
 
         Padding sees itself alone, and nobody sees it.
 
@@ -130,6 +129,12 @@ class ShortRows:
             return out
         return mask.new_zeros(out.shape).masked_fill(~out, torch.finfo(mask.dtype).min)
 
+    def causal(self, window: int | None) -> torch.Tensor:
+        """bool [rows, 1, width, width]: who sees whom where a model has built no mask, since all came before."""
+        at = torch.arange(self.width, device=self.mask.device)
+        seen = _within(at, self.width if window is None else window) & self.mask.bool()[:, None, None]
+        return seen | torch.eye(self.width, dtype=torch.bool, device=seen.device)
+
     # -- out of the decoder ----------------------------------------------------------------------------------------
     def spread(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, width, D] → [rows, length, D]. A dropped slot carries the last surviving state before it."""
@@ -145,7 +150,7 @@ class ShortRows:
         return out.unflatten(0, (len(self.rows), self.length))
 
     def state(self, given: torch.Tensor | None, positions: torch.Tensor) -> ShortState:
-        """What a cache of these rows is to know. given: their logical positions; positions: as the decoder gets them."""
+        """What a cache of these rows is to know. given: logical positions; positions: those that the decoder gets."""
         several = len(self.rows) > 1
         form = "none" if given is None else "axes" if given.dim() == 3 else "rows"
         if form == "rows" and several and given is not None and given.shape[0] == 1:

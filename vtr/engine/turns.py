@@ -47,8 +47,9 @@ def fork(cache: C, rows: int | Sequence[int] = 1) -> C:
     several = not isinstance(rows, int)
     if (several and not len(rows)) or (not several and rows < 1):  # type: ignore[arg-type, operator]
         raise ValueError(f"fork(cache, rows={rows!r}): a fork has at least one row")
+    needed = "reorder_cache" if is_short(cache) else "batch_select_indices"
     if not all(hasattr(cache, name) for name in ("batch_repeat_interleave", "batch_select_indices")) or not all(
-        hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [])
+        hasattr(layer, needed) for layer in getattr(cache, "layers", [])
     ):
         raise UnsupportedError(
             f"the rows of a {type(cache).__name__} cannot be repeated: fork what a call without a cache of your own "

@@ -71,8 +71,8 @@ def refuse_inside(depth: int, why: str | None, policies: Sequence[Policy | None]
         asked = [question for question in INSIDE if policy is not None and policy.asks(question)]
         if policy is not None and asked:
             raise UnsupportedError(
-                f"{policy.spec!r} acts inside the decoder ({', '.join(asked)}), and this model's takes only policies that "
-                f"act before it{f' ({why})' if why else ''}. {_instead(policy, depth)}"
+                f"{policy.spec!r} acts inside the decoder ({', '.join(asked)}), and this model's takes only policies "
+                f"that act before it{f' ({why})' if why else ''}. {_instead(policy, depth)}"
             )
 
 
@@ -91,7 +91,6 @@ def _instead(policy: Policy, depth: int) -> str:
         made = dataclasses.replace(policy, keep=keep, layer=0, before_decoder=True, share="row")  # type: ignore[call-arg]
         return f"Use {made.spec}, which keeps as many before it"
     return (
-        f"Use one such as {INSTEAD}:keep={ratio(share)}, which has the same mean over layers ({share:.0%} of the vision "
-        "tokens) and keeps those that are least alike"
+        f"Use one such as {INSTEAD}:keep={ratio(share)}, which has the same mean over layers ({share:.0%} of the "
+        "vision tokens) and keeps those that are least alike"
     )
-
