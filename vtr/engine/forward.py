@@ -21,7 +21,7 @@ from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in
 from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_labels
+from vtr.engine.refusals import check_call, check_mask, check_pixels, refuse_compiled, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
 from vtr.engine.static import takes_static_step
 from vtr.engine.turns import go_on, new_turn
@@ -95,6 +95,8 @@ class ForwardHooks:
                 return args, kwargs, None  # text without pictures
             by_hand, policies = True, generation.policies_for(rows or 0)
         if policies is None:
+            if is_ragged(cache):
+                check_mask(kwargs)
             if not is_ragged(cache):
                 self.patch.publish(None if ids is None else dense_forward(self.patch, ids, kwargs))
             return args, kwargs, None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vtr.base import Policy
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.install import patch_of
 from vtr.engine.session import Session
 
@@ -79,7 +79,9 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     Raises:
         UnsupportedError, TypeError, ValueError: what a call under ``policy`` would raise.
     """
-    text, me = patch_of(model).decoder.text, threading.get_ident()
+    decoder, me = patch_of(model).decoder, threading.get_ident()
+    decoder.check_midway()
+    text = decoder.text
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == me:
@@ -91,7 +93,10 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     except _ReachedError as reached:
         call = {k: v for k, v in reached.call.items() if k != "hidden_states"}
         session: Session = call.pop("vtr_session")
-        session.positions.take_rope(call)
+        if session.masks is not None:
+            why = "a forward under the model's own masks cannot stop between its layers and go on"
+            raise UnsupportedError(why) from None
+        session.positions.take_rope(0, call, reached.hidden)
         return Midway(text, session, reached.hidden, 0, call)
     finally:
         handle.remove()
