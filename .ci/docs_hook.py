@@ -15,6 +15,17 @@ OUT = re.compile(r'<a href="((?:\.\./)+)([^":#]*)(#[^"]*)?">')
 PICTURE = re.compile(r"\]\((?:\.\./)+(eval/results/[\w-]+\.png)\)")
 """Pictures of result files, which lie outside of the docs."""
 
+SEARCH = "<!-- vtr:search -->"
+"""Where a page wants a box that filters the table behind it; elsewhere than on the site it is not seen."""
+BOX = """<input id="vtr-search" type="search" placeholder="a class, a decoder, a path …" aria-label="Filter the table">
+<script>
+document.getElementById("vtr-search").addEventListener("input", ({target}) => {
+  const words = target.value.toLowerCase().split(/\\s+/);
+  for (const row of document.querySelectorAll("table tbody tr"))
+    row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+});
+</script>"""
+
 
 def on_config(config: Any) -> Any:
     """Pages of methods that the navigation does not name come behind the others, so that a new one need not edit it."""
@@ -34,6 +45,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
+    markdown = markdown.replace(SEARCH, BOX)
     return PICTURE.sub(lambda found: f"]({up}pictures/of-results/{Path(found[1]).name})", markdown)
 
 

@@ -80,6 +80,8 @@ class Report:
         kv_bytes: keys and values live when the call ended; kv_bytes_allocated: the storage that held them.
         selector_ms: time spent on choosing tokens, tries included.
         steps: forwards after the prompt's.
+        path: "packed", or "padded" for a decoder that cannot run packed rows: policies act before it, and rows are
+            padded to the longest.
     """
 
     rows: list[RowReport]
@@ -91,6 +93,7 @@ class Report:
     kv_bytes_allocated: int
     selector_ms: float
     steps: int
+    path: str = "packed"
 
     def table(self) -> str:
         """A plain-text table: a line a row."""
@@ -104,7 +107,7 @@ class Report:
         lines.append(
             f"decoder {self.flops / 1e9:.3f} GFLOPs (prefill {self.prefill_flops / 1e9:.3f}), "
             f"KV {self.kv_bytes / 1024:.1f} KiB live, {self.kv_bytes_allocated / 1024:.1f} KiB allocated, "
-            f"selector {self.selector_ms:.2f} ms"
+            f"selector {self.selector_ms:.2f} ms{'' if self.path == 'packed' else f', {self.path} rows'}"
         )
         return "\n".join(lines)
 
@@ -157,20 +160,21 @@ def _with_tries(made: Report, tried: Tried | None) -> Report:
 def _reduced(trace: Trace) -> Report:
     g = trace.geometry
     decode = trace.decode_flops + sum(g.attention(i).pair * int(a) for i, a in enumerate(trace.attended))
-    held = sum(g.attention(i).cached * int(n) for i, n in enumerate(trace.kv_tokens))
+    held = sum(g.attention(i).cached * int(n) for i, n in enumerate(trace.kv_tokens)) * trace.kv_itemsize
     return Report(
         rows=[
-            _row(row, words, bool(trace.kv_tokens))
+            _row(row, words, bool(trace.kv_tokens or trace.kv_bytes))
             for row, words in zip(trace.rows[:: trace.beams], _remembered(trace), strict=True)
         ],
         flops=trace.prefill_flops + decode,
         prefill_flops=trace.prefill_flops,
         decode_flops=decode,
         selector_flops=trace.selector_flops,
-        kv_bytes=held * trace.kv_itemsize,
+        kv_bytes=held if trace.kv_bytes is None else trace.kv_bytes,
         kv_bytes_allocated=trace.kv_allocated,
         selector_ms=sum(clock.ms() for clock in trace.clocks),
         steps=trace.decode_steps,
+        path=trace.path,
     )
 
 
@@ -223,7 +227,7 @@ def _dense(trace: DenseTrace) -> Report:
     g, steps, past = trace.geometry, trace.steps, trace.past
     rows, n = trace.input_ids.shape[0] * trace.beams, trace.input_ids.shape[1]
     per_token, sizes = sum(g.linear_flops), [g.attention(i) for i in range(g.num_hidden_layers)]
-    layers = list(zip(sizes, trace.windows or (None,) * g.num_hidden_layers, strict=True))
+    layers = g.attending(list(zip(sizes, trace.windows or (None,) * g.num_hidden_layers, strict=True)))
     prefill = rows * (n * per_token + n * sum(size.pair * (_held(past, w) + n) for size, w in layers))
     if trace.cached:
         products = sum(size.pair * (_held(past + n + t, w) + 1) for t in range(steps) for size, w in layers)
@@ -231,7 +235,7 @@ def _dense(trace: DenseTrace) -> Report:
         held = sum(size.cached * _held(past + n + steps, w) for size, w in layers)
         kv = rows * held * trace.itemsize
     else:
-        pairs = sum(size.pair for size in sizes)
+        pairs = sum(size.pair for size, _ in layers)
         decode = rows * sum((n + t + 1) * per_token + pairs * (n + t + 1) ** 2 for t in range(steps))
         kv = 0
     return Report(
@@ -244,6 +248,7 @@ def _dense(trace: DenseTrace) -> Report:
         kv_bytes_allocated=kv,
         selector_ms=0.0,
         steps=steps,
+        path=trace.path,
     )
 
 

@@ -21,6 +21,7 @@ from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import RaggedLayer, is_ragged
 from vtr.engine.captures import Captures
 from vtr.engine.prompt import Prompt
+from vtr.engine.short_cache import ShortCache, is_short
 from vtr.engine.trace import DenseTrace, Trace
 
 last_traces: ContextVar[Mapping[object, Trace | DenseTrace | None]] = ContextVar(
@@ -40,6 +41,7 @@ class Generation:
         length: columns of input_ids as passed. started: True after the first forward.
         captures: what its policies want of the vision tower, or None.
         ids: int64 [prompts, L], the prompt's new part; None where only embeddings are known.
+        short: the cache of shortened rows that it runs on, on the padded path.
         until_done: what ends with it.
     """
 
@@ -53,6 +55,7 @@ class Generation:
     started: bool = False
     cache_layers: list[RaggedLayer] | None = None
     attended_before: list[Any] | None = None
+    short: ShortCache | None = None
     until_done: ExitStack = field(default_factory=ExitStack)
 
     def note_forward(self, layers: list[RaggedLayer] | None) -> None:
@@ -62,14 +65,16 @@ class Generation:
             self.attended_before = [layer.attended for layer in layers]
 
     def owns_cache(self, cache: Any) -> bool:
-        """Whether ``cache`` is the ragged one that this generate runs on (any, before its first forward)."""
+        """Whether ``cache`` is the reduced one that this generate runs on (any, before its first forward)."""
+        if is_short(cache):
+            return not self.started or cache is self.short
         return is_ragged(cache) and (not self.started or cache.layers is self.cache_layers)
 
     def owns(self, ids: torch.Tensor | None, kwargs: Mapping[str, Any], cache: Any) -> bool:
         """Whether a forward is a step of this generate, not one that a callback makes by hand while it runs."""
         if not self.started:
             return True
-        if self.cache_layers is not None:
+        if self.cache_layers is not None or self.short is not None:
             return self.owns_cache(cache)
         brings_images = any(kwargs.get(name) is not None for name in PIXELS)
         return cache is None and not brings_images and self.starts_with_prompt(ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -37,11 +37,16 @@ class PolicyChoice:
 
     Attributes:
         key: whose calls. default: for those that name no policy outside of ``vtr.use``.
+        refuse: raises UnsupportedError for policies that the model's decoder cannot have; None: it can have all.
         users: open ``vtr.use`` blocks and running ``generate`` calls that reduce, in whatever thread.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, num_hidden_layers: int) -> None:
+    def __init__(
+        self, model: Any, adapter: Adapter, num_hidden_layers: int,
+        refuse: Callable[[Sequence[Policy | None]], None] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.adapter, self.num_hidden_layers = model, adapter, num_hidden_layers
+        self.refuse = refuse
         self.key = Key()
         self.default: Policy | None = None
         self.users = 0
@@ -56,6 +61,8 @@ class PolicyChoice:
             given = in_use.get().get(self.key, self.default)
         found = policies_per_row(given, rows, self.num_hidden_layers, self.model)
         self.adapter.refuse(found or [])
+        if self.refuse is not None:
+            self.refuse(found or [])
         return found
 
     def applies(self) -> bool:

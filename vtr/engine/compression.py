@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vtr.base import Policy
-from vtr.engine.captures import Captures
+from vtr.engine.captures import Captures, Place
 from vtr.engine.checks import GuardedFields, checked_keep
 from vtr.engine.rows import FIELDS, Row
 from vtr.engine.trace import Sources
@@ -68,6 +68,22 @@ class Compression:
             mean = sums / sizes if values.is_floating_point() else sums // sizes.clamp(min=1)
             out = out.index_copy(0, at, torch.where(sizes > 0, mean, out.index_select(0, at)))
         return out
+
+
+def shrinks(row: Row) -> bool:
+    """Whether the row's policy is asked about images before the decoder."""
+    return bool(row.given.layouts) and row.asks("compress")
+
+
+def ranked_places(rows: Sequence[Row]) -> list[Place]:
+    """The images of these rows whose CLS scores policies want: they are scored together."""
+    found = []
+    for row in filter(shrinks, rows):
+        assert row.policy is not None
+        places = row.given.places
+        mine = [row.policy.of_image(i, len(places)) for i in range(len(places))]
+        found += [place for place, one in zip(places, mine, strict=True) if one is not None and "cls" in one.wants]
+    return found
 
 
 def compress_row(row: Row, embeds: torch.Tensor, captures: Captures | None) -> Compression:

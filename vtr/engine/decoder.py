@@ -27,14 +27,14 @@ class Decoder:
         geometry: its sizes.
         windows: the sliding window (or chunk) of every layer, in positions; None where attention is causal over
             everything.
-        kinds: of every layer, as its config calls them. rotary: what makes its rope.
+        kinds: of every layer, as its config calls them. rope: what makes it. Both are there where rows are packed.
     """
 
     text: Any
     geometry: Geometry
     windows: tuple[int | None, ...]
-    kinds: tuple[str, ...]
-    rotary: Rotary
+    kinds: tuple[str, ...] = ()
+    rope: Rotary | None = None
 
     @classmethod
     def from_text_model(cls, text: Any) -> Decoder:
@@ -58,6 +58,12 @@ class Decoder:
                 "use_sliding_window=False in its text config, if it was trained so"
             )
         return made
+
+    @property
+    def rotary(self) -> Rotary:
+        """What makes rope, where rows are packed."""
+        assert self.rope is not None
+        return self.rope
 
     @property
     def depth(self) -> int:

@@ -37,6 +37,7 @@ def dense_forward(
         placeholders=adapter.placeholders(model),
         itemsize=model.dtype.itemsize,
         cached=bool(decoder.text.config.use_cache if use_cache is None else use_cache),
+        path=patch.path,
         past=0 if cache is None else int(cache.get_seq_length()),
         steps=steps,
         beams=beams,

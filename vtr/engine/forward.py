@@ -14,7 +14,6 @@ import torch
 
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.answers import answer_labels
-from vtr.engine.cache import is_ragged
 from vtr.engine.call import PIXELS, Generation, pending_request, refuse_replica
 from vtr.engine.captures import begin
 from vtr.engine.choice import MISSING
@@ -23,8 +22,9 @@ from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
 from vtr.engine.refusals import check_call, check_mask, check_pixels, refuse_compiled, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
+from vtr.engine.short_cache import is_reduced
 from vtr.engine.static import takes_static_step
-from vtr.engine.turns import go_on, new_turn
+from vtr.engine.turns import go_on, new_turn, refuse_new_pictures
 from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ForwardHooks:
         if takes_static_step(cache_in(kwargs), kwargs):
             return args, kwargs
         if torch.compiler.is_compiling():
-            if self.check_compiling(kwargs):
+            if "vtr_request" not in kwargs and self.check_compiling(kwargs):
                 kwargs["vtr_request"] = None
             return args, kwargs
         if module.__dict__.get("_is_replica"):
@@ -56,7 +56,10 @@ class ForwardHooks:
             left = pending_request.get()
             if (left is not None and left[0] is self.patch.key) or self.patch.choice.generation() is None:
                 return args, kwargs  # the model's own forward has asked; by itself, the inner one is not reduced
-        args, kwargs, request = self.make_request(self.names, args, kwargs, steps=True)
+        elif self.patch.path == "padded" and (left := pending_request.get()) is not None and left[0] is self.patch.key:
+            return args, kwargs  # the model around this one has asked
+        names = self.names if module is self.patch.entry else names_of(module)
+        args, kwargs, request = self.make_request(names, args, kwargs, steps=True)
         if self.patch.request_by_context:
             pending_request.set((self.patch.key, request))
         elif request is not None or self.patch.choice.applies():
@@ -87,7 +90,7 @@ class ForwardHooks:
         if generation is None:
             policies = self.patch.choice.policies(given, rows)
         elif steps and (self.patch.inner is not self.patch.model or generation.owns(ids, kwargs, cache)):
-            if generation.started and is_ragged(cache):
+            if generation.started and is_reduced(cache):
                 return args, kwargs, None
             policies = generation.policies
         else:  # a callback of that generate runs the model
@@ -95,12 +98,12 @@ class ForwardHooks:
                 return args, kwargs, None  # text without pictures
             by_hand, policies = True, generation.policies_for(rows or 0)
         if policies is None:
-            if is_ragged(cache):
+            if is_reduced(cache):
                 check_mask(kwargs)
-            if not is_ragged(cache):
+            else:
                 self.patch.publish(None if ids is None else dense_forward(self.patch, ids, kwargs))
             return args, kwargs, None
-        check_call(kwargs, [self.patch.model.config, self.patch.decoder.text.config])
+        check_call(kwargs, [self.patch.model.config, self.patch.decoder.text.config], self.patch.path)
         if choosing := next((p for p in policies if p is not None and p.asks("resolve")), None):
             raise UnsupportedError(
                 f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
@@ -115,6 +118,7 @@ class ForwardHooks:
         owned = generation is not None and generation.owns_cache(cache)
         if generation is not None and owned and generation.started:
             return
+        refuse_new_pictures(cache, kwargs)
         if not owned:
             go_on(self.patch.entry, cache, None)
         if owned or length != 1 or any(kwargs.get(name) is not None for name in PIXELS):

@@ -20,11 +20,12 @@ from vtr.engine.compat import cache_in, cache_name
 from vtr.engine.decode import note_cache
 from vtr.engine.dense import dense_generation
 from vtr.engine.prompt import Prompt, ids_of, new_part, read_prompt
-from vtr.engine.refusals import check_call, check_generation
+from vtr.engine.refusals import check_call, check_generation, check_padded_generation
 from vtr.engine.resolve import check_resolvable, resolve_rows
+from vtr.engine.short_cache import note_short
 from vtr.engine.static import StaticRaggedCache, decoding_of
 from vtr.engine.trace import Trace, Tried
-from vtr.engine.turns import behind_cache, go_on, state_of, without_cached_pictures
+from vtr.engine.turns import behind_cache, go_on, refuse_new_pictures, state_of, without_cached_pictures
 from vtr.image import CROP_GRIDS
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Generate:
         if given is MISSING and getattr(kwargs.get("generation_config"), "is_assistant", False):
             given = None  # another model's draft: that model checks it, and has encoded the images already
         args, kwargs = self._behind_cache(args, kwargs)
+        refuse_new_pictures(cache_in(kwargs), kwargs)
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         grids = kwargs.pop(CROP_GRIDS, None)  # ours: the model's own generate refuses what it does not know
         generation, tried = self._prepared(given, ids, kwargs, grids)
@@ -119,6 +121,8 @@ class Generate:
             for layer in generation.cache_layers or []:
                 layer.drop_unseen()
             note_cache(generation.trace, generation.cache_layers, generation.attended_before)
+            if generation.short is not None:
+                note_short(generation.trace, generation.short)
             generation.trace.tried = tried
             self.patch.publish(generation.trace)
         elif ids is not None:
@@ -191,8 +195,10 @@ class Generate:
     ) -> Prompt:
         """Refuse what cannot be done, and read where the vision tokens are before transformers encodes the images."""
         patch, adapter, model = self.patch, self.patch.adapter, self.patch.model
-        check_call(kwargs, [model.config, patch.decoder.text.config])
+        check_call(kwargs, [model.config, patch.decoder.text.config], patch.path)
         check_generation(kwargs, patch.inner.generation_config, policies)
+        if patch.path == "padded":
+            check_padded_generation(kwargs, patch.inner.generation_config)
         embeds = kwargs.get("inputs_embeds")
         given = embeds is not None and (ids is None or ids.shape != embeds.shape[:2])
         if kwargs.get("use_cache") is False and (given or adapter.returns_new_tokens_only):

@@ -1,13 +1,15 @@
 """The hooks of a patched model: what ``patch`` puts in, and ``unpatch`` takes out.
 
 They do nothing until a call carries a policy; then: model pre-hook (which policy, which
-images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route) → text model post-hook (unpack).
+images) → text model pre-hook (pack) → decoder layer pre-hooks (prune, route) → text model post-hook (unpack). A decoder
+that cannot run packed rows has no hooks inside: those of its text model shorten the rows, and spread them again.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +28,11 @@ from vtr.engine.decoder import Decoder, mlp_of
 from vtr.engine.forward import ForwardHooks
 from vtr.engine.generate import Generate, MakesMasks, PreparesCache
 from vtr.engine.outer import install_outer
+from vtr.engine.padded import PaddedHooks
 from vtr.engine.session import Session
 from vtr.engine.text import TextHooks
 from vtr.engine.trace import DenseTrace, Trace
+from vtr.engine.unpackable import decoder_of, refuse_inside
 
 NAME = "_vtr"
 
@@ -40,22 +44,33 @@ class Patch:
         inner: the module whose forward calls the text model. decoder: the text model. key: see ``PolicyChoice``.
         request_by_context: whether a call's request goes to the text model by a context variable.
         entry: the module in front of which the request is made.
+        path: "packed"; or "padded" for a decoder that cannot run packed rows: policies act before it, on rows that are
+            padded. why: what is wrong with that decoder; None where it is packed.
         last: what the last call did, in whatever thread.
+        off: what the self-test found, where there was one.
     """
 
-    def __init__(self, model: Any, adapter: Adapter) -> None:
+    off: float | None = None
+
+    def __init__(self, model: Any, adapter: Adapter, path: str | None = None) -> None:
+        """Nothing of the model is touched yet. path: "padded" takes that path though the decoder could be packed."""
         self.model, self.adapter, self.inner = model, adapter, adapter.inner(model)
-        self.decoder = Decoder.from_text_model(adapter.text_model(model))
-        self.choice = PolicyChoice(model, adapter, self.decoder.depth)
+        self.path, self.why, self.decoder = _decoder(adapter.text_model(model), path)
+        refuse = None if self.path == "packed" else partial(refuse_inside, self.decoder.depth, self.why)
+        self.choice = PolicyChoice(model, adapter, self.decoder.depth, refuse)
         self.key = self.choice.key
         self.last: Trace | DenseTrace | None = None
         parameters = inspect.signature(type(self.inner).forward).parameters.values()
         closed = all(p.kind is not p.VAR_KEYWORD for p in parameters)
-        self.request_by_context = closed or self.inner is not model
-        self.entry = self.inner if self.request_by_context else adapter.multimodal_module(model)
+        packed = self.path == "packed"
+        self.request_by_context = closed or self.inner is not model or not packed
+        by_entry = not self.request_by_context or (not packed and self.inner is model)
+        self.entry = adapter.multimodal_module(model) if by_entry else self.inner
         self.graphs = GraphedForward(self.decoder.text)
-        self.forward_hooks, self.text_hooks, self.vision = ForwardHooks(self), TextHooks(self), VisionHooks(self)
-        attention_name(self.decoder.text.config._attn_implementation)  # raises if it cannot run packed rows
+        self.forward_hooks, self.vision = ForwardHooks(self), VisionHooks(self)
+        self.text_hooks: TextHooks | PaddedHooks = TextHooks(self) if packed else PaddedHooks(self)
+        if packed:
+            attention_name(self.decoder.text.config._attn_implementation)  # raises if it cannot run packed rows
 
     def install(self) -> None:
         model, text = self.model, self.decoder.text
@@ -67,18 +82,29 @@ class Patch:
             *self.vision.install(),
             *self.adapter.own_hooks(model),
         ]
+        if self.path == "padded" and self.inner is model and self.entry is not model:
+            self.handles.append(model.register_forward_pre_hook(self.forward_hooks.before, with_kwargs=True))
         if self.request_by_context:
-            ends = [model] if self.inner is model else [model, self.inner]
+            ends = dict.fromkeys([model, self.inner, self.entry])
             self.handles += [module.register_forward_hook(clear_pending_request, always_call=True) for module in ends]
-        for index, layer in enumerate(text.layers):
+        if self.path == "packed":
+            self._hook_layers()
+        self._stand_in()
+        model.__dict__[NAME] = self
+
+    def _hook_layers(self) -> None:
+        for index, layer in enumerate(self.decoder.text.layers):
             layer.self_attn.config = AttentionConfig(layer.self_attn.config)
             self.handles += [
                 layer.register_forward_pre_hook(LayerHook(index, self.handles), with_kwargs=True),
                 layer.register_forward_hook(after_layer, with_kwargs=True),
             ]
-        stands_in: dict[str, tuple[Any, Any]] = {"generate": (model, Generate(self, model.generate))}
+
+    def _stand_in(self) -> None:
+        """Put ours in place of the model's methods."""
+        stands_in: dict[str, tuple[Any, Any]] = {"generate": (self.model, Generate(self, self.model.generate))}
         inner = self.inner
-        if hasattr(inner, "_prepare_cache_for_generation"):
+        if self.path == "packed" and hasattr(inner, "_prepare_cache_for_generation"):
             masks = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
             prepares = PreparesCache(self, inner._prepare_cache_for_generation)
             stands_in["_prepare_cache_for_generation"] = inner, prepares
@@ -87,13 +113,12 @@ class Patch:
         self.replaced = {name: module for name, (module, _) in stands_in.items()}
         for name, (module, made) in stands_in.items():
             setattr(module, name, made)
-        model.__dict__[NAME] = self
 
     def remove(self) -> None:
         self.graphs.leave()
         for handle in self.handles:
             handle.remove()
-        for layer in self.decoder.text.layers:
+        for layer in self.decoder.text.layers if self.path == "packed" else ():
             layer.self_attn.config = layer.self_attn.config.own
         del self.model.__dict__[NAME]
         for name, module in self.replaced.items():
@@ -116,6 +141,17 @@ class Patch:
         """Make ``trace`` what ``vtr.report`` shows: in this context, and to threads that have seen no other call."""
         last_traces.set({**last_traces.get(), self.key: trace})
         self.last = trace
+
+
+def _decoder(text: Any, path: str | None) -> tuple[str, str | None, Decoder]:
+    """The path a decoder takes, why if that is the padded one, and what is read off it."""
+    try:
+        if path != "padded":
+            return "packed", None, Decoder.from_text_model(text)
+        why = None
+    except UnsupportedError as error:
+        why = str(error)
+    return "padded", why, decoder_of(text)
 
 
 _hooking = threading.Lock()

@@ -79,9 +79,11 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     Raises:
         UnsupportedError, TypeError, ValueError: what a call under ``policy`` would raise.
     """
-    decoder, me = patch_of(model).decoder, threading.get_ident()
-    decoder.check_midway()
-    text = decoder.text
+    patch, me = patch_of(model), threading.get_ident()
+    text = patch.decoder.text
+    if patch.path != "packed":
+        raise UnsupportedError(f"{type(text).__name__} cannot run packed rows, so its forward cannot be forked midway")
+    patch.decoder.check_midway()
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == me:

@@ -12,10 +12,11 @@ import torch
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.cache import is_ragged
 from vtr.engine.compat import cache_in
+from vtr.engine.short_cache import check_own_cache
 
 
-def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
-    """Refuse what a reduced call cannot do, before anything changes.
+def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any], path: str = "packed") -> None:
+    """Refuse what a reduced call cannot do, before anything changes. path: how its rows go through the decoder.
 
     Raises:
         UnsupportedError: naming the way out.
@@ -27,7 +28,9 @@ def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any]) -> None:
                 "drop it, or pass policy=None for this call"
             )
     check_mask(kwargs)
-    check_cache(cache_in(kwargs))
+    if path == "packed":
+        return check_cache(cache_in(kwargs))
+    check_own_cache(cache_in(kwargs))
 
 
 def check_mask(kwargs: Mapping[str, Any]) -> None:
@@ -85,6 +88,26 @@ def check_generation(kwargs: Mapping[str, Any], default: Any, policies: Sequence
         raise UnsupportedError(
             f"assisted decoding takes back drafted tokens, but {forgets.spec!r} may have forgotten them: leave out the "
             "assistant, or use a policy that remembers what is decoded"
+        )
+
+
+def check_padded_generation(kwargs: Mapping[str, Any], default: Any) -> None:
+    """Refuse ways of generating that need more of a cache than rows that are padded can give.
+
+    Raises:
+        UnsupportedError: naming the way out.
+    """
+    config = kwargs.get("generation_config") or default
+    if (kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)) == "static":
+        raise UnsupportedError(
+            "cache_implementation='static' is not available for rows that are shortened and padded (this model's "
+            "decoder cannot run packed rows): leave it out, or pass policy=None"
+        )
+    drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha")
+    if found := [name for name in drafts if kwargs.get(name) or getattr(config, name, None)]:
+        raise UnsupportedError(
+            f"{found[0]} takes back tokens that a cache of shortened rows cannot give back: leave it out, or pass "
+            "policy=None"
         )
 
 

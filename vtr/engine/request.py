@@ -77,11 +77,12 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
     return rows
 
 
-def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Rotary) -> None:
+def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Rotary | None) -> None:
     """Refuse rows whose policies cannot work on them, before anything runs.
 
     Args:
-        cached: whether there is a cache. depth: decoder layers. rotary: the text model's rotary embedding.
+        cached: whether there is a cache. depth: decoder layers.
+        rotary: of the text model; None where nothing acts inside.
 
     Raises:
         UnsupportedError, ValueError: naming the row or the policy, and the way out.
@@ -96,12 +97,12 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Rotary) ->
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
             )
-        if p.renumbers and row.vision.count and rotary.many_axes:
+        if p.renumbers and row.vision.count and rotary is not None and rotary.many_axes:
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
                 "let tokens keep theirs, e.g. pyramid:positions=keep"
             )
-        if p.renumbers and row.vision.count and rotary.why_fixed:
+        if p.renumbers and row.vision.count and rotary is not None and rotary.why_fixed:
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions, and this model's cannot be: {rotary.why_fixed}. Let tokens keep "
                 "theirs, e.g. pyramid:positions=keep"

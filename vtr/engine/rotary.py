@@ -25,7 +25,7 @@ class Rotary:
         module = text.rotary_emb
         takes = inspect.signature(type(module).forward).parameters
         self.kinds: tuple[str | None, ...] = kinds if "layer_type" in takes else (None,) * len(kinds)
-        self.many_axes = getattr(module, "mrope_section", None) is not None
+        self.many_axes = many_axes(module)
         self.why_fixed = _why_fixed(text, takes)
 
     def of(self, kind: str | None, hidden: torch.Tensor, ids: torch.Tensor) -> Any:
@@ -39,6 +39,11 @@ class Rotary:
         """Whether rope depends on nothing but each position."""
         plain = getattr(self.text.rotary_emb, "rope_type", None) in FIXED_ROPES
         return plain and not self.many_axes and not any(self.kinds)
+
+
+def many_axes(rotary: Any) -> bool:
+    """Whether positions have several axes (M-RoPE)."""
+    return getattr(rotary, "mrope_section", None) is not None
 
 
 def _why_fixed(text: Any, takes: Any) -> str | None:

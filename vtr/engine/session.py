@@ -16,8 +16,8 @@ from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, Routing
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.call import Generation
-from vtr.engine.captures import Captures, Place
-from vtr.engine.compression import Compression, compress_row
+from vtr.engine.captures import Captures
+from vtr.engine.compression import Compression, compress_row, ranked_places, shrinks
 from vtr.engine.decoder import Decoder
 from vtr.engine.devices import execution_device
 from vtr.engine.forgetting import Forgetting
@@ -95,8 +95,8 @@ class Session:
             assert request is not None  # where there are features there are images
             take_features(self.rows, layer_features, request.prompt.is_vision, self.decoder.depth)
         if captures is not None:
-            captures.ranked = [place for row in self.rows if _shrinks(row) for place in _scored(row)]
-        compressed = {i: self._compress(row, embeds[i], captures) for i, row in enumerate(self.rows) if _shrinks(row)}
+            captures.ranked = ranked_places(self.rows)
+        compressed = {i: self._compress(row, embeds[i], captures) for i, row in enumerate(self.rows) if shrinks(row)}
         self.packed = Packed(self.rows, self.logical, embeds.device)
         self.questions = Questions(self.rows, self.packed, self.positions, self.layers, self.decoder, self.log.trace)
         self.questions.probes.masks = self.masks
@@ -359,18 +359,6 @@ class Session:
             last = torch.arange(self.logical - len(slots), self.logical)
             runs.append(int((slots == last).flip(0).cumprod(0).sum()))
         return min(runs)
-
-
-def _shrinks(row: Row) -> bool:
-    return bool(row.given.layouts) and row.asks("compress")
-
-
-def _scored(row: Row) -> list[Place]:
-    """The row's images whose CLS scores its policy wants."""
-    assert row.policy is not None
-    places = row.given.places
-    mine = [row.policy.of_image(i, len(places)) for i in range(len(places))]
-    return [place for place, one in zip(places, mine, strict=True) if one is not None and "cls" in one.wants]
 
 
 def _routing(layer: Any, hidden: torch.Tensor, passing: Passing) -> tuple[Routing, torch.Tensor | None]:

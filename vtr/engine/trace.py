@@ -51,8 +51,14 @@ class Geometry:
     head_dim: int
     linear_flops: tuple[int, ...]
     """Per decoder layer: FLOPs of all its Linear modules for one token (2 · in · out each)."""
+    attends: tuple[bool, ...] = ()
+    """Per decoder layer: whether it has attention; empty: all have."""
     attentions: tuple[Sizes, ...] = ()
     """Per decoder layer; empty where all have the sizes above."""
+
+    def attending(self, of_layers: Sequence[Any]) -> list[Any]:
+        """Of something for each layer, that of those which have attention."""
+        return [one for one, has in zip(of_layers, self.attends, strict=True) if has] if self.attends else [*of_layers]
 
     @classmethod
     def from_text_model(cls, text: Any) -> Geometry:
@@ -197,6 +203,8 @@ class Trace:
     """Everything noted of one call. Holds small index tensors and numbers, never the model."""
 
     geometry: Geometry
+    path: str = "packed"
+    """How its rows went through the decoder: "packed" or "padded"."""
     rows: list[RowTrace] = field(default_factory=list)
     beams: int = 1
     prefill_flops: int = 0
@@ -209,6 +217,8 @@ class Trace:
     """Per layer: keys attended to while decoding, summed over rows and steps (an int, or a tensor on the device)."""
     kv_tokens: list[Any] = field(default_factory=list)
     """Per layer: cached tokens when the call ended, summed over rows."""
+    kv_bytes: int | None = None
+    """Bytes of them, where rows are padded; None: as ``kv_tokens`` says."""
     kv_allocated: int = 0
     kv_itemsize: int = 0
     remembered: dict[int, list[torch.Tensor | None]] = field(default_factory=dict)
@@ -222,6 +232,21 @@ class Trace:
         The first one is the prompt; later ones of the same call decode without a cache, or check a draft.
         """
         flops += sum(each * sum(here) for each, here in zip(self.geometry.linear_flops, lengths, strict=True))
+        if self.rows:
+            self.decode_flops += flops
+            self.decode_steps += 1
+        else:
+            self.rows, self.prefill_flops = rows, flops
+
+    def note_padded(self, rows: list[RowTrace], batch: int, columns: int, held: Sequence[int]) -> None:
+        """Add a padded forward, in which padding is computed as tokens are.
+
+        Args:
+            batch: rows that were computed. columns: of each. held: per layer, columns that its cache had.
+        """
+        g = self.geometry
+        pairs = sum(columns * (before + columns) for before in g.attending(held))
+        flops = batch * (columns * sum(g.linear_flops) + 4 * g.heads * g.head_dim * pairs)
         if self.rows:
             self.decode_flops += flops
             self.decode_steps += 1
@@ -295,6 +320,8 @@ class DenseTrace:
     """Ids that stand for a vision token."""
     itemsize: int
     cached: bool
+    path: str = "packed"
+    """How a reduced call of this model would go through its decoder."""
     past: int = 0
     """Tokens that were in the cache before."""
     steps: int = 0
@@ -310,4 +337,6 @@ def held_windows(windows: tuple[int | None, ...], cache: Any) -> tuple[int | Non
     if cache is None or not any(windows):
         return windows
     cut = [getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", [])]
-    return tuple(w if here else None for w, here in zip(windows, cut, strict=True)) if cut else ()
+    if len(cut) != len(windows):
+        return ()
+    return tuple(w if here else None for w, here in zip(windows, cut, strict=True))

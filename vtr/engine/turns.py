@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from vtr.engine.cache_state import PADDING, UNKNOWN, CacheState
 from vtr.engine.call import PIXELS
 from vtr.engine.compat import cache_in
 from vtr.engine.refusals import warn_on_continue
+from vtr.engine.short_cache import is_short
 from vtr.image import CROP_GRIDS
 
 C = TypeVar("C")
@@ -46,8 +47,9 @@ def fork(cache: C, rows: int | Sequence[int] = 1) -> C:
     several = not isinstance(rows, int)
     if (several and not len(rows)) or (not several and rows < 1):  # type: ignore[arg-type, operator]
         raise ValueError(f"fork(cache, rows={rows!r}): a fork has at least one row")
+    needed = "reorder_cache" if is_short(cache) else "batch_select_indices"
     if not all(hasattr(cache, name) for name in ("batch_repeat_interleave", "batch_select_indices")) or not all(
-        hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [])
+        hasattr(layer, needed) for layer in getattr(cache, "layers", [])
     ):
         raise UnsupportedError(
             f"the rows of a {type(cache).__name__} cannot be repeated: fork what a call without a cache of your own "
@@ -76,8 +78,23 @@ def new_turn(cache: Any) -> None:
         warn_on_continue([p for p in state.policies if p is not None])
 
 
+def refuse_new_pictures(cache: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse pictures behind shortened rows that are padded: layers would read the padding of the new ones.
+
+    Raises:
+        UnsupportedError: naming the way out.
+    """
+    if is_short(cache) and any(kwargs.get(name) is not None for name in PIXELS):
+        raise UnsupportedError(
+            "a later turn of this model takes no new pictures while tokens are reduced (its decoder cannot run packed "
+            "rows): run the whole conversation in one call, with a new cache"
+        )
+
+
 def state_of(cache: Any) -> CacheState | None:
-    """What is known of a ragged cache that holds something; else None."""
+    """What is known of a reduced cache that holds something; else None."""
+    if is_short(cache):
+        return cache.vtr_state  # type: ignore[no-any-return]
     return cache.layers[0].state if is_ragged(cache) and cache.layers[0].place else None
 
 
