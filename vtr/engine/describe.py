@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vtr.base import QUESTIONS, Policy
-from vtr.engine.positions import many_axes
+from vtr.engine.rotary import many_axes
 from vtr.engine.tower import has_cls, layers_of
 from vtr.settings import list_policies, policy_class
 

@@ -17,7 +17,7 @@ import torch
 
 from vtr.base import UnsupportedError
 from vtr.engine.call import last_traces
-from vtr.engine.positions import many_axes
+from vtr.engine.rotary import many_axes
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch

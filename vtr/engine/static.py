@@ -23,6 +23,8 @@ from vtr.engine.call import PIXELS
 from vtr.engine.capture import StepGraph
 from vtr.engine.decode import as_tensor, each_row, may_forget, memo_on
 from vtr.engine.once import from_host
+from vtr.engine.rotary import Rotary, moved
+from vtr.engine.sight import near
 from vtr.engine.trace import Trace
 
 
@@ -249,10 +251,10 @@ class StaticStep:
 
     routing = scale = None
 
-    def __init__(self, decoding: Decoding, positions: torch.Tensor, rotary: Any) -> None:
+    def __init__(self, decoding: Decoding, positions: torch.Tensor, rotary: Rotary) -> None:
         self.decoding, self.rotary = decoding, rotary
         self.positions = [positions if by is None else positions - by for by in decoding.offsets]
-        self._ropes: list[Any] = [None] * decoding.stages
+        self._ropes: dict[Any, Any] = {}
         self._masks: dict[Any, list[torch.Tensor]] = {}
         self._memos: list[dict[str, Any]] = [{} for _ in range(decoding.rows)] if decoding.asked else []
         self._kept: list[torch.Tensor | None] = [None] * len(decoding.layers)
@@ -274,11 +276,12 @@ class StaticStep:
             hidden = hidden.to(device)
             self._memos = [memo_on(memo, device) for memo in self._memos]
         if self.decoding.stages > 1:
-            if self._ropes[frozen.stage] is None:
+            kind = self.rotary.kinds[index]
+            if (frozen.stage, kind) not in self._ropes:
                 at = self.positions[frozen.stage].to(device)
-                self._ropes[frozen.stage] = self.rotary(hidden, position_ids=at)
-            rope = self._ropes[frozen.stage]
-            kwargs["position_embeddings"] = tuple(t.to(device) for t in rope)
+                self._ropes[frozen.stage, kind] = self.rotary.of(kind, hidden, at)
+            if kwargs["position_embeddings"] is not None:
+                kwargs["position_embeddings"] = moved(self._ropes[frozen.stage, kind], device)
             kwargs["position_ids"] = self.positions[frozen.stage]
         if self.decoding.asked:
             self._kept[index] = self._remembered(index, hidden)
@@ -317,7 +320,7 @@ class StaticStep:
         seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
         if frozen.window is not None and frozen.positions is not None and at is not None:
             seen = [
-                one & (part.pick(at)[:, None] - stands < frozen.window)
+                one & near(part.pick(at)[:, None], stands, frozen.window)
                 for one, part, stands in zip(seen, parts, frozen.blocks(frozen.positions), strict=True)
             ]
         masks = [as_numbers(one, base, dtype)[:, None, None] for one in seen]
