@@ -15,7 +15,7 @@ from tests.models.paint import STEPS, Inputs, apart, batch, extras, generate, ma
 from vtr.base import UnsupportedError
 from vtr.chain import policy as from_spec
 from vtr.engine.install import patch_of
-from vtr.engine.positions import many_axes
+from vtr.engine.rotary import many_axes
 
 TOLERANCE = 2e-5
 """Of logits, in float32."""
