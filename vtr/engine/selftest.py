@@ -26,6 +26,8 @@ STEPS = 3
 """Tokens that each row says: what is in a cache shows only behind the prompt."""
 VISION, BEFORE, BEHIND = 16, 4, 6
 """Placeholders of a row, and words in front of them and behind."""
+WORDS, FEW_WORDS = (1000, 2000), (10, 60)
+"""From where words are drawn, of a usual vocabulary and of a tiny one."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF = 0.1
 """By how much logits may differ, as a share of the largest: kernels differ by less, a wrong decoder by more. In half
@@ -57,8 +59,8 @@ def self_test(patch: Patch) -> float | None:
                 off = _difference(patch)
         except Exception as error:  # whatever a stranger's model raises
             raise UnsupportedError(
-                f"{name} cannot be tested, so nobody knows whether vtr runs it rightly ({type(error).__name__}: "
-                f"{error}). vtr.patch(model, self_test=False) patches it untested"
+                f"{name} cannot be tested on a prompt without pictures, so nobody knows whether vtr runs it rightly "
+                f"({type(error).__name__}: {error}). vtr.patch(model, self_test=False) patches it untested"
             ) from error
         limit = TOLERANCE.get(model.dtype, HALF)
         if not off <= limit:
@@ -72,13 +74,13 @@ def self_test(patch: Patch) -> float | None:
 
 def _difference(patch: Patch) -> float:
     """The largest difference of logits, as a share of the largest logit. Not a number if there is one among them."""
-    mark = patch.adapter.placeholders(patch.model)[0]
-    draw = torch.Generator().manual_seed(0)
-    size = min(patch.model.get_input_embeddings().weight.shape[0], max(mark, 64)) - 10
+    marks = patch.adapter.placeholders(patch.model)
+    mark, draw = marks[0], torch.Generator().manual_seed(0)
+    low, high = WORDS if patch.model.get_input_embeddings().weight.shape[0] > 2 * WORDS[1] else FEW_WORDS
 
     def words(count: int) -> list[int]:
-        found = 10 + torch.randint(0, size, (count,), generator=draw)
-        return [int(word) + (int(word) == mark) for word in found]
+        found = torch.randint(low, high, (2 * count + len(marks),), generator=draw).tolist()
+        return [word for word in found if word not in marks][:count]
 
     begin, end = words(BEFORE), words(BEHIND)
     full, short = ([*begin, *[mark] * count, *end] for count in (VISION, VISION // 2))
