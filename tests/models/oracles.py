@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import vtr
-from tests.models.paint import STEPS, Inputs, apart, batch, extras, generate, marks, prompts
+from tests.models.paint import Inputs, apart, batch, extras, generate, marks, prompts
 from vtr.base import UnsupportedError
 from vtr.chain import policy as from_spec
 from vtr.engine.install import patch_of
@@ -169,7 +169,7 @@ def caught(module: Any) -> Iterator[dict[str, Any]]:
 def shortened(stock: Any, text: Any, row: list[int], keep: set[int], said: torch.Tensor) -> bool:
     """Whether the unpatched model says the same on the embeddings that are left, followed by the tokens that were said.
 
-    Tried with the whole model, then with its text model alone, to which some models' forward lets no embeddings through.
+    Tried with the whole model, then with its text model alone: some models let no embeddings through.
 
     Args:
         keep: slots of the vision tokens that are left. said: float [steps, vocabulary], what the reduced row said.

@@ -71,6 +71,11 @@ class Decoder:
         return self.geometry.num_hidden_layers
 
     @property
+    def latent(self) -> list[bool]:
+        """Of each layer, whether its cache holds what keys and values are made of."""
+        return [hasattr(layer.self_attn, "expand_kv") for layer in self.text.layers]
+
+    @property
     def chunked(self) -> bool:
         """Whether some layer attends within chunks, which are counted from a row's first token."""
         return any(isinstance(window, Chunk) for window in self.windows)

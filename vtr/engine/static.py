@@ -24,6 +24,7 @@ from vtr.engine.capture import StepGraph
 from vtr.engine.decode import as_tensor, each_row, may_forget, memo_on
 from vtr.engine.once import from_host
 from vtr.engine.rotary import Rotary, moved
+from vtr.engine.scores import expanded
 from vtr.engine.sight import near
 from vtr.engine.trace import Trace
 
@@ -107,6 +108,7 @@ class Decoding:
         said: bool [layers, rows, room], which tokens were remembered; None if none is ever forgotten.
         steps: int64 [1], how many there have been; attended: like ``next``, keys attended to. Kept where ``said`` is.
         flops: what the policies' own matrix products cost a step.
+        latents: what the running layer's cache is to hold of the new tokens, where that is no keys and values.
         graph: its steps as a CUDA graph; None before the first, and where they are not captured.
     """
 
@@ -115,6 +117,7 @@ class Decoding:
         assert self.state.constant is not None
         self.constant, self.rows, self.flops = self.state.constant, len(layers[0].place), 0
         self.graph: StepGraph | None = None
+        self.latents: tuple[torch.Tensor, torch.Tensor] | None = None
         self.asked = may_forget(self.state.policies)
         self.next: list[torch.Tensor] = []
         self.first: list[torch.Tensor] = []
@@ -294,6 +297,8 @@ class StaticStep:
         """[rows, heads, 1, d], [rows, kv_heads, 1, d] → [rows, 1, heads, d]."""
         frozen = self.decoding.layers[module.layer_idx]
         cell = self.decoding.next[frozen.on][frozen.lengths]
+        if self.decoding.latents is not None:
+            (key, value), self.decoding.latents = self.decoding.latents, None
         frozen.keys.index_copy_(1, cell, key[:, :, 0].transpose(0, 1))
         frozen.values.index_copy_(1, cell, value[:, :, 0].transpose(0, 1))
         at = None
@@ -304,6 +309,7 @@ class StaticStep:
         masks = self._masks_of(frozen, cell, at, base, query.dtype)
         blocks = frozen.blocks(frozen.keys), frozen.blocks(frozen.values)
         for part, mask, k, v in zip(frozen.parts, masks, *blocks, strict=True):
+            k, v = expanded(module, k, v)
             outs.append(attend_filled(base, module, part.pick(query), k, v, mask, kwargs))
         if len(outs) == 1:
             return outs[0]

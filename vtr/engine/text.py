@@ -91,7 +91,7 @@ class TextCall:
         use_cache = self.kwargs.get("use_cache")
         return bool(self.module.config.use_cache if use_cache is None else use_cache)
 
-    def layers(self, windows: tuple[int | None, ...]) -> list[RaggedLayer] | None:
+    def layers(self, decoder: Decoder) -> list[RaggedLayer] | None:
         """Those of its ragged cache, new ones where it is to get one, or None."""
         if is_ragged(self.cache) and self.cache.layers[0].place:  # after a reset there is none
             return self.cache.layers
@@ -100,8 +100,8 @@ class TextCall:
         rows = self.embeds.shape[0]
         policies: list[Policy | None] = [None] * rows if self.request is None else list(self.request.policies)
         constant = getattr(self.cache, "constant", None)
-        state = CacheState(policies, [0] * rows, [[0] * rows for _ in windows], constant)
-        layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
+        state = CacheState(policies, [0] * rows, [[0] * rows for _ in decoder.windows], constant)
+        layers = [RaggedLayer(state, i, window, decoder.latent[i]) for i, window in enumerate(decoder.windows)]
         if any(getattr(layer, "record_past", False) for layer in getattr(self.cache, "layers", ())):
             for layer in layers:  # assisted decoding will take drafts back
                 layer.activate_past_recording()
@@ -205,7 +205,7 @@ class TextHooks:
     def _pack(self, call: TextCall) -> dict[str, Any]:
         request, generation, kwargs, embeds = call.request, call.generation, call.kwargs, call.embeds
         decoder, trace = self.patch.decoder, self._trace(generation)
-        layers = call.layers(decoder.windows)
+        layers = call.layers(decoder)
         masks = call.own_masks(decoder)
         session = Session(decoder, request, embeds.shape[:2], embeds.device, call.valid(), layers, trace, masks)
         extra = self.patch.adapter.layer_features(kwargs)
