@@ -45,11 +45,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     up = "../" * page.file.src_uri.count("/")
-    markdown = markdown.replace(SEARCH, BOX)
     return PICTURE.sub(lambda found: f"]({up}pictures/of-results/{Path(found[1]).name})", markdown)
 
 
 def on_page_content(html: str, page: Any, config: Any, **kwargs: Any) -> str:
+    html = html.replace(SEARCH, BOX)
     html = ROLE.sub(lambda found: f"<code>{found[2].rpartition('.')[2] if found[1] else found[2]}</code>", html)
     root = Path(config.config_file_path).parent
     here = Path(config.docs_dir, page.file.src_uri).parent

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, AyaVisionProcessor, CLIPVisionConfig
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
 from vtr.pocket.model import IDS
 from vtr.pocket.processing import CHAT_TEMPLATE, make_tokenizer
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import vtr
 from tests import stranger
 from vtr.cli import app
 
@@ -53,8 +52,9 @@ def test_kits(folder: str) -> None:
 
 
 def test_auto(folder: str) -> None:
-    import vtr.auto
     from transformers import AutoModelForImageTextToText
+
+    import vtr.auto
 
     vtr.auto.enable("fastv:keep=0.25")
     try:

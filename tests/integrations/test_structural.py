@@ -29,7 +29,9 @@ def model(words: Any) -> Any:
     return stranger.model(words.tokenizer)
 
 
-def ask(model: Any, words: Any, policy: Any = None, sides: tuple[tuple[int, int], ...] = ((40, 40), (90, 40))) -> Tensor:
+def ask(
+    model: Any, words: Any, policy: Any = None, sides: tuple[tuple[int, int], ...] = ((40, 40), (90, 40))
+) -> Tensor:
     """Logits of three tokens, [steps, rows, vocabulary], of a picture a row."""
     inputs = pictures(words, sides)
     out = model.generate(
@@ -46,7 +48,7 @@ def pictures(words: Any, sides: tuple[tuple[int, int], ...]) -> Any:
     return vtr.chat.encode(words, ["what color is the star"] * len(sides), drawn)
 
 
-# -- what is found -------------------------------------------------------------------------------------------------------
+# -- what is found
 def test_parts_are_found(model: Any) -> None:
     adapter = find_adapter(model)
     assert isinstance(adapter, Structural)
@@ -91,16 +93,17 @@ def test_models_without_images_are_not_served(words: Any) -> None:
         find_adapter(text)
 
 
-# -- what is tested ------------------------------------------------------------------------------------------------------
+# -- what is tested
 def mix_tokens(module: Any, args: Any, out: Tensor) -> Tensor:
     """What no packed engine can know of: a layer that adds the mean over all tokens it gets."""
     return out + out.mean(dim=(0, 1), keepdim=True)
 
 
-def test_a_decoder_that_is_run_wrongly_is_refused(model: Any) -> None:
+def test_a_decoder_that_is_run_wrongly_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_passed", {})
     model.model.language_model.layers[1].register_forward_hook(mix_tokens)
     before = snapshot(model)
-    with pytest.raises(vtr.UnsupportedError, match="AyaVisionForConditionalGeneration.* differ"):
+    with pytest.raises(vtr.UnsupportedError, match=r"AyaVisionForConditionalGeneration.* differ"):
         vtr.patch(model)
     assert snapshot(model) == before
     vtr.patch(model, self_test=False)
@@ -110,7 +113,7 @@ def test_a_decoder_that_is_run_wrongly_is_refused(model: Any) -> None:
 def test_a_test_that_cannot_run_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_passed", {})
     model.model.language_model.layers[0].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(vtr.UnsupportedError, match="cannot be tested.*ZeroDivisionError.*self_test=False"):
+    with pytest.raises(vtr.UnsupportedError, match=r"cannot be tested.*ZeroDivisionError.*self_test=False"):
         vtr.patch(model)
 
 
@@ -139,7 +142,7 @@ def test_a_model_without_weights_is_not_tested(model: Any) -> None:
     assert "not run" in str(vtr.describe(model))
 
 
-# -- grids ---------------------------------------------------------------------------------------------------------------
+# -- grids
 CONFIG = SimpleNamespace(vision_config=SimpleNamespace(patch_size=4))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
@@ -71,9 +72,12 @@ def main(
     ] = False,
     against: Annotated[Path | None, typer.Option(help="say what differs from the outcomes in this file")] = None,
     processes: Annotated[int, typer.Option("--processes", "-p", min=1, help="classes at a time")] = 2,
+    only_page: Annotated[bool, typer.Option("--page", help="only make docs/models.md of outcomes.json again")] = False,
     older: Annotated[bool, typer.Option("--older", help="with --against: classes that are not there are fine")] = False,
 ) -> None:
     """What vtr does with every image-text class of the installed transformers, on tiny random models."""
+    if only_page:
+        return page.write(json.loads(FILE.read_text(encoding="utf-8")))
     names = [name for name in tiny.CLASSES if not classes or name.startswith(tuple(classes))]
     found = {}
     with Progress(console=console, transient=True) as bar:
@@ -83,6 +87,8 @@ def main(
             bar.update(task, advance=1, description=name.removesuffix("ForConditionalGeneration"))
             if classes:
                 console.print_json(json.dumps({name: one}))
+            elif not console.is_terminal:
+                console.print(f"{name}: {one['path']}", highlight=False, soft_wrap=True)
     data = {"transformers": page.version(), "classes": dict(sorted(found.items()))}
     if write:
         known = json.loads(FILE.read_text()) if classes and FILE.exists() else {"classes": {}}

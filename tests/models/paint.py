@@ -22,7 +22,7 @@ from vtr.integrations.structural import IMAGE_IDS, VIDEO_IDS
 from vtr.image import Layout
 
 Inputs = dict[str, torch.Tensor]
-STEPS = 6
+STEPS = 4
 """Tokens that are decoded."""
 
 

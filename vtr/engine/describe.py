@@ -110,7 +110,8 @@ def cannot(patch: Patch) -> dict[str, str]:
         except (TypeError, ValueError):  # made of others, and so able to do what they are
             continue
         why = patch.adapter.why_not(policy)
-        if why is None and patch.path == "padded" and any(_answers(cls, question) for question in INSIDE):
+        inside = any(_answers(cls, question) for question in INSIDE) and not hasattr(cls, "before_decoder")
+        if why is None and patch.path == "padded" and inside:
             why = "they act inside the decoder"
         if why is not None:
             found[name] = why

@@ -47,15 +47,19 @@ class Patch:
         path: "packed"; or "padded" for a decoder that cannot run packed rows: policies act before it, on rows that are
             padded. why: what is wrong with that decoder; None where it is packed.
         last: what the last call did, in whatever thread.
-        off: what the self-test found, where there was one.
+        off: what the self-test found (:mod:`vtr.engine.selftest`), where there was one.
     """
 
     off: float | None = None
 
-    def __init__(self, model: Any, adapter: Adapter, path: str | None = None) -> None:
-        """Nothing of the model is touched yet. path: "padded" takes that path though the decoder could be packed."""
+    def __init__(self, model: Any, adapter: Adapter, path: str | None = None, why: str | None = None) -> None:
+        """Nothing of the model is touched yet.
+
+        Args:
+            path: "padded" takes that path though the decoder could be packed. why: the reason.
+        """
         self.model, self.adapter, self.inner = model, adapter, adapter.inner(model)
-        self.path, self.why, self.decoder = _decoder(adapter.text_model(model), path)
+        self.path, self.why, self.decoder = _decoder(adapter.text_model(model), path, why)
         refuse = None if self.path == "packed" else partial(refuse_inside, self.decoder.depth, self.why)
         self.choice = PolicyChoice(model, adapter, self.decoder.depth, refuse)
         self.key = self.choice.key
@@ -143,12 +147,11 @@ class Patch:
         self.last = trace
 
 
-def _decoder(text: Any, path: str | None) -> tuple[str, str | None, Decoder]:
+def _decoder(text: Any, path: str | None, why: str | None) -> tuple[str, str | None, Decoder]:
     """The path a decoder takes, why if that is the padded one, and what is read off it."""
     try:
         if path != "padded":
             return "packed", None, Decoder.from_text_model(text)
-        why = None
     except UnsupportedError as error:
         why = str(error)
     return "padded", why, decoder_of(text)

@@ -79,8 +79,7 @@ def _proven(model: Any, adapter: Adapter, tests: bool) -> Patch:
         made.remove()
         if made.path == "padded" or not isinstance(error, UnsupportedError):
             raise
-        made = Patch(model, adapter, path="padded")
-        made.why = str(error)
+        made = Patch(model, adapter, path="padded", why=str(error))
         made.install()
         try:
             made.off = run_self_test(made)

@@ -75,7 +75,7 @@ class ShortCache(DynamicCache):
         return (columns, start + missing) if start else (columns + missing, 0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.vtr_state.take(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -98,7 +98,7 @@ class ShortCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty, it is a cache like any other."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.__class__ = DynamicCache  # type: ignore[assignment]
         del self.__dict__["vtr_state"]
 
