@@ -177,6 +177,8 @@ def shortened(stock: Any, text: Any, row: list[int], keep: set[int], said: torch
     ids = torch.tensor([[*row, *range(70, 70 + len(said) - 1)]])
     whole: Inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     more = extras(stock, whole)
+    if type(stock).__name__.startswith("PaliGemma"):  # what was said is no part of the prompt that sees itself
+        more["token_type_ids"][:, len(row) :] = 1
     with caught(text) as given:
         stock(**whole, **more, use_cache=False)
     slots = torch.tensor([i for i, token in enumerate(ids[0].tolist()) if token != marks(stock)[0] or i in keep])
