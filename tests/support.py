@@ -30,7 +30,7 @@ from vtr.engine.prompt import read_prompt
 from vtr.image import Layout, Pooled, scales
 from vtr.settings import policy_class
 
-__all__ = ["IMAGE_ID", "NEVER", "POLICIES", "REFUSED", "ROWS", "STEPS", "Models"]
+__all__ = ["IMAGE_ID", "NEVER", "POLICIES", "ROWS", "STEPS", "Models"]
 STEPS = 4
 ROWS = [["ab", IMAGE, "what"], ["abcdef"], [IMAGE, "cde"], ["a", IMAGE, "bc", IMAGE, "whichone"], [IMAGE, "xy"]]
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
@@ -237,11 +237,6 @@ def merged(row: oracle.Row, made_of: list[list[int]], features: Tensor | None = 
 # ---------------------------------------------------------------------------------------------------------- the table
 TESTS = {"test_a_policy_on_a_family": "works", "test_what_does_not_work_says_so": "refused"}
 """What it means for a cell that its test passed."""
-REFUSED = {
-    "Gemma3": "Gemma3ForConditionalGeneration",
-    "PaliGemma": "PaliGemmaForConditionalGeneration",
-}
-"""Families that cannot be patched, and the classes by which that is known."""
 
 
 class Outcomes:
@@ -282,7 +277,7 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
         return f"<sup>{notes.index(text) + 1}</sup>"
 
     known = {f.name: [g for g in FAMILIES if g.name == f.name] for f in FAMILIES}
-    names = [*known, *REFUSED]
+    names = [*known]
     lines = [f"| policy | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for policy in POLICIES:
         cells = []
@@ -295,16 +290,9 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
                 cells.append("–" + note(str(why)))
             else:
                 cells.append(", ".join(sorted(found)))
-        cells += ["–" + note(_refused(cls)) for cls in REFUSED.values()]
         lines.append(f"| `{policy}` | {' | '.join(cells)} |")
     numbered = [f"<sup>{i}</sup> {text}" for i, text in enumerate(notes, 1)]
     return "\n".join([*lines, "", "  \n".join(numbered), ""])
-
-
-def _refused(cls: str) -> str:
-    with pytest.raises(vtr.UnsupportedError) as refused:
-        find_adapter(type(cls, (torch.nn.Module,), {})())
-    return str(refused.value).partition(": ")[2]
 
 
 def in_page() -> str:

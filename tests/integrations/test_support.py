@@ -243,14 +243,6 @@ def test_positions_of_several_axes_are_not_renumbered(kind: str) -> None:
         models.family.logits(models.patched, models.inputs(), policy="pyramid")
 
 
-@pytest.mark.parametrize("name", sorted(support.REFUSED.values()))
-def test_families_that_cannot_be_patched_say_why(name: str) -> None:
-    """By the class's name alone, before anything of the model is looked at."""
-    made = type(name, (torch.nn.Module,), {})()
-    with pytest.raises(vtr.UnsupportedError, match=r"look at \w+ in both directions|look at each other in both"):
-        vtr.patch(made)
-
-
 # ---------------------------------------------------------------------------------------------------------- the table
 def test_every_family_is_in_the_table(models: Models) -> None:
     found = find_adapter(models.patched)

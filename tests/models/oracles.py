@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,11 +12,10 @@ from typing import Any
 import torch
 
 import vtr
-from tests.models.paint import STEPS, Inputs, apart, batch, extras, generate, marks, prompts
+from tests.models.paint import Inputs, apart, batch, extras, generate, marks, prompts
 from vtr.base import UnsupportedError
 from vtr.chain import policy as from_spec
 from vtr.engine.install import patch_of
-from vtr.engine.rotary import many_axes
 
 TOLERANCE = 2e-5
 """Of logits, in float32."""
@@ -30,7 +30,7 @@ INSIDE = {
     "renumbered": "pyramid:keeps=[0.5,0.25],layers=[1,2],positions=reindex",
 }
 ROUTE = {"reroute": "reroute:keeps=[0.5,0.5],layers=[1,2]", "pmod": "pmod:high=0.9"}
-ATTEND = {"ee-mllm": "ee-mllm", "zipvl": "zipvl"}
+ATTEND = {"ee-mllm": "ee-mllm", "zipvl": "zipvl:tau=0.6"}
 FORGET = {"dynamic-llava": "dynamic-llava:keep=0.4,width=16,heads=2,inner=24,blocks=2"}
 GROUPS: dict[str, dict[str, str]] = {
     "before": BEFORE, "inside": INSIDE, "route": ROUTE, "attend": ATTEND, "forget": FORGET,
@@ -73,6 +73,10 @@ class Oracles:
         return [generate(self.stock, batch([row]))[0][:, 0] for row in self.rows]
 
     @cached_property
+    def mask(self) -> str:
+        return mask_kind(self.stock)
+
+    @cached_property
     def unsteady(self) -> list[str]:
         whole = generate(self.stock, batch(self.rows))[0]
         tests: Mapping[str, Callable[[], torch.Tensor]] = {
@@ -98,13 +102,7 @@ class Oracles:
 
     def policy(self, name: str) -> str:
         """Whether a policy passes: "passes", "refused: why", "fails: the oracles it fails", or "raises: what"."""
-        try:
-            failed = self.failed(name)
-        except UnsupportedError as error:
-            return f"{REFUSED}: {error}"
-        except Exception as error:
-            return f"raises: {type(error).__name__}: {first_line(error)}"
-        return f"fails: {', '.join(failed)}" if failed else PASSES
+        return said(lambda: self.failed(name))
 
     def failed(self, name: str) -> list[str]:
         """The oracles that a policy does not pass: "batch" (a row beside others says what it says alone), "cache" (the
@@ -129,9 +127,26 @@ class Oracles:
     def short(self, policy: Any) -> bool:
         """Whether the unpatched model says of the first row's embeddings that are left what the reduced one says."""
         said = generate(self.model, batch([self.rows[0]]), policy=policy)[0][:, 0]
+        if self.mask == "prompt":  # what is said is no part of the prompt
+            said = said[:1]
         kept = {source for sources in vtr.report(self.model).rows[0].sources(0) for source in sources}
         text = patch_of(self.model).adapter.text_model(self.stock)
-        return shortened(self.stock, text, self.rows[0], marks(self.stock)[0], kept, said)
+        return shortened(self.stock, text, self.rows[0], kept, said)
+
+
+def said(failed: Callable[[], list[str]]) -> str:
+    """The outcome of a policy in words, from the oracles that it fails."""
+    try:
+        found = failed()
+    except UnsupportedError as error:
+        return f"{REFUSED}: {error}"
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        # settings that cannot be on this model: vtr's own words, not an accident
+        if isinstance(error, ValueError) and (frame.line or "").startswith("raise ") and "/vtr/" in frame.filename:
+            return f"{REFUSED}: {error}"
+        return f"raises: {type(error).__name__}: {first_line(error)}"
+    return f"fails: {', '.join(found)}" if found else PASSES
 
 
 def first_line(error: BaseException) -> str:
@@ -151,57 +166,55 @@ def caught(module: Any) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def shortened(stock: Any, text: Any, row: list[int], mark: int, keep: set[int], said: torch.Tensor) -> bool:
+def shortened(stock: Any, text: Any, row: list[int], keep: set[int], said: torch.Tensor) -> bool:
     """Whether the unpatched model says the same on the embeddings that are left, followed by the tokens that were said.
 
-    Positions of one axis are counted anew; of several, each token keeps its own. Tried with the whole model, then with
-    its text model alone, which some models' forward does not let embeddings through to.
+    Tried with the whole model, then with its text model alone: some models let no embeddings through.
 
     Args:
-        keep: slots of the vision tokens that are left. said: float [STEPS, vocabulary], what the reduced row said.
+        keep: slots of the vision tokens that are left. said: float [steps, vocabulary], what the reduced row said.
     """
-    ids = torch.tensor([[*row, *range(70, 70 + STEPS - 1)]])
+    ids = torch.tensor([[*row, *range(70, 70 + len(said) - 1)]])
     whole: Inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     more = extras(stock, whole)
+    if type(stock).__name__.startswith("PaliGemma"):  # what was said is no part of the prompt that sees itself
+        more["token_type_ids"][:, len(row) :] = 1
     with caught(text) as given:
         stock(**whole, **more, use_cache=False)
-    slots = torch.tensor([i for i, token in enumerate(ids[0].tolist()) if token != mark or i in keep])
-    at = given.get("position_ids")
-    if at is None or at.dim() < 3:
-        first = 0 if at is None else at[..., :1]
-        several = many_axes(getattr(text, "rotary_emb", None))
-        at = slots.expand(3, 1, -1) if several else torch.arange(len(slots))[None] + first
-    else:
-        at = at[..., slots]
-    embeds = given["inputs_embeds"][:, slots]
-    common = {
-        "inputs_embeds": embeds,
-        "position_ids": at,
-        "attention_mask": torch.ones(1, len(slots)).long(),
-        "use_cache": False,
-    }
+    slots = torch.tensor([i for i, token in enumerate(ids[0].tolist()) if token != marks(stock)[0] or i in keep])
+    embeds = given.get("inputs_embeds")
+    embeds = stock.get_input_embeddings()(ids) if embeds is None else embeds
+    mask = torch.ones(1, len(slots)).long()
 
-    def by_model() -> torch.Tensor:
-        return stock(**common, **{name: value[:, slots] for name, value in more.items()}).logits
+    def by_model(common: Inputs) -> torch.Tensor:
+        return stock(**common, **{name: value[:, slots] for name, value in more.items()}, use_cache=False).logits
 
-    def by_text() -> torch.Tensor:
-        per_token = {
-            n: v[:, slots] for n, v in given.items() if torch.is_tensor(v) and v.dim() > 1 and v.shape[:2] == ids.shape
-        }
-        out = text(
-            **{**{n: v for n, v in given.items() if n not in ("input_ids", "attention_mask")}, **per_token, **common}
-        )
-        logits = stock.get_output_embeddings()(out.last_hidden_state)
+    def by_text(common: Inputs) -> torch.Tensor:
+        per_token = {n: v[:, slots] for n, v in given.items() if torch.is_tensor(v) and v.shape[:2] == ids.shape}
+        rest = {n: v for n, v in given.items() if n not in ("input_ids", "attention_mask")}
+        logits = stock.get_output_embeddings()(text(**{**rest, **per_token, **common}).last_hidden_state)
         scale = getattr(text.config, "logit_scale", None) or 1.0
         return logits * scale / (getattr(text.config, "logits_scaling", None) or 1.0)
 
-    for way in (by_model, by_text):
-        try:
-            if apart(way()[0, -STEPS:], said) <= TOLERANCE:
+    for at in places(given.get("position_ids"), slots, text):
+        for way in (by_model, by_text):
+            try:
+                logits = way({"inputs_embeds": embeds[:, slots], "position_ids": at, "attention_mask": mask})
+            except Exception:  # whatever a model raises that does not take these arguments
+                continue
+            if apart(logits[0, -len(said) :], said) <= TOLERANCE:
                 return True
-        except Exception:  # whatever a model raises that does not take these arguments
-            continue
     return False
+
+
+def places(given: torch.Tensor | None, slots: torch.Tensor, text: Any) -> Iterator[torch.Tensor]:
+    """Positions of the tokens that are left: counted anew where they have one axis; of several, each keeps its own."""
+    if given is not None and given.dim() > 2:
+        yield given[..., slots]
+        return
+    if getattr(getattr(text, "rotary_emb", None), "mrope_section", None) is not None:
+        yield slots.expand(3, 1, -1)  # where the model gives none, a path may keep them or count
+    yield torch.arange(len(slots))[None] + (0 if given is None else given[..., :1])
 
 
 def mask_kind(stock: Any) -> str:

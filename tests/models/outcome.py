@@ -11,7 +11,7 @@ import transformers
 
 import vtr
 from tests.models import tiny
-from tests.models.oracles import SPECS, Oracles, first_line, leaves_nothing, mask_kind
+from tests.models.oracles import SPECS, Oracles, first_line, leaves_nothing
 from tests.models.paint import by_runs, paint
 from tests.models.pixels import Pictures
 from vtr.base import UnsupportedError
@@ -40,7 +40,7 @@ def outcome(name: str, policies: Iterable[str] = tuple(SPECS), pictures: bool = 
     try:
         vtr.patch(model)
     except UnsupportedError as error:
-        return out | {"path": "refused", "why": str(error)}
+        return out | {"path": "refused", "why": str(error).split(" Known: ")[0]}
     except Exception as error:  # it should be refused by a sentence
         return out | {"path": "refused", "why": f"{type(error).__name__}: {first_line(error)}", "by_accident": True}
     out |= parts(model)
@@ -50,7 +50,7 @@ def outcome(name: str, policies: Iterable[str] = tuple(SPECS), pictures: bool = 
         paint(painted)
     oracles = Oracles(stock, model)
     try:
-        out |= {"mask": mask_kind(stock), "unsteady": oracles.unsteady}
+        out |= {"mask": oracles.mask, "unsteady": oracles.unsteady}
     except Exception as error:
         out |= {"mask": "?", "not_painted": f"{type(error).__name__}: {first_line(error)}"}
     else:
@@ -58,6 +58,11 @@ def outcome(name: str, policies: Iterable[str] = tuple(SPECS), pictures: bool = 
         out |= {"policies": {policy: oracles.policy(policy) for policy in policies}}
     if pictures:
         out |= {"pictures": Pictures(plain).outcome(pictured)}
+    for asked in (out, out.get("pictures") or {}):
+        if out["path"] == "padded" and "policies" in asked:  # one reason for all, which ``why`` says
+            asked["policies"] = {
+                name: said.split(":")[0] if "acts inside" in said else said for name, said in asked["policies"].items()
+            }
     return out
 
 

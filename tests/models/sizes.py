@@ -117,6 +117,8 @@ OVER: dict[str, dict[str, Any]] = {
             "vision_config.projection_dim": 64,
         },
         "Gemma3": {"mm_tokens_per_image": 16},
+        "Gemma4": {"text_config.use_bidirectional_attention": "vision"},
+        "Gemma4Unified": {"text_config.use_bidirectional_attention": "vision"},
         "Glm5Next": {
             "text_config.num_key_value_heads": 4,
             "text_config.index_topk": 64,

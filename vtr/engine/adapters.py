@@ -103,7 +103,7 @@ class Adapter(ABC):
 
     def newline(self, model: nn.Module) -> Any:
         """The embedding of a newline token, [hidden_size]; None if the family has none."""
-        return getattr(model.model, "image_newline", None)
+        return getattr(getattr(model, "model", None), "image_newline", None)
 
     def own_hooks(self, model: nn.Module) -> list[Any]:
         """Register what the family needs besides the engine's hooks; returns the handles."""

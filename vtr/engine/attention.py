@@ -27,6 +27,7 @@ from vtr.engine.cache import RaggedLayer
 from vtr.engine.once import Once
 from vtr.engine.scores import Look, Queries, expanded
 from vtr.engine.sight import OwnMask, WindowMask, near
+from vtr.engine.temperature import by_position
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
 
@@ -84,7 +85,8 @@ class Plan:
     trace: Any = None
     """Of a decode step: where it is noted."""
     positions: torch.Tensor | None = None
-    """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a window or chunks; else None."""
+    """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a window or chunks, or its
+    module scales queries by them; else None."""
     window: int | None = None
     """The layer's sliding window or chunk, where its attention module does not name one itself."""
     own: OwnMask | None = None
@@ -176,6 +178,7 @@ def attention(
         as_ever: tuple[torch.Tensor, Any] = base_function(base, module)(query, key, value, attention_mask, **kwargs)
         return as_ever
     if isinstance(plan, Look):  # the attention of a layer that is about to run: queries and keys are all
+        query = by_position(module, query, plan.positions, 0, plan.last)
         return plan.take(query, key, kwargs.get("scaling"), value), None
     if not isinstance(plan, Plan):  # a step of constant shapes
         return plan.attend(base, module, query, key, value, kwargs), None
@@ -183,6 +186,9 @@ def attention(
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
         mlp_scale.set(plan.scale)
+    if plan.positions is not None:
+        past = 0 if plan.layers is None else plan.layers[module.layer_idx].get_seq_length()
+        query = by_position(module, query, plan.positions, past, plan.max_distance)
     if "sliding_window" in kwargs:
         window = kwargs["sliding_window"]
     else:  # this family's modules leave it to the mask

@@ -28,8 +28,8 @@ class RaggedLayer(DynamicLayer):
     """One decoder layer's keys and values, a length per row. Only ever updated under a plan of a patched model.
 
     Attributes:
-        window: the layer's sliding window or chunk, or None. latent: whether what it holds is yet to be made into keys and
-            values, by its attention module.
+        window: the layer's sliding window or chunk, or None. latent: whether keys and values are yet to be made of what
+            it holds, by the attention module.
     """
 
     is_croppable = True

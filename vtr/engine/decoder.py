@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vtr.base import UnsupportedError
 from vtr.engine.rotary import Rotary
 from vtr.engine.sight import Chunk
+from vtr.engine.temperature import scales_by_column
 from vtr.engine.trace import Geometry
 
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn")
 """What decoder layers call the part behind their attention."""
+NORMS = ("norm", "final_layernorm", "final_norm")
+"""What text models call the norm behind their layers."""
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 ALIKE = ("layer_idx", "is_sliding", "sliding_window", "layer_type", "attention_type", "training")
 """In what attention modules may differ and yet take the same arguments."""
@@ -70,7 +74,13 @@ class Decoder:
         """How many layers there are."""
         return self.geometry.num_hidden_layers
 
-    @property
+    @cached_property
+    def placed(self) -> list[bool]:
+        """Of each layer, whether its attention is to know where tokens stand."""
+        layers = zip(self.windows, self.text.layers, strict=True)
+        return [window is not None or scales_by_column(layer.self_attn) for window, layer in layers]
+
+    @cached_property
     def latent(self) -> list[bool]:
         """Of each layer, whether its cache holds what keys and values are made of."""
         return [hasattr(layer.self_attn, "expand_kv") for layer in self.text.layers]
@@ -97,6 +107,11 @@ class Decoder:
 def mlp_of(layer: Any) -> Any:
     """The part of a decoder layer behind its attention; None if it is called something else."""
     return next((found for name in MLPS if (found := getattr(layer, name, None)) is not None), None)
+
+
+def norm_of(text: Any) -> Any:
+    """The norm behind the decoder layers; None if it is called something else."""
+    return next((found for name in NORMS if (found := getattr(text, name, None)) is not None), None)
 
 
 def layer_kinds(text: Any) -> tuple[str, ...]:
@@ -126,9 +141,11 @@ def windows(text: Any, kinds: tuple[str, ...]) -> tuple[int | None, ...]:
 
 def _check_parts(text: Any) -> None:
     """Raise UnsupportedError unless the engine finds what it hooks into."""
-    for name in ("config", "layers", "rotary_emb", "norm"):
+    for name in ("config", "layers", "rotary_emb"):
         if getattr(text, name, None) is None:
             raise _cannot(text, f"has no {name}")
+    if norm_of(text) is None:
+        raise _cannot(text, "has no norm behind its layers")
     if not len(text.layers):
         raise _cannot(text, "has no decoder layers")
     if (getattr(text.config, "altup_num_inputs", None) or 0) > 1:
@@ -144,7 +161,7 @@ def _check_parts(text: Any) -> None:
             raise _cannot(text, f"has layers that do not take {', '.join(sorted(lacking))}")
         if getattr(attn, "is_kv_shared_layer", False):
             raise _cannot(text, f"has layers (the first is {index}) that use the keys and values of an earlier one")
-        if hasattr(attn, "indexer"):
+        if getattr(attn, "indexer", None) is not None:
             raise _cannot(text, f"chooses keys by an index of its own in layer {index}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
+from vtr.engine.decoder import norm_of
 from vtr.engine.install import patch_of
 from vtr.engine.session import Session
 
@@ -65,7 +66,7 @@ class Midway:
         """[sum(counts), D]: after all layers, the normed states of the last so many tokens of each row."""
         ends = accumulate(row.length for row in self.session.rows)
         index = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
-        normed: torch.Tensor = self.text.norm(self.hidden[0].index_select(0, index.to(self.hidden.device)))
+        normed: torch.Tensor = norm_of(self.text)(self.hidden[0].index_select(0, index.to(self.hidden.device)))
         return normed
 
 

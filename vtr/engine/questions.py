@@ -13,7 +13,7 @@ from vtr.engine import ranking
 from vtr.engine.attending import Taking, check_attend, taking
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.checks import GuardedFields, check_best, check_count, check_route, checked_keep
-from vtr.engine.decoder import Decoder
+from vtr.engine.decoder import Decoder, norm_of
 from vtr.engine.merging import Growth, Merging, checked_merge, merges_of
 from vtr.engine.packed import Packed, less
 from vtr.engine.positions import Positions
@@ -201,7 +201,7 @@ class Questions:
         scores, text_scores = self.probes.of_row(i) if ranked else (None, None)
         return Tokens(
             index, depth, vision.total, vision.count, GuardedFields(field), scores, look, vision.per_image,
-            row.length, row.memo, self.decoder.text.norm, text_scores,
+            row.length, row.memo, norm_of(self.decoder.text), text_scores,
         )  # fmt: skip
 
 

@@ -190,10 +190,14 @@ class Look:
     """Goes to an attention module in place of a plan, and takes the queries and keys that it makes.
 
     Attributes:
+        positions: int64 [T]. last: none is as large.
         query, key: [1, heads, T, d], [1, kv_heads, T, d] after rope. scaling: of the logits, or None.
     """
 
     taking = None
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.positions, self.last = positions, 1 << 62
 
     def take(
         self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, value: torch.Tensor
@@ -204,14 +208,14 @@ class Look:
 
 
 def looked(
-    layer: Any, hidden: torch.Tensor, rope: Any, places: torch.Tensor, call: Mapping[str, Any]
+    layer: Any, hidden: torch.Tensor, rope: Any, places: torch.Tensor, positions: torch.Tensor, call: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:  # fmt: skip
     """Queries of some tokens and keys of all, as ``layer`` is about to make them, and what scales their products.
 
     Of modules that are known (:data:`PLAIN`) by their projections alone; others run, their cache and output left out.
 
     Args:
-        hidden: [1, T, D]. places: int64 [q]. call: what else the layer is called with.
+        hidden: [1, T, D]. places: int64 [q]. positions: int64 [T]. call: what else the layer is called with.
 
     Raises:
         UnsupportedError: the layer's norm or attention is not where it is looked for.
@@ -228,7 +232,7 @@ def looked(
         q, k = _heads(attn, "q", x.index_select(1, places)), _heads(attn, "k", x)
         at = [t.index_select(1, places) for t in rope]
         return rotate(q, q, *at)[0], rotate(k, k, *rope)[1], getattr(attn, "scaling", None)
-    look, takes = Look(), inspect.signature(type(attn).forward).parameters
+    look, takes = Look(positions), inspect.signature(type(attn).forward).parameters
     more = {name: value for name, value in call.items() if name in takes and name not in TAKEN}
     attn(hidden_states=x, position_embeddings=rope, attention_mask=None, vtr_plan=look, **more)
     return look.query.index_select(2, places), look.key, look.scaling
@@ -258,7 +262,7 @@ def expanded(module: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[tor
 @torch.no_grad()
 def ahead(
     layer: Any, hidden: torch.Tensor, rope: Any, asked: Any, past: tuple[torch.Tensor, torch.Tensor] | None,
-    positions: torch.Tensor | None, window: int | None, own: OwnMask | None, call: Mapping[str, Any],
+    positions: torch.Tensor, window: int | None, own: OwnMask | None, call: Mapping[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """Attention that some tokens are about to pay in ``layer``, from the layer's own norm and projections.
 
@@ -266,13 +270,13 @@ def ahead(
         hidden: [1, T, D], tokens entering the layer; rope: of their positions, in the layer's form.
         asked: :class:`Queries` with one query a row, or one row's :class:`~vtr.engine.asked.Asked`; places among the T.
         past: cached keys and values, [1, kv_heads, p, d] each, of a single row; or None.
-        positions: int64 [p + T], where there is a sliding ``window``.
+        positions: int64 [T], or [p + T] where there is a sliding ``window``.
         own: what the model's own mask says of the p + T tokens. call: what else the layer is called with.
 
     Returns:
         float32 [T], mean over heads; of an ``Asked`` what its reduction makes, [1, …, T].
     """
-    q, k, scaling = looked(layer, hidden, rope, asked.places.flatten(), call)
+    q, k, scaling = looked(layer, hidden, rope, asked.places.flatten(), positions[-hidden.shape[1] :], call)
     if past is not None:
         before = expanded(layer.self_attn, *past)[0]
         k, asked = torch.cat([before, k], 2), asked.alone(before.shape[2])

@@ -198,7 +198,7 @@ class Session:
             clock=self.log.clock,
             scale=scale,
             routing=routing,
-            positions=None if self.decoder.windows[index] is None else positions[0],
+            positions=positions[0] if self.decoder.placed[index] else None,
             window=self.decoder.windows[index],
             own=None if self.masks is None else self.masks.of_layer(index, slots),
             max_distance=self.max_distance,

@@ -26,6 +26,7 @@ from vtr.engine.once import from_host
 from vtr.engine.rotary import Rotary, moved
 from vtr.engine.scores import expanded
 from vtr.engine.sight import near
+from vtr.engine.temperature import by_position, scales_by_column
 from vtr.engine.trace import Trace
 
 
@@ -299,6 +300,9 @@ class StaticStep:
         cell = self.decoding.next[frozen.on][frozen.lengths]
         if self.decoding.latents is not None:
             (key, value), self.decoding.latents = self.decoding.latents, None
+        if scales_by_column(module):
+            past = self.decoding.ragged[0].get_seq_length()
+            query = by_position(module, query, self.positions[frozen.stage][:, 0], past, past + 1)
         frozen.keys.index_copy_(1, cell, key[:, :, 0].transpose(0, 1))
         frozen.values.index_copy_(1, cell, value[:, :, 0].transpose(0, 1))
         at = None

@@ -247,7 +247,7 @@ class TextHooks:
             positions = positions.expand(rows, -1) - state.on_device(state.dropped, positions.device)[:, None]
         kwargs["position_ids"] = positions
         positions = positions[0] if positions.dim() == 3 else positions
-        at = positions.expand(rows, -1)[:, 0] if any(self.patch.decoder.windows) else None
+        at = positions.expand(rows, -1)[:, 0] if any(self.patch.decoder.placed) else None
         far = state.logical + 1
         plan = Plan(decode=True, layers=layers, trace=trace, positions=at, max_distance=far, once=state.once)
         for layer in layers:
