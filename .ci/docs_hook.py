@@ -15,6 +15,17 @@ OUT = re.compile(r'<a href="((?:\.\./)+)([^":#]*)(#[^"]*)?">')
 PICTURE = re.compile(r"\]\((?:\.\./)+(eval/results/[\w-]+\.png)\)")
 """Pictures of result files, which lie outside of the docs."""
 
+SEARCH = "<!-- vtr:search -->"
+"""Where a page wants a box that filters the table behind it; elsewhere than on the site it is not seen."""
+BOX = """<input id="vtr-search" type="search" placeholder="a class, a decoder, a path …" aria-label="Filter the table">
+<script>
+document.getElementById("vtr-search").addEventListener("input", ({target}) => {
+  const words = target.value.toLowerCase().split(/\\s+/);
+  for (const row of document.querySelectorAll("table tbody tr"))
+    row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+});
+</script>"""
+
 
 def on_config(config: Any) -> Any:
     """Pages of methods that the navigation does not name come behind the others, so that a new one need not edit it."""
@@ -38,6 +49,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, **kwargs: Any) -> str:
+    html = html.replace(SEARCH, BOX)
     html = ROLE.sub(lambda found: f"<code>{found[2].rpartition('.')[2] if found[1] else found[2]}</code>", html)
     root = Path(config.config_file_path).parent
     here = Path(config.docs_dir, page.file.src_uri).parent

@@ -10,23 +10,12 @@ from vtr.integrations.llava_original import LlavaOriginal
 from vtr.integrations.qwen_vl import Qwen3VL, Qwen25VL
 from vtr.integrations.structural import Structural
 
-from vtr.engine.adapters import refuse_family, register_adapter
+from vtr.engine.adapters import register_adapter
 
 FAMILIES = (Llava, LlavaNext, LlavaOnevision, LlavaOriginal, InternVL, InternVLChat, Qwen25VL, Qwen3VL, Idefics3)
 register_adapter(Structural())  # the first to be made known is the last to be asked
 for family in FAMILIES:
     register_adapter(family())
-
-refuse_family(
-    ("Gemma3ForConditionalGeneration",),
-    "Gemma3 lets the tokens of an image look at each other in both directions, and vtr's packed attention is causal: "
-    "run it unreduced, or use a family with causal attention (LLaVA, InternVL, Qwen-VL, SmolVLM)",
-)
-refuse_family(
-    ("PaliGemmaForConditionalGeneration",),
-    "PaliGemma lets the whole prompt look at itself in both directions, and vtr's packed attention is causal: "
-    "run it unreduced, or use a family with causal attention (LLaVA, InternVL, Qwen-VL, SmolVLM)",
-)
 
 __all__ = [
     "Idefics3",

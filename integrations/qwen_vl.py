@@ -29,6 +29,21 @@ def frames_layout(frames: int, height: int, width: int) -> Layout:
     )
 
 
+def patch_order(vision: Any, layout: Layout) -> torch.Tensor | None:
+    """int64 [tokens]: where each token is in a tower that takes patches window by window; None: it has no windows.
+
+    Args:
+        vision: the tower's config.
+    """
+    if getattr(vision, "window_size", None) is None:
+        return None
+    side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    height, width = layout.grid
+    down, across = -(-height // side), -(-width // side)
+    window = (layout.tile * down + layout.y // side) * across + layout.x // side
+    return window.argsort(stable=True).argsort()
+
+
 class Qwen25VL(Adapter):
     """``Qwen2_5_VLForConditionalGeneration`` and ``Qwen2VLForConditionalGeneration``.
 
@@ -67,14 +82,7 @@ class Qwen25VL(Adapter):
 
     def patch_order(self, model: nn.Module, layout: Layout) -> torch.Tensor | None:
         """Qwen2.5-VL's tower takes patches window by window."""
-        vision: Any = model.config.vision_config  # type: ignore[union-attr]
-        if getattr(vision, "window_size", None) is None:
-            return None
-        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        height, width = layout.grid
-        down, across = -(-height // side), -(-width // side)
-        window = (layout.tile * down + layout.y // side) * across + layout.x // side
-        return window.argsort(stable=True).argsort()
+        return patch_order(model.config.vision_config, layout)  # type: ignore[union-attr]
 
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """One grid per image or video, from ``image_grid_thw`` and ``video_grid_thw``.

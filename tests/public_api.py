@@ -169,6 +169,7 @@ def answers() -> list[str]:
     assert_type(report.rows[0].vision_tokens, list[int])
     shots = vtr.visualize.ask(model, processor, picture, question, ["fastv:keep=0.1", None], max_new_tokens=2)
     vtr.visualize.staircase(shots)
+    print(vtr.describe(model))
     vtr.unpatch(model)
     return [*said, answer]
 

@@ -13,7 +13,7 @@ from vtr.base import Attend, Attention, Best, KeyNorms, Merged, Policy, Route, T
 from vtr.budget import at_budget
 from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
-from vtr.engine.install import patch, unpatch, use
+from vtr.engine.install import describe, patch, unpatch, use
 from vtr.engine.resolve import shared_features
 from vtr.engine.turns import fork
 from vtr.image import Image, Pooled
@@ -145,6 +145,7 @@ __all__ = [
     "ZipVL",
     "at_budget",
     "chat",
+    "describe",
     "fork",
     "keep_count",
     "list_policies",

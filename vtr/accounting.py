@@ -159,9 +159,8 @@ def _with_tries(made: Report, tried: Tried | None) -> Report:
 
 def _reduced(trace: Trace) -> Report:
     g = trace.geometry
-    attended = [int(a) for a in trace.attended]
-    held = sum(int(n) for n in trace.kv_tokens) * 2 * g.kv_heads * g.head_dim * trace.kv_itemsize
-    decode = trace.decode_flops + sum(4 * g.heads * g.head_dim * a for a in attended)
+    decode = trace.decode_flops + sum(g.attention(i).pair * int(a) for i, a in enumerate(trace.attended))
+    held = sum(g.attention(i).cached * int(n) for i, n in enumerate(trace.kv_tokens)) * trace.kv_itemsize
     return Report(
         rows=[
             _row(row, words, bool(trace.kv_tokens or trace.kv_bytes))
@@ -227,17 +226,17 @@ def _dense(trace: DenseTrace) -> Report:
     """An unreduced call: transformers computes every row at the padded length, and every beam."""
     g, steps, past = trace.geometry, trace.steps, trace.past
     rows, n = trace.input_ids.shape[0] * trace.beams, trace.input_ids.shape[1]
-    per_token, attention = sum(g.linear_flops), 4 * g.heads * g.head_dim
-    windows = g.attending(trace.windows or (None,) * g.num_hidden_layers)
-    prefill = rows * (n * per_token + attention * n * sum(_held(past, w) + n for w in windows))
+    per_token, sizes = sum(g.linear_flops), [g.attention(i) for i in range(g.num_hidden_layers)]
+    layers = g.attending(list(zip(sizes, trace.windows or (None,) * g.num_hidden_layers, strict=True)))
+    prefill = rows * (n * per_token + n * sum(size.pair * (_held(past, w) + n) for size, w in layers))
     if trace.cached:
-        keys = sum(_held(past + n + t, w) + 1 for t in range(steps) for w in windows)
-        decode = rows * (steps * per_token + attention * keys)
-        held = sum(_held(past + n + steps, w) for w in windows)
-        kv = rows * held * 2 * g.kv_heads * g.head_dim * trace.itemsize
+        products = sum(size.pair * (_held(past + n + t, w) + 1) for t in range(steps) for size, w in layers)
+        decode = rows * (steps * per_token + products)
+        held = sum(size.cached * _held(past + n + steps, w) for size, w in layers)
+        kv = rows * held * trace.itemsize
     else:
-        attention *= len(windows)
-        decode = rows * sum((n + t + 1) * per_token + attention * (n + t + 1) ** 2 for t in range(steps))
+        pairs = sum(size.pair for size, _ in layers)
+        decode = rows * sum((n + t + 1) * per_token + pairs * (n + t + 1) ** 2 for t in range(steps))
         kv = 0
     return Report(
         rows=_dense_rows(trace),

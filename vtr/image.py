@@ -62,6 +62,7 @@ class Layout:
             follow each other. Where every frame is an image, each has the next number, and the next video begins
             with 0 again. None for a picture.
         times: of a video, at which second each of its frames was taken; None where the call does not say.
+        known: False where nothing says how the tokens lie, and they are taken for one row.
     """
 
     tile: torch.Tensor
@@ -77,9 +78,15 @@ class Layout:
     shrunk: Callable[[int], Layout] | None = None
     first_frame: int | None = None
     times: tuple[float, ...] | None = None
+    known: bool = field(default=True, kw_only=True)
 
     def __len__(self) -> int:
         return int(self.tile.shape[0])
+
+    @property
+    def doubt(self) -> str:
+        """What an error about the grid has to add: empty, or that it is not known."""
+        return "" if self.known else " (nothing in the inputs says how its tokens lie, so they are taken for one row)"
 
     @property
     def frame(self) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +38,51 @@ def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, 
     if name is None or name in pocket.NAMES:
         model, processor = pocket.load(pocket.NAMES[name or "pocket"], wanted)
     else:
-        from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        try:
+        with _readable(name):
             chosen = wanted or (torch.float32 if device == "cpu" else "auto")
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen).eval()
             processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ValueError(
-                f"cannot load {name}: {reason} — it must be a complete checkpoint of an image-text model with its "
-                "processor (a family that `vtr list` shows); if a file was cut short, fetch it again"
-            ) from error
     return patch(model.to(device)), processor
+
+
+def skeleton(name: str) -> Any:
+    """A patched model without weights, of its config alone (a pocket model with its weights): to be described.
+
+    Args:
+        name: a folder or hub name, or one of ``vtr.pocket.NAMES``.
+
+    Raises:
+        ValueError: as :func:`load`. UnsupportedError: a model that vtr cannot run.
+    """
+    check_name(name)
+    if name in pocket.NAMES:
+        return load(name, "cpu")[0]
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with _readable(name), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+    return patch(model)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Errors of transformers while it reads a checkpoint, in a sentence.
+
+    Raises:
+        ValueError: it is not complete, or of no image-text model.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(
+            f"cannot load {name}: {reason} — it must be a complete checkpoint of an image-text model with its "
+            "processor (a family that `vtr list` shows); if a file was cut short, fetch it again"
+        ) from error
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from vtr.integrations.structural import IMAGE_IDS, VIDEO_IDS
 from vtr.image import Layout
 
 Inputs = dict[str, torch.Tensor]
-STEPS = 6
+STEPS = 4
 """Tokens that are decoded."""
 
 
@@ -79,9 +80,16 @@ def by_runs(model: Any) -> None:
 
 
 def layouts(model: Any, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
-    """Per placeholder id one layout per run of it."""
+    """Per placeholder id one layout per run of it: a square, or a row."""
     runs = {mark: runs_of(inputs["input_ids"] == mark) for mark in marks(model)}
-    return {mark: [tile_layout(1, end - start) for _, start, end in found] for mark, found in runs.items() if found}
+    return {
+        mark: [tile_layout(*_grid(end - start)) for _, start, end in found] for mark, found in runs.items() if found
+    }
+
+
+def _grid(count: int) -> tuple[int, int]:
+    side = math.isqrt(count)
+    return (side, side) if side * side == count else (1, count)
 
 
 class Forced(LogitsProcessor):

@@ -18,6 +18,7 @@ import vtr
 from vtr.commands._console import console, fail
 from vtr.engine.adapters import families
 from vtr.learned import Learned
+from vtr.models import skeleton
 from vtr.settings import policy_class
 
 OTHERS = "Policies from elsewhere."
@@ -46,22 +47,31 @@ MODELS = {
 
 def list_command(
     policy: Annotated[str | None, typer.Argument(help="show the settings of this one", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a folder, a hub name or a pocket model: what is possible with it")
+    ] = None,
 ) -> None:
-    """Show the policies and model families there are, or one policy's settings.
+    """Show the policies and model families there are, one policy's settings, or what is possible with a model.
 
     Of every policy its settings with their defaults, and whether it looks at the question; with a NAME what the
-    settings mean.
+    settings mean. With --model what was found of it: decoder, layers, vision tower, image token, and which policies
+    cannot work on it. Only its config is read, no weights.
 
     * `vtr list`
 
     * `vtr list fastv`
+
+    * `vtr list --model llava-hf/llava-1.5-7b-hf`
     """
-    if policy is None:
+    if policy is None and model is None:
         _show_all()
         return
     try:
-        _show_one(policy.partition(":")[0].strip())
-    except ValueError as error:
+        if policy is not None:
+            _show_one(policy.partition(":")[0].strip())
+        if model is not None:
+            console.print(escape(str(vtr.describe(skeleton(model)))), highlight=False, soft_wrap=True)
+    except (ValueError, RuntimeError) as error:
         raise fail(error) from error
 
 
@@ -84,6 +94,10 @@ def _show_all() -> None:
     for family, classes in families().items():
         known.add_row(family, ", ".join(classes))
     console.print(known)
+    console.print(
+        "Any other image-text model of transformers that merges images at placeholder tokens is known by its parts, "
+        "and tested when it is patched: [b]vtr list --model FOLDER[/] says what is possible with it."
+    )
 
 
 def _show_one(name: str) -> None:

@@ -29,10 +29,14 @@ class Adapter(ABC):
         unsupported: policies (by name) that cannot work on this family, and why; asking for one raises.
         lacks: what policies may want (:data:`vtr.base.WANTED`) and cannot have on this family, and why.
         image_inputs: what :meth:`encode` takes of a call's keyword arguments.
+        grids: where the grid of an image's tokens comes from, in words.
+        proven: whether tests have compared the family with transformers' own models; else :func:`vtr.patch` does so.
     """
 
     family: str
     classes: tuple[str, ...]
+    proven = True
+    grids = "known of the family"
     returns_new_tokens_only = False
     unsupported: Mapping[str, str] = MappingProxyType({})
     lacks: Mapping[str, str] = MappingProxyType({})
@@ -43,6 +47,10 @@ class Adapter(ABC):
     def serves(self, model: nn.Module) -> bool:
         """Whether ``model`` is of this family: by its class names, or those of the classes it is derived from."""
         return bool({cls.__name__ for cls in type(model).__mro__} & set(self.classes))
+
+    def for_model(self, model: nn.Module) -> Adapter:
+        """The adapter of this very model: itself, where a family's models are alike."""
+        return self
 
     def inner(self, model: nn.Module) -> Any:
         """The module whose forward hands keyword arguments on to the text model.
@@ -234,12 +242,15 @@ def find_adapter(model: object) -> Adapter:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"vtr.patch needs a model (a torch.nn.Module), got {type(model).__name__}")
+    for adapter in (one for one in _ADAPTERS if one.proven):
+        if adapter.serves(model):
+            return adapter.for_model(model)
     for cls in type(model).__mro__:
         if why := _REFUSED.get(cls.__name__):
             raise UnsupportedError(f"{type(model).__name__} cannot be patched: {why}")
-    for adapter in _ADAPTERS:
+    for adapter in (one for one in _ADAPTERS if not one.proven):
         if adapter.serves(model):
-            return adapter
+            return adapter.for_model(model)
     known = "; ".join(f"{family} ({', '.join(classes)})" for family, classes in families().items())
     raise UnsupportedError(
         f"{type(model).__name__} is no model family vtr knows. {_advice(model)}Known: {known}. "

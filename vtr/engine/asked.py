@@ -10,6 +10,7 @@ import torch
 
 from vtr.answers import Attention
 from vtr.engine.scores import CHUNK, attention_logits
+from vtr.engine.sight import OwnMask, near
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Asked:
 
     def found(
         self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, positions: torch.Tensor | None,
-        window: int | None,
+        window: int | None, own: OwnMask | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """float32 [rows, …, longest]: attention that each row's tokens get; 0 behind the end of a shorter row.
 
@@ -52,6 +53,7 @@ class Asked:
             query: [heads, rows * most, d], those at ``places`` after rope. key: [kv_heads, T, d], of all packed tokens.
             scaling: of the logits; None for d ** -0.5.
             positions: int64 [T], where a sliding ``window`` hides what is that far behind a query.
+            own: what the model's own mask says of the T tokens.
         """
         rows, most = self.places.shape
         longest, heads = max(self.lengths), query.shape[0]
@@ -63,7 +65,9 @@ class Asked:
         if window is not None and positions is not None:
             at = positions.index_select(0, inside).view_as(columns)
             now = positions.index_select(0, self.places.flatten()).view_as(self.places)
-            hidden = hidden | (now[..., None] - at[:, None] >= window)
+            hidden = hidden | ~near(now[..., None], at[:, None], window)
+        if own is not None:
+            hidden = ~own.over(~hidden, self.places, inside.view_as(columns))
         queries = query.unflatten(1, (rows, most))
         keys = key.index_select(1, inside).unflatten(1, (rows, longest))
         some_rows = max(CHUNK // (heads * most * longest), 1)

@@ -12,6 +12,7 @@ import torch
 from vtr.base import Attend, Policy, UnsupportedError
 from vtr.engine.checks import checked_keep
 from vtr.engine.packed import Packed, on_device, sums
+from vtr.engine.sight import OwnMask, near
 
 PROJECTIONS = {"q_proj": "asks", "k_proj": "seen", "v_proj": "seen", "o_proj": "asks"}
 """Which of a layer's projections need which tokens only."""
@@ -178,9 +179,9 @@ class _Widen:
 # ------------------------------------------------------------------------------------------------------- the attention
 def row_masks(
     now: Taking, past: Sequence[int], positions: Callable[[int, int], torch.Tensor] | None, window: int | None,
-    masked_keys: torch.Tensor | None,
+    masked_keys: torch.Tensor | None, own: OwnMask | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """Per row bool [a, past + s], which keys its queries see; None where it is causal and nothing else hides any.
+    """Per row bool [a, past + s], which keys its queries see; None where it is causal and nothing else says otherwise.
 
     Args:
         positions: (row, how many) → the positions of a row's keys, cached ones first, and of its queries behind them.
@@ -188,16 +189,18 @@ def row_masks(
     asks, seen = now.asks.split(now.ask_lengths), now.seen.split(now.seen_lengths)
     masks: list[torch.Tensor | None] = []
     for row, (q, k) in enumerate(zip(asks, seen, strict=True)):
-        if now.causal[row] and window is None and masked_keys is None:
+        if now.causal[row] and window is None and masked_keys is None and own is None:
             masks.append(None)
             continue
-        mask = k[None] <= q[:, None]
-        if masked_keys is not None:
-            mask = mask & (~masked_keys.index_select(0, k)[None] | (k[None] == q[:, None]))
-        before = past[row] if past else 0
+        mask, before = k[None] <= q[:, None], past[row] if past else 0
         mask = torch.cat([mask.new_ones(len(q), before), mask], 1) if before else mask
         if window is not None and positions is not None:
             at = positions(row, before)
-            mask = mask & (at[before + len(k) :][:, None] - at[None, : before + len(k)] < window)
+            mask = mask & near(at[before + len(k) :][:, None], at[None, : before + len(k)], window)
+        if own is not None:
+            mask = torch.cat([mask[:, :before], own.over(mask[:, before:], q, k)], 1)
+        if masked_keys is not None:
+            hidden = masked_keys.index_select(0, k)[None] & (k[None] != q[:, None])
+            mask = torch.cat([mask[:, :before], mask[:, before:] & ~hidden], 1)
         masks.append(mask)
     return masks

@@ -25,7 +25,8 @@ from vtr.engine.attending import Taking, row_masks
 from vtr.engine.bucket import Bucket
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.once import Once
-from vtr.engine.scores import Queries, WindowMask
+from vtr.engine.scores import Look, Queries, expanded
+from vtr.engine.sight import OwnMask, WindowMask, near
 from vtr.engine.trace import Clock
 from vtr.engine.varlen import packed_attention
 
@@ -83,7 +84,11 @@ class Plan:
     trace: Any = None
     """Of a decode step: where it is noted."""
     positions: torch.Tensor | None = None
-    """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a sliding window; else None."""
+    """int64 [t] ([rows] in decode): positions of the tokens, where the layer has a window or chunks; else None."""
+    window: int | None = None
+    """The layer's sliding window or chunk, where its attention module does not name one itself."""
+    own: OwnMask | None = None
+    """What the model's own mask says of the tokens; None where it is plainly causal."""
     max_distance: int = 0
     """No token of this forward is farther than this from any key: a window at least as long hides nothing."""
     masked_keys: torch.Tensor | None = None
@@ -170,13 +175,18 @@ def attention(
     if plan is None:
         as_ever: tuple[torch.Tensor, Any] = base_function(base, module)(query, key, value, attention_mask, **kwargs)
         return as_ever
+    if isinstance(plan, Look):  # the attention of a layer that is about to run: queries and keys are all
+        return plan.take(query, key, kwargs.get("scaling"), value), None
     if not isinstance(plan, Plan):  # a step of constant shapes
         return plan.attend(base, module, query, key, value, kwargs), None
     # rope is applied already; a flash wrapper would read gaps between kept positions as separate sequences
     kwargs.pop("position_ids", None)
     if plan.scale is not None:
         mlp_scale.set(plan.scale)
-    window = kwargs.get("sliding_window")
+    if "sliding_window" in kwargs:
+        window = kwargs["sliding_window"]
+    else:  # this family's modules leave it to the mask
+        window = plan.layers[module.layer_idx].window if plan.decode else plan.window
     if window is not None and plan.max_distance <= window:
         window = None
     if plan.decode:
@@ -192,7 +202,7 @@ def _packed(
     window: int | None, kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """All rows of a prefill, every token of which takes part. [1, heads, T, d] → [1, T, heads, d]."""
-    plain = plan.masked_keys is None
+    plain = plan.masked_keys is None and plan.own is None
     one_kernel = packed_attention(base, query, key, value, plan, window, kwargs) if plain else None
     if one_kernel is not None:
         return one_kernel(query, key, value)
@@ -208,10 +218,10 @@ def _packed(
         q, k, v = query[:, :, here], key[:, :, here], value[:, :, here]
         past = plan.past[row] if plan.past else 0
         if past:
-            k, v = plan.layers[module.layer_idx].row(row, past + n)
-        sliding = _window_mask(plan, module, row, here, past + n, window)
+            k, v = _cached(module, plan.layers[module.layer_idx], row, past + n)
+        seen = _seen(plan, module, row, here, past + n, window)
         masked_keys = None if plan.masked_keys is None else plan.masked_keys[here]
-        outs.append(_one_row(base, module, q, k, v, sliding, masked_keys, kwargs))
+        outs.append(_one_row(base, module, q, k, v, seen, masked_keys, kwargs))
     if window is not None and plan.past and not plan.layers[module.layer_idx].record_past:
         plan.layers[module.layer_idx].tidy(max(plan.lengths))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
@@ -223,7 +233,7 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     """A prefill in which only some tokens ask, and some are seen; the others get zeros."""
     query, key, value = query.index_select(2, now.asks), *(t.index_select(2, now.seen) for t in (key, value))
-    if all(now.causal) and plan.masked_keys is None and window is None and not plan.past:
+    if all(now.causal) and plan.masked_keys is None and plan.own is None and window is None and not plan.past:
         return now.scattered(
             _packed(base, module, query, key, value, replace(plan, lengths=now.ask_lengths), None, kwargs)
         )
@@ -241,10 +251,10 @@ def _attend(
         key.split(now.seen_lengths, 2),
         value.split(now.seen_lengths, 2),
     )
-    for row, mask in enumerate(row_masks(now, plan.past, positions, window, plan.masked_keys)):
+    for row, mask in enumerate(row_masks(now, plan.past, positions, window, plan.masked_keys, plan.own)):
         k, v, past = keys[row], values[row], plan.past[row] if plan.past else 0
         if past:
-            k, v = cache.row(row, past + k.shape[2])
+            k, v = _cached(module, cache, row, past + k.shape[2])
         if mask is None:
             outs.append(_one_row(base, module, queries[row], k, v, None, None, kwargs))
             continue
@@ -266,7 +276,8 @@ def _rank(
         if number in plan.sink:
             continue
         with nullcontext() if plan.clock is None else plan.clock:
-            asked, keys, at = probe.asked, key[0], None if window is None else plan.positions
+            asked, keys, own = probe.asked, key[0], plan.own
+            at = None if window is None else plan.positions
             if isinstance(asked, AskedNorms):
                 norms = asked.found(keys, query.shape[1], module)
                 plan.sink[number] = norms if probe.row is None else norms.split(plan.lengths)[probe.row]
@@ -279,30 +290,42 @@ def _rank(
                 keys, at, asked = keys[:, here], None if at is None else at[here], asked.alone(past)
                 if past:
                     cache = plan.layers[module.layer_idx]
-                    keys = torch.cat([cache.row(row, past)[0][0], keys], 1)
+                    keys = torch.cat([_cached(module, cache, row, past)[0][0], keys], 1)
                     at = None if at is None else torch.cat([cache.positions(row, past), at])
-            found = asked.found(picked, keys, scaling, at, window)
+                own = None if own is None else own.within(here, past)
+            found = asked.found(picked, keys, scaling, at, window, own)
             plan.sink[number] = found if probe.row is None else found[..., -plan.lengths[probe.row] :]
 
 
-def _window_mask(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> WindowMask | None:
-    """What a sliding window lets the queries ``here`` see of the row's ``keys`` tokens; None if it hides nothing."""
-    if window is None or plan.positions is None:
-        return None
-    own = plan.positions[here]
-    return WindowMask(own, own if keys == len(own) else plan.layers[module.layer_idx].positions(row, keys), window)
+def _cached(module: Any, cache: RaggedLayer, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one row, [1, kv_heads, length, head_dim] each; made of latents where these are cached."""
+    return expanded(module, *cache.row(row, length))
+
+
+def _seen(plan: Plan, module: Any, row: int, here: slice, keys: int, window: int | None) -> torch.Tensor | None:
+    """bool [n, keys]: which of the row's tokens the queries ``here`` see; None if that is plainly causal."""
+    seen, n = None, here.stop - here.start
+    if window is not None and plan.positions is not None:
+        own = plan.positions[here]
+        at = own if keys == len(own) else plan.layers[module.layer_idx].positions(row, keys)
+        seen = WindowMask(own, at, window).seen()
+    if plan.own is None:
+        return seen
+    there = torch.arange(here.start, here.stop, device=plan.own.slots.device)
+    seen = torch.ones(n, keys, dtype=torch.bool, device=there.device).tril(keys - n) if seen is None else seen
+    return torch.cat([seen[:, : keys - n], plan.own.over(seen[:, keys - n :], there, there)], 1)
 
 
 def _one_row(
-    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sliding: WindowMask | None,
+    base: str, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None,
     masked_keys: torch.Tensor | None, kwargs: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
-    """One row's queries on all its keys. [1, heads, n, d] → [1, n, heads, d]."""
+    """One row's queries on all its keys, of which they see those ``seen``. [1, heads, n, d] → [1, n, heads, d]."""
     n, m, mask = q.shape[2], k.shape[2], None
-    if sliding is not None or masked_keys is not None:
+    if seen is not None or masked_keys is not None:
         if base.startswith("flash"):  # its windows count tokens, not positions: gaps need a mask
             base = "sdpa"
-        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if sliding is None else sliding.seen()
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if seen is None else seen
         if masked_keys is not None:
             seen = seen & (~masked_keys | torch.eye(n, dtype=torch.bool, device=q.device))
         mask = _as_mask(base, seen[None, None], q.dtype)
@@ -326,14 +349,13 @@ def _decode(
     now = None if window is None or plan.positions is None else cache.parted(cache.here(plan.positions, query))
     plain, outs = _plain_sdpa(base, query, kwargs), []
     for i, (bucket, q) in enumerate(zip(cache.buckets, cache.parted(query), strict=True)):
-        n, of, mask = bucket.upper + 1, base, None
-        near = None
+        n, of, mask, close = bucket.upper + 1, base, None, None
         if now is not None and bucket.positions is not None and window is not None:
-            near = now[i][:, None] - bucket.positions[:, :n] < window
-        if near is not None or bucket.ragged is not None:
+            close = near(now[i][:, None], bucket.positions[:, :n], window)
+        if close is not None or bucket.ragged is not None:
             of = "sdpa" if base.startswith("flash") else base  # flash wrappers copy all that a mask lets through
-            mask = _decode_mask(plan.once, of, bucket, n, near, query.dtype)
-        k, v = bucket.keys.narrow(2, 0, n), bucket.values.narrow(2, 0, n)
+            mask = _decode_mask(plan.once, of, bucket, n, close, query.dtype)
+        k, v = expanded(module, bucket.keys.narrow(2, 0, n), bucket.values.narrow(2, 0, n))
         if plain:
             outs.append(_one_token(q, k, v, mask, kwargs.get("scaling")))
         else:
@@ -363,9 +385,9 @@ def _one_token(
 
 
 def _decode_mask(
-    once: Once, base: str, bucket: Bucket, n: int, near: torch.Tensor | None, dtype: torch.dtype
+    once: Once, base: str, bucket: Bucket, n: int, close: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[b, 1, 1, n] that lets a bucket's rows see what they hold, the token of this step among it, and is ``near``.
+    """[b, 1, 1, n] that lets a bucket's rows see what they hold, the token of this step among it, and is ``close``.
 
     Layers of the same lengths share it.
     """
@@ -375,12 +397,12 @@ def _decode_mask(
         seen = torch.arange(wide, device=bucket.keys.device) <= bucket.lens[:, None]
         return as_numbers(seen, base, dtype)[:, None, None, :n]
 
-    if near is None:
+    if close is None:
         made: torch.Tensor = once.of("mask", bucket.ragged, n, dtype, base, make=make)
         return made
     if bucket.ragged is not None:
-        near = near & (torch.arange(n, device=near.device) <= bucket.lens[:, None])
-    return as_numbers(near, base, dtype)[:, None, None]
+        close = close & (torch.arange(n, device=close.device) <= bucket.lens[:, None])
+    return as_numbers(close, base, dtype)[:, None, None]
 
 
 def attend_filled(

@@ -25,13 +25,18 @@ READABLE = ("cpu",)
 
 
 class RaggedLayer(DynamicLayer):
-    """One decoder layer's keys and values, a length per row. Only ever updated under a plan of a patched model."""
+    """One decoder layer's keys and values, a length per row. Only ever updated under a plan of a patched model.
+
+    Attributes:
+        window: the layer's sliding window or chunk, or None. latent: whether what it holds is yet to be made into keys and
+            values, by its attention module.
+    """
 
     is_croppable = True
 
-    def __init__(self, state: CacheState, index: int, window: int | None = None) -> None:
+    def __init__(self, state: CacheState, index: int, window: int | None = None, latent: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.state, self.index, self.window = state, index, window
+        self.state, self.index, self.window, self.latent = state, index, window, latent
         self.record_past, self._committed = False, 0
         self.staged: Any = None
         self.buckets: list[Bucket] = []
@@ -57,6 +62,8 @@ class RaggedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values as the staged plan says; returns them as they came."""
         if self.state.decoding is not None:
+            if self.latent:
+                self.state.decoding.latents = key_states, value_states
             return key_states, value_states  # attention writes them, where it knows into which cells
         plan, self.staged = self.staged, None
         if plan is None:

@@ -14,7 +14,7 @@ from vtr.engine.cache import RaggedLayer
 from vtr.engine.cache_state import CacheState
 from vtr.engine.checks import version, write_error
 from vtr.engine.once import from_host
-from vtr.engine.positions import many_axes
+from vtr.engine.rotary import Rotary
 from vtr.engine.trace import Trace
 
 
@@ -35,14 +35,14 @@ class DecodeStep:
     Layers that come to the same share a plan.
 
     Args:
-        positions: int64 [rows, 1], as layer 0 sees them without renumbering cuts. rotary: the model's rotary embedding.
+        positions: int64 [rows, 1], as layer 0 sees them without renumbering cuts. rotary: of the text model.
     """
 
-    def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Any, trace: Trace) -> None:
+    def __init__(self, state: CacheState, positions: torch.Tensor, rotary: Rotary, trace: Trace) -> None:
         self.state, self.positions, self.rotary, self.trace = state, positions, rotary, trace
         self._groups = may_forget(state.policies)
         self.renumbers = any(map(any, state.shift))
-        self._stages: list[tuple[list[int], dict[str, Any]]] = []
+        self._stages: dict[str | None, list[tuple[list[int], dict[str, Any]]]] = {}
         self._said: list[Any] = []
         self._decided: tuple[torch.Tensor | None, tuple[bool, ...] | None] = None, None
         self._plan: Plan | None = None
@@ -63,7 +63,8 @@ class DecodeStep:
             self.state.memos = [memo_on(memo, device) for memo in self.state.memos]
         at = plan.positions
         if self.renumbers and (changed := self._renumbered(index, hidden)):
-            kwargs.update(changed)
+            nope = kwargs["position_embeddings"] is None
+            kwargs.update({**changed, "position_embeddings": None} if nope else changed)
             at = None if at is None else changed["position_ids"][:, 0]
         kept, known = self._remembered(index, hidden) if self._groups else (None, None)
         if at is not plan.positions or kept is not None:
@@ -75,22 +76,23 @@ class DecodeStep:
 
     def _renumbered(self, index: int, hidden: torch.Tensor) -> dict[str, Any]:
         """The arguments of layer ``index`` that renumbering cuts before it have changed; empty if none has."""
-        shift = self.state.shift[index]
-        if not self._stages:
-            self._stages = [([0] * len(shift), {}), *self._ropes(hidden)]
-        return next(changed for other, changed in self._stages if other == shift)
+        shift, kind = self.state.shift[index], self.rotary.kinds[index]
+        if kind not in self._stages:
+            self._stages[kind] = [([0] * len(shift), {}), *self._ropes(kind, hidden)]
+        return next(changed for other, changed in self._stages[kind] if other == shift)
 
-    def _ropes(self, hidden: torch.Tensor) -> list[tuple[list[int], dict[str, Any]]]:
+    def _ropes(self, kind: str | None, hidden: torch.Tensor) -> list[tuple[list[int], dict[str, Any]]]:
         """Per shift of positions that some layer has: that shift, its positions and their rope; made together."""
         shifts = [list(s) for s in dict.fromkeys(map(tuple, self.state.shift)) if any(s)]
         rows, device = len(shifts[0]), self.positions.device
         lost = self.state.on_device([n for shift in shifts for n in shift], device)
         at = self.positions.repeat(len(shifts), 1) - lost[:, None]
-        if getattr(self.rotary, "rope_type", None) in FIXED_ROPES and not many_axes(self.rotary):
-            cos, sin = (t.split(rows) for t in self.rotary(hidden, position_ids=at.to(hidden.device)))
-            ropes = list(zip(cos, sin, strict=True))
+        if self.rotary.alike:
+            rope = self.rotary.of(kind, hidden, at.to(hidden.device))
+            whole = isinstance(rope, torch.Tensor)
+            ropes = list(rope.split(rows) if whole else zip(*(t.split(rows) for t in rope), strict=True))
         else:  # made for the longest of the positions that it is given
-            ropes = [self.rotary(hidden, position_ids=ids.to(hidden.device)) for ids in at.split(rows)]
+            ropes = [self.rotary.of(kind, hidden, ids.to(hidden.device)) for ids in at.split(rows)]
         return [
             (shift, {"position_ids": ids, "position_embeddings": rope})
             for shift, ids, rope in zip(shifts, at.split(rows), ropes, strict=True)
@@ -136,10 +138,6 @@ class DecodeStep:
             known, once = tuple(found), self.state.once
             return once.of("kept", known, device, make=lambda: from_host(known, device)), known
         return torch.stack([as_tensor(one, device) for one in found]), None
-
-
-FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
-"""Kinds of rotary embeddings that depend on nothing but each position."""
 
 
 def memo_on(memo: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in
 from vtr.engine.dense import dense_forward
 from vtr.engine.prompt import ids_of, read_prompt
-from vtr.engine.refusals import check_call, check_pixels, refuse_compiled, warn_on_labels
+from vtr.engine.refusals import check_call, check_mask, check_pixels, refuse_compiled, warn_on_labels
 from vtr.engine.request import Request, may_forget_answer
 from vtr.engine.short_cache import is_reduced
 from vtr.engine.static import takes_static_step
@@ -98,7 +98,9 @@ class ForwardHooks:
                 return args, kwargs, None  # text without pictures
             by_hand, policies = True, generation.policies_for(rows or 0)
         if policies is None:
-            if not is_reduced(cache):
+            if is_reduced(cache):
+                check_mask(kwargs)
+            else:
                 self.patch.publish(None if ids is None else dense_forward(self.patch, ids, kwargs))
             return args, kwargs, None
         check_call(kwargs, [self.patch.model.config, self.patch.decoder.text.config], self.patch.path)

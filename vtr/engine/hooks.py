@@ -24,7 +24,7 @@ from vtr.engine.capture import GraphedForward
 from vtr.engine.captures import VisionHooks
 from vtr.engine.choice import MISSING, PolicyChoice
 from vtr.engine.decode import DecodeStep
-from vtr.engine.decoder import Decoder
+from vtr.engine.decoder import Decoder, mlp_of
 from vtr.engine.forward import ForwardHooks
 from vtr.engine.generate import Generate, MakesMasks, PreparesCache
 from vtr.engine.outer import install_outer
@@ -47,12 +47,19 @@ class Patch:
         path: "packed"; or "padded" for a decoder that cannot run packed rows: policies act before it, on rows that are
             padded. why: what is wrong with that decoder; None where it is packed.
         last: what the last call did, in whatever thread.
+        off: what the self-test found (:mod:`vtr.engine.selftest`), where there was one.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, path: str | None = None) -> None:
-        """Nothing of the model is touched yet. path: "padded" takes that path though the decoder could be packed."""
+    off: float | None = None
+
+    def __init__(self, model: Any, adapter: Adapter, path: str | None = None, why: str | None = None) -> None:
+        """Nothing of the model is touched yet.
+
+        Args:
+            path: "padded" takes that path though the decoder could be packed. why: the reason.
+        """
         self.model, self.adapter, self.inner = model, adapter, adapter.inner(model)
-        self.path, self.why, self.decoder = _decoder(adapter.text_model(model), path)
+        self.path, self.why, self.decoder = _decoder(adapter.text_model(model), path, why)
         refuse = None if self.path == "packed" else partial(refuse_inside, self.decoder.depth, self.why)
         self.choice = PolicyChoice(model, adapter, self.decoder.depth, refuse)
         self.key = self.choice.key
@@ -140,12 +147,11 @@ class Patch:
         self.last = trace
 
 
-def _decoder(text: Any, path: str | None) -> tuple[str, str | None, Decoder]:
+def _decoder(text: Any, path: str | None, why: str | None) -> tuple[str, str | None, Decoder]:
     """The path a decoder takes, why if that is the padded one, and what is read off it."""
     try:
         if path != "padded":
             return "packed", None, Decoder.from_text_model(text)
-        why = None
     except UnsupportedError as error:
         why = str(error)
     return "padded", why, decoder_of(text)
@@ -173,6 +179,8 @@ class LayerHook:
                     "policy= reached a decoder layer: call model(…), not the text model's forward(…)"
                 )
             return None
+        if len(args) > 1:
+            kwargs.update(zip(self._names(module), args[1:], strict=False))
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = session.layer(self.index, module, hidden, kwargs)
         if not self.weighs and kwargs["vtr_plan"].scale is not None:
@@ -180,9 +188,13 @@ class LayerHook:
         if not self.narrows and getattr(kwargs["vtr_plan"], "taking", None) is not None:
             self._narrow(module)
         if args:
-            return (hidden, *args[1:]), kwargs
+            return (hidden,), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def _names(self, module: Any) -> list[str]:
+        """Of the layer's arguments behind its hidden states."""
+        return list(inspect.signature(type(module).forward).parameters)[2:]
 
     def _narrow(self, module: Any) -> None:
         with _hooking:
@@ -193,7 +205,7 @@ class LayerHook:
     def _weigh(self, module: Any) -> None:
         with _hooking:
             if not self.weighs:
-                self.handles.append(module.mlp.register_forward_hook(after_mlp))
+                self.handles.append(mlp_of(module).register_forward_hook(after_mlp))
                 self.weighs = True
 
 
@@ -212,10 +224,12 @@ def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     return around.index_copy(1, through, out)
 
 
-def after_mlp(module: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor | None:
+def after_mlp(module: Any, args: tuple[Any, ...], out: Any) -> Any:
     """Scale the MLP's output where a routed layer asks for it."""
     scale = None if torch.compiler.is_compiling() else mlp_scale.get()
     if scale is None:
         return None
     mlp_scale.set(None)
+    if isinstance(out, tuple):  # what the router said stands behind it
+        return out[0] * scale.to(out[0].device), *out[1:]
     return out * scale.to(out.device)

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from vtr.base import Policy
-from vtr.engine.adapters import find_adapter, unwrapped
+from vtr.base import Policy, UnsupportedError
+from vtr.engine.adapters import Adapter, find_adapter, unwrapped
 from vtr.engine.call import busy, refuse_if_busy
 from vtr.engine.choice import Given, in_use
+from vtr.engine.describe import Description
+from vtr.engine.describe import describe as described
 from vtr.engine.hooks import NAME, Patch
+from vtr.engine.selftest import self_test as run_self_test
 
 M = TypeVar("M")
 
 
-def patch(model: M, policy: Policy | str | None = None) -> M:
+def patch(model: M, policy: Policy | str | None = None, *, verbose: bool = False, self_test: bool = True) -> M:
     """Let ``model`` take policies: ``model.generate(**inputs, policy=p)`` and ``model(**inputs, policy=p)``.
 
     Changes nothing until a call carries a policy: without one, outputs are bit-identical to the unpatched model's.
@@ -26,16 +29,20 @@ def patch(model: M, policy: Policy | str | None = None) -> M:
     ``generate`` keeps for the question.
 
     Args:
-        model: a model of a family vtr knows (see :func:`vtr.engine.adapters.families`), or a wrapper around one
+        model: a model of transformers that merges images at placeholder tokens, or a wrapper around one
             (peft's, ``torch.compile``'s, accelerate's, ``DataParallel`` …): then the model inside is patched.
         policy: the model's default for calls that name none, e.g. those a streamer makes in its own thread.
+        verbose: print what was found of the model, and what is possible with it (:func:`vtr.describe`).
+        self_test: of a class that no adapter was written for, compare a few tokens with the model as it was
+            (:mod:`vtr.engine.selftest`); False patches it untested.
 
     Returns:
         What was given: the same model, or the same wrapper.
 
     Raises:
         TypeError, ValueError: not a model, or a policy that cannot work on it.
-        UnsupportedError: an unknown family, a part of a model, or an attention implementation that cannot be used.
+        UnsupportedError: a model that vtr cannot run, or runs wrongly; a part of a model; an attention implementation
+            that cannot be used.
         RuntimeError: the model is already patched and in use (a ``vtr.use`` block, a running ``generate``).
     """
     inside = unwrapped(model)
@@ -43,12 +50,43 @@ def patch(model: M, policy: Policy | str | None = None) -> M:
     known: Patch | None = inside.__dict__.get(NAME)
     if known is not None:
         refuse_if_busy(known.key, "patch")
-    made = known or Patch(inside, adapter)
-    resolved = made.choice.policies(policy, 1)
+    made = known or _proven(inside, adapter, self_test)
+    try:
+        resolved = made.choice.policies(policy, 1)
+    except Exception:
+        if known is None:
+            made.remove()
+        raise
     made.choice.default = resolved[0] if resolved else None
-    if known is None:
-        made.install()
+    if verbose:
+        print(described(made))
     return model
+
+
+def _proven(model: Any, adapter: Adapter, tests: bool) -> Patch:
+    """Installed, and on a model that nobody has looked at tested: packed, else (if it may be so) on the padded path.
+
+    Raises:
+        UnsupportedError: neither can run it rightly.
+    """
+    made = Patch(model, adapter)
+    made.install()
+    if adapter.proven or not tests:
+        return made
+    try:
+        made.off = run_self_test(made)
+    except BaseException as error:
+        made.remove()
+        if made.path == "padded" or not isinstance(error, UnsupportedError):
+            raise
+        made = Patch(model, adapter, path="padded", why=str(error))
+        made.install()
+        try:
+            made.off = run_self_test(made)
+        except BaseException:
+            made.remove()
+            raise
+    return made
 
 
 def patch_of(model: Any) -> Patch:
@@ -61,6 +99,15 @@ def patch_of(model: Any) -> Patch:
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not patched: call vtr.patch(model) first")
     return found
+
+
+def describe(model: Any) -> Description:
+    """What vtr found of a patched model (decoder, layers, tower, grids …) and which policies work on it; to be printed.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return described(patch_of(model))
 
 
 def unpatch(model: M) -> M:

@@ -83,6 +83,7 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     text = patch.decoder.text
     if patch.path != "packed":
         raise UnsupportedError(f"{type(text).__name__} cannot run packed rows, so its forward cannot be forked midway")
+    patch.decoder.check_midway()
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == me:
@@ -94,7 +95,10 @@ def enter(model: Any, inputs: Mapping[str, Any], policy: Policy | Sequence[Polic
     except _ReachedError as reached:
         call = {k: v for k, v in reached.call.items() if k != "hidden_states"}
         session: Session = call.pop("vtr_session")
-        session.positions.take_rope(call)
+        if session.masks is not None:
+            why = "a forward under the model's own masks cannot stop between its layers and go on"
+            raise UnsupportedError(why) from None
+        session.positions.take_rope(0, call, reached.hidden)
         return Midway(text, session, reached.hidden, 0, call)
     finally:
         handle.remove()

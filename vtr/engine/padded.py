@@ -20,9 +20,9 @@ from vtr.engine.choice import MISSING
 from vtr.engine.compat import NAMES, cache_in, put_cache
 from vtr.engine.compression import compress_row, ranked_places, shrinks
 from vtr.engine.forward import names_of
-from vtr.engine.positions import many_axes
 from vtr.engine.refusals import refuse_compiled
 from vtr.engine.request import Request, check_rows, rows_of
+from vtr.engine.rotary import many_axes
 from vtr.engine.rows import Row
 from vtr.engine.short_cache import (
     ShortCache,
@@ -114,7 +114,7 @@ class PaddedHooks:
         trace, clock = self._trace(request.generation), Clock(embeds.device)
         rows = rows_of(request, batch, length, _valid(request, mask, length))
         uses_cache = kwargs.get("use_cache") or cache_in(kwargs) is not None
-        check_rows(rows, bool(uses_cache), self.patch.decoder.depth, getattr(module, "rotary_emb", None))
+        check_rows(rows, bool(uses_cache), self.patch.decoder.depth, None)
         if captures is not None:
             captures.ranked = ranked_places(rows)
         with clock:

@@ -18,7 +18,8 @@ from vtr.engine.once import from_host
 from vtr.engine.packed import Packed, on_device, sums
 from vtr.engine.positions import Positions
 from vtr.engine.rows import Row
-from vtr.engine.scores import Queries, ahead
+from vtr.engine.scores import PLAIN, Queries, ahead, looking_costs
+from vtr.engine.sight import OwnMask, OwnMasks
 from vtr.engine.trace import Trace
 
 
@@ -34,6 +35,7 @@ class Probes:
         full: row → what it got for its other requests, in their order: [(heads,) (rows,) its vision tokens], and of its
             text where it asked for norms. in_tuples: the rows that asked by a tuple.
         taken: what the attention function puts there: which probe → float32, what it found.
+        masks: the model's own masks of this forward, or None. call: what the layer about to run is called with.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Probes:
         self.in_tuples: set[int] = set()
         self._split: Sequence[torch.Tensor] | None = None
         self.taken: dict[int, torch.Tensor] = {}
+        self.masks: OwnMasks | None = None
+        self.call: dict[str, Any] = {}
         self._pruned = any(row.asks("prune") for row in rows)
         self._probes: tuple[Probe, ...] = ()
         self._wanted: dict[int, tuple[Any, ...]] = {}
@@ -109,10 +113,10 @@ class Probes:
                 probes += [Probe(self._asked_of(kind, [i]), i) for i in rows]
             else:
                 probes.append(Probe(self._asked_of(kind, rows)))
-        g = self.decoder.geometry
+        sizes = self.decoder.geometry.attention(index)
         for probe in probes:
             before = 0 if probe.row is None else past[probe.row]
-            self.trace.selector_flops += probe.asked.flops(g.heads, g.head_dim, before)
+            self.trace.selector_flops += probe.asked.flops(sizes.heads, sizes.key, before)
         self._probes = tuple(probes)
         return self._probes
 
@@ -122,10 +126,21 @@ class Probes:
         number, reduction = kind
         if isinstance(reduction, KeyNorms):
             each = on_device([torch.tensor(self._lengths)], self.packed.vision.device)[0]
+            self._check_turned(rows)
             first = self.packed.starts[:-1].repeat_interleave(each, output_size=sum(self._lengths))
             cos, sin = (t.index_select(1, first) for t in self.positions.rope)
             return AskedNorms(number, tuple(rows), (cos, -sin))
         return self._asked_in_full(number, reduction, rows)
+
+    def _check_turned(self, rows: Sequence[int]) -> None:
+        """Refuse norms of keys where how rope has turned them is not known."""
+        attn = self.decoder.text.layers[0].self_attn
+        if type(attn).__name__ not in PLAIN:
+            policy = self.rows[rows[0]].policy
+            raise UnsupportedError(
+                f"{policy.spec if policy else None!r} ranks by norms of keys before rope, which a "
+                f"{type(attn).__name__} does not tell: use a policy that ranks by attention (fastv)"
+            )
 
     def _asked_in_full(self, number: int, reduction: tuple[Any, Any], rows: list[int]) -> Asked:
         """The tokens that some rows' ``number``-th request names, where they stand among those that pass the layer."""
@@ -215,7 +230,8 @@ class Probes:
             texts = [self.rows[i].text for i in rows]
             picked = [text.queries[-1:] if last else text.queries for text in texts]
             most = max(map(len, picked))
-            behind = all(text.last_behind if last else text.behind for text in texts) and not any(self.decoder.windows)
+            behind = all(text.last_behind if last else text.behind for text in texts)
+            behind = behind and not any(self.decoder.windows) and self.masks is None
             filled = [
                 torch.nn.functional.pad(q, (0, most - len(q))) + first[i] for q, i in zip(picked, rows, strict=True)
             ]
@@ -330,22 +346,22 @@ class Probes:
             gone, each = on_device([nearer, nearer.repeat_interleave(counts)], places.device)
             places, vision, starts = places - gone, vision - each, self._starts(rows) - gone
             hidden = torch.cat([hidden[:, spans[i]] for i in rows], 1)
-            rope = tuple(torch.cat([t[:, spans[i]] for i in rows], 1) for t in rope)
+            rope = _joined(rope, [spans[i] for i in rows])
             ids = torch.cat([ids[spans[i]] for i in rows])
         asked = _queries(rows, places, starts, [lengths[i] for i in rows], begin)
         asked = replace(asked, behind=behind, open=self._open(True, rows, lengths) if behind else 0)
-        window, keys = self.decoder.windows[index], None
+        window, keys, own = self.decoder.windows[index], None, self._own(index, rows)
         if any(past):
             assert self.layers is not None
             cache, (row,) = self.layers[index], rows
-            keys = cache.row(row, past[row])[0]
+            keys = cache.row(row, past[row])
+            own = None if own is None else own.within(slice(None), past[row])
             if window is not None:
                 ids = torch.cat([cache.positions(row, past[row]), ids])
-        found = ahead(layer, hidden, rope, asked, keys, ids, window)
-        g, width = self.decoder.geometry, hidden.shape[-1]
-        projected = hidden.shape[1] * g.kv_heads + len(rows) * g.heads
-        self.trace.selector_flops += 2 * g.head_dim * width * projected
-        self.trace.selector_flops += asked.flops(g.heads, g.head_dim, 0 if keys is None else keys.shape[2])
+        found = ahead(layer, hidden, rope, asked, keys, ids, window, own, self.call)
+        sizes = self.decoder.geometry.attention(index)
+        self.trace.selector_flops += looking_costs(layer, sizes, hidden.shape[-1], hidden.shape[1], len(rows))
+        self.trace.selector_flops += asked.flops(sizes.heads, sizes.key, 0 if keys is None else keys[0].shape[2])
         parts = found.index_select(0, vision).split([packed.counts[i] for i in rows])
         return dict(zip(rows, parts, strict=True))
 
@@ -362,15 +378,32 @@ class Probes:
         rows = rows.to(hidden.device, non_blocking=True)
         if past:
             assert self.layers is not None
-            keys = self.layers[index].row(row, past)[0]
+            keys = self.layers[index].row(row, past)
             ids = ids if window is None else torch.cat([self.layers[index].positions(row, past), ids])
         start = rows.new_zeros(1)
         asked = Asked(Attention("named", over="sum"), 0, (row,), (len(rows),), rows[None], None, start, (n,))
-        rope = tuple(t[:, here] for t in self.positions.rope)
-        g = self.decoder.geometry
-        self.trace.selector_flops += 2 * g.head_dim * hidden.shape[-1] * (n * g.kv_heads + len(rows) * g.heads)
-        self.trace.selector_flops += asked.flops(g.heads, g.head_dim, past)
-        return ahead(layer, hidden[:, here], rope, asked, keys, ids, window)[0]
+        own, sizes = self._own(index, [row]), self.decoder.geometry.attention(index)
+        own = None if own is None else own.within(slice(None), past)
+        self.trace.selector_flops += looking_costs(layer, sizes, hidden.shape[-1], n, len(rows))
+        self.trace.selector_flops += asked.flops(sizes.heads, sizes.key, past)
+        rope = _joined(self.positions.rope, [here])
+        return ahead(layer, hidden[:, here], rope, asked, keys, ids, window, own, self.call)[0]
+
+    def _own(self, index: int, rows: Sequence[int]) -> OwnMask | None:
+        """What the model's own mask of layer ``index`` says of the tokens of these rows, one row behind the other."""
+        if self.masks is None:
+            return None
+        slots = self.packed.of_rows(self.positions.slots, rows, self.packed.spans())
+        return self.masks.of_layer(index, slots)
+
+
+def _joined(rope: Any, spans: Sequence[slice]) -> Any:
+    """Rope of the tokens in these spans, whatever form it has; None stays None."""
+    if rope is None:
+        return None
+    if isinstance(rope, torch.Tensor):
+        return rope[:, spans[0]] if len(spans) == 1 else torch.cat([rope[:, span] for span in spans], 1)
+    return tuple(_joined(one, spans) for one in rope)
 
 
 def _queries(

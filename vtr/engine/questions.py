@@ -243,7 +243,12 @@ class Shown:
     def _states(self, name: str) -> torch.Tensor:
         """[T, size]: hidden states, or cosine or sine of the positions."""
         if name in ("cos", "sin"):
-            return self.positions.rope[name == "sin"][0]
+            rope = self.positions.rope
+            if not isinstance(rope, tuple) or len(rope) != 2:
+                raise UnsupportedError(
+                    "tokens.rope is a cosine and a sine, which this layer does not get: rank by hidden states"
+                )
+            return rope[name == "sin"][0]
         return self.hidden[0]
 
 

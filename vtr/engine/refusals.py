@@ -27,13 +27,24 @@ def check_call(kwargs: Mapping[str, Any], configs: Sequence[Any], path: str = "p
                 f"{flag}=True is not available while tokens are reduced (layers hold different tokens): "
                 "drop it, or pass policy=None for this call"
             )
+    check_mask(kwargs)
     if path == "packed":
         return check_cache(cache_in(kwargs))
     check_own_cache(cache_in(kwargs))
+
+
+def check_mask(kwargs: Mapping[str, Any]) -> None:
+    """Refuse a caller's own mask of who sees whom.
+
+    Raises:
+        UnsupportedError: naming the way out.
+    """
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        said = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise UnsupportedError(
-            "a reduced call takes a 2-D attention_mask [rows, tokens]: custom masks are not supported, pass policy=None"
+            f"a reduced call takes a 2-D attention_mask [rows, tokens], got {said}: custom masks are not supported, "
+            "pass policy=None"
         )
 
 

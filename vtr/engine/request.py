@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.call import Generation
 from vtr.engine.captures import Captures
-from vtr.engine.positions import many_axes
 from vtr.engine.prompt import Prompt
+from vtr.engine.rotary import Rotary
 from vtr.engine.rows import Row, RowInput
 
 
@@ -34,6 +34,22 @@ class Request:
     generation: Generation | None
     captures: Captures | None = None
     offset: int = 0
+
+
+KNOWN = (
+    "input_ids", "inputs_embeds", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "labels",
+)  # fmt: skip
+"""Arguments of a text model or its layers that the engine makes itself, or that no layer reads."""
+
+
+def per_token(kwargs: Mapping[str, Any], rows: int, columns: int) -> list[str]:
+    """Which of a text model's or layer's other arguments say something of each token: tensors [rows, columns, …]."""
+    return [
+        name
+        for name, value in kwargs.items()
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (rows, columns)
+        and name not in KNOWN
+    ]  # fmt: skip
 
 
 def may_forget_answer(request: Request) -> bool:
@@ -61,11 +77,12 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
     return rows
 
 
-def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> None:
+def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Rotary | None) -> None:
     """Refuse rows whose policies cannot work on them, before anything runs.
 
     Args:
-        cached: whether there is a cache. depth: decoder layers. rotary: the text model's rotary embedding.
+        cached: whether there is a cache. depth: decoder layers.
+        rotary: of the text model; None where nothing acts inside.
 
     Raises:
         UnsupportedError, ValueError: naming the row or the policy, and the way out.
@@ -80,10 +97,15 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Any) -> No
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions and forgets tokens: that needs a cache, leave out use_cache=False"
             )
-        if p.renumbers and row.vision.count and many_axes(rotary):
+        if p.renumbers and row.vision.count and rotary is not None and rotary.many_axes:
             raise UnsupportedError(
                 f"{p.spec!r} renumbers positions, but this model's have several axes (M-RoPE: time, row, column): "
                 "let tokens keep theirs, e.g. pyramid:positions=keep"
+            )
+        if p.renumbers and row.vision.count and rotary is not None and rotary.why_fixed:
+            raise UnsupportedError(
+                f"{p.spec!r} renumbers positions, and this model's cannot be: {rotary.why_fixed}. Let tokens keep "
+                "theirs, e.g. pyramid:positions=keep"
             )
         if cached and answered and p.asks("remember"):
             raise UnsupportedError(

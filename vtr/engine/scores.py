@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,24 +12,11 @@ import torch
 from torch.nn.functional import pad
 
 from vtr.base import UnsupportedError
+from vtr.engine.sight import OwnMask, near
+from vtr.engine.trace import Sizes
 
 CHUNK = 1 << 24
 """Scores of many queries are taken in parts of about so many logits."""
-
-
-@dataclass(frozen=True, eq=False)
-class WindowMask:
-    """A sliding window: queries ([n] positions) see keys ([m] positions) less than ``window`` before them."""
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    window: int
-
-    def seen(self) -> torch.Tensor:
-        """bool [n, m]: which keys the queries may see."""
-        distance, (n, m) = self.queries[:, None] - self.keys[None], (len(self.queries), len(self.keys))
-        causal = torch.ones(n, m, dtype=torch.bool, device=distance.device).tril(m - n)  # merged tokens share positions
-        return causal & (distance < self.window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +59,10 @@ class Queries:
 
     def found(
         self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, positions: torch.Tensor | None,
-        window: int | None,
+        window: int | None, own: OwnMask | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """float32 [T]: see :func:`scores`."""
-        return scores(query, key, self, scaling, positions, window)
+        return scores(query, key, self, scaling, positions, window, own)
 
     def columns(self) -> torch.Tensor:
         """int64 [rows, longest]: the places of each row's tokens; behind a shorter row's end those of the next."""
@@ -86,7 +75,7 @@ class Queries:
 
 def scores(
     query: torch.Tensor, key: torch.Tensor, asked: Queries, scaling: float | None,
-    positions: torch.Tensor | None = None, window: int | None = None,
+    positions: torch.Tensor | None = None, window: int | None = None, own: OwnMask | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention that tokens get from some queries of their row: mean over heads, and over queries that can see them.
 
@@ -94,6 +83,7 @@ def scores(
         query: [heads, rows * q, d], those of ``asked`` after rope. key: [kv_heads, T, d], of all packed tokens.
         scaling: of the logits; None for d ** -0.5.
         positions: int64 [T], where a sliding ``window`` hides what is that far behind a query.
+        own: what the model's own mask says of the T tokens; nothing is ``open`` then.
 
     Returns:
         float32 [T]; 0 for a token that none of the queries can see, and in rows that are not asked. With
@@ -114,7 +104,9 @@ def scores(
     if window is not None and positions is not None:
         at = positions.index_select(0, inside.flatten()).view_as(columns)
         now = positions.index_select(0, asked.places.flatten()).view_as(asked.places)
-        hidden = hidden | (now[..., None] - at[:, None, asked.open :] >= window)
+        hidden = hidden | ~near(now[..., None], at[:, None, asked.open :], window)
+    if own is not None:
+        hidden = ~own.over(~hidden, asked.places, inside)
     paid = _paid(query.unflatten(1, (rows, most)), keys.unflatten(1, (rows, n)), hidden, asked, scaling)
     if not asked.behind:
         seen = ~hidden
@@ -187,46 +179,104 @@ def attention_logits(
     return logits
 
 
-def projections(layer: Any) -> Any:
-    """The attention module of a decoder layer whose queries and keys can be taken before the layer runs.
+PLAIN = (
+    "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Qwen2VLAttention", "Qwen2_5_VLAttention",
+    "Qwen3VLTextAttention",
+)  # fmt: skip
+"""Attention modules that do nothing to queries and keys but project, normalise head by head, and turn them by rope."""
+
+
+class Look:
+    """Goes to an attention module in place of a plan, and takes the queries and keys that it makes.
+
+    Attributes:
+        query, key: [1, heads, T, d], [1, kv_heads, T, d] after rope. scaling: of the logits, or None.
+    """
+
+    taking = None
+
+    def take(
+        self, query: torch.Tensor, key: torch.Tensor, scaling: float | None, value: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """What attention is to return meanwhile: zeros [1, T, heads, value size]."""
+        self.query, self.key, self.scaling = query, key, scaling
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+def looked(
+    layer: Any, hidden: torch.Tensor, rope: Any, places: torch.Tensor, call: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:  # fmt: skip
+    """Queries of some tokens and keys of all, as ``layer`` is about to make them, and what scales their products.
+
+    Of modules that are known (:data:`PLAIN`) by their projections alone; others run, their cache and output left out.
+
+    Args:
+        hidden: [1, T, D]. places: int64 [q]. call: what else the layer is called with.
 
     Raises:
-        UnsupportedError: the layer is not built of ``input_layernorm`` and ``self_attn.{q,k}_proj``.
+        UnsupportedError: the layer's norm or attention is not where it is looked for.
     """
-    attn = getattr(layer, "self_attn", None)
-    if attn is None or not all(hasattr(attn, name) for name in ("q_proj", "k_proj", "head_dim")):
+    attn, norm = getattr(layer, "self_attn", None), getattr(layer, "input_layernorm", None)
+    if attn is None or norm is None:
         raise UnsupportedError(
-            f"{type(layer).__name__} has no self_attn.q_proj and k_proj to rank tokens by before the layer runs: use a "
-            "policy that ranks by the layer before (FastV, GSearch)"
+            f"{type(layer).__name__} has no self_attn behind an input_layernorm to rank tokens by before the layer "
+            "runs: use a policy that ranks by the layer before (FastV, GSearch)"
         )
-    return attn
+    x = norm(hidden)
+    if type(attn).__name__ in PLAIN and all(hasattr(attn, name) for name in ("q_proj", "k_proj")):
+        rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
+        q, k = _heads(attn, "q", x.index_select(1, places)), _heads(attn, "k", x)
+        at = [t.index_select(1, places) for t in rope]
+        return rotate(q, q, *at)[0], rotate(k, k, *rope)[1], getattr(attn, "scaling", None)
+    look, takes = Look(), inspect.signature(type(attn).forward).parameters
+    more = {name: value for name, value in call.items() if name in takes and name not in TAKEN}
+    attn(hidden_states=x, position_embeddings=rope, attention_mask=None, vtr_plan=look, **more)
+    return look.query.index_select(2, places), look.key, look.scaling
+
+
+TAKEN = (
+    "hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache", "past_key_values", "vtr_plan"
+)  # fmt: skip
+
+
+def looking_costs(layer: Any, sizes: Sizes, width: int, tokens: int, queries: int) -> int:
+    """FLOPs of the projections of :func:`looked`, for queries of some of so many tokens."""
+    attn = layer.self_attn
+    if type(attn).__name__ in PLAIN:
+        kv_heads = sizes.cached // (2 * sizes.key)
+        return 2 * sizes.key * width * (tokens * kv_heads + queries * sizes.heads)
+    linears = [m for m in attn.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(2 * m.in_features * m.out_features * tokens for m in linears)
+
+
+def expanded(module: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is cached as keys and values, made into what attention works on (multi-head latent attention)."""
+    made: tuple[torch.Tensor, torch.Tensor] = (keys, values)
+    return module.expand_kv(keys, values) if hasattr(module, "expand_kv") else made
 
 
 @torch.no_grad()
 def ahead(
-    layer: Any, hidden: torch.Tensor, rope: tuple[torch.Tensor, ...], asked: Any, past: torch.Tensor | None,
-    positions: torch.Tensor | None, window: int | None,
+    layer: Any, hidden: torch.Tensor, rope: Any, asked: Any, past: tuple[torch.Tensor, torch.Tensor] | None,
+    positions: torch.Tensor | None, window: int | None, own: OwnMask | None, call: Mapping[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     """Attention that some tokens are about to pay in ``layer``, from the layer's own norm and projections.
 
     Args:
-        hidden: [1, T, D], tokens entering the layer; rope: cos and sin, [1, T, d] each, of their positions.
+        hidden: [1, T, D], tokens entering the layer; rope: of their positions, in the layer's form.
         asked: :class:`Queries` with one query a row, or one row's :class:`~vtr.engine.asked.Asked`; places among the T.
-        past: [1, kv_heads, p, d] cached keys, of a single row; or None.
+        past: cached keys and values, [1, kv_heads, p, d] each, of a single row; or None.
         positions: int64 [p + T], where there is a sliding ``window``.
+        own: what the model's own mask says of the p + T tokens. call: what else the layer is called with.
 
     Returns:
         float32 [T], mean over heads; of an ``Asked`` what its reduction makes, [1, …, T].
     """
-    attn = projections(layer)
-    rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
-    x, places = layer.input_layernorm(hidden), asked.places.flatten()
-    q, k = _heads(attn, "q", x.index_select(1, places)), _heads(attn, "k", x)
-    at = [t.index_select(1, places) for t in rope]
-    q, k = rotate(q, q, *at)[0], rotate(k, k, *rope)[1]
+    q, k, scaling = looked(layer, hidden, rope, asked.places.flatten(), call)
     if past is not None:
-        k, asked = torch.cat([past, k], 2), asked.alone(past.shape[2])
-    found: torch.Tensor = asked.found(q[0], k[0], getattr(attn, "scaling", None), positions, window)
+        before = expanded(layer.self_attn, *past)[0]
+        k, asked = torch.cat([before, k], 2), asked.alone(before.shape[2])
+    found: torch.Tensor = asked.found(q[0], k[0], scaling, positions, window, own)
     return found[..., -hidden.shape[1] :]
 
 

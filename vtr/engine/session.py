@@ -26,8 +26,10 @@ from vtr.engine.once import Once, from_host
 from vtr.engine.packed import Packed, on_device, sums
 from vtr.engine.positions import Positions
 from vtr.engine.questions import Passing, Questions
-from vtr.engine.request import Request, check_rows, rows_of
+from vtr.engine.request import Request, check_rows, per_token, rows_of
+from vtr.engine.rotary import cut
 from vtr.engine.rows import Row
+from vtr.engine.sight import OwnMasks
 from vtr.engine.trace import PackedTrace, RowTrace, Trace
 
 
@@ -37,11 +39,13 @@ class Session:
     Args:
         request: None where a ragged cache goes on with text only. shape: rows and logical columns of the batch.
         valid: bool [rows, columns] on the CPU, or None (no padding). layers: of the ragged cache, or None.
+        masks: the model's own, where it has made any.
 
     Attributes:
         packed, questions: of the packed rows; there are none before ``pack()``.
         state: of the ragged cache, or None.
         offset: where this forward's slots start in the rows that the caller passed.
+        entered: how many packed tokens entered the text model.
         generation: the running ``generate`` that this forward is part of, or None.
     """
 
@@ -54,14 +58,17 @@ class Session:
         valid: torch.Tensor | None,
         layers: list[RaggedLayer] | None,
         trace: Trace,
+        masks: OwnMasks | None = None,
     ) -> None:
+        self.masks = masks
         self.decoder, self.layers, self.device = decoder, layers, device
         self.state = None if layers is None else layers[0].state
         self.batch, self.logical = shape
         self.rows = rows_of(request, self.batch, self.logical, valid)
-        check_rows(self.rows, layers is not None, decoder.depth, decoder.text.rotary_emb)
-        self.positions = Positions(decoder.text.rotary_emb, self.batch)
+        check_rows(self.rows, layers is not None, decoder.depth, decoder.rotary)
+        self.positions = Positions(decoder.rotary, self.batch)
         self.packed: Packed
+        self.entered = 0
         self.questions: Questions
         given = request is not None and request.generation is None
         self.forgetting = None if layers is not None else Forgetting.from_rows(self.rows, given, trace)
@@ -92,8 +99,10 @@ class Session:
         compressed = {i: self._compress(row, embeds[i], captures) for i, row in enumerate(self.rows) if shrinks(row)}
         self.packed = Packed(self.rows, self.logical, embeds.device)
         self.questions = Questions(self.rows, self.packed, self.positions, self.layers, self.decoder, self.log.trace)
+        self.questions.probes.masks = self.masks
         ids = self._ids(position_ids, compressed)
         self.positions.start(ids, self.packed.slots)
+        self.entered = sum(self.packed.lengths)
         if any(row.policy is not None and row.policy.renumbers for row in self.rows):
             self.positions.first = ids[0].index_select(0, self.packed.starts[:-1])
         if self.state is not None and position_ids.dim() == 2:  # positions of one axis have closed up
@@ -160,16 +169,20 @@ class Session:
     def layer(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Ask every row what enters decoder layer ``index``; puts rope, positions and the plan into ``kwargs``."""
         hidden = self._arrive(index, layer, hidden, kwargs)
+        self.questions.probes.call = kwargs
         hidden, masked_keys = self._cut(index, layer, hidden)
         with self.log.clock:
             passing = self.questions.route(index, hidden)
             taking = self.questions.attend(index, layer, hidden, passing)
+        along = self._take_along(kwargs, hidden.device)
         rope, positions, scale, routing = self.positions.rope, self.positions.ids, None, None
+        slots = self.positions.slots
         if passing.through is not None:
             routing, scale = _routing(layer, hidden, passing)
             hidden = hidden.index_select(1, passing.through)
-            rope = tuple(t.index_select(1, passing.through) for t in rope)
-            positions = positions.index_select(1, passing.through)
+            kwargs.update({name: kwargs[name].index_select(1, passing.through) for name in along})
+            rope = cut(rope, passing.through)
+            positions, slots = positions.index_select(1, passing.through), slots.index_select(0, passing.through)
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, passing.through)
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         past = [] if self.layers is None else self.layers[index].lengths()
@@ -186,6 +199,8 @@ class Session:
             scale=scale,
             routing=routing,
             positions=None if self.decoder.windows[index] is None else positions[0],
+            window=self.decoder.windows[index],
+            own=None if self.masks is None else self.masks.of_layer(index, slots),
             max_distance=self.max_distance,
             masked_keys=masked_keys,
             taking=taking,
@@ -196,11 +211,23 @@ class Session:
         kwargs.update(vtr_plan=plan, position_embeddings=rope, position_ids=positions)
         return hidden
 
+    def pack_along(self, kwargs: dict[str, Any]) -> None:
+        """What else the text model is given for each token, [B, L, …], becomes [1, T, …]."""
+        for name in per_token(kwargs, self.batch, self.logical):
+            kwargs[name] = kwargs[name].flatten(0, 1).index_select(0, self.packed.slots)[None]
+
+    def _take_along(self, kwargs: dict[str, Any], device: torch.device) -> list[str]:
+        """Cut what else a layer is given for each token ([1, tokens that entered, …]); returns their names."""
+        names = per_token(kwargs, 1, self.entered)
+        for name in names:
+            kwargs[name] = self.positions.cut(kwargs[name], device)
+        return names
+
     def _arrive(self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Bring everything to the layer's device and positions; add what belongs to the layer before."""
-        self.positions.take_rope(kwargs)
         hidden = hidden.to(execution_device(layer) or hidden.device)
         self._move(hidden.device)
+        self.positions.take_rope(index, kwargs, hidden)
         if 0 < index <= len(self.packed.features):
             hidden = add_features(self.packed, index - 1, hidden)
         if self.state is not None and self.state.shift[index] != self.positions.shift:
@@ -284,7 +311,7 @@ class Session:
         made.forgetting = Forgetting.from_rows(made.rows, True, trace)
         made.log = PackedTrace(trace, self.device)
         made.log.rows = made._traces()
-        check_rows(made.rows, False, decoder.depth, decoder.text.rotary_emb)
+        check_rows(made.rows, False, decoder.depth, decoder.rotary)
         return made, index
 
     # -- out of the decoder ----------------------------------------------------------------------------------------
@@ -339,9 +366,21 @@ def _routing(layer: Any, hidden: torch.Tensor, passing: Passing) -> tuple[Routin
     assert passing.through is not None
     if passing.weights is None:
         return Routing(hidden, passing.through), None
+    _check_weights_act(layer)
     _check_weights_learn(layer)
     scale = passing.weights.index_select(0, passing.through)[None, :, None]
     return Routing(hidden * passing.weights[None, :, None], passing.through), scale
+
+
+def _check_weights_act(layer: Any) -> None:
+    """Refuse weights where what they weigh is normalised afterwards, or is not all of the layer's MLP."""
+    names = [name for name, _ in layer.named_children()]
+    behind = [name for name in names if name.startswith(("post_feedforward", "post_mlp", "experts"))]
+    if behind:
+        raise UnsupportedError(
+            f"a policy that weighs routed tokens cannot act on a {type(layer).__name__}, whose MLP is followed by "
+            f"{behind[0]}: take one that drops tokens (fastv, pyramid)"
+        )
 
 
 def _check_weights_learn(layer: Any) -> None:

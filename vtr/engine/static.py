@@ -23,6 +23,9 @@ from vtr.engine.call import PIXELS
 from vtr.engine.capture import StepGraph
 from vtr.engine.decode import as_tensor, each_row, may_forget, memo_on
 from vtr.engine.once import from_host
+from vtr.engine.rotary import Rotary, moved
+from vtr.engine.scores import expanded
+from vtr.engine.sight import near
 from vtr.engine.trace import Trace
 
 
@@ -105,6 +108,7 @@ class Decoding:
         said: bool [layers, rows, room], which tokens were remembered; None if none is ever forgotten.
         steps: int64 [1], how many there have been; attended: like ``next``, keys attended to. Kept where ``said`` is.
         flops: what the policies' own matrix products cost a step.
+        latents: what the running layer's cache is to hold of the new tokens, where that is no keys and values.
         graph: its steps as a CUDA graph; None before the first, and where they are not captured.
     """
 
@@ -113,6 +117,7 @@ class Decoding:
         assert self.state.constant is not None
         self.constant, self.rows, self.flops = self.state.constant, len(layers[0].place), 0
         self.graph: StepGraph | None = None
+        self.latents: tuple[torch.Tensor, torch.Tensor] | None = None
         self.asked = may_forget(self.state.policies)
         self.next: list[torch.Tensor] = []
         self.first: list[torch.Tensor] = []
@@ -249,10 +254,10 @@ class StaticStep:
 
     routing = scale = None
 
-    def __init__(self, decoding: Decoding, positions: torch.Tensor, rotary: Any) -> None:
+    def __init__(self, decoding: Decoding, positions: torch.Tensor, rotary: Rotary) -> None:
         self.decoding, self.rotary = decoding, rotary
         self.positions = [positions if by is None else positions - by for by in decoding.offsets]
-        self._ropes: list[Any] = [None] * decoding.stages
+        self._ropes: dict[Any, Any] = {}
         self._masks: dict[Any, list[torch.Tensor]] = {}
         self._memos: list[dict[str, Any]] = [{} for _ in range(decoding.rows)] if decoding.asked else []
         self._kept: list[torch.Tensor | None] = [None] * len(decoding.layers)
@@ -274,11 +279,12 @@ class StaticStep:
             hidden = hidden.to(device)
             self._memos = [memo_on(memo, device) for memo in self._memos]
         if self.decoding.stages > 1:
-            if self._ropes[frozen.stage] is None:
+            kind = self.rotary.kinds[index]
+            if (frozen.stage, kind) not in self._ropes:
                 at = self.positions[frozen.stage].to(device)
-                self._ropes[frozen.stage] = self.rotary(hidden, position_ids=at)
-            rope = self._ropes[frozen.stage]
-            kwargs["position_embeddings"] = tuple(t.to(device) for t in rope)
+                self._ropes[frozen.stage, kind] = self.rotary.of(kind, hidden, at)
+            if kwargs["position_embeddings"] is not None:
+                kwargs["position_embeddings"] = moved(self._ropes[frozen.stage, kind], device)
             kwargs["position_ids"] = self.positions[frozen.stage]
         if self.decoding.asked:
             self._kept[index] = self._remembered(index, hidden)
@@ -291,6 +297,8 @@ class StaticStep:
         """[rows, heads, 1, d], [rows, kv_heads, 1, d] → [rows, 1, heads, d]."""
         frozen = self.decoding.layers[module.layer_idx]
         cell = self.decoding.next[frozen.on][frozen.lengths]
+        if self.decoding.latents is not None:
+            (key, value), self.decoding.latents = self.decoding.latents, None
         frozen.keys.index_copy_(1, cell, key[:, :, 0].transpose(0, 1))
         frozen.values.index_copy_(1, cell, value[:, :, 0].transpose(0, 1))
         at = None
@@ -301,6 +309,7 @@ class StaticStep:
         masks = self._masks_of(frozen, cell, at, base, query.dtype)
         blocks = frozen.blocks(frozen.keys), frozen.blocks(frozen.values)
         for part, mask, k, v in zip(frozen.parts, masks, *blocks, strict=True):
+            k, v = expanded(module, k, v)
             outs.append(attend_filled(base, module, part.pick(query), k, v, mask, kwargs))
         if len(outs) == 1:
             return outs[0]
@@ -317,7 +326,7 @@ class StaticStep:
         seen = [part.cells <= part.pick(cell)[:, None] for part in parts]
         if frozen.window is not None and frozen.positions is not None and at is not None:
             seen = [
-                one & (part.pick(at)[:, None] - stands < frozen.window)
+                one & near(part.pick(at)[:, None], stands, frozen.window)
                 for one, part, stands in zip(seen, parts, frozen.blocks(frozen.positions), strict=True)
             ]
         masks = [as_numbers(one, base, dtype)[:, None, None] for one in seen]

@@ -11,21 +11,22 @@ import torch
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import RaggedLayer, is_ragged
-from vtr.engine.cache_state import CacheState
+from vtr.engine.cache_state import PADDING, CacheState
 from vtr.engine.call import Generation
 from vtr.engine.capture import StepGraph
 from vtr.engine.choice import MISSING
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
 from vtr.engine.decode import DecodeStep, note_cache
 from vtr.engine.once import from_host
-from vtr.engine.positions import many_axes
 from vtr.engine.refusals import check_cache, refuse_compiled
-from vtr.engine.request import Request
+from vtr.engine.request import Request, per_token
 from vtr.engine.session import Session
+from vtr.engine.sight import OwnMasks, padding_of, parted
 from vtr.engine.static import Decoding, StaticStep, freeze, takes_static_step
 from vtr.engine.trace import Trace
 
 if TYPE_CHECKING:
+    from vtr.engine.decoder import Decoder
     from vtr.engine.hooks import Patch
 
 
@@ -36,7 +37,7 @@ class TextCall:
     Attributes:
         request: what the call asks; None where a ragged cache goes on with text only.
         past: tokens that its ragged cache holds, as transformers counts them. embeds: [rows, L, D].
-        mask: this forward's part of the 2-D mask, or None.
+        mask: this forward's part of the 2-D mask, or None. own: masks that the model made itself, or None.
         positions: int64 [1 or rows, L], or [axes, 1 or rows, L].
         generation: the running ``generate`` that it is part of, or None. kwargs: its arguments, to be changed.
     """
@@ -47,6 +48,7 @@ class TextCall:
     past: int
     embeds: torch.Tensor
     mask: torch.Tensor | None
+    own: Any
     positions: torch.Tensor
     generation: Generation | None
     kwargs: dict[str, Any]
@@ -64,13 +66,32 @@ class TextCall:
         said = None if self.request is None else self.request.prompt.valid
         return self.mask.bool().cpu() if said is None and self.mask is not None else said
 
+    def own_masks(self, decoder: Decoder) -> OwnMasks | None:
+        """Those that the model made itself, read; None where there are none.
+
+        Raises:
+            UnsupportedError: they say of cached tokens what a reduced cache cannot follow.
+        """
+        if self.own is None:
+            return None
+        rows, columns, device = *self.embeds.shape[:2], self.embeds.device
+        valid = torch.ones(rows, columns, dtype=torch.bool) if self.mask is None else self.mask.bool()
+        before = None
+        if self.past:
+            state = self.cache.layers[0].state
+            before = torch.ones(rows, self.past, dtype=torch.bool) if state.seen is None else state.seen != PADDING
+        if isinstance(self.own, dict):
+            return OwnMasks(self.own, decoder.kinds, decoder.windows, valid.to(device), before)
+        given = dict.fromkeys(decoder.windows, self.own)
+        return OwnMasks(given, decoder.windows, decoder.windows, valid.to(device), before)
+
     def wants_cache(self) -> bool:
         if self.module.training and getattr(self.module, "gradient_checkpointing", False):
             return False
         use_cache = self.kwargs.get("use_cache")
         return bool(self.module.config.use_cache if use_cache is None else use_cache)
 
-    def layers(self, windows: tuple[int | None, ...]) -> list[RaggedLayer] | None:
+    def layers(self, decoder: Decoder) -> list[RaggedLayer] | None:
         """Those of its ragged cache, new ones where it is to get one, or None."""
         if is_ragged(self.cache) and self.cache.layers[0].place:  # after a reset there is none
             return self.cache.layers
@@ -79,8 +100,8 @@ class TextCall:
         rows = self.embeds.shape[0]
         policies: list[Policy | None] = [None] * rows if self.request is None else list(self.request.policies)
         constant = getattr(self.cache, "constant", None)
-        state = CacheState(policies, [0] * rows, [[0] * rows for _ in windows], constant)
-        layers = [RaggedLayer(state, i, window) for i, window in enumerate(windows)]
+        state = CacheState(policies, [0] * rows, [[0] * rows for _ in decoder.windows], constant)
+        layers = [RaggedLayer(state, i, window, decoder.latent[i]) for i, window in enumerate(decoder.windows)]
         if any(getattr(layer, "record_past", False) for layer in getattr(self.cache, "layers", ())):
             for layer in layers:  # assisted decoding will take drafts back
                 layer.activate_past_recording()
@@ -134,10 +155,15 @@ class TextHooks:
         if is_ragged(cache):
             cache.layers[0].thaw()
             past = cache.get_seq_length()
-        mask = _checked_mask(cache, past, embeds.shape, kwargs.get("attention_mask"))
+        own, mask = parted(kwargs.get("attention_mask"))
+        if own is not None:
+            mask = padding_of(own, past)
+        mask = _checked_mask(cache, past, embeds.shape, mask)
         if given is None and past:
             given = _next_positions(cache.layers[0].state, embeds, mask)
-        positions = _checked_positions(past, embeds, given, many_axes(module.rotary_emb))
+        if self.patch.decoder.chunked:
+            _check_begins(past, given, mask)
+        positions = _checked_positions(past, embeds, given, self.patch.decoder.rotary.many_axes)
         if given is not None and request is not None and request.generation is None:
             _check_one_sequence(positions, mask)
         if past:
@@ -145,7 +171,7 @@ class TextHooks:
         else:
             kwargs["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)  # 4-D: taken as it is
         generation = self._generation(cache) if request is None else request.generation
-        return TextCall(module, request, cache, past, embeds, mask, positions, generation, kwargs)
+        return TextCall(module, request, cache, past, embeds, mask, own, positions, generation, kwargs)
 
     def _generation(self, cache: Any) -> Generation | None:
         """The ``generate`` that goes on with ``cache``; None for a call by hand, also inside a generate."""
@@ -155,8 +181,8 @@ class TextHooks:
     def _static_step(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a step of constant shapes."""
         decoding = cache.layers[0].state.decoding
-        if not decoding.constant.captures:
-            return {**kwargs, **StaticStep(decoding, kwargs["position_ids"], module.rotary_emb).arguments()}
+        if not decoding.constant.captures or per_token(kwargs, len(cache.layers[0].place), 1):
+            return {**kwargs, **StaticStep(decoding, kwargs["position_ids"], self.patch.decoder.rotary).arguments()}
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = module.get_input_embeddings()(kwargs.pop("input_ids"))
         if decoding.graph is None:
@@ -168,7 +194,7 @@ class TextHooks:
         self, module: Any, decoding: Decoding, kwargs: dict[str, Any], embeds: torch.Tensor, positions: torch.Tensor
     ) -> Any:
         """A step of the text model from its embeddings [rows, 1, D] to its output, with all that hooks would do."""
-        step = StaticStep(decoding, positions, module.rotary_emb)
+        step = StaticStep(decoding, positions, self.patch.decoder.rotary)
         out = self.patch.graphs.original(**{**kwargs, "inputs_embeds": embeds, **step.arguments()})
         step.finish()
         return out
@@ -179,10 +205,12 @@ class TextHooks:
     def _pack(self, call: TextCall) -> dict[str, Any]:
         request, generation, kwargs, embeds = call.request, call.generation, call.kwargs, call.embeds
         decoder, trace = self.patch.decoder, self._trace(generation)
-        layers = call.layers(decoder.windows)
-        session = Session(decoder, request, embeds.shape[:2], embeds.device, call.valid(), layers, trace)
+        layers = call.layers(decoder)
+        masks = call.own_masks(decoder)
+        session = Session(decoder, request, embeds.shape[:2], embeds.device, call.valid(), layers, trace, masks)
         extra = self.patch.adapter.layer_features(kwargs)
         kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, call.positions, request, extra)
+        session.pack_along(kwargs)
         if request is not None and request.captures is not None:
             # without a cache, every step of a generate compresses again
             request.captures.close(keep=generation is not None and layers is None)
@@ -225,7 +253,7 @@ class TextHooks:
         for layer in layers:
             layer.staged = plan
         kwargs["vtr_plan"] = plan
-        step = DecodeStep(state, positions.expand(rows, -1), call.module.rotary_emb, trace)
+        step = DecodeStep(state, positions.expand(rows, -1), self.patch.decoder.rotary, trace)
         if step.asks or step.renumbers:
             kwargs["vtr_session"] = step
         if generation is not None:
@@ -263,15 +291,10 @@ def _checked_mask(cache: Any, past: int, shape: torch.Size, mask: torch.Tensor |
     """This forward's part of the 2-D mask, or None. past: tokens cached. shape: [rows, L, D] of the embeddings.
 
     Raises:
-        UnsupportedError, ValueError: a cache or mask that a reduced call cannot take.
+        UnsupportedError, ValueError: a cache that a reduced call cannot take.
     """
     if not past:
         check_cache(cache)
-    if mask is not None and mask.dim() != 2:
-        raise UnsupportedError(
-            f"a reduced call takes a 2-D attention_mask [rows, tokens], got {tuple(mask.shape)}: custom masks are "
-            "not supported, pass policy=None"
-        )
     if past and len(cache.layers[0].place) != shape[0]:
         raise ValueError(
             f"{shape[0]} rows for a cache of {len(cache.layers[0].place)}: go on with the rows it was filled "
@@ -316,6 +339,19 @@ def _checked_positions(
             f"this model's positions have one axis: pass position_ids as [rows, tokens], got {tuple(positions.shape)}"
         )
     return positions
+
+
+def _check_begins(past: int, given: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """Refuse positions of which chunks, that are counted from a row's first token, do not begin at 0.
+
+    Raises:
+        UnsupportedError: padding in front of rows, and no position_ids that leave it out.
+    """
+    if given is None and mask is not None and not past and not bool(mask[:, 0].all()):
+        raise UnsupportedError(
+            "this model attends in chunks that begin with a row's first token: with padding in front of it pass "
+            "position_ids that do not count it, or pad on the right"
+        )
 
 
 def _check_one_sequence(positions: torch.Tensor, mask: torch.Tensor | None) -> None:

@@ -13,9 +13,37 @@ from torch import nn
 from vtr.base import UnsupportedError
 
 
+class Sizes(NamedTuple):
+    """The attention of one decoder layer.
+
+    Attributes:
+        heads: of queries. key, value: numbers a head has of a query or key, and of a value.
+        cached: numbers that the cache holds of a token.
+    """
+
+    heads: int
+    key: int
+    value: int
+    cached: int
+
+    @property
+    def pair(self) -> int:
+        """FLOPs of one query over one key."""
+        return 2 * self.heads * (self.key + self.value)
+
+    @classmethod
+    def of_attention(cls, attn: Any, config: Any) -> Sizes:
+        """Read off an attention module and the config of its layer."""
+        heads = config.num_attention_heads
+        if hasattr(attn, "expand_kv"):  # the cache holds latents, of which keys and values are made
+            return cls(heads, attn.qk_head_dim, attn.v_head_dim, attn.kv_lora_rank + attn.qk_rope_head_dim)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(heads, head_dim, head_dim, 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim)
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """The decoder's sizes, read off its modules once."""
+    """The decoder's sizes, read off its modules once. Where layers differ, ``heads``, … are those of the first."""
 
     num_hidden_layers: int
     heads: int
@@ -25,6 +53,8 @@ class Geometry:
     """Per decoder layer: FLOPs of all its Linear modules for one token (2 · in · out each)."""
     attends: tuple[bool, ...] = ()
     """Per decoder layer: whether it has attention; empty: all have."""
+    attentions: tuple[Sizes, ...] = ()
+    """Per decoder layer; empty where all have the sizes above."""
 
     def attending(self, of_layers: Sequence[Any]) -> list[Any]:
         """Of something for each layer, that of those which have attention."""
@@ -32,21 +62,36 @@ class Geometry:
 
     @classmethod
     def from_text_model(cls, text: Any) -> Geometry:
-        config = text.config
-        heads = config.num_attention_heads
         linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
         if not all(linears):
             raise UnsupportedError(
                 f"the decoder layers of {type(text).__name__} hold no torch.nn.Linear, by which FLOPs are counted: "
                 "load a checkpoint whose quantization leaves them (or an unquantized one)"
             )
+        configs = layer_configs(text.config, len(text.layers))
+        sizes = [Sizes.of_attention(layer.self_attn, c) for layer, c in zip(text.layers, configs, strict=True)]
         return cls(
             num_hidden_layers=len(text.layers),
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            heads=sizes[0].heads,
+            kv_heads=getattr(configs[0], "num_key_value_heads", None) or sizes[0].heads,
+            head_dim=sizes[0].key,
             linear_flops=tuple(sum(2 * m.in_features * m.out_features for m in layer) for layer in linears),
+            attentions=tuple(sizes),
         )
+
+    def attention(self, layer: int) -> Sizes:
+        """The sizes of a layer's attention."""
+        if self.attentions:
+            return self.attentions[layer]
+        return Sizes(self.heads, self.head_dim, self.head_dim, 2 * self.kv_heads * self.head_dim)
+
+
+def layer_configs(config: Any, depth: int) -> list[Any]:
+    """The config of each decoder layer: where layers have some of their own, they are asked for one by one."""
+    own = getattr(config, "per_layer_config", None)
+    if own is None or not hasattr(own, "__getitem__"):
+        return [config] * depth
+    return [own[index] for index in range(depth)]
 
 
 class Clock:
@@ -252,12 +297,12 @@ class PackedTrace:
             row.asked.append(asks)
             row.seen.append(sees)
         self.lengths.append(lengths)
-        g, before = self.trace.geometry, past or [0] * len(lengths)
+        pair, before = self.trace.geometry.attention(len(self.lengths) - 1).pair, past or [0] * len(lengths)
         if taking is None:
-            self.flops += sum(4 * g.heads * g.head_dim * n * (n + p) for n, p in zip(lengths, before, strict=True))
+            self.flops += sum(pair * n * (n + p) for n, p in zip(lengths, before, strict=True))
         else:
             self.narrowed = True
-            self.flops += 4 * g.heads * g.head_dim * taking.products(past) - taking.saved(layer)
+            self.flops += pair * taking.products(past) - taking.saved(layer)
 
     def finish(self) -> None:
         self.trace.note_packed(self.rows, self.lengths, self.flops)

@@ -51,7 +51,8 @@ def _cell(tokens: int, layout: Layout) -> int:
     if tokens not in known:
         height, width = layout.grid
         raise ValueError(
-            f"tokens={tokens} is no scale of tiles of {height} × {width} tokens: choose {', '.join(map(str, known))}"
+            f"tokens={tokens} is no scale of tiles of {height} × {width} tokens{layout.doubt}: choose "
+            f"{', '.join(map(str, known))}"
         )
     return known[tokens]
 

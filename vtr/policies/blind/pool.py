@@ -100,8 +100,8 @@ class Pool(Policy):
         (height, width), (rows, columns) = self._sides, layout.grid
         if height > rows or width > columns:
             raise ValueError(
-                f"grid={self.grid!r} is finer than a tile of {whose}, which has {rows} × {columns} tokens: "
-                f"choose at most ({rows}, {columns})"
+                f"grid={self.grid!r} is finer than a tile of {whose}, which has {rows} × {columns} tokens"
+                f"{layout.doubt}: choose at most ({rows}, {columns})"
             )
         return cells_of(layout, height, width)
 
