@@ -157,12 +157,14 @@ def test_pixels_need_their_grid(models: Models) -> None:
         models.patched(**inputs, policy="fastv")
 
 
-def test_sliding_windows_are_refused() -> None:
+def test_sliding_windows_are_not_packed() -> None:
+    """Policies that act inside are refused, with the way out; others run on the padded path."""
     model = next(f for f in FAMILIES if isinstance(f, QwenVL)).make()
     text = model.config.text_config
     text.use_sliding_window, text.sliding_window, text.layer_types = True, 8, ["sliding_attention"] * 5
     with pytest.raises(vtr.UnsupportedError, match="use_sliding_window=False"):
-        vtr.patch(model)
+        vtr.patch(model, "fastv")
+    assert vtr.patch(model, "divprune:keep=0.5").__dict__["_vtr"].path == "padded"
 
 
 def test_gradients_flow_to_the_tower(models: Models) -> None:

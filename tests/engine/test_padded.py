@@ -462,3 +462,42 @@ def test_packed_and_padded_say_the_same(kind: str, policy: str) -> None:
     one, other = vtr.report(padded), vtr.report(packed)
     assert one.rows == other.rows and (one.path, other.path) == ("padded", "packed")
     close(family.logits(padded, inputs, policy=policies), family.logits(packed, inputs, policy=policies))
+
+
+def pictures(model: Any, row: Sequence[int], mark: int) -> dict[str, Tensor]:
+    """A row whose first 16 placeholders are a picture of 8 x 8 patches, as a processor gives it."""
+    given, vision = paint.batch([row]), model.config.vision_config
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    drawn = torch.randn(64, size, generator=torch.Generator().manual_seed(0))
+    return {
+        **given,
+        "mm_token_type_ids": (given["input_ids"] == mark).long(),
+        "pixel_values": drawn,
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+    }
+
+
+def test_pictures_of_a_recurrent_model_with_three_axes() -> None:
+    """Positions of a grid: generate, forwards by hand, a second turn, and a call in between that moves the model's own
+    count of what a picture adds to positions."""
+    models, turn = pair("Qwen3_5"), [80, 81, 82]
+    row = models.rows[0]
+    given = pictures(models.patched, row, models.mark)
+    whole = pictures(models.patched, row + turn, models.mark)
+    run = functools.partial(models.patched.generate, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    said = functools.partial(run, max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+    want = said(**given, policy=Odd())
+    later = torch.stack(said(**whole, policy=Odd()).logits)
+    plain = torch.stack(said(**whole).logits)
+    assert paint.apart(later, plain) > 1e-3
+    with torch.no_grad():
+        out = models.patched(**given, policy=Odd(), use_cache=True)
+        close(out.logits[:, -1], want.logits[0])
+        forked, cache, mask = vtr.fork(out.cache), out.cache, given["attention_mask"]
+        said(**pictures(models.patched, [10, *row[3:]], models.mark))
+        for step in range(3):
+            mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+            new = want.sequences[:, len(row) + step, None]
+            out = models.patched(input_ids=new, past_key_values=cache, attention_mask=mask, use_cache=True)
+            close(out.logits[:, -1], want.logits[step + 1])
+        close(torch.stack(said(**whole, past_key_values=forked).logits), later)
