@@ -26,10 +26,11 @@ from vtr.image import Image, Pooled
 
 TOLERANCE = 2e-5
 slow = pytest.mark.slow
-CLASSES = ["Qwen3_5", "Lfm2Vl", "MiniCPMV4_6", "Gemma3n", "Inkling2", "MistralLarge4", "Llava"]
+CLASSES = ["Qwen3_5", "Lfm2Vl", "MiniCPMV4_6", "Gemma3n", "Inkling2", "MistralLarge4", "Molmo2", "Llava"]
 CLASSES += [pytest.param("Glm5Next", marks=slow)]  # transformers' reference kernel takes a minute
 """Recurrent layers over positions of three axes, convolutions, the same once more, arguments for each layer and token,
-relative bias, an indexer, one that is packed as a rule, indexed and linear layers without positions."""
+relative bias, an indexer, images that look both ways, one that is packed as a rule, and indexed and linear layers
+without positions."""
 SOME = [
     "Qwen3_5",
     "Lfm2Vl",
@@ -71,6 +72,12 @@ class Pair:
     @property
     def rows(self) -> list[list[int]]:
         return paint.prompts(self.mark)
+
+
+@pytest.fixture(autouse=True)
+def five_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token out of the prompt, and five behind it."""
+    monkeypatch.setattr(paint, "STEPS", 6)
 
 
 def patch(model: Any) -> Any:
@@ -144,7 +151,10 @@ def shortened(stock: Any, row: Sequence[int], groups: list[list[int]]) -> Tensor
             positions = torch.stack([positions[..., some].float().mean(-1).floor() for some in groups], -1).long()
         elif positions is not None and positions.dim() == 2:
             positions = positions[:, : len(groups)] if not step else positions - lost
-        mask = torch.ones(1, len(groups) + step, dtype=torch.long)
+        mask, own = torch.ones(1, len(groups) + step, dtype=torch.long), given["attention_mask"]
+        if not step and isinstance(own, Tensor) and own.dim() == 4:
+            first = [some[0] for some in groups]
+            mask = own[:, :, first][..., first]
         made = calls.text(**kwargs, position_ids=positions, attention_mask=mask, cache=cache)
         out.append(made.last_hidden_state[0, -1])
     return torch.stack(out)
@@ -339,7 +349,7 @@ def test_policies_that_act_inside_are_refused_with_another_named(spec: str, inst
 
 
 def test_the_reason_is_said() -> None:
-    model = vtr.patch(copy.deepcopy(pair("Lfm2Vl").stock))
+    model = vtr.patch(copy.deepcopy(tiny.stock("Lfm2VlForConditionalGeneration")))
     made = model.__dict__["_vtr"]
     assert made.path == "padded" and "Lfm2Model" in made.why
     with pytest.raises(UnsupportedError, match="Lfm2Model"):
