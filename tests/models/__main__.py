@@ -65,6 +65,16 @@ def outcomes(names: Sequence[str], processes: int) -> Iterator[tuple[str, Outcom
             yield name, found
 
 
+def text(data: dict[str, Any]) -> str:
+    """The outcomes as JSON with a line a class, sorted, so that a diff shows classes."""
+    lines = [
+        f"  {json.dumps(name)}: {json.dumps(one, sort_keys=True, ensure_ascii=False)}"
+        for name, one in sorted(data["classes"].items())
+    ]
+    head = f'{{\n "transformers": {json.dumps(data["transformers"])},\n "classes": {{\n'
+    return head + ",\n".join(lines) + "\n }\n}\n"
+
+
 def main(
     classes: Annotated[list[str] | None, typer.Argument(help="only these, by (the beginning of) their names")] = None,
     write: Annotated[
@@ -79,21 +89,21 @@ def main(
     if only_page:
         return page.write(json.loads(FILE.read_text(encoding="utf-8")))
     names = [name for name in tiny.CLASSES if not classes or name.startswith(tuple(classes))]
-    found = {}
+    data: dict[str, Any] = {"transformers": page.version(), "classes": {}}
+    if write and classes and FILE.exists():
+        data["classes"] = json.loads(FILE.read_text(encoding="utf-8"))["classes"]
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("", total=len(names))
         for name, one in outcomes(names, processes):
-            found[name] = one
+            data["classes"][name] = one
             bar.update(task, advance=1, description=name.removesuffix("ForConditionalGeneration"))
             if classes:
                 console.print_json(json.dumps({name: one}))
             elif not console.is_terminal:
                 console.print(f"{name}: {one['path']}", highlight=False, soft_wrap=True)
-    data = {"transformers": page.version(), "classes": dict(sorted(found.items()))}
+            if write:  # so that what is there is there, if it breaks off
+                FILE.write_text(text(data), encoding="utf-8")
     if write:
-        known = json.loads(FILE.read_text()) if classes and FILE.exists() else {"classes": {}}
-        data["classes"] = dict(sorted({**known["classes"], **found}.items()))
-        FILE.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         page.write(data)
     console.print(page.counts(data))
     if against is not None:

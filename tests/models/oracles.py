@@ -126,12 +126,14 @@ class Oracles:
 
     def short(self, policy: Any) -> bool:
         """Whether the unpatched model says of the first row's embeddings that are left what the reduced one says."""
-        said = generate(self.model, batch([self.rows[0]]), policy=policy)[0][:, 0]
+        logits, words = generate(self.model, batch([self.rows[0]]), policy=policy)
+        said = logits[:, 0]
         if self.mask == "prompt":  # what is said is no part of the prompt
             said = said[:1]
         kept = {source for sources in vtr.report(self.model).rows[0].sources(0) for source in sources}
         text = patch_of(self.model).adapter.text_model(self.stock)
-        return shortened(self.stock, text, self.rows[0], kept, said)
+        answer = words[0, len(self.rows[0]) :].tolist()  # a generate of the model's own may force none
+        return shortened(self.stock, text, [*self.rows[0], *answer[: len(said) - 1]], kept, said)
 
 
 def said(failed: Callable[[], list[str]]) -> str:
@@ -167,14 +169,15 @@ def caught(module: Any) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def shortened(stock: Any, text: Any, row: list[int], keep: set[int], said: torch.Tensor) -> bool:
-    """Whether the unpatched model says the same on the embeddings that are left, followed by the tokens that were said.
+    """Whether the unpatched model says the same on the embeddings of a row that are left.
 
     Tried with the whole model, then with its text model alone: some models let no embeddings through.
 
     Args:
+        row: a prompt, followed by what was said on it but for the last token.
         keep: slots of the vision tokens that are left. said: float [steps, vocabulary], what the reduced row said.
     """
-    ids = torch.tensor([[*row, *range(70, 70 + len(said) - 1)]])
+    ids = torch.tensor([row])
     whole: Inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     more = extras(stock, whole)
     if type(stock).__name__.startswith("PaliGemma"):  # what was said is no part of the prompt that sees itself
