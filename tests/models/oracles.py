@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -189,11 +190,14 @@ def shortened(stock: Any, text: Any, row: list[int], keep: set[int], said: torch
     embeds = stock.get_input_embeddings()(ids) if embeds is None else embeds
     mask = torch.ones(1, len(slots)).long()
 
+    per_token = {n: v[:, slots] for n, v in given.items() if torch.is_tensor(v) and v.shape[:2] == ids.shape}
+    takes = inspect.signature(type(stock).forward).parameters
+
     def by_model(common: Inputs) -> torch.Tensor:
-        return stock(**common, **{name: value[:, slots] for name, value in more.items()}, use_cache=False).logits
+        own = {n: v for n, v in per_token.items() if n in takes} | {n: v[:, slots] for n, v in more.items()}
+        return stock(**{**own, **common}, use_cache=False).logits
 
     def by_text(common: Inputs) -> torch.Tensor:
-        per_token = {n: v[:, slots] for n, v in given.items() if torch.is_tensor(v) and v.shape[:2] == ids.shape}
         rest = {n: v for n, v in given.items() if n not in ("input_ids", "attention_mask")}
         logits = stock.get_output_embeddings()(text(**{**rest, **per_token, **common}).last_hidden_state)
         scale = getattr(text.config, "logit_scale", None) or 1.0

@@ -37,15 +37,23 @@ def marks(model: Any) -> tuple[int, ...]:
 class Paint:
     """A forward hook on the input embedding: the n-th placeholder of a row gets the n-th vector of that row's own.
 
-    A row is known by its first token that is not padding, so that it is painted alike in every batch.
+    A row is known by its first token that is not padding, so that it is painted alike in every batch. Some models look up
+    another id where a placeholder stands, so the ids are those that the whole model was called with.
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = torch.tensor(ids)
         self.vectors: dict[int, torch.Tensor] = {}
+        self.called_with: torch.Tensor | None = None
+
+    def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook on the whole model."""
+        self.called_with = args[0] if args else kwargs.get("input_ids")
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor | None:
         ids = args[0] if args else kwargs.get("input")
+        if ids is not None and self.called_with is not None and self.called_with.shape == ids.shape:
+            ids = self.called_with
         if ids is None or ids.dim() != 2 or out.dim() != 3 or not (hit := torch.isin(ids, self.ids)).any():
             return None
         out = out.clone()
@@ -64,7 +72,9 @@ class Paint:
 
 def paint(model: Any) -> Any:
     """Have the model's placeholders painted from now on; returns the hook's handle."""
-    return model.get_input_embeddings().register_forward_hook(Paint(marks(model)), with_kwargs=True)
+    made = Paint(marks(model))
+    model.register_forward_pre_hook(made.note, with_kwargs=True)
+    return model.get_input_embeddings().register_forward_hook(made, with_kwargs=True)
 
 
 def by_runs(model: Any) -> None:
@@ -139,5 +149,5 @@ def generate(model: Any, inputs: Inputs, **kwargs: Any) -> tuple[torch.Tensor, t
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of two tensors; NaN anywhere is infinitely far."""
-    return float((one - other).abs().nan_to_num(nan=torch.inf).max())
+    """The largest difference of two tensors, of the largest number where that is above 1; NaN is infinitely far."""
+    return float((one - other).abs().nan_to_num(nan=torch.inf).max() / max(1.0, float(other.abs().max())))

@@ -36,7 +36,7 @@ def dense_forward(
         input_ids=ids,
         placeholders=adapter.placeholders(model),
         itemsize=model.dtype.itemsize,
-        cached=bool(decoder.text.config.use_cache if use_cache is None else use_cache),
+        cached=bool(getattr(decoder.text.config, "use_cache", True) if use_cache is None else use_cache),
         path=patch.path,
         past=0 if cache is None else int(cache.get_seq_length()),
         steps=steps,

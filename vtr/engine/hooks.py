@@ -220,8 +220,10 @@ def after_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     plan: Plan | None = kwargs.get("vtr_plan")
     if plan is None or plan.routing is None:
         return None
-    around, through = plan.routing.around.to(out.device), plan.routing.through.to(out.device)
-    return around.index_copy(1, through, out)
+    states = out[0] if isinstance(out, tuple) else out
+    around, through = plan.routing.around.to(states.device), plan.routing.through.to(states.device)
+    whole = around.index_copy(1, through, states)
+    return (whole, *out[1:]) if isinstance(out, tuple) else whole
 
 
 def after_mlp(module: Any, args: tuple[Any, ...], out: Any) -> Any:

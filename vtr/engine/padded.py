@@ -36,6 +36,7 @@ from vtr.engine.short_cache import (
 )  # fmt: skip
 from vtr.engine.shortened import ShortRows, take_features
 from vtr.engine.trace import Clock, RowTrace, Trace
+from vtr.engine.unpackable import NO_ATTENTION
 
 if TYPE_CHECKING:
     from vtr.engine.hooks import Patch
@@ -151,6 +152,8 @@ class PaddedHooks:
         """One that the model has built: of all columns, or of layers of a kind."""
         text = self.patch.decoder.text
         window = text.config.sliding_window if "sliding" in kind else None
+        if kind in NO_ATTENTION and (mask is None or getattr(mask, "ndim", 0) == 2):  # they read all but padding
+            return short.mask if mask is None else short.mask.to(mask.dtype)
         if kind in ("full_attention", "sliding_attention"):
             if (mask is None and "flash" in text.config._attn_implementation) or getattr(mask, "ndim", 0) == 2:
                 return short.mask if mask is None else short.mask.to(mask.dtype)

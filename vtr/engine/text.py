@@ -89,7 +89,7 @@ class TextCall:
         if self.module.training and getattr(self.module, "gradient_checkpointing", False):
             return False
         use_cache = self.kwargs.get("use_cache")
-        return bool(self.module.config.use_cache if use_cache is None else use_cache)
+        return bool(getattr(self.module.config, "use_cache", True) if use_cache is None else use_cache)
 
     def layers(self, decoder: Decoder) -> list[RaggedLayer] | None:
         """Those of its ragged cache, new ones where it is to get one, or None."""
