@@ -22,6 +22,8 @@ from vtr.integrations.structural import IMAGE_IDS, VIDEO_IDS
 from vtr.image import Layout
 
 Inputs = dict[str, torch.Tensor]
+RULED_OUT = 1e9
+"""Logits of tokens that a model never says are below minus this."""
 STEPS = 4
 """Tokens that are decoded."""
 
@@ -37,8 +39,8 @@ def marks(model: Any) -> tuple[int, ...]:
 class Paint:
     """A forward hook on the input embedding: the n-th placeholder of a row gets the n-th vector of that row's own.
 
-    A row is known by its first token that is not padding, so that it is painted alike in every batch. Some models look up
-    another id where a placeholder stands, so the ids are those that the whole model was called with.
+    A row is known by its first token that is not padding, so that it is painted alike in every batch. Some models look
+    up another id where a placeholder stands, so the ids are those that the whole model was called with.
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
@@ -150,4 +152,5 @@ def generate(model: Any, inputs: Inputs, **kwargs: Any) -> tuple[torch.Tensor, t
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference of two tensors, of the largest number where that is above 1; NaN is infinitely far."""
-    return float((one - other).abs().nan_to_num(nan=torch.inf).max() / max(1.0, float(other.abs().max())))
+    said = other[other.abs() < RULED_OUT].abs()
+    return float((one - other).abs().nan_to_num(nan=torch.inf).max() / max(1.0, float(said.max())))
