@@ -203,6 +203,7 @@ def shortened(stock: Any, text: Any, row: list[int], keep: set[int], said: torch
     mask = torch.ones(1, len(slots)).long()
 
     per_token = {n: v[:, slots] for n, v in given.items() if torch.is_tensor(v) and v.shape[:2] == ids.shape}
+    per_token.pop("input_ids", None)
     takes = inspect.signature(type(stock).forward).parameters
 
     def by_model(common: Inputs) -> torch.Tensor:
