@@ -76,7 +76,7 @@ class Notes:
 def table(data: Data) -> str:
     """The counts, a line a class, and the footnotes below."""
     notes = Notes()
-    head = ["class", "decoder", "positions", "mask", "path", *HEADS.values(), "pictures"]
+    head = ["class", "path", *HEADS.values(), "pictures", "decoder", "positions", "mask"]
     lines = [counts(data), "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join(line(name, one, notes))} |" for name, one in sorted(data["classes"].items())]
     lines += ["", *(f"<sup>{number}</sup> {text}  " for number, text in enumerate(notes.texts, 1))]
@@ -87,13 +87,19 @@ def line(name: str, one: Data, notes: Notes) -> list[str]:
     """The cells of one class."""
     path = PATHS[one["path"]] + (notes(sentence(one["why"])) if one.get("why") else "")
     if "decoder" not in one:
-        return [f"`{name}`", *["–"] * 3, path, *["–"] * (len(HEADS) + 1)]
+        return [f"`{short(name)}`", path, *["–"] * (len(HEADS) + 4)]
     kinds = [kind for kind in one["layers"] if kind != "full"]
     decoder = f"{one['decoder']}{' (' + ', '.join(kinds) + ')' if kinds else ''}"
     positions = "3 axes" if one["positions"].startswith("several") else "1 axis"
     unpainted = notes(sentence(one["not_painted"])) if "not_painted" in one else ""
     groups = [cell(name_of(group), one, notes) for group in GROUPS] if not unpainted else [f"–{unpainted}"] * len(HEADS)
-    return [f"`{name}`", decoder, positions, one["mask"], path, *groups, pictures(one.get("pictures"), notes)]
+    seen = pictures(one.get("pictures"), one["path"], notes)
+    return [f"`{short(name)}`", path, *groups, seen, decoder, positions, one["mask"]]
+
+
+def short(name: str) -> str:
+    """A class's name without what nearly all names end in."""
+    return name.removesuffix("ForConditionalGeneration")
 
 
 def name_of(group: str) -> Iterable[str]:
@@ -119,11 +125,12 @@ def unsteady(what: Iterable[str]) -> str:
     return f"not asked for, because unpatched {' and '.join(words[name] for name in what)}"
 
 
-def pictures(found: Data | None, notes: Notes) -> str:
-    """The form of the pixels that was tried, and what did not pass."""
+def pictures(found: Data | None, path: str, notes: Notes) -> str:
+    """The form of the pixels that was tried, and what did not pass; what the path refuses is said once, there."""
     if found is None:
         return "not tried"
-    odd = {name: text for name, text in found["policies"].items() if text != "passes"}
+    fine = ("passes", "refused") if path == "padded" else ("passes",)
+    odd = {name: text for name, text in found["policies"].items() if text not in fine}
     marks = "".join(notes(f"`{name}`: {sentence(text.removeprefix('refused: '))}") for name, text in odd.items())
     sign = "✗" if any(text.startswith(("fails", "raises")) for text in odd.values()) else "✓"
     return f"{sign}{marks} {found['form']}, {found['tokens']} tokens"

@@ -216,6 +216,10 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+SEES = ("vision_config", "mm_vision_tower", "visual", "vq_config")
+"""What the config of a model that sees pictures has, one or the other."""
+
+
 def _advice(model: nn.Module) -> str:
     """What to patch instead of a wrapper or of a part of a model; empty if ``model`` is neither."""
     name, config = type(model).__name__, getattr(model, "config", None)
@@ -227,9 +231,14 @@ def _advice(model: nn.Module) -> str:
                 f"It is the part of a {full} without the head: patch the whole model (load it with "
                 f"transformers.{full} or AutoModelForImageTextToText). "
             )
-    if config is not None and not any(hasattr(config, part) for part in ("vision_config", "mm_vision_tower", "visual")):
-        return "It sees no pictures by itself: where it is part of a vision-language model, patch that whole model. "
-    return ""
+    if config is None:
+        return ""
+    if hasattr(model, "get_image_features") or any(hasattr(config, part) for part in SEES):
+        return (
+            "It does not put image features at placeholder tokens that its config names (image_token_id) in front of a "
+            "decoder that generates word by word, which is all that vtr can reduce. "
+        )
+    return "It sees no pictures by itself: where it is part of a vision-language model, patch that whole model. "
 
 
 def find_adapter(model: object) -> Adapter:
