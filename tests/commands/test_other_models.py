@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import stranger
+from vtr.accounting import Report, RowReport
 from vtr.cli import app
+from vtr.commands.run import same_budget
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,10 @@ def picture() -> object:
     from PIL import Image
 
     return Image.linear_gradient("L").convert("RGB").resize((40, 40))
+
+
+def test_baselines_where_nothing_can_be_cut_in_the_decoder() -> None:
+    row = RowReport(policy="pool:grid=2", vision_tokens=[4, 4, 4], total=16)
+    told = {name: 0 for name in ("flops", "prefill_flops", "decode_flops", "selector_flops", "kv_bytes")}
+    report = Report(rows=[row], kv_bytes_allocated=0, selector_ms=0.0, steps=1, path="padded", **told)
+    assert same_budget(report) == ["random:keep=0.25,before_decoder=true", "uniform:keep=0.25,before_decoder=true"]

@@ -20,6 +20,7 @@ from vtr.engine.adapters import find_adapter
 from vtr.limits import folded
 from vtr.models import load
 from vtr.picture import is_right
+from vtr.shares import ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,6 +96,8 @@ def run_command(
     (row,) = chosen.report.rows
     per_layer = " ".join(map(str, row.vision_tokens))
     console.print(f"vision tokens into each decoder layer with [bold]{chosen.spec}[/]: {per_layer}", highlight=False)
+    if chosen.report.path == "padded":
+        console.print("this model takes policies before the decoder only (its rows are padded): vtr list --model says why")
     for word, counts in (("ask", row.asked), ("are seen", row.seen)):
         if counts != row.vision_tokens:
             console.print(f"of them {word} in its attention: {' '.join(map(str, counts))}", highlight=False)
@@ -257,6 +260,9 @@ def same_budget(report: Report, total: int | None = None) -> list[str]:
     if first is None:
         return []
     after = row.vision_tokens[first:]
+    if report.path == "padded":  # nothing is cut in that decoder
+        share = ratio(sum(after) / len(after) / total)
+        return [f"{name}:keep={share},before_decoder=true" for name in ("random", "uniform")]
     keep = round(sum(after) / len(after))
     return [f"random:keep={keep},layer={first}", f"uniform:keep={keep},layer={first}"]
 
