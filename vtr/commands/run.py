@@ -97,7 +97,7 @@ def run_command(
     per_layer = " ".join(map(str, row.vision_tokens))
     console.print(f"vision tokens into each decoder layer with [bold]{chosen.spec}[/]: {per_layer}", highlight=False)
     if chosen.report.path == "padded":
-        console.print("this model takes policies before the decoder only (its rows are padded): vtr list --model says why")
+        console.print("this model takes policies before the decoder only: `vtr list --model` says why", highlight=False)
     for word, counts in (("ask", row.asked), ("are seen", row.seen)):
         if counts != row.vision_tokens:
             console.print(f"of them {word} in its attention: {' '.join(map(str, counts))}", highlight=False)
