@@ -47,11 +47,13 @@ def alone(name: str, policy: Any, row: int = 0, **kwargs: Any) -> torch.Tensor:
     return paint.generate(one.model, paint.batch([one.rows[row]]), policy=policy, **kwargs)[0][:, 0]
 
 
+@pytest.mark.slow  # the fast tests of tests/models ask it of most of them
 @pytest.mark.parametrize("name", CLASSES)
 def test_off_is_off(name: str) -> None:
     assert oracles(name).off()
 
 
+@pytest.mark.slow  # the fast tests of tests/models ask it of most of them
 @pytest.mark.parametrize("name", CLASSES)
 def test_tokens_are_dropped_inside_the_decoder(name: str) -> None:
     assert oracles(name).policy("fastv") == PASSES

@@ -254,7 +254,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("policies", ["downsample", "pool", "GFLOPs", "req/s", "36 vision", "closed form"]),
+        pytest.param(
+            "policies", ["downsample", "pool", "GFLOPs", "req/s", "36 vision", "closed form"], marks=pytest.mark.slow
+        ),
         ("batch", ["all unreduced", "four pooled", "padded"]),
         ("scale", ["vision_tokens", "144:", "slope", "answer"]),
     ],
