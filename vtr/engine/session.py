@@ -182,7 +182,8 @@ class Session:
             hidden = hidden.index_select(1, passing.through)
             kwargs.update({name: kwargs[name].index_select(1, passing.through) for name in along})
             rope = cut(rope, passing.through)
-            positions, slots = positions.index_select(1, passing.through), slots.index_select(0, passing.through)
+            positions = positions.index_select(1, passing.through)
+            slots = slots if self.masks is None else slots.index_select(0, passing.through)
             masked_keys = None if masked_keys is None else masked_keys.index_select(0, passing.through)
         positions = positions[:1]  # of several axes, which rope has seen already, the first
         past = [] if self.layers is None else self.layers[index].lengths()
