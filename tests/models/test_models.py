@@ -106,3 +106,6 @@ def test_a_new_release_is_compared_with_the_old() -> None:
     ]
     assert not compare.report(new, {"transformers": "3", "classes": {**old["classes"], "E": passes}}, console)
     assert not compare.report(old, {"transformers": "0", "classes": {"A": passes}}, console, gone_is_fine=True)
+    not_built = {"transformers": "0", "classes": {"A": {"path": "not built", "why": "its config is another"}}}
+    assert not compare.report({**old, "classes": {"A": passes}}, not_built, console, gone_is_fine=True)
+    assert compare.report({**old, "classes": {"A": passes}}, not_built, console)
