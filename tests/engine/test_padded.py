@@ -20,6 +20,7 @@ from tests.models import paint, tiny
 from tests.tiny import IMAGE
 from vtr.base import UnsupportedError
 from vtr.engine.adapters import find_adapter
+from vtr.engine.compat import NAMES, cache_in, put_cache
 from vtr.engine.hooks import Patch
 from vtr.engine.short_cache import ShortCache
 from vtr.image import Image, Pooled
@@ -146,7 +147,7 @@ def shortened(stock: Any, row: Sequence[int], groups: list[list[int]]) -> Tensor
 
     for step, given in enumerate(calls.given):
         positions = given.pop("position_ids", None)
-        kwargs = {name: cut(value) for name, value in given.items() if name not in ("cache", "attention_mask")}
+        kwargs = {name: cut(value) for name, value in given.items() if name not in (*NAMES, "attention_mask")}
         if positions is not None and positions.dim() == 3 and not step:
             positions = torch.stack([positions[..., some].float().mean(-1).floor() for some in groups], -1).long()
         elif positions is not None and positions.dim() == 2:
@@ -155,7 +156,8 @@ def shortened(stock: Any, row: Sequence[int], groups: list[list[int]]) -> Tensor
         if not step and isinstance(own, Tensor) and own.dim() == 4:
             first = [some[0] for some in groups]
             mask = own[:, :, first][..., first]
-        made = calls.text(**kwargs, position_ids=positions, attention_mask=mask, cache=cache)
+        put_cache(calls.text, kwargs, cache)
+        made = calls.text(**kwargs, position_ids=positions, attention_mask=mask)
         out.append(made.last_hidden_state[0, -1])
     return torch.stack(out)
 
@@ -242,8 +244,8 @@ def test_by_hand_and_padded_on_the_right(name: str) -> None:
         more = {**paint.extras(models.patched, right), **counted(models.patched, right["attention_mask"])}
         other = models.patched(**right, **more, policy=policies, use_cache=True)
         close(torch.stack([other.logits[b, n - 1] for b, n in enumerate(lengths)]), want[0])
-        assert out.logits.shape[1] == full["input_ids"].shape[1] == out.cache.get_seq_length()
-        mask, cache = full["attention_mask"], out.cache
+        assert out.logits.shape[1] == full["input_ids"].shape[1] == cache_in(out).get_seq_length()
+        mask, cache = full["attention_mask"], cache_in(out)
         for step in range(4):
             mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
             new = {"input_ids": torch.full((3, 1), 70 + step)}
@@ -251,7 +253,7 @@ def test_by_hand_and_padded_on_the_right(name: str) -> None:
             more |= counted(models.patched, mask, 1)
             out = models.patched(**new, **more, past_key_values=cache, attention_mask=mask, use_cache=True)
             close(out.logits[:, -1], want[step + 1])
-            assert out.cache is cache and cache.get_seq_length() == mask.shape[1]
+            assert cache_in(out) is cache and cache.get_seq_length() == mask.shape[1]
 
 
 @pytest.mark.parametrize("name", [*RECURRENT, pytest.param("Gemma3n", marks=slow)])
@@ -288,13 +290,13 @@ def test_a_second_turn_of_text(name: str) -> None:
     more = {**paint.extras(models.patched, first), **counted(models.patched, first["attention_mask"])}
     with torch.no_grad():
         out = models.patched(**first, **more, policy=policies, use_cache=True)
-    forked = vtr.fork(out.cache, [1, 0])
+    forked = vtr.fork(cache_in(out), [1, 0])
     new = {"input_ids": whole["input_ids"][:, -5:]}
     more = {key: torch.zeros_like(value) for key, value in paint.extras(models.patched, new).items()}
     more |= counted(models.patched, whole["attention_mask"], 5)
     with torch.no_grad():
         by_hand = models.patched(
-            **new, **more, past_key_values=out.cache, attention_mask=whole["attention_mask"], use_cache=True
+            **new, **more, past_key_values=cache_in(out), attention_mask=whole["attention_mask"], use_cache=True
         )
     close(by_hand.logits[:, -1], want[0])
     swapped = {key: value.flip(0) for key, value in whole.items()}
@@ -307,21 +309,21 @@ def test_what_cannot_go_on_is_refused() -> None:
     first = paint.batch(models.rows[:1])
     with torch.no_grad():
         out = models.patched(**first, **paint.extras(models.patched, first), policy=Odd(), use_cache=True)
-    new = {"input_ids": torch.tensor([[0, 80]]), "past_key_values": out.cache}
+    new = {"input_ids": torch.tensor([[0, 80]]), "past_key_values": cache_in(out)}
     new["attention_mask"] = torch.ones(1, len(models.rows[0]) + 2, dtype=torch.long)
     new["attention_mask"][0, -2] = 0
-    before = [layer.get_seq_length() for layer in out.cache.layers if hasattr(layer, "keys")]
+    before = [layer.get_seq_length() for layer in cache_in(out).layers if hasattr(layer, "keys")]
     with pytest.raises(UnsupportedError, match="as many new tokens each"):
         models.patched(**new)
     with pytest.raises(UnsupportedError, match="no new pictures"):
         models.patched(**{**new, "pixel_values": torch.zeros(1)})
     with pytest.raises(UnsupportedError, match="cannot be taken back"):
-        out.cache.crop(1)
+        cache_in(out).crop(1)
     with pytest.raises(ValueError, match="2 rows for a cache of 1"):
-        models.patched(input_ids=torch.tensor([[80], [80]]), past_key_values=out.cache)
-    assert before == [layer.get_seq_length() for layer in out.cache.layers if hasattr(layer, "keys")]
-    out.cache.reset()
-    assert type(out.cache) is DynamicCache
+        models.patched(input_ids=torch.tensor([[80], [80]]), past_key_values=cache_in(out))
+    assert before == [layer.get_seq_length() for layer in cache_in(out).layers if hasattr(layer, "keys")]
+    cache_in(out).reset()
+    assert type(cache_in(out)) is DynamicCache
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -503,7 +505,7 @@ def test_pictures_of_a_recurrent_model_with_three_axes() -> None:
     with torch.no_grad():
         out = models.patched(**given, policy=Odd(), use_cache=True)
         close(out.logits[:, -1], want.logits[0])
-        forked, cache, mask = vtr.fork(out.cache), out.cache, given["attention_mask"]
+        forked, cache, mask = vtr.fork(cache_in(out)), cache_in(out), given["attention_mask"]
         said(**pictures(models.patched, [10, *row[3:]], models.mark))
         for step in range(3):
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
