@@ -60,11 +60,15 @@ class Structural(Adapter):
 
     Args:
         model: whose adapter it is; None: it only finds those that it can serve.
+
+    Attributes:
+        queries: whether the model's image tokens are learned queries, which have no place in the picture.
     """
 
     family = "by structure"
     classes = ()
     proven = False
+    queries = False
     grids = "the sizes that the processor gives; else a run of placeholders is one row"
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -73,6 +77,7 @@ class Structural(Adapter):
         features = getattr(model, "get_image_features", None)
         self.image_inputs = () if features is None else tuple(inspect.signature(features).parameters)
         self.lacks = self._lacks(model)
+        self.queries = any(name in type(part).__name__ for part in model.modules() for name in RESAMPLERS)
 
     def serves(self, model: nn.Module) -> bool:
         config: Any = getattr(model, "config", None)
@@ -110,11 +115,10 @@ class Structural(Adapter):
     def layouts(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, list[Layout]]:
         """Grids of the sizes that the processor gave; else every run of placeholders is an image of one row."""
         found: dict[int, list[Layout]] = {}
-        queries = any(name in type(part).__name__ for part in model.modules() for name in RESAMPLERS)
         for kind, mark in self._marks(model).items():
             if not (runs := runs_of(inputs["input_ids"] == mark)) or mark in found:
                 continue
-            known = None if queries else layouts_of(model.config, inputs, runs, kind)
+            known = None if self.queries else layouts_of(model.config, inputs, runs, kind)
             found[mark] = rows_of_tokens(runs) if known is None else known
         return found
 

@@ -69,23 +69,23 @@ def _proven(model: Any, adapter: Adapter, tests: bool) -> Patch:
     Raises:
         UnsupportedError: neither can run it rightly.
     """
-    made = Patch(model, adapter)
-    made.install()
-    if adapter.proven or not tests:
-        return made
+    made, tests = Patch(model, adapter), tests and not adapter.proven
     try:
-        made.off = run_self_test(made)
-    except BaseException as error:
+        return _tested(made, tests)
+    except UnsupportedError as error:
+        if made.path == "padded" or not tests:
+            raise
+        return _tested(Patch(model, adapter, path="padded", why=str(error)), tests)
+
+
+def _tested(made: Patch, tests: bool) -> Patch:
+    """Installed, and taken out again if it fails the self-test."""
+    made.install()
+    try:
+        made.off = run_self_test(made) if tests else None
+    except BaseException:
         made.remove()
-        if made.path == "padded" or not isinstance(error, UnsupportedError):
-            raise
-        made = Patch(model, adapter, path="padded", why=str(error))
-        made.install()
-        try:
-            made.off = run_self_test(made)
-        except BaseException:
-            made.remove()
-            raise
+        raise
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,20 +62,14 @@ class Geometry:
 
     @classmethod
     def from_text_model(cls, text: Any) -> Geometry:
-        linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
-        if not all(linears):
-            raise UnsupportedError(
-                f"the decoder layers of {type(text).__name__} hold no torch.nn.Linear, by which FLOPs are counted: "
-                "load a checkpoint whose quantization leaves them (or an unquantized one)"
-            )
-        configs = layer_configs(text.config, len(text.layers))
+        flops, configs = linear_flops(text, all), layer_configs(text.config, len(text.layers))
         sizes = [Sizes.of_attention(layer.self_attn, c) for layer, c in zip(text.layers, configs, strict=True)]
         return cls(
             num_hidden_layers=len(text.layers),
             heads=sizes[0].heads,
             kv_heads=getattr(configs[0], "num_key_value_heads", None) or sizes[0].heads,
             head_dim=sizes[0].key,
-            linear_flops=tuple(sum(2 * m.in_features * m.out_features for m in layer) for layer in linears),
+            linear_flops=flops,
             attentions=tuple(sizes),
         )
 
@@ -84,6 +78,24 @@ class Geometry:
         if self.attentions:
             return self.attentions[layer]
         return Sizes(self.heads, self.head_dim, self.head_dim, 2 * self.kv_heads * self.head_dim)
+
+
+def linear_flops(text: Any, needed: Callable[[Iterable[Any]], bool]) -> tuple[int, ...]:
+    """Per decoder layer of a text model: FLOPs of its Linear modules for one token.
+
+    Args:
+        needed: ``all`` or ``any``: which of the layers must have some.
+
+    Raises:
+        UnsupportedError: they have none.
+    """
+    linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
+    if not needed(linears):
+        raise UnsupportedError(
+            f"the decoder layers of {type(text).__name__} hold no torch.nn.Linear, by which FLOPs are counted: "
+            "load a checkpoint whose quantization leaves them (or an unquantized one)"
+        )
+    return tuple(sum(2 * m.in_features * m.out_features for m in layer) for layer in linears)
 
 
 def layer_configs(config: Any, depth: int) -> list[Any]:

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from vtr.base import Policy, UnsupportedError
 from vtr.engine.decoder import Decoder
-from vtr.engine.trace import Geometry
+from vtr.engine.trace import Geometry, linear_flops
 from vtr.shares import ratio
 
 NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
@@ -29,12 +27,7 @@ def decoder_of(text: Any) -> Decoder:
         UnsupportedError: no layer has a ``torch.nn.Linear``, by which FLOPs are counted.
     """
     config, depth = text.config, len(text.layers)
-    linears = [[m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in text.layers]
-    if not any(linears):
-        raise UnsupportedError(
-            f"the decoder layers of {type(text).__name__} hold no torch.nn.Linear, by which FLOPs are counted: load a "
-            "checkpoint whose quantization leaves them (or an unquantized one)"
-        )
+    flops = linear_flops(text, any)
     kinds = getattr(config, "layer_types", None) or [""] * depth
     window = _number(config, "sliding_window")
     heads = _number(config, "num_attention_heads")
@@ -43,7 +36,7 @@ def decoder_of(text: Any) -> Decoder:
         heads=heads,
         kv_heads=_number(config, "num_key_value_heads") or heads,
         head_dim=_number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0),
-        linear_flops=tuple(sum(2 * m.in_features * m.out_features for m in layer) for layer in linears),
+        linear_flops=flops,
         attends=tuple(kind not in NO_ATTENTION for kind in kinds),
     )
     return Decoder(text, geometry, tuple((window or None) if "sliding" in kind else None for kind in kinds))
