@@ -165,11 +165,17 @@ def says(model: Any, inputs: Inputs, policies: Sequence[Any], tokens: bool = Tru
 
 
 def kept_slots(model: Any, inputs: Inputs) -> Kept:
-    """What the last call kept, and of what merged tokens were made; slots are counted from the row's first token."""
+    """What the last call kept, and of what merged tokens were made; slots are counted from the row's first token.
+
+    At the end of each row (asks, is seen): how many tokens took part in each layer's attention.
+    """
     padding = (inputs["attention_mask"] == 0).sum(1).tolist()
     rows = zip(vtr.report(model).rows, padding, strict=True)
     return [
-        [[tuple(slot - pad for slot in made) for made in row.sources(layer)] for layer in range(LAYERS)]
+        [
+            *([tuple(slot - pad for slot in made) for made in row.sources(layer)] for layer in range(LAYERS)),
+            list(zip(row.asked, row.seen, strict=True)),
+        ]
         for row, pad in rows
     ]
 
@@ -194,6 +200,6 @@ def moved(inputs: Inputs, model: Any) -> Inputs:
 
 def common(ours: Kept, theirs: Kept) -> float:
     """The share of kept tokens that both have, over all rows and layers."""
-    pairs = [(set(a), set(b)) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    pairs = [(set(a), set(b)) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x[:-1], y[:-1], strict=True)]
     either = sum(len(a | b) for a, b in pairs)
     return sum(len(a & b) for a, b in pairs) / either if either else 1.0

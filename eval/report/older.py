@@ -7,12 +7,11 @@ there was a base language model. ``python -m vtr.eval.report.older FILE …`` wr
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from vtr.files import read_json
 
@@ -61,21 +60,22 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def main(
-    files: Annotated[list[Path], typer.Argument(help="results of vtr eval; others are left alone", metavar="FILE …")],
-) -> None:
+def main() -> None:
     """Write evaluations from before multi-modal gain and leakage were MMStar's as they would be written now."""
+    parser = argparse.ArgumentParser("python -m vtr.eval.report.older", description=main.__doc__)
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="results of vtr eval; others are left alone"
+    )
     try:
-        for path in files:
+        for path in parser.parse_args().files:
             old = read_json(path, "a result file")
             new = renewed(old) if isinstance(old, dict) else old
             if new is not old:
                 path.write_text(json.dumps(new, indent=1) + "\n")
                 print(f"{path}: {moved(old, new)}")
     except (ValueError, OSError, KeyError) as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(1) from error
+        parser.exit(1, f"{type(error).__name__}: {error}\n")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
