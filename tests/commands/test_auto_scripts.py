@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import vtr
 from tests import llava_package
+from tests.versions import as_named_here
 from vtr.chat import prompt
 from vtr.commands.auto import main
 
@@ -65,7 +66,7 @@ def test_what_the_docs_show_works(auto: Any) -> None:
     code = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "load_pretrained_model" not in block]
     names: dict[str, Any] = {}
     for block in code:
-        exec(block, names)
+        exec(as_named_here(block), names)
     assert len(code) == 5 and names["answer"] == "orange" and not auto.patched()
 
 

@@ -17,6 +17,7 @@ import torch
 import typer.main
 
 import vtr
+from tests.versions import as_named_here
 from vtr import settings
 from vtr.cli import app
 
@@ -87,7 +88,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("page", with_code("python"))
 def test_python_blocks_run(page: Path, world: dict[str, Any]) -> None:
     """One after another, as a reader would type them."""
-    for n, code in enumerate(blocks(page, "python")):
+    for n, code in enumerate(map(as_named_here, blocks(page, "python"))):
         with torch.inference_mode(torch.is_inference_mode_enabled()):
             exec(compile(code, f"{page.name}, Python block {n}", "exec"), world)
 
