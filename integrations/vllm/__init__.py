@@ -18,7 +18,9 @@ def register() -> None:
     """Put our classes in the place of vLLM's for the same architecture names; configs stay as they are."""
     from vllm import ModelRegistry
     from vtr.integrations.vllm import guard
+    from vtr.integrations.vllm.inside import admission
 
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"vtr.integrations.vllm.families:{name}")
     guard.install()
+    admission.install()

@@ -27,6 +27,8 @@ _new: dict[str, str] = {}
 """The worker's: those that the scheduler, often in another process, has not been told yet."""
 _marked: dict[int, str] = {}
 """The worker's: ids of embeddings that were filled up in the encoder run that is under way → what clients are told."""
+_failed: dict[str, str] = {}
+"""The worker's: requests whose policy broke inside the decoder → what clients are told."""
 _watched = False
 """Whether this process has a runner that reports them."""
 
@@ -53,6 +55,12 @@ def exactly(count: int, spec: str, policy: Policy, image: Image) -> torch.Tensor
     filled = whole[torch.arange(count, device=whole.device) % len(whole)].clone()
     _marked[id(filled)] = SAYS + said
     return filled
+
+
+def failed(request: str, why: str) -> None:
+    """A request's policy broke inside the decoder: it ends in an error when this step is over."""
+    logger.error("%s: request %s ends in an error", why, request)
+    _failed[request] = SAYS + why
 
 
 def install() -> None:
@@ -85,6 +93,10 @@ def _watch_runner() -> None:
         init(self, *args, **kwargs)
         # the encoder runs on the first of several stages, and the last one talks to the scheduler
         _watched = self.vllm_config.parallel_config.pipeline_parallel_size == 1
+        if getattr(self.vllm_config, "additional_config", None):
+            from vtr.integrations.vllm.inside.worker import attach
+
+            attach(self)
 
     def cache_encoder_output(self: Any, mm_hash: str, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if id(output) in _marked:
@@ -94,9 +106,10 @@ def _watch_runner() -> None:
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = sample(self, *args, **kwargs)
         output = getattr(made, "_model_runner_output", made)  # scheduled ahead: it is wrapped
-        if _new and isinstance(output, ModelRunnerOutput) and output is not EMPTY_MODEL_RUNNER_OUTPUT:
-            output.vtr_broken = dict(_new)
+        if (_new or _failed) and isinstance(output, ModelRunnerOutput) and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+            output.vtr_broken, output.vtr_failed = dict(_new), dict(_failed)
             _new.clear()
+            _failed.clear()
         return made
 
     GPUModelRunner.__init__ = runner_init
@@ -117,7 +130,7 @@ def _watch_scheduler(scheduler: Any) -> None:
 
     def update_from_output(self: Any, scheduler_output: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         BROKEN.update(getattr(output, "vtr_broken", {}))
-        told = {}
+        told = {name: why for name, why in getattr(output, "vtr_failed", {}).items() if name in self.requests}
         for name in scheduler_output.num_scheduled_tokens if BROKEN else ():
             request = self.requests.get(name)
             said = [BROKEN[f.identifier] for f in request.mm_features if f.identifier in BROKEN] if request else []
