@@ -389,9 +389,12 @@ class Probes:
         rope = _joined(self.positions.rope, [here])
         return self._ahead(layer, hidden[:, here], rope, asked, keys, ids, window, own)[0]
 
-    def _ahead(self, layer: Any, hidden: torch.Tensor, rope: Any, asked: Any, *rest: Any) -> torch.Tensor:
+    def _ahead(
+        self, layer: Any, hidden: torch.Tensor, rope: Any, asked: Any, past: Any, positions: torch.Tensor,
+        window: int | None, own: OwnMask | None,
+    ) -> torch.Tensor:  # fmt: skip
         """What ``asked`` are about to pay in ``layer``; see :func:`~vtr.engine.scores.ahead`."""
-        return ahead(layer, hidden, rope, asked, *rest, self.call)
+        return ahead(layer, hidden, rope, asked, past, positions, window, own, self.call)
 
     def _own(self, index: int, rows: Sequence[int]) -> OwnMask | None:
         """What the model's own mask of layer ``index`` says of the tokens of these rows, one row behind the other."""

@@ -26,11 +26,22 @@ def install() -> None:
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = process(self, *args, **kwargs)
-        admit(self.vllm_config, made)
+        try:
+            admit(self.vllm_config, made)
+        except RequestError:
+            _forget_images(self.renderer.mm_processor_cache, made.mm_features or ())
+            raise
         return made
 
     process_inputs.vtr = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+
+
+def _forget_images(cache: Any, features: Any) -> None:
+    """The frontend's cache holds that the engine has been sent these pictures: now it has not been."""
+    for feature in features if cache is not None else ():
+        if feature.data is not None:
+            cache.invalidate(feature.mm_hash or feature.identifier)
 
 
 def admit(vllm_config: Any, request: Any) -> None:

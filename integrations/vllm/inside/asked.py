@@ -109,7 +109,7 @@ def _made(text: str, weights: Mapping[str, str]) -> list[Policy]:
             if given is None or given not in {*SHIPPED, *weights}:
                 checked_no_file(name, settings, sorted({*SHIPPED, *weights}))
             spec = name + (":" if settings else "") + ",".join(f"{k}={_value(v)}" for k, v in settings.items())
-            if given in weights:
+            if isinstance(given, str) and given in weights:
                 spec = spec.replace(f"weights={_value(given)}", f"weights={weights[given]}")
             made += parts_of(policy(spec))
         return made if len(made) < 2 else parts_of(Chain(made))  # a chain says which do not go together

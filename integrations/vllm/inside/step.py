@@ -97,6 +97,9 @@ class Step:
     Args:
         names: of the requests. held: of each, None for those without a policy. lengths: tokens of each in this step.
         starts: tokens of each that were computed before. layouts: of a request's images, where they are known.
+
+    Attributes:
+        through: whether the last layer has run.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Step:
         }  # fmt: skip
         self.forgot: dict[int, np.ndarray] = {i: np.zeros(decoder.depth, np.int64) for i in self.memos}
         self.held_here = np.zeros((decoder.depth, len(held)), np.int64)
+        self.through = False
         self.around: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.packed: Packed
         self.positions: Positions
@@ -276,8 +280,9 @@ class Step:
         """Behind a layer's MLP: what routed tokens get of it."""
         return None if self.around is None else out * self.around[2]
 
-    def left(self, out: Any) -> Any:
-        """Behind a layer: with those again that went around it."""
+    def left(self, index: int, out: Any) -> Any:
+        """Behind layer ``index``: with those again that went around it."""
+        self.through = index == self.decoder.depth - 1
         if self.around is None:
             return None
         (around, through, _), self.around = self.around, None

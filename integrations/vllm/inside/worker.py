@@ -85,9 +85,9 @@ class Worker:
                 step = self._now()
                 return None if step is None else step.weighed(out)
 
-            def behind(module: Any, args: Any, out: Any) -> Any:
+            def behind(module: Any, args: Any, out: Any, index: int = index) -> Any:
                 step = self._now()
-                return None if step is None else step.left(out)
+                return None if step is None else step.left(index, out)
 
             layer.register_forward_pre_hook(entering)
             layer.self_attn.attn.register_forward_pre_hook(asked)
@@ -95,7 +95,7 @@ class Worker:
             layer.register_forward_hook(behind)
 
         def leaving(module: Any, args: Any, out: Any) -> Any:
-            if (step := self._now()) is None:
+            if (step := self._now()) is None or not step.through:  # a policy looks at normed states
                 return None
             return (step.spread(out[0]), *out[1:]) if isinstance(out, tuple) else step.spread(out)
 
