@@ -6,6 +6,7 @@ state and what is still to be added to it (the residual) apart; what a policy se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ from vtr.engine.rows import Row, RowInput
 from vtr.engine.trace import Trace
 from vtr.learned import Learned, differing, fingerprint
 from vtr.parts import members
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -150,7 +153,7 @@ class Step:
         self.alive = torch.arange(self.total, device=hidden.device)
         for i, one in enumerate(self.held):
             if one is not None and one.why is not None and self.begun[i]:
-                self._fail([i], ValueError(one.why))
+                self._broke([i])
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def enter(
@@ -177,7 +180,7 @@ class Step:
         self._remember(index, states[0])
         passing = self.questions.route(index, states)
         if passing.lengths != self.packed.lengths and any(self._over(index, passing.counts)):
-            self._fail(self._over(index, passing.counts), ValueError("lets more tokens pass than it promised"))
+            self._broke(self._over(index, passing.counts))
             hidden, residual, states = self._trim(index, layer, hidden, residual, states)
             passing = self.questions.route(index, states)
         self.held_here[index] = passing.lengths
@@ -237,7 +240,7 @@ class Step:
         over = [i for i in self._over(index, counts) if not self.questions.routed[i]]  # what is routed may go around
         if not over:
             return hidden, residual, states
-        self._fail(over, ValueError("keeps more tokens than it promised"))
+        self._broke(over)
         left = [self.held[i].limits[index] if i in over else n for i, n in enumerate(counts)]  # type: ignore[union-attr]
         spans = self.packed.vision_spans()
         chosen = torch.cat([torch.arange(span.start, span.start + n) for span, n in zip(spans, left, strict=True)])
@@ -315,7 +318,20 @@ class Step:
         for i in rows:
             one = self.held[i]
             assert one is not None
-            one.why = one.why or f"{one.promise.spec} failed inside the decoder ({type(error).__name__}: {error})"
+            if one.why is None:
+                one.why = (
+                    f"{one.promise.spec} failed inside the decoder ({type(error).__name__}): the server's log says more"
+                )
+                logger.error("%s: %s", one.promise.spec, error, exc_info=error)
+            guard.failed(self.names[i], one.why)
+        self.questions.leave_out(rows)
+
+    def _broke(self, rows: Sequence[int]) -> None:
+        """More tokens than promised would enter a layer."""
+        for i in rows:
+            one = self.held[i]
+            assert one is not None
+            one.why = one.why or f"{one.promise.spec} keeps more tokens than it promised"
             guard.failed(self.names[i], one.why)
         self.questions.leave_out(rows)
 
