@@ -21,7 +21,8 @@ from tests.serving.tiny_models import NEVER, save
 SIZES = [(24, 24), (60, 25), (30, 70), (90, 100), (50, 50), (13, 90)]
 QUESTIONS = ["what color is the circle", "how many are there", "which shape is red in the picture"]
 KEEPING = [
-    "fastv:keep=0.3,layer=2", "gsearch:schedule=[1.0,1.0,0.5,0.2]", "none", "pyramid:keeps=[0.5,0.25],layers=[2,3],positions=keep",
+    "fastv:keep=0.3,layer=2", "gsearch:schedule=[1.0,1.0,0.5,0.2]", "none",
+    "pyramid:keeps=[0.5,0.25],layers=[2,3],positions=keep",
     "uniform:keep=0.3,layer=2", "pool:grid=2", "random:keep=0.4,layer=2,seed=3", "dart:keep=0.3,layer=2",
     "pool:grid=2+fastv:keep=0.5,layer=3", "reroute:keeps=[0.4],layers=[2]", "vtw:layer=2",
 ]  # fmt: skip

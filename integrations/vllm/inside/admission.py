@@ -5,17 +5,17 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from vtr.integrations.vllm.inside.asked import Promise, check_sizes, divided, entering
+from vtr.integrations.vllm.inside.asked import Promise, check_sizes, divided, entering, resolved
 from vtr.integrations.vllm.inside.options import KEY, Options, why_not
 from vtr.integrations.vllm.specs import NONE, RequestError, refusal
 
 from vtr.base import Policy, UnsupportedError
-from vtr.chain import policy
 from vtr.limits import short
 
 
 def install() -> None:
     """Let vLLM's frontend check what requests ask for in ``extra_args["vtr"]``."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     process = getattr(InputProcessor, "process_inputs", None)
@@ -24,13 +24,16 @@ def install() -> None:
     if getattr(process, "vtr", False):
         return
 
+    class Refused(VLLMValidationError, ValueError):
+        """HTTP 400, and the same ValueError as for what the processor refuses."""
+
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = process(self, *args, **kwargs)
         try:
             admit(self.vllm_config, made)
-        except RequestError:
+        except RequestError as error:
             _forget_images(self.renderer.mm_processor_cache, made.mm_features or ())
-            raise
+            raise Refused(f"vtr: {error}") from error
         return made
 
     process_inputs.vtr = True  # type: ignore[attr-defined]
@@ -65,13 +68,16 @@ def admit(vllm_config: Any, request: Any) -> None:
         raise RequestError(f'extra_args["vtr"] is a spec string like "fastv:keep=0.25,layer=2", got {asked!r:.80}')
     text = vllm_config.model_config.hf_config.get_text_config()
     depth = int(text.num_hidden_layers)
-    before, spec = divided(asked, depth, None if options is None else options.weights)
-    if before != NONE:
+    weights = {} if options is None else options.weights
+    before, within = divided(asked, depth, weights)
+    if before != NONE and before is not None:
         raise RequestError(
             f'{short(str(before))} acts before the decoder: name it in mm_processor_kwargs, {{"vtr": …}}; here stands '
             "what acts inside"
         )
-    made = _policy(spec)
+    if within == NONE:
+        return
+    made = _policy(within, tuple(sorted(weights.items())))
     if options is None:
         raise RequestError(
             f"{refusal(made, depth)}. To serve policies inside the decoder, start with vtr serve --decoder-policies"
@@ -84,8 +90,8 @@ def admit(vllm_config: Any, request: Any) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _policy(spec: str) -> Policy:
-    return policy(spec)
+def _policy(text: str, weights: tuple[tuple[str, str], ...]) -> Policy:
+    return resolved(text, dict(weights))
 
 
 def _promise(vllm_config: Any, request: Any, made: Policy, depth: int) -> Promise:

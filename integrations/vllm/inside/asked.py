@@ -6,6 +6,7 @@ part is checked, and rehearsed, so that scheduler and worker know how many cache
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,12 +16,12 @@ import torch
 from vtr.integrations.vllm.specs import LONGEST, NONE, RequestError, checked_no_file, said
 
 from vtr.base import Policy, rehearsed
-from vtr.chain import Chain, policy
+from vtr.chain import Chain
 from vtr.inputs import InputPolicy, parts_of
 from vtr.learned import SHIPPED, Learned
 from vtr.limits import short
 from vtr.parts import members
-from vtr.settings import parse
+from vtr.settings import build, parse
 
 QUESTIONS = ("prune", "route", "remember")
 """What is asked inside the decoder on vLLM."""
@@ -84,45 +85,79 @@ def divided(text: Any, depth: int, weights: Mapping[str, str] | None = None) -> 
 
 @lru_cache(maxsize=4096)
 def _divided(text: str, depth: int, weights: tuple[tuple[str, str], ...]) -> tuple[str, str]:
-    parts = _made(text, dict(weights))
-    before = [one for one in parts if isinstance(one, InputPolicy) or one.asks("compress")]
-    inside = [one for one in parts if one not in before]
-    for one in before:
-        if (asked := [q for q in QUESTIONS if not isinstance(one, InputPolicy) and one.asks(q)]) or one.asks("attend"):
-            raise RequestError(
-                f"{short(one.spec)} acts before the decoder and inside it ({', '.join(asked or ['attend'])}) with what "
-                "it noted of a picture, which vLLM encodes once for all requests: use two policies, e.g. "
-                "globalcom2:retention=0.5,budget=exact+fastv:keep=0.5,layer=2"
-            )
+    before, inside, said_inside = [], list[Policy](), []
+    for name, settings in _parsed(text):
+        as_written = spec_of(name, settings)
+        for one in _made(name, settings, dict(weights)):
+            if not isinstance(one, InputPolicy) and not one.asks("compress"):
+                inside.append(one)
+                said_inside.append(as_written)
+                continue
+            _check_alone(one)
+            before.append(one.spec)
     if not inside:
         return text, NONE
-    made = inside[0] if len(inside) == 1 else Chain(inside)
-    check(made, depth)
-    return "+".join(one.spec for one in before) or NONE, made.spec
+    check(_chained(inside), depth)
+    return "+".join(before) or NONE, "+".join(said_inside)
 
 
-def _made(text: str, weights: Mapping[str, str]) -> list[Policy]:
+def resolved(text: str, weights: Mapping[str, str]) -> Policy:
+    """The policy of a checked part of a request, with the folders that its names of weights stand for.
+
+    Raises:
+        RequestError: it names another file of the server, or is no policy.
+    """
+    return _chained([one for name, settings in _parsed(text) for one in _made(name, settings, weights)])
+
+
+def _parsed(text: str) -> list[tuple[str, dict[str, Any]]]:
     try:
-        made: list[Policy] = []
-        for name, settings in parse(text):
-            given = settings.get("weights")
-            if given is None or given not in {*SHIPPED, *weights}:
-                checked_no_file(name, settings, sorted({*SHIPPED, *weights}))
-            spec = name + (":" if settings else "") + ",".join(f"{k}={_value(v)}" for k, v in settings.items())
-            if isinstance(given, str) and given in weights:
-                spec = spec.replace(f"weights={_value(given)}", f"weights={weights[given]}")
-            made += parts_of(policy(spec))
-        return made if len(made) < 2 else parts_of(Chain(made))  # a chain says which do not go together
+        return parse(text)
+    except ValueError as error:
+        raise RequestError(said(error)) from error
+
+
+def _chained(parts: list[Policy]) -> Policy:
+    try:
+        return parts[0] if len(parts) == 1 else Chain(parts)
+    except ValueError as error:  # some do not go together
+        raise RequestError(said(error)) from error
+
+
+def _made(name: str, settings: Mapping[str, Any], weights: Mapping[str, str]) -> list[Policy]:
+    given = settings.get("weights")
+    try:
+        if not (isinstance(given, str) and given in {*SHIPPED, *weights}):
+            checked_no_file(name, settings, sorted({*SHIPPED, *weights}))
+        elif given in weights:
+            settings = {**settings, "weights": weights[given]}
+        return parts_of(build(name, dict(settings)))
     except RequestError:
         raise
     except Exception as error:  # whatever a policy stumbles over is in the request
         raise RequestError(said(error)) from error
 
 
-def _value(value: Any) -> str:
-    import json
+def _check_alone(one: Policy) -> None:
+    """Raise RequestError for a policy that acts before the decoder and has something to do with it inside as well."""
+    asked = [q for q in (*QUESTIONS, "attend") if not isinstance(one, InputPolicy) and one.asks(q)]
+    if asked:
+        raise RequestError(
+            f"{short(one.spec)} acts before the decoder and inside it ({', '.join(asked)}) with what it noted of a "
+            "picture, which vLLM encodes once for all requests: use two policies, e.g. "
+            "globalcom2:retention=0.5,budget=exact+fastv:keep=0.5,layer=2"
+        )
 
-    return value if isinstance(value, str) and not value.startswith(("[", "{", '"')) else json.dumps(value)
+
+def spec_of(name: str, settings: Mapping[str, Any]) -> str:
+    """A policy as a spec string, with these settings as they were written."""
+    written = [f"{key}={_value(value)}" for key, value in settings.items()]
+    return name + (":" + ",".join(written) if written else "")
+
+
+def _value(value: Any) -> str:
+    plain = isinstance(value, str) and not value.startswith(("[", "{", '"')) and not set(value) & set(",+")
+    return value if plain else json.dumps(value)
 
 
 def check(made: Policy, depth: int) -> None:
