@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Idefics3Processor(Reduced, idefics3.Idefics3MultiModalProcessor):
 
 
 class _Tiled(Whole):
+    check_default = staticmethod(partial(layouts.check_family, Idefics3()))
+
     def image_layouts(self, kwargs: dict[str, Any], count: int) -> tuple[list[Layout], list[int]]:
         tiles = [int(n) for n in torch.as_tensor(kwargs["num_patches"]).flatten().tolist()]
         return [layouts.idefics3(self.config, (0, 0), n) for n in tiles], tiles  # type: ignore[attr-defined]

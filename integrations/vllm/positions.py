@@ -20,6 +20,9 @@ from vtr.engine.compression import Answered, Compression, Shrunk, compressed
 from vtr.image import Layout
 from vtr.policies import UniformGrid
 
+LOOKS = (
+    "which tokens {} leaves depends on the picture, and this model's positions (M-RoPE) are told before it is encoded"
+)
 SMALL = tile_layout(8, 8)
 """Policies that look at the picture are as a rule found out on a picture of this size, which takes no time."""
 
@@ -46,6 +49,12 @@ def count_of(spec: str, layout: Layout) -> int:
     return count
 
 
+def check(spec: str) -> None:
+    """Raise RequestError if a checked spec is seen to choose by what a picture shows."""
+    if made_of(spec) is not None and _looks(spec):
+        raise RequestError(f"{LOOKS.format(spec)}: use uniform or random (with before_decoder=true), pool or m3")
+
+
 @lru_cache(maxsize=256)
 def chosen(spec: str, layout: Layout) -> Answered:
     """What a policy leaves of every picture of this layout.
@@ -64,10 +73,7 @@ def chosen(spec: str, layout: Layout) -> Answered:
             keep, pooled = found
             return keep, pooled and replace(pooled, features=pooled.features[:, :0].clone())  # nobody asks for them
     other = UniformGrid(promised(spec, layout), before_decoder=True).spec
-    raise RequestError(
-        f"which tokens {spec} leaves depends on the picture, and this model's positions (M-RoPE) are told before it is "
-        f"encoded: use {other}, which leaves as many of this one, or m3, pool or random"
-    )
+    raise RequestError(f"{LOOKS.format(spec)}: use {other}, which leaves as many of this one, or m3, pool or random")
 
 
 @lru_cache(maxsize=4096)

@@ -45,6 +45,8 @@ class Qwen(Whole):
     moves. DeepStack's features are further channels of a token here, so they are chosen and averaged along with it.
     """
 
+    check_default = staticmethod(positions.check)
+
     def image_layouts(self, kwargs: dict[str, Any], count: int) -> tuple[list[Layout], list[int]]:
         return [self._of_grid(grid) for grid in torch.as_tensor(kwargs["image_grid_thw"]).tolist()], [1] * count
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from vtr.integrations.vllm import guard
+from vtr.integrations.vllm.processor import DEFAULT, decoder_layers
+from vtr.integrations.vllm.specs import RequestError, spec_of
 from vtr.integrations.vllm.worker import Reducing
 
-from vtr.base import Policy
+from vtr.base import Policy, UnsupportedError
 from vtr.engine.captures import Captures, Place
 from vtr.engine.compression import Answered
 from vtr.image import Layout
@@ -22,6 +24,19 @@ class Whole(Reducing):
     :meth:`image_layouts` gives a layout of each of a picture's parts (all alike), and how many there are: tiles that
     are images of their own, for vtr on transformers as well.
     """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        if isinstance(default := getattr(config, DEFAULT, None), str):
+            try:
+                self.check_default(spec_of(default, decoder_layers(config)))
+            except RequestError as error:
+                raise UnsupportedError(f"the policy of requests that name none, {default!r}: {error}") from error
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    @staticmethod
+    def check_default(spec: str) -> None:
+        """Raise RequestError if a checked spec cannot be served on this family, whatever the picture."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """The model's own: towers without a CLS token have nothing to keep."""

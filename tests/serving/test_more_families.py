@@ -221,6 +221,7 @@ def test_a_video_beside_a_picture_is_left_as_it_is(served: Served) -> None:
     [
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
+        ({"hf_overrides": {"vtr_default": "divprune:keep=0.5"}}, "name none, 'divprune:keep=0.5': which tokens"),
     ],
 )
 def test_settings_that_go_past_the_plugin_are_refused_at_start(
