@@ -96,8 +96,13 @@ def carried(answer: Answered, own: torch.Tensor) -> torch.Tensor:
     return Compression(keep, made).means(own.T).T
 
 
+def as_told(spec: str, layout: Layout, answer: Answered) -> bool:
+    """Whether an answer in the worker is the one that positions were given for."""
+    return same(chosen(spec, layout), answer)
+
+
 class Cut(NamedTuple):
-    """An image that is shorter than it was.
+    """An image under a policy.
 
     Attributes:
         begin: where it begins in the reduced prompt. left: how many of its tokens are there.
@@ -126,6 +131,16 @@ def shortened(whole: torch.Tensor, cuts: Sequence[Cut], begins: Sequence[int]) -
     parts, at = [], 0
     for cut, begin in zip(cuts, begins, strict=True):
         end = begin + len(cut.layout)
-        parts += [whole[:, at:begin], carried(chosen(cut.spec, cut.layout), whole[:, begin:end])]
+        parts += [whole[:, at:begin], _told(cut, whole[:, begin:end])]
         at = end
     return torch.cat([*parts, whole[:, at:]], 1)
+
+
+def _told(cut: Cut, own: torch.Tensor) -> torch.Tensor:
+    """The positions of what is left of an image. A policy that says something else by now gets as many of any: the
+    worker finds out (:func:`as_told`), and the request ends in an error."""
+    try:
+        found = carried(chosen(cut.spec, cut.layout), own)
+    except RequestError:
+        return own[:, : cut.left]
+    return found if found.shape[1] == cut.left else own[:, : cut.left]

@@ -12,7 +12,7 @@ from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtr.integrations.vllm import layouts, positions
 from vtr.integrations.vllm.processor import KEY, Reduced
-from vtr.integrations.vllm.specs import unpacked
+from vtr.integrations.vllm.specs import made_of, unpacked
 from vtr.integrations.vllm.whole import Whole
 
 from vtr.engine.compression import Answered
@@ -51,7 +51,7 @@ class Qwen(Whole):
         return [self._of_grid(grid) for grid in torch.as_tensor(kwargs["image_grid_thw"]).tolist()], [1] * count
 
     def expected(self, spec: str, layout: Layout) -> Callable[[Answered], bool]:
-        return partial(positions.same, positions.chosen(spec, layout))
+        return partial(positions.as_told, spec, layout)
 
     def _of_grid(self, grid: Sequence[int]) -> Layout:
         side = self.config.vision_config.patch_size  # type: ignore[attr-defined]
@@ -69,12 +69,12 @@ class Qwen(Whole):
         return positions.shortened(whole, cuts, begins), delta + len(tokens) - len(input_tokens)
 
     def _cut(self, feature: Any) -> positions.Cut | None:
-        """What is to know of an image that is shorter than it was; None: it is not."""
+        """What is to know of an image under a policy; None: it is none."""
         if feature.modality != "image" or KEY not in (feature.data or {}):
             return None
         spec, count = unpacked(bytes(feature.data[KEY].data.tolist()))
         layout = self._of_grid(feature.data["image_grid_thw"].data.tolist())
-        if count in (0, len(layout)):
+        if made_of(spec) is None:
             return None
         return positions.Cut(feature.mm_position.offset, count, layout, spec)
 

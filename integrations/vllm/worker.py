@@ -175,5 +175,14 @@ class Tower:
         return SimpleNamespace(
             model=self.model,
             adapter=SimpleNamespace(newline=lambda model: newline),
-            vision=SimpleNamespace(tower=SimpleNamespace(encoder=SimpleNamespace(layers=[self.last]))),
+            vision=SimpleNamespace(tower=Last(self.last)),
         )
+
+
+class Last(nn.Module):
+    """A tower of which the last layer is left, for who looks for that."""
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList([] if layer is None else [layer])

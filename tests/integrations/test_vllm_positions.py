@@ -122,6 +122,20 @@ def test_other_tokens_are_not_the_same_answer() -> None:
     assert not positions.same(one, (again, vtr.Pooled(made.features, [list(some)[::-1] for some in made.sources])))
 
 
+@pytest.mark.parametrize("spec", ["divprune:keep=3", "pool:grid=2"])
+def test_a_policy_that_says_something_else_by_now_leaves_the_prompt_its_length(spec: str) -> None:
+    """That would end the engine; the request ends in an error."""
+    layout = tile_layout(4, 6)
+    cut, whole = positions.Cut(1, 3, layout, spec), torch.arange(30).expand(3, -1)
+    assert positions.shortened(whole, [cut], [1]).shape == (3, 30 - 24 + 3)
+    answer = positions.chosen("uniform:keep=3,before_decoder=true", layout)
+    if spec == "pool:grid=2":
+        assert not positions.as_told(spec, layout, answer)
+    else:
+        with pytest.raises(RequestError):  # the guard takes that for a broken promise
+            positions.as_told(spec, layout, answer)
+
+
 # -- Idefics3, SmolVLM -------------------------------------------------------------------------------------------------
 def test_each_run_of_a_pictures_tokens_is_cut() -> None:
     mark, text = 4, [7, 8]
