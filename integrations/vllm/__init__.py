@@ -6,12 +6,18 @@ Nothing of vLLM is imported until :func:`register` runs, which vLLM does in each
 
 from __future__ import annotations
 
-ARCHITECTURES = (
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration",
-    "InternVLForConditionalGeneration",
-)
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "families",
+    "LlavaNextForConditionalGeneration": "families",
+    "LlavaOnevisionForConditionalGeneration": "families",
+    "InternVLForConditionalGeneration": "families",
+    "Qwen2VLForConditionalGeneration": "qwen",
+    "Qwen2_5_VLForConditionalGeneration": "qwen",
+    "Qwen3VLForConditionalGeneration": "qwen",
+    "Idefics3ForConditionalGeneration": "idefics3",
+    "SmolVLMForConditionalGeneration": "idefics3",
+}
+"""vLLM's names of what has a class of ours → the module here that it is in."""
 
 
 def register() -> None:
@@ -20,7 +26,7 @@ def register() -> None:
     from vtr.integrations.vllm import guard
     from vtr.integrations.vllm.inside import admission
 
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"vtr.integrations.vllm.families:{name}")
+    for name, module in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, f"vtr.integrations.vllm.{module}:{name}")
     guard.install()
     admission.install()

@@ -198,7 +198,8 @@ def refusal(made: Policy, depth: int) -> str:
         return f"{says}: use a policy before it, e.g. m3:tokens=36 or {same_budget(0.25)}"
     return (
         f"{says}. Of the same mean budget ({share:.3g} of the tokens over {depth} layers) and before it is "
-        f"{same_budget(share)}; or run {made.name} with vtr on transformers"
+        f"{same_budget(share)}; or run {made.name} with vtr on transformers. On Qwen-VL, Idefics3 and SmolVLM it is "
+        f"{by_size(share)}"
     )
 
 
@@ -215,6 +216,11 @@ def mean_keep(made: Policy, depth: int, tokens: int = 2880) -> float | None:
 def same_budget(share: float) -> str:
     """The spec before the decoder that keeps this share of an image."""
     return GlobalCom2(max(round(share, 4), 0.0001), budget="exact").spec
+
+
+def by_size(share: float) -> str:
+    """The same for families that take none that looks at the picture, or none that ranks tiles against each other."""
+    return UniformGrid(max(round(share, 4), 0.0001), before_decoder=True).spec
 
 
 def made_of(spec: str) -> Policy | None:
