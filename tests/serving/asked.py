@@ -98,7 +98,10 @@ def reference(model: Any, processor: Any, asked: Asked, never: list[int]) -> Sai
     images = [_scaled(image, before, processor) for image, (before, _) in zip(images, parts, strict=True)]
     each = [None if one is None else one.of_image(i, len(parts)) for i, (_, one) in enumerate(parts)]
     policy = each[0] if each else None
-    if len({None if one is None else one.spec for one in each}) > 1:
+    whole = parts[0][1] if parts else None
+    if whole is not None and any(map(whole.asks, ("prune", "route", "remember"))):  # sees all images together
+        policy = whole
+    elif len({None if one is None else one.spec for one in each}) > 1:
         policy = PerImage(
             [one for one, image in zip(each, images, strict=True) for _ in range(tiles_of(processor, image))]
         )
