@@ -24,9 +24,10 @@ def register() -> None:
     """Put our classes in the place of vLLM's for the same architecture names; configs stay as they are."""
     from vllm import ModelRegistry
     from vtr.integrations.vllm import guard
-    from vtr.integrations.vllm.inside import admission
+    from vtr.integrations.vllm.inside import admission, worker
 
     for name, module in ARCHITECTURES.items():
         ModelRegistry.register_model(name, f"vtr.integrations.vllm.{module}:{name}")
     guard.install()
     admission.install()
+    worker.install()

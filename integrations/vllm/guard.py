@@ -108,22 +108,13 @@ def _watch_runner() -> None:
 
     if not hasattr(GPUModelRunner, "_cache_encoder_output"):
         raise UnsupportedError("vtr's plugin knows vLLM 0.32: this one has no GPUModelRunner._cache_encoder_output")
-    init, store = GPUModelRunner.__init__, GPUModelRunner._cache_encoder_output
-
-    @wraps(init)
-    def runner_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if getattr(self.vllm_config, "additional_config", None):
-            from vtr.integrations.vllm.inside.worker import attach
-
-            attach(self)
+    store = GPUModelRunner._cache_encoder_output
 
     @wraps(store)
     def cache_encoder_output(self: Any, mm_hash: str, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         _named(mm_hash, output)
         return store(self, mm_hash, output, *args, **kwargs)
 
-    GPUModelRunner.__init__ = runner_init
     GPUModelRunner._cache_encoder_output = cache_encoder_output
     GPUModelRunner.sample_tokens = telling(GPUModelRunner.sample_tokens)
 

@@ -34,7 +34,9 @@ VERSION = "vtr-vllm-1"
 """Changes whenever the same spec would give other embeddings: it is part of the cache identity of an image."""
 
 
-INSIDE = "acts inside the decoder, where vLLM keeps one set of cached tokens for all layers"
+INSIDE = (
+    "acts inside the decoder, which takes a server started with --decoder-policies (without its gate: in vllm_xargs)"
+)
 UNSEEN = {
     "question": "looks at the question, but vLLM encodes an image once for all questions and keeps it",
     "hidden_states": "reads states inside the vision tower, which vLLM does not hand out",

@@ -118,6 +118,7 @@ def serve_command(
     environment = {**os.environ, LAYERS_ENV: str(depth)}
     if decoder_policies:
         environment[INSIDE_ENV] = json.dumps(names)
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # whose steps are prepared where policies do not reach
     os.execve(sys.executable, command, environment)
 
 

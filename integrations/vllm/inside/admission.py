@@ -79,9 +79,7 @@ def admit(vllm_config: Any, request: Any) -> None:
         return
     made = _policy(within, tuple(sorted(weights.items())))
     if options is None:
-        raise RequestError(
-            f"{refusal(made, depth)}. To serve policies inside the decoder, start with vtr serve --decoder-policies"
-        )
+        raise RequestError(refusal(made, depth))
     if (reason := why_not(vllm_config)) is not None:
         raise RequestError(reason)
     if request.mm_features:

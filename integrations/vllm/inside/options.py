@@ -140,7 +140,11 @@ def why_not(vllm_config: Any) -> str | None:
     sliding = getattr(text, "layer_types", None) or []
     if "sliding_attention" in sliding or "chunked_attention" in sliding or _window(text):
         return "this decoder has sliding windows, which stand on positions without gaps: name a policy before it"
+    scheduler = vllm_config.scheduler_config.scheduler_cls
     found = {
+        "with --decoder-policies, or with all of vtr.integrations.vllm.inside.engine_args()": (
+            scheduler != SCHEDULER and getattr(scheduler, "__name__", None) != SCHEDULER.rpartition(".")[2]
+        ),
         "without --speculative-config": vllm_config.speculative_config is not None,
         "without --kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "without --enable-lora": vllm_config.lora_config is not None,

@@ -6,23 +6,53 @@ step without reduced requests.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from vtr.integrations.vllm.inside.asked import Promise
-from vtr.integrations.vllm.inside.options import Options, why_not
+from vtr.integrations.vllm.inside.options import Options, check_places, why_not
 from vtr.integrations.vllm.inside.segments import Segments
 from vtr.integrations.vllm.inside.served import ServedDecoder
 from vtr.integrations.vllm.inside.step import Held, Step
 
+logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Let vLLM's runners ask, when they are made, whether policies act inside their decoder; may be called again."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    init = GPUModelRunner.__init__
+    if getattr(init, "vtr", False):
+        return
+
+    @wraps(init)
+    def runner_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        attach(self)
+
+    runner_init.vtr = True  # type: ignore[attr-defined]
+    GPUModelRunner.__init__ = runner_init
+
 
 def attach(runner: Any) -> None:
-    """Let a runner serve policies inside its decoder, if its engine was started for that and can."""
+    """Let a runner serve policies inside its decoder, if its engine was started for that and can.
+
+    Raises:
+        UnsupportedError: this vLLM is built otherwise than 0.32.
+    """
     options = Options.of(runner.vllm_config)
-    if options is not None and why_not(runner.vllm_config) is None:
-        Worker(runner, options)
+    if options is None:
+        return
+    if (reason := why_not(runner.vllm_config)) is not None:
+        logger.warning("No policy acts inside this engine's decoder: %s", reason)
+        return
+    check_places()
+    Worker(runner, options)
 
 
 class Worker:
