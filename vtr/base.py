@@ -228,19 +228,7 @@ class Policy(Settings):
         """
         import torch
 
-        here, counts = total, []
-        even = torch.zeros(total)
-        for layer in range(num_hidden_layers):
-            n = here
-
-            def field(name: str, n: int = n) -> torch.Tensor:
-                return even[:n, None] if name in STATES else even[:n].bool() if name == "behind" else even[:n].long()
-
-            tokens = Tokens(layer, num_hidden_layers, total, n, field, even[:n], lambda n=n: even[:n], (n,), n)  # type: ignore[misc]
-            if self.asks("prune"):
-                here = left_by(self.prune(layer, tokens), n)
-            counts.append(here)
-        return counts
+        return rehearsed(self, num_hidden_layers, total, torch.zeros(total))
 
     def entering_of(self, num_hidden_layers: int, layout: Layout) -> list[int]:
         """How many vision tokens enter each layer, of a row with one image of this layout: ``kept_of``, then
@@ -287,3 +275,28 @@ class Policy(Settings):
     def __add__(self, other: Policy) -> Policy:
         """``compressor + pruner``: both act, the left one first. Each question may be answered by one of them only."""
         return policy_class("chain")([self, other])  # type: ignore[call-arg]
+
+
+def rehearsed(policy: Policy, num_hidden_layers: int, total: int, scores: torch.Tensor) -> list[int]:
+    """How many of a row's ``total`` vision tokens enter each layer if ``prune`` ranks them by these scores.
+
+    States are zeros, places are those of one image's only row.
+
+    Args:
+        scores: float32 [total].
+    """
+    import torch
+
+    here, counts = total, []
+    even = torch.zeros(total)
+    for layer in range(num_hidden_layers):
+        n = here
+
+        def field(name: str, n: int = n) -> torch.Tensor:
+            return even[:n, None] if name in STATES else even[:n].bool() if name == "behind" else even[:n].long()
+
+        tokens = Tokens(layer, num_hidden_layers, total, n, field, scores[:n], lambda n=n: scores[:n], (n,), n)  # type: ignore[misc]
+        if policy.asks("prune"):
+            here = left_by(policy.prune(layer, tokens), n)
+        counts.append(here)
+    return counts

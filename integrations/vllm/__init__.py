@@ -6,19 +6,28 @@ Nothing of vLLM is imported until :func:`register` runs, which vLLM does in each
 
 from __future__ import annotations
 
-ARCHITECTURES = (
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration",
-    "InternVLForConditionalGeneration",
-)
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "families",
+    "LlavaNextForConditionalGeneration": "families",
+    "LlavaOnevisionForConditionalGeneration": "families",
+    "InternVLForConditionalGeneration": "families",
+    "Qwen2VLForConditionalGeneration": "qwen",
+    "Qwen2_5_VLForConditionalGeneration": "qwen",
+    "Qwen3VLForConditionalGeneration": "qwen",
+    "Idefics3ForConditionalGeneration": "idefics3",
+    "SmolVLMForConditionalGeneration": "idefics3",
+}
+"""vLLM's names of what has a class of ours → the module here that it is in."""
 
 
 def register() -> None:
     """Put our classes in the place of vLLM's for the same architecture names; configs stay as they are."""
     from vllm import ModelRegistry
     from vtr.integrations.vllm import guard
+    from vtr.integrations.vllm.inside import admission, worker
 
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"vtr.integrations.vllm.families:{name}")
+    for name, module in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, f"vtr.integrations.vllm.{module}:{name}")
     guard.install()
+    admission.install()
+    worker.install()

@@ -14,12 +14,13 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from vtr.integrations.vllm import bodies, metrics
+from vtr.integrations.vllm.inside.asked import divided
 from vtr.integrations.vllm.specs import RequestError, read
 
 from vtr.limits import short
@@ -35,7 +36,7 @@ PLAIN = ("/tokenize", "/detokenize")
 ALWAYS = ("/health", "/metrics")
 """What is asked about the server itself: answered also when it is full."""
 READING = ("GET", "HEAD", "OPTIONS")
-OPTIONS, MEDIA, KEY = "mm_processor_kwargs", "media_io_kwargs", "vtr"
+OPTIONS, MEDIA, EXTRA, KEY = "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs", "vtr"
 IMAGES = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 LARGEST = 64 * 2**20
 """Bytes a request may have."""
@@ -47,7 +48,8 @@ PART_SECONDS, BODY_SECONDS = 10.0, 60.0
 """Within how long the next part of a body must come, and all of it."""
 READERS = 2
 """Threads that read bodies, those that are not read at once. Each takes Python's lock from the event loop."""
-LAYERS_ENV = "VTR_DECODER_LAYERS"
+LAYERS_ENV, INSIDE_ENV = "VTR_DECODER_LAYERS", "VTR_DECODER_POLICIES"
+"""Where ``vtr serve`` puts the number of decoder layers and, for policies inside it, names of weights (JSON)."""
 HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=\[\]:-]*")
 """What a Host header may be made of: nothing that begins a path, a query or a name before the host."""
 REWRITTEN = (b"content-length", b"content-type", b"content-encoding", b"transfer-encoding", b"expect", b"trailer")
@@ -73,8 +75,11 @@ def images_in(messages: Any) -> int:
     )
 
 
-def checked(body: bytes | bytearray, depth: int) -> bytes:
+def checked(body: bytes | bytearray, depth: int, inside: Mapping[str, str] | None = None) -> bytes:
     """A request's body as the server gets it: ``vtr`` checked and moved to where vLLM looks for it.
+
+    Args:
+        depth: decoder layers. inside: the weights that policies inside the decoder may name, where these are served.
 
     Raises:
         Refused: no JSON object, an option that is not open to clients, or a policy that cannot be served.
@@ -98,34 +103,54 @@ def checked(body: bytes | bytearray, depth: int) -> bytes:
     if closed := sorted(set(options) - {KEY}):
         names = ", ".join(repr(short(name, 80)) for name in closed[:5])
         raise Refused("option", f"of {OPTIONS} only {KEY!r} is open to clients here, not {names}")
-    asked = [where[KEY] for where in (request, options) if where.get(KEY) is not None]
-    request.pop(KEY, None)
+    extra = request.get(EXTRA)
+    places = [where for where in (request, options, extra) if isinstance(where, dict)]
+    asked = [where.pop(KEY) for where in places if KEY in where]
+    asked = [one for one in asked if one is not None]
     if len(asked) > 1:
-        raise Refused("policy", f"vtr is there twice: as a field of its own and in {OPTIONS}; name it once")
+        raise Refused("policy", f"vtr is there twice: as a field of its own, in {OPTIONS} or in {EXTRA}; name it once")
     if asked:
-        images = images_in(request.get("messages"))
-        try:
-            read(asked[0], images if images or isinstance(asked[0], list) else 1, depth)
-        except RequestError as error:
-            raise Refused("policy", str(error)) from error
-        if images:
-            request[OPTIONS] = {KEY: asked[0]}
+        _place_policy(request, asked[0], depth, inside)
     try:
         return bodies.write(request, taken)
     except ValueError as error:
         raise Refused("json", "the body has a number larger than JSON's readers take") from error
 
 
+def _place_policy(request: dict[str, Any], asked: Any, depth: int, inside: Mapping[str, str] | None) -> None:
+    """Put what a request asks for to where vLLM looks for it; both places, so that no default of the server is added.
+
+    Raises:
+        Refused: a policy that cannot be served.
+    """
+    images = images_in(request.get("messages"))
+    try:
+        before, within = (asked, None) if inside is None else divided(asked, depth, inside)
+        read(before, images if images or isinstance(before, list) else 1, depth)
+    except RequestError as error:
+        raise Refused("policy", str(error)) from error
+    if not images:
+        return
+    request[OPTIONS] = {KEY: before}
+    if within is not None:
+        request[EXTRA] = {**(request.get(EXTRA) or {}), KEY: within}
+
+
 class Gateway:
     """The gate as ASGI middleware.
 
     Args:
-        app: what is behind it. depth: decoder layers of the model (for what is said of refused policies); None reads
-            the environment, where ``vtr serve`` puts it. most: requests under way at a time.
+        app: what is behind it. depth: decoder layers of the model; None reads the environment, where ``vtr serve``
+            puts it. most: requests under way at a time. inside: see :func:`checked`; read off the environment as well.
     """
 
-    def __init__(self, app: App, depth: int | None = None, most: int = MOST_OPEN) -> None:
+    def __init__(
+        self, app: App, depth: int | None = None, most: int = MOST_OPEN, inside: Mapping[str, str] | None = None
+    ) -> None:
         self.app, self.most = app, most
+        self.inside = inside
+        if inside is None and depth is None and (names := os.environ.get(INSIDE_ENV)):
+            self.inside = json.loads(names)
         self.depth = depth if depth is not None else int(os.environ.get(LAYERS_ENV, "32"))
         self.open, self.held = 0, 0
         self.turn = asyncio.Lock()
@@ -170,9 +195,9 @@ class Gateway:
     async def _checked(self, scope: Scope, receive: Receive, raw: bytes | bytearray) -> tuple[Scope, Receive]:
         """The request as what is behind the gate gets it."""
         if bodies.quick(raw):
-            body = checked(raw, self.depth)
+            body = checked(raw, self.depth, self.inside)
         else:
-            body = await asyncio.get_running_loop().run_in_executor(self.readers, checked, raw, self.depth)
+            body = await asyncio.get_running_loop().run_in_executor(self.readers, checked, raw, self.depth, self.inside)
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in REWRITTEN]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         passed = {**scope, "headers": headers, "raw_path": scope["path"].encode()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +11,12 @@ from vtr.integrations.internvl import tiles_layout
 from vtr.integrations.llava import tile_layout
 from vtr.integrations.llava_next import anyres_layout
 from vtr.integrations.llava_onevision import anyres_max_layout
-from vtr.integrations.vllm.specs import NONE, RequestError, made_of, promised
+from vtr.integrations.vllm.specs import RequestError, made_of, promised
 
+from vtr.engine.adapters import Adapter
 from vtr.engine.compression import compressed
 from vtr.image import Image, Layout
+from vtr.parts import members
 
 ANYRES_MAX = 9
 """Tiles that a canvas of LLaVA-OneVision has at most before it is scaled down; vLLM reads no other from the config."""
@@ -54,6 +56,25 @@ def internvl(config: Any, size: tuple[int, int], tiles: int, crops: tuple[int, i
     return tiles_layout(tiles, (height, width), (0, 0) if tiles == 1 else crops or (1, tiles - 1))
 
 
+def qwen_vl(config: Any, size: tuple[int, int], tiles: int) -> Layout:
+    """One grid. size: what the picture is resized to."""
+    side = int(config.vision_config.patch_size) * int(config.vision_config.spatial_merge_size)
+    return tile_layout(size[0] // side, size[1] // side)
+
+
+def idefics3(config: Any, size: tuple[int, int], tiles: int) -> Layout:
+    """One tile: each of them is an image of its own."""
+    side = _side(config)[1] // int(config.scale_factor)
+    return tile_layout(side, side)
+
+
+def check_family(adapter: Adapter, spec: str) -> None:
+    """Raise RequestError if vtr does not run a policy on a family of transformers either."""
+    for part in members(made_of(spec)):
+        if why := adapter.why_not(part):
+            raise RequestError(f"{part.spec} does not work on {adapter.family}: {why}")
+
+
 def check_tower(config: Any, spec: str) -> None:
     """Raise RequestError if a policy wants CLS scores of a tower that vLLM does not build up to its last layer."""
     made, vision = made_of(spec), config.vision_config
@@ -67,6 +88,16 @@ def check_tower(config: Any, spec: str) -> None:
         )
 
 
+def shortened(ids: Sequence[int], mark: int, each: int, left: int) -> list[int]:
+    """The tokens that stand for a picture, of every ``each`` ones that are ``mark`` only the first ``left``."""
+    cut, seen = [], -1
+    for token in ids:
+        seen += token == mark
+        if token != mark or seen % each < left:
+            cut.append(token)
+    return cut
+
+
 LayoutOf = Callable[..., Layout]
 """(config, (height, width) of the picture, tiles of it) → layout."""
 
@@ -78,9 +109,15 @@ def count_of(spec: str, layout: Layout) -> int:
         RequestError: the policy cannot be used on it, or does not give what it promises.
     """
     count = promised(spec, layout)
-    if spec != NONE and (given := rehearsed(spec, layout)) != count:
-        raise RequestError(f"{spec} promises {count} embeddings of this image and gives {given}: the policy is broken")
+    if made_of(spec) is not None:
+        check_count(spec, count, rehearsed(spec, layout))
     return count
+
+
+def check_count(spec: str, count: int, given: int) -> None:
+    """Raise RequestError unless a rehearsal gave as many tokens as the policy promises."""
+    if given != count:
+        raise RequestError(f"{spec} promises {count} embeddings of this image and gives {given}: the policy is broken")
 
 
 @lru_cache(maxsize=4096)
@@ -94,12 +131,19 @@ def rehearsed(spec: str, layout: Layout) -> int:
     """
     made = made_of(spec)
     assert made is not None
-    n = layout.grid[0] * layout.grid[1]
-    scores = torch.rand(layout.tiles, n, generator=torch.Generator().manual_seed(0))
-    image = Image(
-        torch.zeros(len(layout), 1), layout, 0, 1, torch.zeros(layout.tiles, n, 1), torch.zeros(1), lambda: scores
-    )
     try:
-        return len(compressed(made, image)[0])
+        return len(compressed(made, stand_in(layout))[0])
     except Exception as error:  # whatever a policy raises on this image, it is the request's
         raise RequestError(f"{spec}: {error}") from error
+
+
+def stand_in(layout: Layout, seed: int | None = None) -> Image:
+    """An image of this layout for rehearsals. Features are drawn, without a seed all zero; scores are drawn."""
+    n = layout.grid[0] * layout.grid[1]
+    draw = torch.Generator().manual_seed(seed or 0)
+    scores = torch.rand(layout.tiles, n, generator=draw)
+    width = 1 if seed is None else 8
+    tokens, tiles = torch.zeros(len(layout), width), torch.zeros(layout.tiles, n, width)
+    if seed is not None:
+        tokens, tiles = tokens.normal_(generator=draw), tiles.normal_(generator=draw)
+    return Image(tokens, layout, 0, 1, tiles, torch.zeros(width), lambda: scores)

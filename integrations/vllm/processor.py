@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vtr.integrations.vllm import metrics
-from vtr.integrations.vllm.layouts import LayoutOf, check_tower, count_of
+from vtr.integrations.vllm.layouts import LayoutOf, check_tower, count_of, shortened
 from vtr.integrations.vllm.specs import NONE, RequestError, acts_before, identity, packed, read, scaled
 
 from vtr.image import Layout
@@ -30,6 +30,11 @@ def _without(kwargs: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in kwargs.items() if name != KEY}
 
 
+def embeds(items: Any) -> bool:
+    """Whether a request brings embeddings instead of pictures."""
+    return isinstance(items, (DictEmbeddingItems, ImageEmbeddingItems))
+
+
 class Reduced:
     """Mixed in before a processor of vLLM: takes ``vtr`` out of ``mm_processor_kwargs`` and acts on it.
 
@@ -38,6 +43,8 @@ class Reduced:
     """
 
     layout_of: ClassVar[LayoutOf]
+    instead: ClassVar[str] = "reduce them before they are sent (vtr encode)"
+    """What to do with embeddings that a request brings along."""
 
     # -- the request -----------------------------------------------------------------------------------------------
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
@@ -45,22 +52,22 @@ class Reduced:
         config = self.info.get_hf_config()  # type: ignore[attr-defined]
         items, count = self._images(inputs.mm_data_items)
         asked = inputs.hf_processor_mm_kwargs.get(KEY)
-        if isinstance(items, ImageEmbeddingItems):
+        if embeds(items):
             if any(spec != NONE for spec in read(asked, count, decoder_layers(config))):
-                raise RequestError("image_embeds are taken as they are: reduce them before they are sent (vtr encode)")
+                raise RequestError(f"image_embeds are taken as they are: {self.instead}")
             specs = [NONE] * count
         else:
             chosen = asked if asked is not None or not count else getattr(config, DEFAULT, None)
             specs = read(chosen, count, decoder_layers(config))
             for spec in specs:
-                check_tower(config, spec)
+                self._check(config, spec)
         kwargs = {**_without(inputs.hf_processor_mm_kwargs), KEY: specs}
         inputs = self._scaled(replace(inputs, hf_processor_mm_kwargs=kwargs), items, specs)
         made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        if count and not isinstance(items, ImageEmbeddingItems):
+        if count and not embeds(items):
             for i, (spec, place) in enumerate(zip(specs, made["mm_placeholders"]["image"], strict=True)):
                 if items.get(i) is not None:
-                    full = len(self._layout(items, i, kwargs))
+                    full = len(self._layout(items, i, kwargs)) * self._parts(items, i, kwargs)
                     metrics.seen(spec, full, place.get_num_embeds())
         return made
 
@@ -84,8 +91,12 @@ class Reduced:
     def _images(self, mm_items: Any) -> tuple[Any, int]:
         if "image" not in mm_items:
             return None, 0
-        items = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
+        items = mm_items.get_items("image", (DictEmbeddingItems, ImageEmbeddingItems, ImageProcessorItems))
         return items, items.get_count()
+
+    def _check(self, config: Any, spec: str) -> None:
+        """Raise RequestError for a checked spec that cannot be served on this family, whatever the picture."""
+        check_tower(config, spec)
 
     def _layout(self, items: Any, i: int, kwargs: Mapping[str, object]) -> Layout:
         """How the tokens of image ``i`` lie before anything is reduced."""
@@ -96,6 +107,14 @@ class Reduced:
     def _tiles(self, size: Any, kwargs: Mapping[str, object]) -> int:
         """How many tiles a picture of this size is cut into, for families whose layout follows from that."""
         return 1
+
+    def _parts(self, items: Any, i: int, kwargs: Mapping[str, object]) -> int:
+        """How many images vtr sees in image ``i``, all of the same layout: its tiles, where text is between them."""
+        return 1
+
+    def _left(self, spec: str, layout: Layout) -> int:
+        """How many tokens of an image of this layout stay; raises RequestError where the spec cannot be served."""
+        return count_of(spec, layout)
 
     # -- what goes to the worker -----------------------------------------------------------------------------------
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
@@ -108,9 +127,9 @@ class Reduced:
         return data
 
     def _count(self, items: Any, i: int, spec: str, kwargs: Mapping[str, object]) -> int:
-        if isinstance(items, ImageEmbeddingItems):
-            return items.get_feature_size(i)
-        return count_of(spec, self._layout(items, i, kwargs))
+        if embeds(items):
+            return 0  # nobody asks: nothing is done to them
+        return self._left(spec, self._layout(items, i, kwargs)) * self._parts(items, i, kwargs)
 
     @staticmethod
     def _specs(kwargs: Mapping[str, object], count: int) -> list[str]:
@@ -128,7 +147,7 @@ class Reduced:
     ) -> Any:
         updates = super()._get_prompt_updates(mm_items, _without(hf_processor_mm_kwargs), out_mm_kwargs)  # type: ignore[misc]
         items, count = self._images(mm_items)
-        if not count or isinstance(items, ImageEmbeddingItems):
+        if not count or embeds(items):
             return updates
         specs = self._specs(hf_processor_mm_kwargs, count)
         return [
@@ -142,15 +161,16 @@ class Reduced:
 
         def replacement(i: int) -> Any:
             stock = update.replacement(i) if callable(update.replacement) else update.replacement
+            if specs[i] == NONE:
+                return stock
             ids = stock.full if isinstance(stock, PromptUpdateDetails) else stock
-            layout = self._layout(items, i, kwargs)
-            if ids.count(mark) != len(layout):
+            layout, parts = self._layout(items, i, kwargs), self._parts(items, i, kwargs)
+            if ids.count(mark) != len(layout) * parts:
                 raise RequestError(
-                    f"vLLM gives image {i} {ids.count(mark)} tokens, vtr counts {len(layout)}: send it without vtr"
+                    f"vLLM gives image {i} {ids.count(mark)} tokens, vtr counts {len(layout) * parts}: send it without "
+                    "vtr"
                 )
-            left = count_of(specs[i], layout)
-            place = ids.index(mark)
-            cut = [*ids[: place + left], *ids[place + len(layout) :]]
+            cut = shortened(ids, mark, len(layout), self._left(specs[i], layout))
             return PromptUpdateDetails.select_token_id(cut, mark) if isinstance(stock, PromptUpdateDetails) else cut
 
         return PromptReplacement(modality="image", target=update.target, replacement=replacement)
@@ -168,7 +188,9 @@ class Reduced:
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Mapping[str, Sequence[bool]]) -> Any:
         """The policies of the images that are not in the cache."""
-        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
+        given = inputs.hf_processor_mm_kwargs
+        stock = replace(inputs, hf_processor_mm_kwargs=_without(given))
+        kwargs = super()._get_cache_missing_processor_kwargs(stock, mm_is_cached)  # type: ignore[misc]
         cached = mm_is_cached.get("image", [])
-        specs = self._specs(kwargs, len(cached)) if cached else []
+        specs = self._specs(given, len(cached)) if cached else []
         return {**kwargs, KEY: [s for s, known in zip(specs, cached, strict=True) if not known]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +25,9 @@ SPARE = 64
 """Files that are left to others than requests."""
 
 
-def proxy(upstream: str, depth: int, timeout: float = 600.0, transport: Any = None) -> Gateway:
+def proxy(
+    upstream: str, depth: int, timeout: float = 600.0, transport: Any = None, inside: Mapping[str, str] | None = None
+) -> Gateway:
     """An ASGI app: the gate, and behind it everything is passed on to ``upstream``, streams as they come.
 
     ``/health`` is the upstream's (503 where it does not answer within 5 seconds); ``/metrics`` the upstream's, then the
@@ -34,7 +36,8 @@ def proxy(upstream: str, depth: int, timeout: float = 600.0, transport: Any = No
 
     Args:
         upstream: the server's address, e.g. ``http://127.0.0.1:8000``. timeout: seconds until the upstream must say
-            something (more). transport: for tests, what httpx sends with.
+            something (more). transport: for tests, what httpx sends with. inside: see
+            :func:`~vtr.integrations.vllm.gateway.checked`.
     """
     import httpx
     from starlette.requests import Request
@@ -67,7 +70,7 @@ def proxy(upstream: str, depth: int, timeout: float = 600.0, transport: Any = No
 
     routes = [Route("/metrics", metrics)]
     behind = Router(routes, redirect_slashes=False, default=passed_on, lifespan=lifespan)
-    return Gateway(behind, depth, most_open())
+    return Gateway(behind, depth, most_open(), inside)
 
 
 def most_open() -> int:

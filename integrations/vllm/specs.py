@@ -34,7 +34,9 @@ VERSION = "vtr-vllm-1"
 """Changes whenever the same spec would give other embeddings: it is part of the cache identity of an image."""
 
 
-INSIDE = "acts inside the decoder, where vLLM keeps one set of cached tokens for all layers"
+INSIDE = (
+    "acts inside the decoder, which takes a server started with --decoder-policies (without its gate: in vllm_xargs)"
+)
 UNSEEN = {
     "question": "looks at the question, but vLLM encodes an image once for all questions and keeps it",
     "hidden_states": "reads states inside the vision tower, which vLLM does not hand out",
@@ -116,7 +118,7 @@ def _checked(text: str, depth: int) -> str:
     except RequestError:
         raise
     except Exception as error:  # whatever a policy stumbles over is in the request
-        raise RequestError(_said(error)) from error
+        raise RequestError(said(error)) from error
     before, inside = split(made)
     for part in [] if before is None else parts_of(before):
         if type(part).size_for is InputPolicy.size_for:  # type: ignore[attr-defined]
@@ -126,13 +128,14 @@ def _checked(text: str, depth: int) -> str:
     return made.spec
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """What a client is told of an error that a policy raised."""
     return str(error) if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: {error}"
 
 
 def _check_before_made(name: str, settings: Mapping[str, Any], depth: int) -> None:
     """What can be refused without making the policy: files, trials of answers, schedules for another depth."""
-    _check_no_file(name, settings)
+    checked_no_file(name, settings)
     cls = policy_class(name)
     if cls.resolve is not Policy.resolve:
         raise RequestError(TRIES.format(name))
@@ -144,11 +147,19 @@ def _check_before_made(name: str, settings: Mapping[str, Any], depth: int) -> No
         )
 
 
-def _check_no_file(name: str, settings: Mapping[str, Any]) -> None:
-    """A spec string may name folders of weights and files of schedules; a request may not."""
+def checked_no_file(name: str, settings: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """A spec string may name folders of weights and files of schedules; a request may not.
+
+    Args:
+        known: names that a request may give as weights.
+
+    Raises:
+        RequestError: it does.
+    """
     cls = policy_class(name)
     if "weights" in settings or cls is Chain:
-        raise RequestError(f"a request cannot name files of the server: {name!r} takes no weights or parts here")
+        takes = f"weights are one of {', '.join(known)}" if known else f"{name!r} takes no weights or parts here"
+        raise RequestError(f"a request cannot name files of the server: {takes}")
     if not cls.names_file(settings):
         return
     if issubclass(cls, GSearch):
@@ -189,7 +200,8 @@ def refusal(made: Policy, depth: int) -> str:
         return f"{says}: use a policy before it, e.g. m3:tokens=36 or {same_budget(0.25)}"
     return (
         f"{says}. Of the same mean budget ({share:.3g} of the tokens over {depth} layers) and before it is "
-        f"{same_budget(share)}; or run {made.name} with vtr on transformers"
+        f"{same_budget(share)}; or run {made.name} with vtr on transformers. On Qwen-VL, Idefics3 and SmolVLM it is "
+        f"{by_size(share)}"
     )
 
 
@@ -206,6 +218,11 @@ def mean_keep(made: Policy, depth: int, tokens: int = 2880) -> float | None:
 def same_budget(share: float) -> str:
     """The spec before the decoder that keeps this share of an image."""
     return GlobalCom2(max(round(share, 4), 0.0001), budget="exact").spec
+
+
+def by_size(share: float) -> str:
+    """The same for families that take none that looks at the picture, or none that ranks tiles against each other."""
+    return UniformGrid(max(round(share, 4), 0.0001), before_decoder=True).spec
 
 
 def made_of(spec: str) -> Policy | None:
@@ -273,7 +290,7 @@ def promised(spec: str, layout: Layout) -> int:
     try:
         count = made.kept_of(layout)
     except Exception as error:  # of a policy of the server's own, perhaps
-        raise RequestError(_said(error)) from error
+        raise RequestError(said(error)) from error
     if count < 1:
         raise RequestError(f"{spec} leaves nothing of an image of {len(layout)} tokens: at least one must stay")
     return count

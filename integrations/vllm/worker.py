@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from vtr.integrations.vllm import guard
+from vtr.integrations.vllm import guard, start
 from vtr.integrations.vllm.specs import made_of, unpacked
 
+from vtr.base import Policy
 from vtr.engine.captures import Captures, Place
 from vtr.image import Layout
 
@@ -30,6 +31,11 @@ class Reducing:
 
     layer_of: ClassVar[Callable[[Any], nn.Module] | None] = None
     """Makes a layer of the tower as transformers has it, for families whose towers have a CLS token."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        start.check(vllm_config)
+        guard.watch(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
 
     def image_layouts(self, kwargs: dict[str, Any], count: int) -> tuple[list[Layout], list[int]]:
         """The layout of each image, and how many tiles the tower sees of it (padding included)."""
@@ -58,14 +64,28 @@ class Reducing:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """As vLLM's own, then each image reduced to exactly as many embeddings as its placeholders."""
         rows = kwargs.pop("vtr", None)
-        if (embeds := kwargs.get("image_embeds")) is not None:  # vLLM's own check wants all of one batch equally long
-            return list(embeds)
+        if kwargs.get("image_embeds") is not None:
+            return self._given(kwargs)
         if rows is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         asked = [unpacked(bytes(row.tolist())) for row in rows]
         policies = [made_of(spec) for spec, _ in asked]
         if not any(policies):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        return self._reduced(kwargs, asked, policies)
+
+    def _given(self, kwargs: dict[str, Any]) -> Any:
+        """Embeddings that a request brings along."""
+        return list(kwargs["image_embeds"])  # vLLM's own check wants all of one batch equally long
+
+    def _reduced(
+        self, kwargs: dict[str, Any], asked: Sequence[tuple[str, int]], policies: Sequence[Policy | None]
+    ) -> list[torch.Tensor]:
+        """The embeddings of each image.
+
+        Args:
+            asked: (spec, number of embeddings promised) of each. policies: what the specs say.
+        """
         layouts, tiles = self.image_layouts(kwargs, len(asked))
         with self._tower().taking() as taken:
             features = list(super().embed_multimodal(**kwargs))  # type: ignore[misc]
@@ -155,5 +175,14 @@ class Tower:
         return SimpleNamespace(
             model=self.model,
             adapter=SimpleNamespace(newline=lambda model: newline),
-            vision=SimpleNamespace(tower=SimpleNamespace(encoder=SimpleNamespace(layers=[self.last]))),
+            vision=SimpleNamespace(tower=Last(self.last)),
         )
+
+
+class Last(nn.Module):
+    """A tower of which the last layer is left, for who looks for that."""
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList([] if layer is None else [layer])

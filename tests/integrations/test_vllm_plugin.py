@@ -27,6 +27,7 @@ from vtr.integrations.vllm.specs import (
 
 import vtr
 from vtr.engine.adapters import find_adapter
+from vtr.engine.tower import cls_scores, layers_of
 from vtr.testing import tiny
 
 EXACT = 'globalcom2:retention=0.3,budget="exact"'
@@ -226,6 +227,19 @@ def test_cls_scores_need_the_last_layer(layer: Any, served: bool) -> None:
     else:
         with pytest.raises(RequestError, match="m3:tokens=36"):
             layouts.check_tower(config, EXACT)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_scores_of_the_layer_that_is_kept_are_the_towers(family: str) -> None:
+    """vLLM's towers are built otherwise, so the worker keeps the last layer by itself, and the engine asks that."""
+    from vtr.integrations.vllm.worker import Last
+
+    tower = getattr(tiny, family)().model.vision_tower
+    layers = layers_of(tower)
+    width = tower.config.hidden_size
+    states = torch.randn(2, 10, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(cls_scores(Last(layers[-1]), states)[0], cls_scores(tower, states)[0])
 
 
 def test_specs_are_made_once() -> None:

@@ -92,24 +92,48 @@ class Said:
 def reference(model: Any, processor: Any, asked: Asked, never: list[int]) -> Said:
     """What vtr on transformers says."""
     images = asked.images()
-    inputs = processor(text=text_of(processor, asked), images=images or None, return_tensors="pt")
     policy: Any = asked.policy
-    if isinstance(policy, list):
-        policy = PerImage([None if spec == "none" else vtr.policy(spec) for spec in policy])
-    elif policy == "none":
-        policy = None
+    specs = policy if isinstance(policy, list) else [policy] * len(images)
+    parts = [vtr.split(None if spec == "none" else spec) for spec in specs]
+    images = [_scaled(image, before, processor) for image, (before, _) in zip(images, parts, strict=True)]
+    each = [None if one is None else one.of_image(i, len(parts)) for i, (_, one) in enumerate(parts)]
+    policy = each[0] if each else None
+    whole = parts[0][1] if parts else None
+    if whole is not None and any(map(whole.asks, ("prune", "route", "remember"))):  # sees all images together
+        policy = whole
+    elif len({None if one is None else one.spec for one in each}) > 1:
+        policy = PerImage(
+            [one for one, image in zip(each, images, strict=True) for _ in range(tiles_of(processor, image))]
+        )
+    inputs = processor(text=text_of(processor, asked), images=images or None, return_tensors="pt")
+    return said_by(model, inputs, policy if images else None, never)
+
+
+def said_by(model: Any, inputs: Any, policy: Any, never: list[int]) -> Said:
+    """What vtr on transformers says to a processor's ``inputs``."""
     with torch.no_grad():
         out = model.generate(
-            **inputs, policy=policy if images else None, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False,
+            **inputs, policy=policy, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False,
             suppress_tokens=never, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     length = inputs["input_ids"].shape[1]
     row = vtr.report(model).rows[0]
     marks = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    entered = length - marks + (row.vision_tokens[0] if images else 0)
+    entered = length - marks + (row.vision_tokens[0] if marks else 0)
     tokens = out.sequences[0, length:]
     logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return Said(tokens.tolist(), logprobs.tolist(), entered)
+
+
+def tiles_of(processor: Any, image: Image.Image) -> int:
+    """How many images vtr on transformers makes of a picture: Idefics3's tiles are an image each."""
+    if not hasattr(processor.image_processor, "do_image_splitting"):
+        return 1
+    return int(processor(text="<image>", images=[image])["pixel_values"][0].shape[0])
+
+
+def _scaled(image: Image.Image, before: Any, processor: Any) -> Image.Image:
+    return image if before is None else before.scaled(image, processor.image_processor, {})
 
 
 def references(folder: Path, asked: Sequence[Asked], never: list[int]) -> list[Said]:

@@ -51,13 +51,15 @@ def serving(
 
 
 @contextmanager
-def running(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """``vtr serve pocket`` with these arguments, from when it is up to the end of the block."""
+def running(
+    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, model: str = "pocket"
+) -> Iterator[Server]:
+    """``vtr serve`` of a model with these arguments, from when it is up to the end of the block."""
     assert settings.os is os  # its environment: small, quiet, no hub
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vtr.cli", "serve", "pocket", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "vtr.cli", "serve", model, "--port", str(port), *arguments]
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -16,53 +16,30 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
 )
 
+from tests.serving import tiny_words
+from tests.serving.tiny_words import TEMPLATE
 from vtr.testing.tiny import GRIDS, PATCH, SIDE
 
-WORDS = [
-    "what", "which", "where", "how", "many", "color", "shape", "is", "are", "the", "on", "in", "a", "of", "there",
-    "picture", "circle", "red", "blue", "one", "two", "three",
-]  # fmt: skip
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>"]
-IDS = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+SPECIAL = ["<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>"]
 NEVER = [4, 5, 6, 7, 8]
 PINPOINTS = [*GRIDS, [4 * SIDE, 4 * SIDE]]
-TEMPLATE = (
-    "{%- for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE {% elif part['type'] == 'text' %}"
-    "{{ part['text'] }} {% endif %}{% endfor %}{% endif %}{% endfor %}"
-)
 
 
 def tokenizer(image: str) -> Any:
-    """A token a word."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    core = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
-    core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>",
-        model_input_names=["input_ids", "attention_mask"], padding_side="left", model_max_length=4096,
-        extra_special_tokens={
-            "image_token": image, "video_token": "<video>", "start_image_token": "<img>", "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-        },
-    )  # fmt: skip
-    return made
+    """With ``image`` for a picture."""
+    names = {
+        "image_token": image, "video_token": "<video>", "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+    }  # fmt: skip
+    return tiny_words.tokenizer(SPECIAL, extra_special_tokens=names)
 
 
-def _text(kind: type, layers: int = 4) -> Any:
-    return kind(
-        vocab_size=len(IDS), hidden_size=128, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+def _text(kind: type) -> Any:
+    return tiny_words.text(kind, len(tiny_words.vocabulary(SPECIAL)))
 
 
 def _vision(kind: type, **settings: Any) -> Any:
@@ -144,12 +121,7 @@ MAKERS = {"llava": _llava, "llava_onevision": _llava_onevision, "internvl": _int
 
 
 def save(family: str, folder: Path) -> Path:
-    """Write a random checkpoint of ``family``; its attention is not flat, so that pictures matter."""
+    """Write a random checkpoint of ``family``."""
     torch.manual_seed(0)
-    model, processor = MAKERS[family]()
-    for layer in model.get_decoder().layers:
-        for name in ("q_proj", "k_proj"):
-            getattr(layer.self_attn, name).weight.data *= 8
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    tiny_words.save(*MAKERS[family](), folder)
     return folder

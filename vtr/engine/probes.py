@@ -358,7 +358,7 @@ class Probes:
             own = None if own is None else own.within(slice(None), past[row])
             if window is not None:
                 ids = torch.cat([cache.positions(row, past[row]), ids])
-        found = ahead(layer, hidden, rope, asked, keys, ids, window, own, self.call)
+        found = self._ahead(layer, hidden, rope, asked, keys, ids, window, own)
         sizes = self.decoder.geometry.attention(index)
         self.trace.selector_flops += looking_costs(layer, sizes, hidden.shape[-1], hidden.shape[1], len(rows))
         self.trace.selector_flops += asked.flops(sizes.heads, sizes.key, 0 if keys is None else keys[0].shape[2])
@@ -387,7 +387,14 @@ class Probes:
         self.trace.selector_flops += looking_costs(layer, sizes, hidden.shape[-1], n, len(rows))
         self.trace.selector_flops += asked.flops(sizes.heads, sizes.key, past)
         rope = _joined(self.positions.rope, [here])
-        return ahead(layer, hidden[:, here], rope, asked, keys, ids, window, own, self.call)[0]
+        return self._ahead(layer, hidden[:, here], rope, asked, keys, ids, window, own)[0]
+
+    def _ahead(
+        self, layer: Any, hidden: torch.Tensor, rope: Any, asked: Any, past: Any, positions: torch.Tensor,
+        window: int | None, own: OwnMask | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What ``asked`` are about to pay in ``layer``; see :func:`~vtr.engine.scores.ahead`."""
+        return ahead(layer, hidden, rope, asked, past, positions, window, own, self.call)
 
     def _own(self, index: int, rows: Sequence[int]) -> OwnMask | None:
         """What the model's own mask of layer ``index`` says of the tokens of these rows, one row behind the other."""
