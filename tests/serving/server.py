@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.serving import engine as settings
@@ -107,3 +109,20 @@ def body(asked: Asked, **more: Any) -> dict[str, Any]:
     if asked.policy is not None:
         made["extra_body"]["vtr"] = asked.policy
     return {**made, **more}
+
+
+def ask(server: Server, requests: Sequence[dict[str, Any]]) -> list[Any]:
+    """All at once; an answer or the error of each."""
+
+    async def one(client: openai.AsyncOpenAI, request: dict[str, Any]) -> Any:
+        try:
+            return await client.chat.completions.create(**request)
+        except openai.APIStatusError as error:
+            return error
+
+    async def everybody() -> list[Any]:
+        url = server.url + "/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
+            return await asyncio.gather(*(one(client, request) for request in requests))
+
+    return asyncio.run(everybody())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import openai
 import vtr.pocket
 from tests.serving import broken
 from tests.serving.asked import Asked, references
-from tests.serving.server import Server, body, serving
+from tests.serving.server import Server, ask, body, serving
 from tests.serving.test_pocket import NEVER, PROCESSOR
 
 ROOT = Path(__file__).parents[2]
@@ -40,23 +39,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield made
 
 
-def ask(server: Server, asked: list[Asked], **more: Any) -> list[Any]:
-    """All at once; an answer or the error of each."""
-
-    async def one(client: openai.AsyncOpenAI, request: dict[str, Any]) -> Any:
-        try:
-            return await client.chat.completions.create(**request)
-        except openai.APIStatusError as error:
-            return error
-
-    async def everybody() -> list[Any]:
-        url = server.url + "/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
-            return await asyncio.gather(*(one(client, body(item, **more)) for item in asked))
-
-    return asyncio.run(everybody())
-
-
 def right(got: Any, wanted: Any) -> bool:
     said = PROCESSOR.decode(wanted.tokens, skip_special_tokens=True)
     return got.usage.prompt_tokens == wanted.length and got.choices[0].message.content.split() == said.split()
@@ -70,7 +52,7 @@ def expected() -> list[Any]:
 
 def test_the_servers_default_is_for_those_who_name_none(server: Server, expected: list[Any]) -> None:
     lengths = []
-    for got, wanted in zip(ask(server, GOOD), expected, strict=True):
+    for got, wanted in zip(ask(server, [body(one) for one in GOOD]), expected, strict=True):
         assert right(got, wanted)
         lengths.append(got.usage.prompt_tokens)
     assert lengths[1] < lengths[0] < lengths[2]
@@ -80,14 +62,14 @@ def test_the_servers_default_is_for_those_who_name_none(server: Server, expected
 def test_a_broken_promise_is_an_error_of_that_request_alone(server: Server, expected: list[Any], policy: str) -> None:
     bad = Asked("what is there", PICTURE, policy)  # the picture is the others' as well
     for _ in range(2):  # the second time caches would hand out what the first one left
-        answers = ask(server, [GOOD[0], bad, GOOD[1], bad, GOOD[2]])
+        answers = ask(server, [body(one) for one in (GOOD[0], bad, GOOD[1], bad, GOOD[2])])
         for got, wanted in zip(answers[::2], expected, strict=True):
             assert right(got, wanted), got
         for got in answers[1::2]:
             assert isinstance(got, openai.InternalServerError) and got.status_code == 500, got
             assert got.body["message"] == broken.SAYS[policy]
     assert server.get("/health").status_code == 200
-    assert right(ask(server, GOOD[:1])[0], expected[0])
+    assert right(ask(server, [body(GOOD[0])])[0], expected[0])
 
 
 def test_a_stream_ends_with_the_same_error(server: Server) -> None:
@@ -99,5 +81,5 @@ def test_a_stream_ends_with_the_same_error(server: Server) -> None:
 
 
 def test_one_that_lies_always_never_reaches_the_engine(server: Server) -> None:
-    (got,) = ask(server, [Asked("what is there", PICTURE, "test-liar")])
+    (got,) = ask(server, [body(Asked("what is there", PICTURE, "test-liar"))])
     assert isinstance(got, openai.BadRequestError) and "gives 9: the policy is broken" in got.message

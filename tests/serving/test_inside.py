@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: .ci/vllm makes a
 
 from transformers import AutoProcessor
 from vtr.integrations.vllm.inside import engine_args
+from vtr.integrations.vllm.inside.scheduler import HoldingScheduler
 
 import vtr
 import vtr.pocket
@@ -55,7 +56,16 @@ def llm() -> Iterator[Any]:
         yield made
 
 
-def test_fifty_requests_in_one_run(llm: Any, expected: list[Said]) -> None:
+def test_fifty_requests_in_one_run(llm: Any, expected: list[Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, held_back = HoldingScheduler._try_schedule_encoder_inputs, 0
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal held_back
+        made = stock(self, *args, **kwargs)
+        held_back += made[1] == 0
+        return made
+
+    monkeypatch.setattr(HoldingScheduler, "_try_schedule_encoder_inputs", counted)
     for state in ("cold", "warm"):
         outs = said(llm, PROCESSOR, REQUESTS, DEPTH, NEVER)
         for i, (asked, out, wanted) in enumerate(zip(REQUESTS, outs, expected, strict=True)):
@@ -65,6 +75,7 @@ def test_fifty_requests_in_one_run(llm: Any, expected: list[Said]) -> None:
             assert not (reduced and out.num_cached_tokens), (state, i, asked)
     assert sum(out.num_cached_tokens for out in outs) > 0  # the others read the prefix cache
     assert len(worker_of(llm).parts) == 5 and all_free(llm)
+    assert held_back > 0  # some prompts had to wait for a step of their own
     assert 0 < worker_of(llm).steps["cut"] < worker_of(llm).steps["reduced"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import openai
 import vtr.pocket
 from tests.serving.asked import STEPS, Asked, references
 from tests.serving.inside import FALLING
-from tests.serving.server import Server, body, running
+from tests.serving.server import Server, ask, body, running
 from tests.serving.test_pocket import NEVER, PROCESSOR, QUESTIONS
 
 DEFAULT = "fastv:keep=0.5,layer=2"
@@ -39,23 +38,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     named = ["--decoder-policies", "--policy", DEFAULT, "--weights", f"mine={folder / 'pmod'}", "--parts", "5"]
     with running(folder, *named, "--", *SMALL) as made:
         yield made
-
-
-def ask(server: Server, requests: list[dict[str, Any]]) -> list[Any]:
-    """All at once; an answer or the error of each."""
-
-    async def one(client: openai.AsyncOpenAI, request: dict[str, Any]) -> Any:
-        try:
-            return await client.chat.completions.create(**request)
-        except openai.APIStatusError as error:
-            return error
-
-    async def everybody() -> list[Any]:
-        url = server.url + "/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
-            return await asyncio.gather(*(one(client, request) for request in requests))
-
-    return asyncio.run(everybody())
 
 
 def test_eighteen_at_once(server: Server) -> None:

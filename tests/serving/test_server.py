@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import openai
 import vtr
 import vtr.pocket
 from tests.serving.asked import Asked, mixed, references
-from tests.serving.server import Server, body, serving
+from tests.serving.server import Server, ask, body, serving
 from tests.serving.test_pocket import NEVER, POLICIES, PROCESSOR, QUESTIONS, SIZES
 
 GOOD = mixed(POLICIES, SIZES, QUESTIONS, 16)
@@ -53,19 +52,9 @@ def test_thirty_two_at_once_half_of_them_malformed(server: Server) -> None:
     asked = [item for pair in zip(map(body, GOOD), (MALFORMED * 2)[:16], strict=True) for item in pair]
     assert len(asked) == 32
 
-    async def one(client: openai.AsyncOpenAI, request: Any) -> Any:
-        try:
-            return await client.chat.completions.create(**(request[0] if isinstance(request, tuple) else request))
-        except openai.APIStatusError as error:
-            return error
-
-    async def all_of_them() -> list[Any]:
-        url = server.url + "/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
-            return await asyncio.gather(*(one(client, request) for request in asked))
-
     expected = references(vtr.pocket.WEIGHTS, GOOD, NEVER)
-    answers = asyncio.run(all_of_them())
+    requests = [one[0] if isinstance(one, tuple) else one for one in asked]
+    answers = ask(server, requests)
     for got, wanted, request in zip(answers[::2], expected, GOOD, strict=True):
         assert not isinstance(got, Exception), (request, got)
         assert got.usage.prompt_tokens == wanted.length, request
@@ -74,7 +63,7 @@ def test_thirty_two_at_once_half_of_them_malformed(server: Server) -> None:
     for got, (_, message) in zip(answers[1::2], asked[1::2], strict=True):
         assert isinstance(got, openai.APIStatusError) and 400 <= got.status_code < 500, (message, got)
         assert message in got.message, (message, got.message)
-    again = asyncio.run(all_of_them())  # the engine is alive, and says the same
+    again = ask(server, requests)  # the engine is alive, and says the same
     assert [a.choices[0].message.content for a in again[::2]] == [a.choices[0].message.content for a in answers[::2]]
 
 
