@@ -187,6 +187,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2, decode_context_parallel_size=1)}, {}, "pipeline"),
     ({"use_v2_model_runner": True}, {}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     ({"scheduler_config": SimpleNamespace(scheduler_cls=None)}, {}, "engine_args"),
+    (
+        {"scheduler_config": SimpleNamespace(scheduler_cls=SCHEDULER, async_scheduling=True)},
+        {},
+        "--no-async-scheduling",
+    ),
     ({"mrope": True}, {"asked": "pyramid:positions=reindex"}, "pyramid:positions=keep"),
     ({"deepstack": [0, 1, 2]}, {}, "cut from layer 3 on"),
     ({}, {"prompt": 110}, "no text stands behind the last image"),
@@ -278,7 +283,10 @@ def test_the_command_line() -> None:
     assert json.loads(command[at + 1]) == {
         "vtr": {"parts": 5, "weights": {"mine": "/folder"}, "default": "fastv:keep=0.25"}
     }
-    assert command[command.index("--scheduler-cls") + 1] == SCHEDULER and command[-1] == "--more"
+    assert command[command.index("--scheduler-cls") + 1] == SCHEDULER and command[-2:] == [
+        "--no-async-scheduling",
+        "--more",
+    ]
     assert Options.of(SimpleNamespace(additional_config=json.loads(command[at + 1]))) == Options(
         5, {"mine": "/folder"}, "fastv:keep=0.25"
     )

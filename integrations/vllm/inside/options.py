@@ -98,6 +98,7 @@ def engine_args(
     return {
         "additional_config": {KEY: {name: value for name, value in given.items() if value}},
         "scheduler_cls": SCHEDULER,
+        "async_scheduling": False,
     }
 
 
@@ -108,7 +109,7 @@ def server_args(
     made = engine_args(parts, weights, default)
     return [
         "--scheduler-cls", made["scheduler_cls"],
-        "--additional-config", json.dumps(made["additional_config"]),
+        "--additional-config", json.dumps(made["additional_config"]), "--no-async-scheduling",
     ]  # fmt: skip
 
 
@@ -145,6 +146,7 @@ def why_not(vllm_config: Any) -> str | None:
         "with --decoder-policies, or with all of vtr.integrations.vllm.inside.engine_args()": (
             scheduler != SCHEDULER and getattr(scheduler, "__name__", None) != SCHEDULER.rpartition(".")[2]
         ),
+        "with --no-async-scheduling": getattr(vllm_config.scheduler_config, "async_scheduling", False) is True,
         "without --speculative-config": vllm_config.speculative_config is not None,
         "without --kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "without --enable-lora": vllm_config.lora_config is not None,

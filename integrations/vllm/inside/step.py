@@ -59,7 +59,7 @@ class Held:
         limits = [n for n in promise.held(parts) for _ in range(each)]
         prompt = state.num_prompt_tokens
         made = cls(promise, _policy(promise.spec), prompt, state.mm_features, limits, np.zeros(decoder.depth, np.int64))
-        made.why = _unlike(made.policy, decoder)
+        made.why = _unlike(promise.spec, decoder)
         return made
 
     def acts(self, start: int) -> bool:
@@ -72,26 +72,19 @@ def _policy(spec: str) -> Policy:
     return policy(spec)
 
 
-_likeness: dict[tuple[int, int], str | None] = {}
-
-
-def _unlike(made: Policy, decoder: ServedDecoder) -> str | None:
+@lru_cache(maxsize=256)
+def _unlike(spec: str, decoder: ServedDecoder) -> str | None:
     """What keeps a trained policy from this model: samples of matrices that vLLM has not fused tell them apart."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
-    key = (id(made), id(decoder.text))
-    if key not in _likeness:
-        found = None
-        for part in members(made):
-            if not isinstance(part, Learned) or not part.base or part.allow_mismatch:
-                continue
-            if get_tensor_model_parallel_world_size() > 1:
-                continue  # a rank has parts of the matrices
-            mine = fingerprint(SimpleNamespace(get_decoder=lambda: decoder.text))
-            if differing(part.base, mine):
-                found = f"{part.name}'s weights were trained with another model: train them with this one"
-        _likeness[key] = found
-    return _likeness[key]
+    for part in members(_policy(spec)):
+        if not isinstance(part, Learned) or not part.base or part.allow_mismatch:
+            continue
+        if get_tensor_model_parallel_world_size() > 1:
+            continue  # a rank has parts of the matrices
+        if differing(part.base, fingerprint(SimpleNamespace(get_decoder=lambda: decoder.text))):
+            return f"{part.name}'s weights were trained with another model: train them with this one"
+    return None
 
 
 class Step:
