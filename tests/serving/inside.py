@@ -99,7 +99,7 @@ class Strange(Halves):
 
 _FAILED = "failed inside the decoder ({}): the server's log says more"
 SAYS = {
-    "test-more": "vtr: test-more:layer=2 keeps more tokens than it promised",
+    "test-more-inside": "vtr: test-more-inside:layer=2 keeps more tokens than it promised",
     "test-raising-inside": f"vtr: test-raising-inside:layer=2 {_FAILED.format('AssertionError')}",
     "test-strange": f"vtr: test-strange:layer=2 {_FAILED.format('TypeError')}",
 }
@@ -107,6 +107,6 @@ SAYS = {
 
 def register() -> None:
     """Make them known in this process; may run several times."""
-    known = {"test-halves": Halves, "test-more": More, "test-raising-inside": Raising, "test-strange": Strange}
+    known = {"test-halves": Halves, "test-more-inside": More, "test-raising-inside": Raising, "test-strange": Strange}
     for name, cls in known.items():
         vtr.register_policy(name)(cls)
