@@ -36,9 +36,9 @@ class Processes:
         times = [one.cpu_times() for one in self._alive()]
         return float(sum(one.user + one.system for one in times))
 
-    def resident(self) -> float:
-        """Memory of all of them together, MiB."""
-        return float(sum(one.memory_info().rss for one in self._alive())) / 2**20
+    def resident(self) -> dict[str, float]:
+        """Memory of each, MiB, by number and name."""
+        return {f"{one.pid} {one.name()}": one.memory_info().rss / 2**20 for one in self._alive()}
 
     def _alive(self) -> list[Any]:
         import psutil
