@@ -6,6 +6,8 @@ Nothing of vLLM is imported until :func:`register` runs, which vLLM does in each
 
 from __future__ import annotations
 
+from typing import Any
+
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "families",
     "LlavaNextForConditionalGeneration": "families",
@@ -28,5 +30,13 @@ def register() -> None:
 
     for name, module in ARCHITECTURES.items():
         ModelRegistry.register_model(name, f"vtr.integrations.vllm.{module}:{name}")
-    guard.install()
+    guard.install(_ready)
     admission.install()
+
+
+def _ready(runner: Any) -> None:
+    """A runner of vLLM has been made: it serves policies inside the decoder, if its engine was started for them."""
+    if getattr(runner.vllm_config, "additional_config", None):
+        from vtr.integrations.vllm.inside.worker import attach
+
+        attach(runner)

@@ -86,9 +86,12 @@ def _taken(whole: torch.Tensor, answer: Answered) -> torch.Tensor:
     return whole.index_select(0, keep.to(whole.device)) if pooled is None else pooled.features.to(whole)
 
 
-def install() -> None:
+def install(ready: Callable[[Any], None]) -> None:
     """Let vLLM's runner name the images that were filled up, its scheduler end the requests that have them, and its
     frontend say why.
+
+    Args:
+        ready: called with each runner of vLLM's first kind that has been made.
 
     Raises:
         UnsupportedError: this vLLM is built otherwise than 0.32.
@@ -97,12 +100,12 @@ def install() -> None:
 
     if getattr(Scheduler.update_from_output, "vtr", False):
         return
-    _watch_runner()
+    _watch_runner(ready)
     _watch_scheduler(Scheduler)
     _watch_outputs()
 
 
-def _watch_runner() -> None:
+def _watch_runner(ready: Callable[[Any], None]) -> None:
     """What the runner hands to the scheduler after each step says which images were filled up in it."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -113,10 +116,7 @@ def _watch_runner() -> None:
     @wraps(init)
     def runner_init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        if getattr(self.vllm_config, "additional_config", None):
-            from vtr.integrations.vllm.inside.worker import attach
-
-            attach(self)
+        ready(self)
 
     @wraps(store)
     def cache_encoder_output(self: Any, mm_hash: str, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
