@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import vtr
 from vtr.budget import at_share
-from vtr.chain import policy
 from vtr.limits import short
 
 NONE = "none"
@@ -31,7 +31,7 @@ def inside(depth: int) -> dict[str, list[str]]:
     """
     from vtr.integrations.vllm.specs import mean_keep, same_budget
 
-    share = mean_keep(policy(FASTV), depth)
+    share = mean_keep(vtr.policy(FASTV), depth)
     if depth < 5 or share is None:
         raise ValueError(f"a decoder of {depth} layers is too shallow for policies inside it: 5 at least")
     before, falling = same_budget(share), at_share("gsearch", share, depth, SIDE).spec
