@@ -86,7 +86,7 @@ inside() {
   python -m vtr.eval.cost.servable "$runs/mid12" --layers 12
   up inside 8000 "$runs/mid12" --decoder-policies -- "${none[@]}"
   vtr bench serve --inside --rounds 2 --json eval/results/serve-inside.json
-  up plain 8001 "$runs/mid12" -- "${none[@]}"
+  up plain 8001 "$runs/mid12" -- "${none[@]:0:2}" "${blocks[@]}" 256  # as much memory: a block is of all layers
   vtr bench serve --against http://127.0.0.1:8001 --load 1x16x8 --load 8x16x24 --load 8x64x16 --rounds 7 --json docs/results/serve-none.json
   down
   up full 8000 "$runs/mid12" --decoder-policies -- "${none[@]:0:2}" "${blocks[@]}" 700
