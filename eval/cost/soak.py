@@ -96,8 +96,13 @@ class Soak:
                 await ways[kind]()
             except Exception as error:  # a server that is gone, an answer that is none: all of it is noted
                 self.notes.note(kind, type(error).__name__, f"{type(error).__name__}: {error}")
-                await asyncio.sleep(0.1)
+                self.gone(error)
             self.bar.update()
+
+    def gone(self, error: Exception) -> None:
+        """Where nobody takes connections any more, it is over."""
+        if type(error).__name__ == "ConnectError":
+            self.end = 0.0
 
     async def ask_known(self) -> None:
         await self.check(*self.dice.choice(self.known))
@@ -185,7 +190,11 @@ class Soak:
     async def watch(self) -> None:
         """The server's memory, and how full its cache is, once in two seconds."""
         while not self.over():
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # noted, as above
+                self.notes.wrong.append(f"/metrics: {type(error).__name__}: {error}")
+                self.gone(error)
             if self.processes is not None:
                 self.notes.memory.append(self.processes.resident())
             await asyncio.sleep(2)
@@ -220,15 +229,25 @@ async def soak(
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         made = Soak(client, model, known, most, seconds, sample, seed, Processes.behind(url))
         await asyncio.gather(made.watch(), *(made.client_of_many() for _ in range(at_a_time)))
-        await made.drained()
-        await asyncio.gather(*(made.check(*one) for one in known))
-        last = await made.drained()
         made.bar.close()
-        health = (await client.get("/health")).status_code
-    checks = {"health": health != 200, "requests left": last.get("running", 0) + last.get("waiting", 0) > 0}
-    checks |= {"cache blocks that are not free": last.get("usage") != 0}
-    made.notes.wrong += [f"at the end: {what} ({last})" for what, bad in checks.items() if bad]
+        try:
+            made.notes.wrong += [f"at the end: {what}" for what in await _ended(made, client)]
+        except httpx.TransportError as error:
+            made.notes.wrong.append(f"at the end: the server is gone ({type(error).__name__}: {error})")
     return made
+
+
+async def _ended(made: Soak, client: Any) -> list[str]:
+    """What is wrong when all is over: what is known is asked once more, all at once, then nothing may be left."""
+    await made.drained()
+    await asyncio.gather(*(made.check(*one) for one in made.known))
+    last = await made.drained()
+    checks = {
+        "/health does not answer": (await client.get("/health")).status_code != 200,
+        "requests are left": last.get("running", 0) + last.get("waiting", 0) > 0,
+        "cache blocks are not free": last.get("usage") != 0,
+    }
+    return [f"{what} ({last})" for what, bad in checks.items() if bad]
 
 
 def tenths(memory: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -245,14 +264,14 @@ def tenths(memory: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 def summary(made: Soak, verified: Counter[str]) -> dict[str, Any]:
     """What the result file says."""
-    notes, looks = made.notes, made.notes.looks
+    notes, looks = made.notes, made.notes.looks or [{}]
     memory = tenths(notes.memory)
     if memory and memory["all"][-1] > (1 + GROWTH) * memory["all"][0]:
         notes.wrong.append(
             f"memory: {memory['all'][0]:.0f} MiB in the first tenth, {memory['all'][-1]:.0f} in the last"
         )
     return {
-        "requests": notes.count, "seconds": looks[-1]["seconds"], "done": {k: dict(v) for k, v in notes.done.items()},
+        "requests": notes.count, "seconds": looks[-1].get("seconds"), "done": {k: dict(v) for k, v in notes.done.items()},
         "again": notes.again, "verified": dict(verified), "wrong": notes.wrong, "memory_mib": memory,
         "preemptions": looks[-1].get("preemptions", 0) - looks[0].get("preemptions", 0),
         "running": max(look.get("running", 0) for look in looks), "usage": max(look.get("usage", 0) for look in looks),

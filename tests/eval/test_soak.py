@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -101,7 +102,7 @@ def test_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "what"),
-    [("word", "known: Asked("), ("takes", "malformed: 200"), ("blocks", "at the end: cache blocks that are not free")],
+    [("word", "known: Asked("), ("takes", "malformed: 200"), ("blocks", "at the end: cache blocks are not free")],
 )
 def test_what_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: str, what: str) -> None:
     wrong = soaked(monkeypatch, fault).notes.wrong
@@ -111,6 +112,21 @@ def test_what_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: str, w
 def test_what_was_lost_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made = soaked(monkeypatch, "lost")
     assert made.notes.again > 10 and made.notes.wrong == []
+
+
+def test_a_server_that_goes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is over then, and what was found until then is told."""
+    httpx = pytest.importorskip("httpx", reason="httpx (extra: serve) is not installed here")
+
+    class Gone(Server):
+        async def get(self, path: str) -> Any:
+            raise httpx.ConnectError("nobody there")
+
+    monkeypatch.setattr(sys.modules[__name__], "Server", Gone)
+    made = soaked(monkeypatch)
+    assert made.notes.wrong[0] == "/metrics: ConnectError: nobody there"
+    assert made.notes.wrong[-1] == "at the end: the server is gone (ConnectError: nobody there)"
+    assert made.notes.count < 200 and soak.summary(made, Counter())["wrong"]
 
 
 def test_memory_that_grows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
