@@ -4,6 +4,7 @@
 #   eval/measure.sh best       the README's table: settings compared on some questions, the best ones reported on others (minutes)
 #   eval/measure.sh cost       what they cost: time and memory (about three hours; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
+#   eval/measure.sh inside     the same of policies inside the decoder, and whether answers stay right (about an hour alone)
 # Not among them: eval/results/peers.json (python -m vtr.eval.peers, environments of its own), m3-before.json (weights
 # that are no longer shipped) and docs/results/apart.* (python -m vtr.eval.studies.apart, on backbones to be trained first).
 set -euo pipefail
@@ -73,26 +74,65 @@ cost() {
   vtr bench decode --out eval/results/decode.json
 }
 serve() {
-  export PATH=${VTR_VLLM_VENV:-$PWD/.venv-vllm}/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-  export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+  vllm
   python -m vtr.eval.cost.servable "$runs/mid" --layers 6
   behind serve pocket
   behind serve-mid "$runs/mid" --served-model-name "random LLaVA-1.5 of 6 layers × 512" --num-gpu-blocks-override 64
 }
-behind() { # RESULT MODEL OPTIONS OF VLLM…: a server, the bench, the server's end
-  vtr serve "$2" -- --dtype float32 --enforce-eager --max-model-len 2048 --max-num-seqs 32 \
-    --no-enable-prefix-caching "${@:3}" > "$runs/$1.log" 2>&1 &
-  trap "kill $! 2> /dev/null || true" EXIT
-  until curl -sf http://127.0.0.1:8000/health > /dev/null; do
-    kill -0 $! || { tail "$runs/$1.log" >&2 && exit 1; }
+inside() {
+  vllm
+  local blocks=(--block-size 32 --num-gpu-blocks-override)
+  local none=(--served-model-name "random LLaVA-1.5 of 12 layers × 512" "${blocks[@]}" 1536)
+  python -m vtr.eval.cost.servable "$runs/mid12" --layers 12
+  up inside 8000 "$runs/mid12" --decoder-policies -- "${none[@]}"
+  vtr bench serve --inside --rounds 2 --json eval/results/serve-inside.json
+  up plain 8001 "$runs/mid12" -- "${none[@]:0:2}" "${blocks[@]}" 256  # as much memory: a block is of all layers
+  vtr bench serve --against http://127.0.0.1:8001 --load 1x16x8 --load 8x16x24 --load 8x64x16 --rounds 7 --json docs/results/serve-none.json
+  down
+  up full 8000 "$runs/mid12" --decoder-policies -- "${none[@]:0:2}" "${blocks[@]}" 700
+  vtr bench serve --inside --load 24x64x24 --rounds 2 --json docs/results/serve-full.json
+  down
+  up pocket 8000 pocket --decoder-policies -- "${blocks[@]}" 1280
+  vtr bench serve --inside --load 1x16x8 --load 8x16x24 --load 32x16x32 --load 8x128x16 --json eval/results/serve-inside-pocket.json
+  evaluate served 200 "${INSIDE[@]}"
+  python -m vtr.eval.accuracy.served "$runs/served" --json docs/results/served.json
+  down
+  up soak 8000 pocket --decoder-policies -- "${blocks[@]}" 512 --max-num-seqs 16 --mm-processor-cache-gb 0.05
+  python -m vtr.eval.cost.soak --seconds 1500 --json docs/results/soak.json
+}
+INSIDE=(m3:tokens=36 'globalcom2:retention=0.4,budget="exact"' fastv:keep=0.25,layer=2 pyramid:positions=keep pyramid
+  "gsearch:schedule=[1.0,0.7678,0.5895,0.4526,0.3475,0.2668,0.2049,0.1573,0.1208,0.0927]" pmod:weights=pocket
+  dynamic-llava:weights=pocket pool:grid=8+fastv:keep=0.5,layer=2)
+vllm() {
+  export PATH=${VTR_VLLM_VENV:-$PWD/.venv-vllm}/bin:$PATH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+  export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+  trap down EXIT
+}
+servers=()
+up() { # NAME PORT MODEL OPTIONS OF VTR SERVE… -- OPTIONS OF VLLM…: a server, once it answers
+  local name=$1 port=$2 model=$3 ours=()
+  shift 3
+  while [ "$1" != -- ]; do ours+=("$1") && shift; done
+  vtr serve "$model" --port "$port" "${ours[@]}" -- --dtype float32 --enforce-eager --max-model-len 2048 \
+    --max-num-seqs 32 --no-enable-prefix-caching "${@:2}" > "$runs/$name.log" 2>&1 &
+  servers+=($!)
+  until curl -sf "http://127.0.0.1:$port/health" > /dev/null; do
+    kill -0 $! || { tail "$runs/$name.log" >&2 && exit 1; }
     sleep 1
   done
+}
+down() { # all of them
+  for server in "${servers[@]}"; do kill "$server" 2> /dev/null && wait "$server" || true; done
+  servers=()
+}
+behind() { # RESULT MODEL OPTIONS OF VLLM…: a server, the bench, the server's end
+  up "$1" 8000 "$2" -- "${@:3}"
   vtr bench serve --json "eval/results/$1.json"
-  kill $! && wait $! || true
+  down
 }
 case ${1:-} in
   accuracy | best | cost) "$1" ;;
-  serve) serve && exit ;;
+  serve | inside) "$1" && exit ;;
   *) grep '^# ' "$0" | cut -c3- && exit 2 ;;
 esac
 python -m vtr.eval.report.readme

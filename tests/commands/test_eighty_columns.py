@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from vtr.eval.cost import batch, policies, scale, serve
+from vtr.eval.cost import batch, policies, scale, serve_tables
 from vtr.eval.report import ratios, results
 
 import vtr
 from vtr.cli import app
-from vtr.commands import _console, bench, bench_decode
+from vtr.commands import _bench, _console, bench_decode, bench_serve
 from vtr.commands import eval as eval_command
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
@@ -35,7 +35,13 @@ TABLES: dict[str, Any] = {
     "policies-anyres": of_policies,
     "batch": lambda body: (["eight rows"], ["ms", "÷ its rows alone", "÷ unpatched, padded"], batch.table(body), True),
     "scale": lambda body: (["what grows", "policy"], ["from", "to", "slope"], scale.table(body), True),
-    "serve": lambda body: (["at a time × tokens"], bench.SERVED, bench.medians(serve.table(body)), True),
+    "serve": lambda body: (["at a time × tokens"], bench_serve.WAITS, _bench.medians(serve_tables.table(body)), True),
+    "serve-mid": lambda body: (
+        ["at a time × tokens"],
+        bench_serve.TAKEN,
+        _bench.medians(serve_tables.taken(body)),
+        True,
+    ),
     "decode": of_decode,
     "engine": lambda body: (["ratio", "median", "min–max"], ["what ÷ what"], ratios.rows(body), False),
 }
@@ -51,7 +57,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Console:
 @pytest.mark.parametrize("name", TABLES)
 def test_bench_tables(name: str, narrow: Console) -> None:
     fixed, others, rows, right = TABLES[name](results.load(RESULTS / f"{name}.json"))
-    bench.show(fixed, others, rows, right=right)
+    _bench.show(fixed, others, rows, right=right)
     shown = narrow.export_text()
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
     words = shown.split()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vtr.eval.cost import serve as bench
+from vtr.eval.cost import serve_contenders, serve_tables, served_by
 from vtr.eval.cost.serve import CONTENDERS, Load
 from vtr.eval.report import plots
 
@@ -51,7 +54,7 @@ class Server:
     """Answers as vLLM does; also its metrics."""
 
     def __init__(self, status: int = 200) -> None:
-        self.running = self.most = 0
+        self.running = self.most = self.looks = 0
         self.status, self.seen = status, []  # type: ignore[var-annotated]
 
     def stream(self, method: str, path: str, json: dict[str, Any]) -> Stream:
@@ -62,13 +65,22 @@ class Server:
     async def get(self, path: str) -> Any:
         assert path == "/metrics"
         blocks = 'vllm:cache_config_info{block_size="16",enable_prefix_caching="False",num_gpu_blocks="200"} 1.0'
+        self.looks += 1
         text = blocks + '\nvllm:kv_cache_usage_perc{engine="0"} 0.25\n'
+        text += f'vllm:num_requests_running{{engine="0"}} {self.running}.0\n'
+        text += f'vllm:num_preemptions_total{{engine="0"}} {self.looks}.0\n'
         return SimpleNamespace(text=text)
 
 
-def test_a_load() -> None:
+def behind(server: Server, contenders: Mapping[str, Any] = CONTENDERS) -> dict[str, bench.Behind]:
+    """One server for all contenders."""
+    return dict.fromkeys(contenders, bench.Behind(server))
+
+
+def test_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "EVERY", 0.001)
     server, done = Server(), []
-    rows = asyncio.run(bench._load(server, "m", Load(2, 4, 5), 2, 16, 0, lambda: done.append(1)))
+    rows = asyncio.run(bench._load(behind(server), "m", Load(2, 4, 5), 2, 16, 0, lambda: done.append(1)))
     assert len(done) == 3 * len(CONTENDERS) and len(server.seen) == 4 * len(done) and server.most == 2
     pictures = [request["messages"][0]["content"][0]["image_url"]["url"] for request in server.seen]
     assert len(set(pictures)) == len(pictures)  # no cache can help
@@ -77,14 +89,103 @@ def test_a_load() -> None:
     assert (none["prompt_tokens"], fixed["prompt_tokens"]) == (99, 9) and 9 < mixed["prompt_tokens"] < 99
     assert none["gain"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert all(row["kv_blocks"] == 50 and row["ttft_ms"]["median"] > 0 and row["tpot_ms"]["median"] > 0 for row in rows)
-    lines = bench.table({"rows": rows})
-    assert len(lines) == 3 and lines[0][:2] == ["2 × 5", "none"] and lines[0][-1] == "50"
+    lines = serve_tables.table({"rows": rows})
+    assert len(lines) == 3 and lines[0][:2] == ["2 × 5", "none"]
+    assert all(row["running"] == 2 and 25 <= row["blocks_each"] <= 50 and row["preemptions"] >= 2 for row in rows)
+    line = serve_tables.taken({"rows": rows})[0]
+    assert line == ["2 × 5", "none", "50", str(round(none["blocks_each"])), "2", str(none["preemptions"]), "—", "—"]
+
+
+def test_two_servers_in_turns() -> None:
+    """The second one is what the first is compared with; what a server's processes took is compared as well."""
+
+    class Counted:
+        def __init__(self, each: float) -> None:
+            self.each, self.now = each, 0.0
+
+        def seconds(self) -> float:
+            self.now += self.each
+            return self.now
+
+    plain, other = Server(), Server()
+    servers = {"none": bench.Behind(plain, Counted(0.2)), "here": bench.Behind(other, Counted(0.4))}  # type: ignore[arg-type]
+    contenders = {"none": ["none"], "here": ["none"]}
+    rows = asyncio.run(bench._load(servers, "m", Load(2, 4, 5), 2, 16, 0, lambda: None, contenders))
+    assert len(plain.seen) == len(other.seen) == 12 and {request["vtr"] for request in plain.seen} == {"none"}
+    assert [row["cpu_ms"] for row in rows] == pytest.approx([50, 100])
+    assert rows[1]["cpu_gain"] == pytest.approx({"median": 0.5, "low": 0.5, "high": 0.5})
+    assert serve_tables.taken({"rows": rows})[1][-2:] == ["100", "0.50 (0.50–0.50)"]
+
+
+def test_loads_of_ones_own() -> None:
+    assert bench.load_of("8x128") == Load(8, 16, 128) and bench.load_of("16×64x40") == Load(16, 40, 64)
+    for wrong in ("8", "8x", "0x4", "8x-1", "axb", "1x2x3x4"):
+        with pytest.raises(ValueError, match="AT_A_TIME"):
+            bench.load_of(wrong)
+    assert {(one.concurrency, one.tokens) for one in bench.loads(False, inside=True)} == {
+        (at, tokens) for at in (1, 8, 32) for tokens in (16, 128)
+    }
+
+
+def test_contenders_of_ones_own() -> None:
+    given = ["fastv:keep=0.5,layer=2", "mine=none;pool:grid=6", "none"]
+    named = {"none": ["none"], "fastv": ["fastv:keep=0.5,layer=2"], "mine": ["none", "pool:grid=6"]}
+    assert serve_contenders.named(given) == named
+    for wrong in (["mine="], ["fastv:keep=0.5", "fastv:keep=0.25"]):
+        with pytest.raises(ValueError, match="--policy"):
+            serve_contenders.named(wrong)
+
+
+@pytest.mark.parametrize("depth", [6, 10, 32])
+def test_contenders_inside_the_decoder(depth: int) -> None:
+    """They can be served at this depth, and have one mean budget."""
+    from vtr.integrations.vllm.inside.asked import divided, entering
+
+    import vtr
+
+    found = serve_contenders.inside(depth)
+    share = {}
+    for name, (spec, *_) in found.items():
+        before, inside = divided(spec, depth)
+        if name in ("fastv", "gsearch"):
+            share[name] = sum(entering(vtr.policy(inside), depth, [10_000])) / depth / 10_000
+        assert (before != "none") == (name == "before") and (inside != "none") == (
+            name in ("fastv", "gsearch", "pyramid")
+        )
+    assert share["fastv"] == pytest.approx(share["gsearch"], abs=1e-3)
+    assert f"retention={round(share['fastv'], 4)}" in found["before"][0]
+    with pytest.raises(ValueError, match="too shallow"):
+        serve_contenders.inside(4)
+
+
+def test_an_answer_that_breaks_off() -> None:
+    class Breaks(Stream):
+        async def aiter_lines(self) -> AsyncIterator[str]:
+            yield 'data: {"error": {"message": "failed on an image"}}'
+
+    server = Server()
+    server.stream = lambda method, path, json: Breaks(server, json)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="failed on an image"):
+        asyncio.run(bench._load(behind(server), "m", Load(1, 1, 5), 1, 16, 0, lambda: None))
+
+
+def test_processes_of_a_server_on_this_machine() -> None:
+    psutil = pytest.importorskip("psutil")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        found = served_by.Processes.behind(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        assert found is not None and os.getpid() in found.pids
+        assert found.seconds() > 0 and sum(found.resident().values()) == pytest.approx(
+            psutil.Process().memory_info().rss / 2**20, rel=0.5
+        )
+    assert served_by.Processes.behind("http://192.0.2.1:80") is None
 
 
 def test_loads_do_not_share_pictures() -> None:
     server = Server()
     for load in (Load(2, 2, 1), Load(2, 2, 3), Load(1, 2, 1)):
-        asyncio.run(bench._load(server, "m", load, 1, 16, 0, lambda: None))
+        asyncio.run(bench._load(behind(server), "m", load, 1, 16, 0, lambda: None))
     pictures = [request["messages"][0]["content"][0]["image_url"]["url"] for request in server.seen]
     assert len(set(pictures)) == len(pictures) == 3 * 2 * 2 * len(CONTENDERS)
 
@@ -113,12 +214,12 @@ def test_the_plot_has_a_bar_for_each_load_and_contender() -> None:
 
 def test_the_docs_have_the_measured_figures() -> None:
     measured = [json.loads((ROOT / f"eval/results/{name}.json").read_text()) for name in ("serve", "serve-mid")]
-    assert bench.markdown(measured) in (ROOT / "docs/serving.md").read_text()
+    assert serve_tables.markdown(measured) in (ROOT / "docs/serving.md").read_text()
 
 
 def test_a_refusal_is_not_a_fast_answer() -> None:
     with pytest.raises(RuntimeError, match="the server said 400: no such policy"):
-        asyncio.run(bench._load(Server(400), "m", Load(1, 1, 5), 1, 16, 0, lambda: None))
+        asyncio.run(bench._load(behind(Server(400)), "m", Load(1, 1, 5), 1, 16, 0, lambda: None))
 
 
 def test_pictures_are_the_seeds() -> None:

@@ -8,14 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vtr.commands._bench import Device, Dtype, Json, Out, check_targets, medians, say, show, write
+from vtr.commands._bench import Device, Dtype, Json, Out, check_targets, say, show, write
 from vtr.commands._options import shared
 from vtr.commands.bench_decode import bench_decode
 from vtr.commands.bench_fork import bench_fork
+from vtr.commands.bench_serve import bench_serve
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-
-SERVED = ["policy", "req/s", "÷ none", "TTFT ms", "p90", "TPOT ms", "prompt", "KV"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ def bench_main() -> None:
 
 bench.command("decode")(bench_decode)
 bench.command("fork")(bench_fork)
+bench.command("serve")(bench_serve)
 
 
 @bench.command("engine")
@@ -322,50 +322,3 @@ def bench_launches(
     console.print(counted.footer(body), highlight=False)
     if lines:
         show(["of all policies"], ["what", "operation", "prefill", "token"], measure.where(found, lines))
-
-
-@bench.command("serve")
-def bench_serve(
-    url: Annotated[str, typer.Option(help="the server, started by `vtr serve`")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="its name there; default: the first the server lists")] = None,
-    small: Annotated[bool, typer.Option("--small", help="small loads: done in minutes")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the result here, and its plot beside it")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="write result and plot into this folder")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="timed rounds of each, after one that warms up")] = 3,
-    side: Annotated[int, typer.Option(help="side of the pictures in pixels")] = 192,
-    seed: Annotated[int, typer.Option(help="of the pictures")] = 0,
-) -> None:
-    """Show what policies change for a server under load: none, one fixed policy, and requests that choose.
-
-    Requests with a fresh picture each, 1, 8 and 32 under way at a time with answers of 16 tokens, then 8 with 128; the
-    contenders take turns. `req/s` — finished requests; `÷ none` — how many times as many as without reduction in the
-    same round (median, smallest–largest); TTFT — until the first token; TPOT — for each further token; `KV` — most
-    cache blocks in use (of vLLM's `/metrics`).
-
-    Examples:
-
-    * `vtr serve pocket -- --dtype float32 --no-enable-prefix-caching` — first the server, in vLLM's environment
-
-    * `vtr bench serve --small --json serve.json`
-    """
-    from tqdm import tqdm
-
-    from vtr.commands._console import console, fail
-    from vtr.commands.serve import check_url
-    from vtr.eval.cost import serve as measure
-
-    steps = measure.loads(small)
-    try:
-        check_targets(json_file, out)
-        check_url(url)
-        name = model or measure.first_model(url)
-        with tqdm(total=len(steps) * len(measure.CONTENDERS) * (rounds + 1), desc="bench serve", unit="round") as bar:
-            body = measure.measure(url, name, steps, rounds, side, seed, lambda: bar.update())
-        write(body, "serve", json_file, out, seed, "cpu")
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise fail(error) from error
-    show(["at a time × tokens"], SERVED, medians(measure.table(body)), right=True)
-    for name, specs in measure.CONTENDERS.items():
-        console.print(f"{name}: {', '.join(specs)}", highlight=False)
