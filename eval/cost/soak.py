@@ -272,8 +272,8 @@ def summary(made: Soak, verified: Counter[str]) -> dict[str, Any]:
         )
     return {
         "requests": notes.count, "seconds": looks[-1].get("seconds"),
-        "done": {kind: dict(counts) for kind, counts in notes.done.items()},
-        "again": notes.again, "verified": dict(verified), "wrong": notes.wrong, "memory_mib": memory,
+        "done": {k: dict(v) for k, v in notes.done.items()}, "again": notes.again,
+        "verified": dict(verified), "wrong": notes.wrong, "memory_mib": memory,
         "preemptions": looks[-1].get("preemptions", 0) - looks[0].get("preemptions", 0),
         "running": max(look.get("running", 0) for look in looks), "usage": max(look.get("usage", 0) for look in looks),
         "usage_at_the_end": looks[-1].get("usage"),
