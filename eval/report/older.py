@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,14 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write evaluations from before multi-modal gain and leakage were MMStar's as they would be written now."""
     parser = argparse.ArgumentParser("python -m vtr.eval.report.older", description=main.__doc__)
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="results of vtr eval; others are left alone"
     )
     try:
-        for path in parser.parse_args().files:
+        for path in parser.parse_args(arguments).files:
             old = read_json(path, "a result file")
             new = renewed(old) if isinstance(old, dict) else old
             if new is not old:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 from vtr.eval.report import older, page, results
 from vtr.eval.report.page import words
 from vtr.eval.report.page.data import read
@@ -66,16 +65,17 @@ def test_the_page_shows_both_and_says_why_leakage_is_missing(path: Path, tmp_pat
     assert (row["gain"], row["gray_gain"], row["leakage"]) == ("0.25", "0.5", "")
 
 
-def test_files_are_written_anew_once(path: Path, tmp_path: Path) -> None:
-    app = older.typer.Typer()
-    app.command()(older.main)
+def test_files_are_written_anew_once(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.save(tmp_path / "engine.json", "engine", {"reference": 1}, seed=0)
     before = (tmp_path / "engine.json").read_bytes()
-    said = CliRunner().invoke(app, [str(path), str(tmp_path / "engine.json")])
-    assert said.exit_code == 0
-    assert "S_wv 25.0 → 50.0, gain without reduction 50.0 → 25.0, leakage 0.0 → –" in said.output
+    older.main([str(path), str(tmp_path / "engine.json")])
+    assert "S_wv 25.0 → 50.0, gain without reduction 50.0 → 25.0, leakage 0.0 → –" in capsys.readouterr().out
     assert json.loads(path.read_text()) == results.load(path) and (tmp_path / "engine.json").read_bytes() == before
-    assert CliRunner().invoke(app, [str(path)]).output == ""
+    older.main([str(path)])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        older.main([str(tmp_path / "nowhere.json")])
+    assert "nowhere.json" in capsys.readouterr().err
 
 
 def test_one_that_lacks_something_is_named(path: Path) -> None:
