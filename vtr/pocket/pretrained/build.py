@@ -87,12 +87,12 @@ def assemble(found: Parts, side: int = SIDE) -> tuple[Any, Any]:
 
 
 def make_processor(tokenizer: Any, side: int, tokens: int) -> Any:
-    """InternVL's prompts and pixels. A picture is one tile; ``crop_to_patches=True`` in a call makes several."""
+    """InternVL's prompts and pixels. A picture is one tile; ``max_patches=4`` in a call makes up to five."""
     from transformers import QianfanOCRProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     pictures = GotOcr2ImageProcessorPil(
-        size={"height": side, "width": side}, crop_to_patches=False, min_patches=1, max_patches=4,
+        size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=1,
         image_mean=list(tower.MEAN), image_std=list(tower.STD),
     )  # fmt: skip
     return QianfanOCRProcessor(
