@@ -32,7 +32,7 @@ def _gelu(x: np.ndarray) -> np.ndarray:
 
 def features(weights: dict[str, np.ndarray], pixels: np.ndarray) -> np.ndarray:
     """What leaves the tower, [1 + patches, width], of one picture [3, side, side]."""
-    kernel = weights["embeddings.patch_embeddings.projection.weight"].astype(np.float64)
+    kernel: np.ndarray = weights["embeddings.patch_embeddings.projection.weight"].astype(np.float64)
     width, _, patch, _ = kernel.shape
     side = pixels.shape[1] // patch
     cut = pixels.reshape(3, side, patch, side, patch).transpose(1, 3, 0, 2, 4).reshape(side**2, -1)
@@ -65,7 +65,7 @@ def _look(part: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 def logits(file: Gguf, ids: list[int]) -> np.ndarray:
     """float64 [tokens, vocabulary], of a text."""
     says, tensors = file.says, file.tensors
-    words = tensors["token_embd.weight"].astype(np.float64)
+    words: np.ndarray = tensors["token_embd.weight"].astype(np.float64)
     x = words[ids]
     for layer in range(says["llama.block_count"]):
         part = {n.split(".")[2]: w for n, w in tensors.items() if n.startswith(f"blk.{layer}.")}
