@@ -14,7 +14,7 @@ from vtr.engine.install import patch
 from vtr.limits import similar
 
 DTYPES = ("float32", "bfloat16", "float16")
-OFFLINE = f"without a download there are {', '.join(pocket.NAMES)}"
+OFFLINE = f"without a download there are {', '.join(pocket.SHIPPED_NAMES)}"
 
 
 def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, Any]:
@@ -27,8 +27,8 @@ def load(name: str | None, device: str, dtype: str | None = None) -> tuple[Any, 
             checkpoint's own.
 
     Raises:
-        ValueError: a checkpoint that is not there, cut short, or of no image-text model; an unknown dtype; a device
-            that this machine does not have.
+        ValueError: a checkpoint that is not there, not built, cut short, or of no image-text model; an unknown dtype; a
+            device that this machine does not have.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r}{similar(str(dtype), DTYPES)}: choose one of {', '.join(DTYPES)}")
@@ -133,6 +133,8 @@ def check_name(name: str | None, what: str = "model", owner: bool = True) -> Non
         name: a folder, a hub name, a pocket model's, or None for the default.
         owner: a name without a slash cannot be the hub's (true of image-text models, not of old language models).
     """
+    if name == pocket.pretrained.NAME:
+        pocket.pretrained.built()
     if name is None or name in pocket.NAMES:
         return
     folder = Path(name)

@@ -131,7 +131,7 @@ def evaluate(
 def _sensible_processes(settings: Settings) -> int:
     """Processes of one thread beat threads on a small model; a large one would be in memory several times."""
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
-    if settings.name not in vtr.pocket.NAMES or not on_cpu:
+    if settings.name not in vtr.pocket.SHIPPED_NAMES or not on_cpu:
         return 1
     if settings.samples is None:
         return min(cores(), MOST_PROCESSES)

@@ -86,7 +86,7 @@ def evaluate(settings: Settings, out: Path, *, resume: bool = False, processes: 
     check_name(settings.model)
     work = partial(_work, settings=settings, out=out, resume=resume)
     batches = math.ceil(settings.limit / settings.batch_size)
-    on_cpu = settings.model in vtr.pocket.NAMES and find_device(settings.device) == "cpu"
+    on_cpu = settings.model in vtr.pocket.SHIPPED_NAMES and find_device(settings.device) == "cpu"
     first = run_on(work, processes, max(1, min(cores(), batches // 2)) if on_cpu else 1)
     return results.load(out / RESULTS) if first else None
 

@@ -19,6 +19,7 @@ from vtr.commands._console import console, fail
 from vtr.engine.adapters import families
 from vtr.learned import Learned
 from vtr.models import skeleton
+from vtr.pocket.pretrained import COMMAND
 from vtr.settings import policy_class
 
 OTHERS = "Policies from elsewhere."
@@ -42,6 +43,7 @@ MODELS = {
     "pocket-internvl": "a tiny InternVL",
     "pocket-video": "the same, trained to watch films",
     "pocket-shots": "reads demonstrations (vtr eval --shots)",
+    "pocket-pretrained": "pretrained tower and decoder, joined untrained; to be built: " + COMMAND,
 }
 
 

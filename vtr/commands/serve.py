@@ -33,14 +33,14 @@ def server_command(
 
 def _folder(model: str) -> str:
     """Where a pocket model is; others are what they are called."""
-    from vtr.pocket import MODELS, NAMES
+    from vtr.pocket import NAMES, checkpoint
 
-    if model in NAMES and NAMES[model] not in MODELS:
+    if NAMES.get(model) == "shots":
         raise ValueError(
             f"{model} is layers on top of another model, and a server wants a whole checkpoint: write one with "
             f"vtr.pocket.load({NAMES[model]!r}), then save_pretrained of model and processor, and name that folder"
         )
-    return str(MODELS[NAMES[model]]) if model in NAMES else model
+    return str(checkpoint(NAMES[model])) if model in NAMES else model
 
 
 def serve_command(
@@ -88,7 +88,7 @@ def serve_command(
     from vtr.models import check_name
 
     try:
-        if model in ("pocket-internvl", "pocket-video"):
+        if model in ("pocket-internvl", "pocket-video", "pocket-pretrained"):
             raise ValueError(
                 "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
             )

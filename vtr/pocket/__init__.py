@@ -1,7 +1,8 @@
 """The pocket models: three tiny LLaVA-NeXT and two tiny InternVL with their weights, pictures and films with questions.
 
 They exist to compare token-reduction policies in seconds on a CPU, without a download. See the MODEL_CARD.md in
-weights, joint/weights, shots/weights, internvl/weights and video/weights.
+weights, joint/weights, shots/weights, internvl/weights and video/weights. A sixth, of pretrained parts, is built by a
+command (``vtr.pocket.pretrained``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vtr.base import Policy
 from vtr.learned import SHIPPED
+
+from . import pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +29,10 @@ LLaVA-NeXT trained on under every policy, p-MoD and Dynamic-LLaVA among them; it
 (answers of fifty words). "video" is the InternVL trained on to watch films, "shots" the first one with some layers
 trained on (``vtr.pocket.shots``)."""
 NAMES = {"pocket": "llava-next"} | {f"pocket-{name}": name for name in ("joint", "internvl", "video", "shots")}
-"""What a pocket model is called where a folder or a hub name may stand (``--model``)."""
+"""What a shipped pocket model is called where a folder or a hub name may stand (``--model``)."""
+SHIPPED_NAMES = tuple(NAMES)
+"""Those that need no download."""
+NAMES[pretrained.NAME] = "pretrained"
 POLICIES = {"pocket": _HERE / "policies", "pocket-joint": _HERE / "joint" / "policies"}
 """What the trained policies of a pocket model are called as ``weights=``, and where they are."""
 SHIPPED.update(POLICIES)
@@ -36,8 +42,10 @@ __all__ = [
     "NAMES",
     "POLICIES",
     "SAMPLES",
+    "SHIPPED_NAMES",
     "WEIGHTS",
     "autoscale",
+    "checkpoint",
     "films",
     "listings",
     "load",
@@ -50,11 +58,12 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
     """A trained model (evaluation mode; float32 unless told otherwise) and its processor, from the package.
 
     Args:
-        family: "llava-next", "joint", "shots" (both of the same family), "internvl" or "video" (of the same family).
+        family: "llava-next", "joint", "shots" (both of the same family), "internvl" or "video" (of the same family), or
+            "pretrained", which a command builds (``vtr.pocket.pretrained``) and whose projector is not trained.
         folder: another one with such a model.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or one that is not built; the message says by what it is.
     """
     if family == "shots":
         from .shots import put_on
@@ -62,9 +71,10 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
         model, processor = load(dtype=dtype)
         put_on(model, processor, folder)
         return model, processor
-    if family not in MODELS:
-        raise ValueError(f"family={family!r}: choose one of {', '.join(NAMES.values())}")
-    folder = folder or MODELS[family]
+    if family == "pretrained":
+        folder = pretrained.built(folder)
+        pretrained.say_limits(folder)
+    folder = folder or checkpoint(family)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
@@ -79,6 +89,24 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
         if bars:
             logging.enable_progress_bar()
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def checkpoint(family: str) -> Path:
+    """The folder of a pocket model that is a whole checkpoint.
+
+    Raises:
+        ValueError: it is none, or not built.
+    """
+    if family == "pretrained":
+        return pretrained.built()
+    if family == "shots":
+        raise ValueError(
+            "family='shots' is layers on top of another model: write a whole checkpoint with vtr.pocket.load('shots'), "
+            "then save_pretrained of model and processor"
+        )
+    if family not in MODELS:
+        raise ValueError(f"family={family!r}: choose one of {', '.join(NAMES.values())}")
+    return MODELS[family]
 
 
 def autoscale(method: str = "cascade") -> Policy:
