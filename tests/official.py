@@ -44,8 +44,13 @@ def meta(method: str) -> dict[str, Any]:
 
 
 def tensors(method: str, name: str) -> dict[str, Tensor]:
-    """One file of fixtures."""
-    return load_file(GOLDEN / method / f"{name}.safetensors")
+    """One file of fixtures, with those tensors that are the same in another method's (NAME.elsewhere.json)."""
+    found: dict[str, Tensor] = load_file(GOLDEN / method / f"{name}.safetensors")
+    elsewhere = GOLDEN / method / f"{name}.elsewhere.json"
+    for other, names in json.loads(elsewhere.read_text()).items() if elsewhere.is_file() else ():
+        theirs = load_file(GOLDEN / f"{other}.safetensors")
+        found.update({one: theirs[one] for one in names})
+    return found
 
 
 def close(got: Tensor, want: Tensor, noise: float = 1e-5) -> None:
