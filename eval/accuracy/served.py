@@ -11,8 +11,6 @@ transformers said (the run's ``samples.jsonl``), answer by answer. Greedy both t
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from vtr.eval.accuracy.answers import question_of
 from vtr.eval.accuracy.data import Sample, open_data
 from vtr.eval.accuracy.journal import Journal
 from vtr.eval.accuracy.metrics import Metric, metric
-from vtr.eval.cost.serve import first_model
+from vtr.eval.cost.serve import data_url, first_model
 from vtr.eval.report import results
 
 AGAIN = 3
@@ -33,9 +31,7 @@ AGAIN = 3
 
 def body(model: str, sample: Sample, spec: str, instruction: str, tokens: int) -> dict[str, Any]:
     """The request for one answer, as ``vtr eval`` asks: a picture, then the question."""
-    raw = io.BytesIO()
-    sample.picture().save(raw, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
+    url = data_url(sample.picture())
     text = question_of(sample, instruction)
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     return {

@@ -92,13 +92,18 @@ def load_of(text: str) -> Load:
     return Load(at, rest[0] if rest else 2 * at, tokens)
 
 
-def picture(draw: np.random.Generator, side: int) -> str:
-    """A random picture, as a data URL."""
+def picture(draw: np.random.Generator, side: int) -> Any:
+    """A random picture."""
     from PIL import Image
 
     coarse = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST)
+
+
+def data_url(image: Any) -> str:
+    """A picture as what stands in a request."""
     raw = io.BytesIO()
-    Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST).save(raw, "PNG")
+    image.save(raw, "PNG")
     return "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
 
 
@@ -270,7 +275,8 @@ async def _load(
         names = list(contenders)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             specs, count = contenders[name], load.requests if turn else min(load.requests, WARM)
-            requests = [body(model, specs[i % len(specs)], picture(draw, side), load.tokens) for i in range(count)]
+            urls = [data_url(picture(draw, side)) for _ in range(count)]
+            requests = [body(model, specs[i % len(specs)], url, load.tokens) for i, url in enumerate(urls)]
             made = await one_round(servers[name], requests, load.concurrency)
             if turn:
                 found[name].append(made)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +9,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from vtr.eval.cost.serve import data_url
 
 import vtr
 
@@ -81,9 +80,7 @@ def picture(seed: int) -> Any:
 
 @lru_cache(maxsize=PICTURES)
 def _url(seed: int) -> str:
-    raw = io.BytesIO()
-    picture(seed).save(raw, "PNG")
-    return "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
+    return data_url(picture(seed))
 
 
 def body(model: str, asked: Asked) -> dict[str, Any]:

@@ -8,32 +8,26 @@ times. In vLLM's environment, on a CPU.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from PIL import Image
 from rich.console import Console
 from tqdm import tqdm
 from vtr.eval.cost.interleave import median_ratio
-from vtr.eval.report.results import hardware, versions
+from vtr.eval.cost.serve import picture
+from vtr.eval.report import results
 
 SMALL = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "enable_prefix_caching": False}
 QUIET = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 QUIET |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def pictures(draw: np.random.Generator, count: int, side: int) -> list[Image.Image]:
-    """Coloured squares, no two alike: nothing is in a cache."""
-    drawn = [draw.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(count)]
-    return [Image.fromarray(one).resize((side, side), Image.Resampling.NEAREST) for one in drawn]
-
-
-def cpu_seconds(llm: Any, prompt: str, images: list[Image.Image], tokens: int) -> float:
+def cpu_seconds(llm: Any, prompt: str, images: Sequence[Any], tokens: int) -> float:
     """CPU time of this process while ``llm`` answers about each picture, ``tokens`` tokens each."""
     from vllm import SamplingParams
 
@@ -68,7 +62,8 @@ def main(
     for turn in tqdm(range(rounds + 1), desc="rounds"):
         for which in (0, 1) if turn % 2 else (1, 0):
             gc.collect()
-            spent = cpu_seconds(engines[which], prompt, pictures(draw, requests, side), tokens)
+            images = [picture(draw, side) for _ in range(requests)]  # no two alike: nothing is in a cache
+            spent = cpu_seconds(engines[which], prompt, images, tokens)
             if turn:  # the first one warms up
                 times[which].append(spent)
     found = median_ratio(times[1], times[0])
@@ -78,9 +73,7 @@ def main(
     if json_file is not None:
         made = {"model": str(model), "requests": requests, "tokens": tokens, "rounds": rounds, "seconds": times}
         ratio = {"median": found.value, "low": found.low, "high": found.high}
-        json_file.write_text(
-            json.dumps({**made, "ratio": ratio, "hardware": hardware("cpu"), "versions": versions()}, indent=1) + "\n"
-        )
+        results.save(json_file, "unreduced", {**made, "ratio": ratio}, seed=0)
 
 
 if __name__ == "__main__":

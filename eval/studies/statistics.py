@@ -27,6 +27,7 @@ from vtr.eval.studies.statistics_seen import Seen, look
 import vtr
 from vtr import models
 from vtr.chat import encode
+from vtr.search.ranking import taus
 
 SHARES = ("first", "picture", "best_tenth", "best_quarter", "early_quarter", "largest")
 LIKE = 0.5
@@ -42,21 +43,9 @@ SHOWN = {
 MODELS = ["pocket", "pocket-internvl"]
 
 
-def taus(seen: Seen) -> np.ndarray:
-    """[layers, layers], of one question."""
-    from scipy.stats import kendalltau
-
-    depth = len(seen.picture)
-    tau = np.eye(depth)
-    for i in range(depth):
-        for j in range(i):
-            tau[i, j] = tau[j, i] = float(kendalltau(seen.picture[i], seen.picture[j]).statistic)
-    return tau
-
-
 def summary(found: list[Seen]) -> dict[str, Any]:
     """Means over questions: curves over the layers, and the tau of every two."""
-    tau = np.mean([taus(one) for one in found], 0)
+    tau = np.mean([taus(one.picture) for one in found], 0)
     share = {
         "first": [one.first for one in found],
         "picture": [one.picture.sum(1) for one in found],

@@ -12,18 +12,13 @@ from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems, Image
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vtr.integrations.vllm import metrics
 from vtr.integrations.vllm.layouts import LayoutOf, check_tower, count_of, shortened
-from vtr.integrations.vllm.specs import NONE, RequestError, acts_before, identity, packed, read, scaled
+from vtr.integrations.vllm.specs import NONE, RequestError, acts_before, decoder_layers, identity, packed, read, scaled
 
 from vtr.image import Layout
 
 KEY = "vtr"
 DEFAULT = "vtr_default"
 """The key of the model's config (``--hf-overrides``) that says what requests get that name no policy."""
-
-
-def decoder_layers(config: Any) -> int:
-    """How many layers the decoder of a model has, by its config."""
-    return int(config.get_text_config().num_hidden_layers)
 
 
 def _without(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -47,6 +47,11 @@ UNSEEN = {
 TRIES = "{} tries answers before it chooses, which vLLM cannot: name a scale, e.g. m3:tokens=36"
 
 
+def decoder_layers(config: Any) -> int:
+    """How many layers the decoder of a model has, by its config."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
 class RequestError(ValueError):
     """Something in a request's ``vtr`` that cannot be served; the message, never a long one, says what to write."""
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from vtr.integrations.vllm import guard
-from vtr.integrations.vllm.processor import DEFAULT, decoder_layers
-from vtr.integrations.vllm.specs import RequestError, spec_of
+from vtr.integrations.vllm.processor import DEFAULT
+from vtr.integrations.vllm.specs import RequestError, decoder_layers, spec_of
 from vtr.integrations.vllm.worker import Reducing
 
 from vtr.base import Policy, UnsupportedError

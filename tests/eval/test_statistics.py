@@ -27,7 +27,7 @@ def test_it_sees_what_the_search_sees() -> None:
     vtr.unpatch(model)
     model.set_attn_implementation("eager")
     seen = look(model, encode(processor, [sample["question"]], [sample["image"]]), "text")
-    np.testing.assert_allclose(statistics.taus(seen)[:-1, :-1], theirs.tau, atol=0.01)
+    np.testing.assert_allclose(statistics.taus(seen.picture)[:-1, :-1], theirs.tau, atol=0.01)
     layers = len(model.get_decoder().layers)
     assert seen.first.shape == (layers,) and seen.norms.shape == (3, layers) and (seen.picture.sum(1) < 1).all()
     assert seen.tower is not None and len(seen.tower["itself"]) == model.config.vision_config.num_hidden_layers

@@ -15,11 +15,14 @@ from vtr.integrations.vllm import gateway
 from vtr.integrations.vllm.inside import admission, engine_args
 from vtr.integrations.vllm.inside.asked import Promise, divided, entering, resolved
 from vtr.integrations.vllm.inside.options import SCHEDULER, Options, server_args, why_not
+from vtr.integrations.vllm.inside.served import adds_up
 from vtr.integrations.vllm.specs import RequestError
 
 import vtr
 from vtr.cli import app
 from vtr.commands import serve
+from vtr.engine.asked import Asked
+from vtr.engine.scores import Queries
 
 DEPTH = 10
 
@@ -220,6 +223,18 @@ def test_other_decoders_are_refused() -> None:
     windows = config()
     windows.model_config.hf_config.get_text_config().layer_types = ["sliding_attention"]
     assert "sliding windows" in str(why_not(windows)) and why_not(config()) is None
+
+
+def test_which_scores_of_several_ranks_may_be_averaged() -> None:
+    """The mean over heads may, also summed over tokens; a largest one may not, whatever it is the largest of."""
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    for strongest in (False, True):
+        short = Queries((0,), one, None, one[0], 1, 0, strongest=strongest)
+        assert adds_up(short) == (not strongest)
+    for heads in ("mean", "max", "each"):
+        for over in ("mean", "sum", "max", "each"):
+            asked = Asked(vtr.Attention("text", heads, over), 0, (0,), (1,), one, None, one[0], (1,))
+            assert adds_up(asked) == (heads == "mean" and over != "max")
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------

@@ -81,6 +81,14 @@ class More(Halves):
 
 
 @dataclass
+class Passing(More):
+    """Promises to let half of the tokens go around the layers, and lets none."""
+
+    def route(self, layer: int, tokens: vtr.Tokens) -> None:
+        return None
+
+
+@dataclass
 class Raising(Halves):
     """Raises on states that are not zero, as a rehearsal's are."""
 
@@ -100,6 +108,7 @@ class Strange(Halves):
 _FAILED = "failed inside the decoder ({}): the server's log says more"
 SAYS = {
     "test-more-inside": "vtr: test-more-inside:layer=2 keeps more tokens than it promised",
+    "test-passing": "vtr: test-passing:layer=2 keeps more tokens than it promised",
     "test-raising-inside": f"vtr: test-raising-inside:layer=2 {_FAILED.format('AssertionError')}",
     "test-strange": f"vtr: test-strange:layer=2 {_FAILED.format('TypeError')}",
 }
@@ -107,6 +116,12 @@ SAYS = {
 
 def register() -> None:
     """Make them known in this process; may run several times."""
-    known = {"test-halves": Halves, "test-more-inside": More, "test-raising-inside": Raising, "test-strange": Strange}
+    known = {
+        "test-halves": Halves,
+        "test-more-inside": More,
+        "test-passing": Passing,
+        "test-raising-inside": Raising,
+        "test-strange": Strange,
+    }
     for name, cls in known.items():
         vtr.register_policy(name)(cls)

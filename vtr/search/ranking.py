@@ -7,6 +7,7 @@ that a shallow layer ranks low are not missed later, and cutting from shallow to
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,6 @@ def rank_agreement(model: Any, processor: Any, data: Any, queries: Scores = "tex
     Raises:
         ValueError: less than three layers or no vision tokens.
     """
-    from scipy.stats import kendalltau
-
     depth = len(model.get_decoder().layers)
     if depth < 3:
         raise ValueError(f"{depth} layers have no two rankings to compare")
@@ -112,11 +111,21 @@ def rank_agreement(model: Any, processor: Any, data: Any, queries: Scores = "tex
         if not watch.seen:
             raise ValueError(f"{one.question!r} has no vision tokens to rank")
         seen = [watch.seen[layer].numpy() for layer in range(depth - 1)]
+        tau += taus(seen)
         for i in range(depth - 1):
-            for j in range(i, depth - 1):
-                tau[i, j] = tau[j, i] = tau[i, j] + float(kendalltau(seen[i], seen[j]).statistic)
             within[i] += [_share(seen[i], deep) for deep in seen]
     return Ranks(tau / len(asked), within / len(asked), len(asked), queries)
+
+
+def taus(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Kendall's tau of every two rankings [n] of the same tokens: [rankings, rankings]."""
+    from scipy.stats import kendalltau
+
+    tau = np.zeros((len(scores), len(scores)))
+    for i, one in enumerate(scores):
+        for j in range(i, len(scores)):
+            tau[i, j] = tau[j, i] = float(kendalltau(one, scores[j]).statistic)
+    return tau
 
 
 def _share(shallow: np.ndarray, deep: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vtr.integrations.vllm.inside.asked import Promise, check_sizes, divided, entering, resolved
 from vtr.integrations.vllm.inside.options import KEY, Options, why_not
-from vtr.integrations.vllm.specs import NONE, RequestError, refusal
+from vtr.integrations.vllm.specs import NONE, RequestError, decoder_layers, refusal
 
 from vtr.base import Policy, UnsupportedError
 from vtr.limits import short
@@ -66,8 +66,8 @@ def admit(vllm_config: Any, request: Any) -> None:
         return
     if not isinstance(asked, str):
         raise RequestError(f'extra_args["vtr"] is a spec string like "fastv:keep=0.25,layer=2", got {asked!r:.80}')
-    text = vllm_config.model_config.hf_config.get_text_config()
-    depth = int(text.num_hidden_layers)
+    hf_config = vllm_config.model_config.hf_config
+    depth = decoder_layers(hf_config)
     weights = {} if options is None else options.weights
     before, within = divided(asked, depth, weights)
     if before != NONE and before is not None:
@@ -83,7 +83,7 @@ def admit(vllm_config: Any, request: Any) -> None:
     if (reason := why_not(vllm_config)) is not None:
         raise RequestError(reason)
     if request.mm_features:
-        check_sizes(made, depth, int(text.hidden_size))
+        check_sizes(made, depth, int(hf_config.get_text_config().hidden_size))
         params.extra_args = {**extra, KEY: _promise(vllm_config, request, made, depth).as_args()}
 
 
@@ -99,7 +99,7 @@ def _promise(vllm_config: Any, request: Any, made: Policy, depth: int) -> Promis
         RequestError: something about the request that a policy inside the decoder cannot be served with.
     """
     _check_call(request, made)
-    _check_prompt(request, made, depth)
+    _check_prompt(request, made)
     _check_room(vllm_config.scheduler_config, request, made)
     hf_config = vllm_config.model_config.hf_config
     if made.renumbers and vllm_config.model_config.uses_mrope:
@@ -135,7 +135,7 @@ def _check_call(request: Any, made: Policy) -> None:
         raise RequestError(f"a request with {others[0]} cannot have a policy inside the decoder: leave the policy out")
 
 
-def _check_prompt(request: Any, made: Policy, depth: int) -> None:
+def _check_prompt(request: Any, made: Policy) -> None:
     last = max(feature.mm_position.offset + feature.mm_position.length for feature in request.mm_features)
     if last >= len(request.prompt_token_ids):
         raise RequestError(

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from vtr.integrations.vllm.specs import LONGEST, NONE, RequestError, checked_no_file, said
+from vtr.integrations.vllm.specs import LONGEST, NONE, TRIES, RequestError, checked_no_file, said
 
 from vtr.base import Policy, rehearsed
 from vtr.chain import Chain
@@ -168,7 +168,7 @@ def check(made: Policy, depth: int) -> None:
             "that drops them, e.g. fastv:keep=0.25,layer=2"
         )
     if made.asks("resolve"):
-        raise RequestError(f"{short(made.spec)} tries answers before it chooses, which vLLM cannot: name the policy")
+        raise RequestError(TRIES.format(short(made.spec)))
     if not any(map(made.asks, QUESTIONS)):
         raise RequestError(f"{short(made.spec)} reduces nothing: ask for {NONE!r}")
     try:
@@ -187,8 +187,6 @@ def check_sizes(made: Policy, depth: int, width: int) -> None:
                     f"{part.name}'s weights are for hidden_size={theirs[0]} and {theirs[1]} layers, this model has "
                     f"{width} and {depth}: train them with this model"
                 )
-        elif isinstance(part, Learned) and part.module is None:
-            raise RequestError(f"{part.name} has no weights: give weights=NAME, one of {', '.join(SHIPPED)}")
 
 
 def entering(made: Policy, depth: int, sizes: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vtr.integrations.vllm.inside import blocks
 from vtr.integrations.vllm.inside.asked import Promise
 from vtr.integrations.vllm.inside.options import Options
+from vtr.integrations.vllm.specs import decoder_layers
 
 
 class HoldingScheduler(Scheduler):
@@ -19,7 +20,7 @@ class HoldingScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config
-        depth = int(config.model_config.hf_config.get_text_config().num_hidden_layers)
+        depth = decoder_layers(config.model_config.hf_config)
         self._vtr_parts = (Options.of(config) or Options()).groups(depth)
         self._vtr_promises: dict[str, Promise] = {}
 

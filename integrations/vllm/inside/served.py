@@ -146,7 +146,7 @@ class ServedQuestions(Questions):
 class ServedProbes(Probes):
     """Takes scores from what vLLM's attention modules are called with."""
 
-    def take(self, index: int, attention: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+    def take(self, attention: Any, query: torch.Tensor, key: torch.Tensor) -> None:
         """Note what is wanted of a layer. query, key: [T, heads · d] of the tokens that pass it, after rope."""
         q, k = (t.view(len(t), -1, attention.head_size).transpose(0, 1) for t in (query, key))
         for number, probe in enumerate(self._probes):
@@ -208,8 +208,17 @@ def over_ranks(asked: Any, query: torch.Tensor, key: torch.Tensor, attention: An
         norms = asked.found(key, query.shape[0], attention)
         return norms if ranks == 1 else tensor_model_parallel_all_reduce(norms)
     query = query.index_select(1, asked.places.flatten())
-    averaged = not asked.strongest if isinstance(asked, Queries) else asked.request.heads == "mean"
-    if ranks > 1 and not (averaged and isinstance(asked, (Queries, Asked))):  # the strongest head may be elsewhere
+    apart = ranks > 1 and adds_up(asked)
+    if ranks > 1 and not apart:
         query, key = (tensor_model_parallel_all_gather(t.contiguous(), dim=0) for t in (query, key))
     found: torch.Tensor = asked.found(query, key, attention.impl.scale, None, None)
-    return tensor_model_parallel_all_reduce(found) / ranks if ranks > 1 and averaged else found
+    return tensor_model_parallel_all_reduce(found) / ranks if apart else found
+
+
+def adds_up(asked: Queries | Asked) -> bool:
+    """Whether what the ranks find of their heads may be averaged: not where the strongest head may be elsewhere, nor
+    where the largest of several tokens' means is asked for.
+    """
+    if isinstance(asked, Queries):
+        return not asked.strongest
+    return asked.request.heads == "mean" and asked.request.over != "max"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vtr.integrations.llava import tile_layout
 from vtr.integrations.vllm import guard
 from vtr.integrations.vllm.inside.asked import Promise
 from vtr.integrations.vllm.inside.segments import Segments
@@ -32,6 +33,7 @@ from vtr.learned import Learned, differing, fingerprint
 from vtr.parts import members
 
 logger = logging.getLogger(__name__)
+MORE = "keeps more tokens than it promised"
 
 
 @dataclass(eq=False)
@@ -65,6 +67,11 @@ class Held:
     def acts(self, start: int) -> bool:
         """Whether its policy has something to do in a step that begins at token ``start``."""
         return start < self.prompt or self.policy.renumbers or self.policy.asks("remember")
+
+
+def past(held: Sequence[Held | None], starts: Sequence[int], layer: int) -> list[int]:
+    """How many tokens of each request a layer holds already. starts: how many were computed."""
+    return [n if one is None else n - int(one.dropped[layer]) for one, n in zip(held, starts, strict=True)]
 
 
 @lru_cache(maxsize=256)
@@ -146,7 +153,7 @@ class Step:
         self.alive = torch.arange(self.total, device=hidden.device)
         for i, one in enumerate(self.held):
             if one is not None and one.why is not None and self.begun[i]:
-                self._broke([i])
+                self._end([i], one.why)
 
     # -- at each layer ---------------------------------------------------------------------------------------------
     def enter(
@@ -172,8 +179,8 @@ class Step:
             self.positions.close_up(self.packed.starts, self.logical, states)
         self._remember(index, states[0])
         passing = self.questions.route(index, states)
-        if passing.lengths != self.packed.lengths and any(self._over(index, passing.counts)):
-            self._broke(self._over(index, passing.counts))
+        if over := self._over(index, passing.counts):  # of those that are routed; others are cut already
+            self._end(over, MORE)
             hidden, residual, states = self._trim(index, layer, hidden, residual, states)
             passing = self.questions.route(index, states)
         self.held_here[index] = passing.lengths
@@ -181,16 +188,9 @@ class Step:
         if passing.through is not None:
             ids = ids.index_select(1, passing.through)
             hidden, residual = self._pass(states[0], residual, passing)
-        self.segments.enter(index, passing.lengths, self._past(index))
+        self.segments.enter(index, passing.lengths, past(self.held, self.starts, index))
         self.questions.probes.probes(index, [], passing.lengths, passing.through)
         return ids if len(ids) > 1 else ids[0], hidden, residual
-
-    def _past(self, index: int) -> list[int]:
-        """How many tokens of each request layer ``index`` holds already."""
-        return [
-            start if one is None else start - int(one.dropped[index]) if start else 0
-            for one, start in zip(self.held, self.starts, strict=True)
-        ]
 
     def _step_down(self, index: int, hidden: torch.Tensor) -> None:
         """Requests that go on under a policy that renumbers: their tokens follow those that the layer holds."""
@@ -233,7 +233,7 @@ class Step:
         over = [i for i in self._over(index, counts) if not self.questions.routed[i]]  # what is routed may go around
         if not over:
             return hidden, residual, states
-        self._broke(over)
+        self._end(over, MORE)
         left = [self.held[i].limits[index] if i in over else n for i, n in enumerate(counts)]  # type: ignore[union-attr]
         spans = self.packed.vision_spans()
         chosen = torch.cat([torch.arange(span.start, span.start + n) for span, n in zip(spans, left, strict=True)])
@@ -307,24 +307,16 @@ class Step:
                 one.dropped += self.forgot[i]
 
     def _fail(self, rows: Sequence[int], error: Exception) -> None:
+        """What these requests' policy raised is the matter of these requests alone."""
+        logger.error("a policy failed inside the decoder", exc_info=error)
+        self._end(rows, f"failed inside the decoder ({type(error).__name__}): the server's log says more")
+
+    def _end(self, rows: Sequence[int], what: str) -> None:
         """These requests' policies have broken: they end in an error, and are computed to the end of this step."""
         for i in rows:
             one = self.held[i]
             assert one is not None
-            if one.why is None:
-                one.why = (
-                    f"{one.promise.spec} failed inside the decoder ({type(error).__name__}): the server's log says more"
-                )
-                logger.error("%s: %s", one.promise.spec, error, exc_info=error)
-            guard.failed(self.names[i], one.why)
-        self.questions.leave_out(rows)
-
-    def _broke(self, rows: Sequence[int]) -> None:
-        """More tokens than promised would enter a layer."""
-        for i in rows:
-            one = self.held[i]
-            assert one is not None
-            one.why = one.why or f"{one.promise.spec} keeps more tokens than it promised"
+            one.why = one.why or f"{one.promise.spec} {what}"
             guard.failed(self.names[i], one.why)
         self.questions.leave_out(rows)
 
@@ -346,6 +338,4 @@ def _row(i: int, held: Held | None, n: int, layouts: Callable[[Sequence[Any]], l
 
 def _unknown(sizes: Sequence[int]) -> list[Any]:
     """In place of layouts: so many tokens of each image, without places."""
-    from vtr.integrations.llava import tile_layout
-
     return [tile_layout(1, size) for size in sizes]

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
-import numpy as np
 import torch
 from vtr.integrations.vllm.inside.asked import Promise
 from vtr.integrations.vllm.inside.options import Options, check_places, why_not
 from vtr.integrations.vllm.inside.segments import Segments
 from vtr.integrations.vllm.inside.served import ServedDecoder
-from vtr.integrations.vllm.inside.step import Held, Step
+from vtr.integrations.vllm.inside.step import Held, Step, past
+from vtr.integrations.vllm.specs import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class Worker:
 
     def __init__(self, runner: Any, options: Options) -> None:
         self.runner = runner
-        depth = int(runner.model_config.hf_config.get_text_config().num_hidden_layers)
-        self.parts = options.groups(depth)
+        self.parts = options.groups(decoder_layers(runner.model_config.hf_config))
         self.decoder: ServedDecoder
         self.segments: Segments
         self.step: Step | None = None
@@ -107,9 +106,9 @@ class Worker:
                 step = self._now()
                 return None if step is None else (*step.enter(index, module, *args[:3]), *args[3:])
 
-            def asked(module: Any, args: Any, index: int = index) -> None:
+            def asked(module: Any, args: Any) -> None:
                 if (step := self._now()) is not None:
-                    step.questions.probes.take(index, module, args[0], args[1])
+                    step.questions.probes.take(module, args[0], args[1])
 
             def fed(module: Any, args: Any, out: Any) -> Any:
                 step = self._now()
@@ -167,12 +166,8 @@ class Worker:
 
     def _still(self, held: Sequence[Held | None], lengths: list[int], starts: list[int]) -> None:
         """A step in which nothing is cut: shapes are as ever, only each layer's metadata differ."""
-        before = np.array(starts)[:, None].repeat(self.decoder.depth, 1)
-        for row, one in enumerate(held):
-            if one is not None:
-                before[row] -= one.dropped
         for index in range(self.decoder.depth):
-            self.segments.enter(index, lengths, before[:, index].tolist())
+            self.segments.enter(index, lengths, past(held, starts, index))
 
     def _held(self, name: str) -> Held | None:
         """What is known of a request under a policy; None of others."""
