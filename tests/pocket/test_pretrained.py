@@ -168,10 +168,10 @@ def test_it_is_loaded_by_name(saved: Path) -> None:
     with pytest.warns(UserWarning, match="projector between them is not"):
         model, processor = models.load("pocket-pretrained", "cpu")
     picture, question, _ = vtr.pocket.sample()
-    inputs = encode(processor, [question] * 2, [picture] * 2)
+    small, large = (picture.resize((n * stand_ins.SIDE,) * 2) for n in (1, 2))
+    inputs = encode(processor, [question] * 2, [small] * 2)
     assert int((inputs["input_ids"][0] == model.config.image_token_id).sum()) == 4
-    tiles = processor(images=[[picture]], text=[decoder.CONTEXT], max_patches=4, return_tensors="pt")["pixel_values"]
-    assert len(tiles) == 5
+    assert len(encode(processor, [question], [large])["pixel_values"]) == 5
     model.generate(**inputs, policy=["fastv:keep=0.5,layer=1", None], max_new_tokens=2)
     assert [row.total for row in vtr.report(model).rows] == [4, 4]
     assert vtr.pocket.checkpoint("pretrained") == saved

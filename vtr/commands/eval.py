@@ -21,7 +21,7 @@ def eval_command(
     task: Annotated[
         str | None,
         typer.Option(
-            help="a pocket task, and the model that has learnt it: `questions`, `listing`, `video`",
+            help="a pocket task, and the model that has learnt it: `questions`, `listing`, `video`, `canvases`",
             show_default="questions",
         ),
     ] = None,
@@ -200,7 +200,10 @@ def show_shots(body: dict[str, Any]) -> None:
     console.print(caption(body), highlight=False, markup=False)
 
 
-TASKS = {"questions": ("pocket", "auto"), "listing": ("pocket-joint", "listing"), "video": ("pocket-video", "auto")}
+TASKS = {
+    "questions": ("pocket", "auto"), "listing": ("pocket-joint", "listing"), "video": ("pocket-video", "auto"),
+    "canvases": ("pocket-pretrained", "auto"),
+}  # fmt: skip
 """The pocket tasks: the model that has learnt one, and what counts."""
 
 
@@ -209,11 +212,16 @@ def of_task(
 ) -> tuple[str, str | None, str]:
     """``--task``, ``--frames`` and the three options they stand for → data, model and metric.
 
+    Without a task, pocket-pretrained gets the one it has learnt.
+
     Raises:
         ValueError: no such task, other data beside it, or frames of a task without.
     """
     from vtr.limits import similar
+    from vtr.pocket import task_of
 
+    if task is None and data == "pocket" and task_of(model) != "questions":
+        task = task_of(model)
     if task is None:
         if frames is not None:
             raise ValueError("--frames is for films: --task video")

@@ -214,7 +214,7 @@ def prepare(image: Path | None, question: str | None, sample: int | None, name: 
         raise ValueError('give a picture and a question (vtr run cat.png "what …"), or --sample 0')
     answer = None
     if sample is not None:
-        picture, asked, answer = vtr.pocket.sample(sample)
+        picture, asked, answer = vtr.pocket.sample(sample, name)
         question, answer = (asked, answer) if question is None else (question, None)
     else:
         picture = upright(image)  # type: ignore[arg-type]

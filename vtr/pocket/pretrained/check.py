@@ -1,4 +1,4 @@
-"""Is what was built what the packages hold? Figures of a saved model beside a second computation, and beside limits."""
+"""Is what was put together what the packages hold? Figures beside a second computation, and beside limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .build import Parts
+from .parts import Parts
 
 TEXT = (
     "The sun is a star. It is the closest star to the Earth, and it gives us light and heat. Plants use the light of "
@@ -38,7 +38,7 @@ class Figure:
 
 @torch.inference_mode()
 def figures(found: Parts, model: Any, processor: Any) -> list[Figure]:
-    """Of the tower, the decoder as numbers, the decoder as a speaker, and the projector's tokens."""
+    """Of the tower, the decoder as numbers and the decoder as a speaker, before anything trained is added."""
     side = model.config.vision_config.image_size[0]
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours = model.model.vision_tower(pixels).last_hidden_state[0].double().numpy()
@@ -55,6 +55,16 @@ def figures(found: Parts, model: Any, processor: Any) -> list[Figure]:
         Figure("decoder: perplexity of plain English", math.exp(loss), 12.0),
         Figure(f"decoder: wrong answers to {len(QUESTIONS)} easy questions", wrong, 0),
     ]
+
+
+@torch.inference_mode()
+def difference(fresh: Any, saved: Any) -> Figure:
+    """How far the weights of a saved model are from those of one that was just put together."""
+    ours, theirs = fresh.state_dict(), saved.state_dict()
+    if ours.keys() != theirs.keys():
+        return Figure("saved model: weights that the other does not have", len(ours.keys() ^ theirs.keys()), 0)
+    off = max(float((value - theirs[name]).abs().max()) for name, value in ours.items())
+    return Figure("saved model: largest difference to a fresh one", off, 1e-6)
 
 
 @torch.inference_mode()

@@ -1,0 +1,74 @@
+"""What was trained: the projector and low-rank changes (LoRA) of the decoder's linear layers, shipped as int8.
+
+The weights of the packages are not redistributed: ``build`` adds these to them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAINED = Path(__file__).parent / "weights" / "trained.safetensors"
+PROJECTOR = "projector."
+LORA = "lora."
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a decoder layer that are changed."""
+DOWN, UP = ".a", ".b"
+"""Of a change up · down: the first maps a layer's input to the rank, the second the rank to its output."""
+
+
+def save(weights: dict[str, torch.Tensor], path: Path = TRAINED) -> None:
+    """Write weights as int8 with one scale a row (vectors stay float32).
+
+    Args:
+        weights: the projector's state below "projector.", and for every changed layer of the decoder
+            "lora.layers.0.self_attn.q_proj.a" [rank, in] and ".b" [out, rank], their product being what is added.
+    """
+    from safetensors.torch import save_file
+
+    packed = {}
+    for name, value in weights.items():
+        value = value.detach().float().contiguous()
+        if value.ndim < 2:
+            packed[name] = value
+            continue
+        scale = value.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        packed[name], packed[name + ".scale"] = (value / scale).round().to(torch.int8), scale.half()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(packed, path)
+
+
+def load(path: Path = TRAINED) -> dict[str, torch.Tensor]:
+    """What :func:`save` wrote, float32."""
+    from safetensors.torch import load_file
+
+    packed = load_file(path)
+    return {
+        name: value.float() * packed[name + ".scale"].float() if value.dtype == torch.int8 else value
+        for name, value in packed.items()
+        if not name.endswith(".scale")
+    }
+
+
+@torch.no_grad()
+def put_on(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Fill the projector of an InternVL and add the changes to its decoder's weights, in place.
+
+    Raises:
+        ValueError: the weights are of another model.
+    """
+    projector = {name.removeprefix(PROJECTOR): value for name, value in weights.items() if name.startswith(PROJECTOR)}
+    changes = sorted({name.rsplit(".", 1)[0] for name in weights if name.startswith(LORA)})
+    decoder = model.model.language_model
+    try:
+        layers = [decoder.get_submodule(name.removeprefix(LORA)) for name in changes]
+        made = [weights[name + UP] @ weights[name + DOWN] for name in changes]
+        if any(layer.weight.shape != change.shape for layer, change in zip(layers, made, strict=True)):
+            raise ValueError("a change has another shape than its layer")
+        model.model.multi_modal_projector.load_state_dict(projector)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"these trained weights are of another model: {error}") from error
+    for layer, change in zip(layers, made, strict=True):
+        layer.weight.add_(change.to(layer.weight.dtype))

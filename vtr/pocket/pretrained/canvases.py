@@ -1,0 +1,178 @@
+"""Pictures of one to four things at places of a canvas, and questions about them whose answers are known.
+
+What is where, of which kind, is there a thing, how many of a kind: to answer, a model has to look at *some* tokens, and
+which ones depends on the question.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from .drawings import Drawing, Thing, things
+
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+NUMBERS = ("zero", "one", "two", "three", "four")
+OPTIONS = 4
+SIDE = 224
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a picture. ``type``: name, kind, options, where, there, count."""
+
+    text: str
+    answer: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A picture and what is on it: place → thing (a single thing's place is "")."""
+
+    image: Image.Image
+    shown: dict[str, Thing]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+def paint(draw: random.Random, drawings: Sequence[Drawing], side: int = SIDE) -> Canvas:
+    """One to four drawings on a canvas of ``side`` pixels; a single one may be anywhere and larger."""
+    count = draw.choices((1, 2, 3, 4), (30, 20, 20, 30))[0]
+    chosen = _differing(draw, drawings, count)
+    image = _background(draw, side)
+    half = side // 2
+    if count == 1:
+        size = draw.randint(side * 3 // 8, side - 8)
+        spot = (draw.randint(0, side - size), draw.randint(0, side - size))
+        _put(draw, image, chosen[0], size, spot)
+        return Canvas(image, {"": chosen[0].thing})
+    shown = {}
+    for place, one in zip(draw.sample(PLACES, count), chosen, strict=True):
+        size = draw.randint(half * 5 // 8, half - 4)
+        left, top = ((half if far in place else 0) + draw.randint(2, half - size - 2) for far in ("right", "bottom"))
+        _put(draw, image, one, size, (left, top))
+        shown[place] = one.thing
+    return Canvas(image, {place: shown[place] for place in PLACES if place in shown})
+
+
+def _differing(draw: random.Random, drawings: Sequence[Drawing], count: int) -> list[Drawing]:
+    """Drawings of different things; every second canvas shows some of one kind, so that counting is worth asking."""
+    kind = draw.choice(drawings).thing.kind if draw.random() < 0.5 else None
+    found: dict[str, Drawing] = {}
+    while len(found) < count:
+        one = draw.choice(drawings)
+        if kind is None or one.thing.kind == kind or draw.random() < 0.1:
+            found.setdefault(one.thing.name, one)
+    return list(found.values())
+
+
+def _background(draw: random.Random, side: int) -> Image.Image:
+    def colour() -> tuple[int, int, int]:
+        light = draw.random() < 0.8
+        return tuple(draw.randint(150, 255) if light else draw.randint(0, 150) for _ in range(3))  # type: ignore[return-value]
+
+    if draw.random() < 0.3:
+        return Image.new("RGB", (side, side), draw.choice(((255, 255, 255), (235, 235, 235), colour())))
+    small = Image.new("RGB", (2, 2))
+    small.putdata([colour() for _ in range(4)] if draw.random() < 0.3 else [colour()] * 2 + [colour()] * 2)
+    return small.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _put(draw: random.Random, image: Image.Image, one: Drawing, size: int, spot: tuple[int, int]) -> None:
+    drawn = Image.fromarray(one.pixels)
+    if draw.random() < 0.5:
+        drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if draw.random() < 0.5:
+        drawn = drawn.rotate(draw.uniform(-20, 20), Image.Resampling.BICUBIC)
+    drawn = drawn.resize((size, size), Image.Resampling.LANCZOS)
+    if draw.random() < 0.15:
+        drawn = drawn.filter(ImageFilter.GaussianBlur(draw.uniform(0.3, 1.2)))
+    image.paste(drawn, spot, drawn)
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+def ask(draw: random.Random, canvas: Canvas) -> list[Question]:
+    """One question of every type that the canvas allows, about things and places that are drawn."""
+    place, thing = draw.choice(list(canvas.shown.items()))
+    found = [
+        Question(what(place), thing.name, "name"),
+        Question(f"{what(place)} {_choices(draw, thing, canvas)}", thing.name, "options"),
+        Question(f"What kind of thing is {'this' if not place else 'at the ' + place}?", thing.kind, "kind"),
+    ]
+    if place:
+        place, thing = draw.choice(list(canvas.shown.items()))
+        found.append(Question(f"Where is the {thing.name}?", place, "where"))
+    found.append(_there(draw, canvas))
+    kind = draw.choice(list(canvas.shown.values())).kind
+    if draw.random() < 0.15:
+        kind = draw.choice(things()).kind
+    many = sum(one.kind == kind for one in canvas.shown.values())
+    found.append(Question(f"How many {plural(kind)} are there?", NUMBERS[many], "count"))
+    return found
+
+
+def what(place: str) -> str:
+    """The question for a name."""
+    return f"What is at the {place}?" if place else "What is this?"
+
+
+def plural(kind: str) -> str:
+    """Of a kind's name."""
+    irregular = {"thing of the sky": "things of the sky", "food": "foods", "clothing": "pieces of clothing"}
+    return irregular.get(kind, kind + "s")
+
+
+def _choices(draw: random.Random, thing: Thing, canvas: Canvas) -> str:
+    """Four names, the right one among them; others on the canvas and of the same kind come first."""
+    others = {one.name for one in canvas.shown.values() if one != thing}
+    alike = [one.name for one in things() if one.kind == thing.kind and one != thing and one.name not in others]
+    pool = sorted(others) + draw.sample(alike, OPTIONS - 1)
+    names = [thing.name, *draw.sample(pool, OPTIONS - 1)]
+    draw.shuffle(names)
+    return f"Choose one: {', '.join(names[:-1])} or {names[-1]}."
+
+
+def _there(draw: random.Random, canvas: Canvas) -> Question:
+    shown = list(canvas.shown.values())
+    if draw.random() < 0.5:
+        return Question(f"Is there a {draw.choice(shown).name}?", "yes", "there")
+    kind = draw.choice(shown).kind
+    absent = [one for one in things() if one not in shown and (one.kind == kind or draw.random() < 0.05)]
+    return Question(f"Is there a {draw.choice(absent).name}?", "no", "there")
+
+
+def samples(
+    n: int, drawings: Sequence[Drawing], seed: int | str = 0, side: int = SIDE, per_canvas: int = 2
+) -> Iterator[dict[str, Any]]:
+    """n questions as dict(image, question, answer, type), some of each canvas.
+
+    Args:
+        side: of the canvas in pixels. per_canvas: questions of one.
+    """
+    draw = random.Random(f"canvases-{seed}")
+    left = n
+    while left > 0:
+        canvas = paint(draw, drawings, side)
+        asked = ask(draw, canvas)
+        for one in draw.sample(asked, min(per_canvas, len(asked), left)):
+            left -= 1
+            yield {"image": canvas.image, "question": one.text, "answer": one.answer, "type": one.type}
+
+
+def contact(canvases: Sequence[Canvas], across: int = 6) -> Image.Image:
+    """Some canvases beside each other, to look at."""
+    side = canvases[0].image.width
+    sheet = Image.new("RGB", (across * side, -(-len(canvases) // across) * side), "white")
+    for n, one in enumerate(canvases):
+        sheet.paste(one.image, (n % across * side, n // across * side))
+    return sheet
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """[side, side, 3] uint8."""
+    return np.asarray(image.convert("RGB"))
