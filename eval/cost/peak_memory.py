@@ -23,6 +23,8 @@ from vtr.eval.cost.midsize import Size
 import vtr
 
 PROC = Path("/proc/self")
+TWO = {**midsize.NARROW, "num_hidden_layers": 2}
+"""The vision tower: some policies look at two of its layers."""
 
 
 def available() -> bool:
@@ -94,7 +96,7 @@ def cached_bytes(model: Any, inputs: Mapping[str, torch.Tensor], **policy: Any) 
 @torch.inference_mode()
 def growth(size: Size, dtype: torch.dtype, seed: int, spec: str) -> int:
     """Build, warm up on a few words, run the prompt once."""
-    model = midsize.build(size, "cpu", dtype, seed=seed)
+    model = midsize.build(size, "cpu", dtype, seed=seed, tower=TWO)
     policy = {"policy": spec} if spec else {}
     if policy:
         vtr.patch(model)

@@ -33,7 +33,7 @@ def made(tmp_path: Path) -> tuple[object, object]:
 # -- drawings ----------------------------------------------------------------------------------------------------------
 def test_things_have_names_of_their_own() -> None:
     found = drawings.things()
-    assert len(found) == len({one.name for one in found}) == 313
+    assert len(found) == len({one.name for one in found}) == 151
     ids = Counter(one for thing in found for one in thing.ids)
     assert max(ids.values()) == 1
     assert {"animal", "food", "vehicle", "musical instrument"} < {one.kind for one in found}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from .drawings import Drawing, Thing, things
 
@@ -33,10 +33,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture and what is on it: place → thing (a single thing's place is "")."""
+    """A picture and what is on it.
+
+    Attributes:
+        shown: place → thing (a single thing's place is ""). inked: place → bool [side, side], the thing's own pixels.
+    """
 
     image: Image.Image
     shown: dict[str, Thing]
+    inked: dict[str, np.ndarray]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -47,17 +52,16 @@ def paint(draw: random.Random, drawings: Sequence[Drawing], side: int = SIDE) ->
     image = _background(draw, side)
     half = side // 2
     if count == 1:
-        size = draw.randint(side * 3 // 8, side - 8)
+        size = draw.randint(side // 2, side - 8)
         spot = (draw.randint(0, side - size), draw.randint(0, side - size))
-        _put(draw, image, chosen[0], size, spot)
-        return Canvas(image, {"": chosen[0].thing})
-    shown = {}
+        return Canvas(image, {"": chosen[0].thing}, {"": _put(draw, image, chosen[0], size, spot)})
+    shown, inked = {}, {}
     for place, one in zip(draw.sample(PLACES, count), chosen, strict=True):
-        size = draw.randint(half * 5 // 8, half - 4)
+        size = draw.randint(half * 3 // 4, half - 4)
         left, top = ((half if far in place else 0) + draw.randint(2, half - size - 2) for far in ("right", "bottom"))
-        _put(draw, image, one, size, (left, top))
+        inked[place] = _put(draw, image, one, size, (left, top))
         shown[place] = one.thing
-    return Canvas(image, {place: shown[place] for place in PLACES if place in shown})
+    return Canvas(image, {place: shown[place] for place in PLACES if place in shown}, inked)
 
 
 def _differing(draw: random.Random, drawings: Sequence[Drawing], count: int) -> list[Drawing]:
@@ -72,27 +76,25 @@ def _differing(draw: random.Random, drawings: Sequence[Drawing], count: int) -> 
 
 
 def _background(draw: random.Random, side: int) -> Image.Image:
-    def colour() -> tuple[int, int, int]:
-        light = draw.random() < 0.8
-        return tuple(draw.randint(150, 255) if light else draw.randint(0, 150) for _ in range(3))  # type: ignore[return-value]
-
-    if draw.random() < 0.3:
-        return Image.new("RGB", (side, side), draw.choice(((255, 255, 255), (235, 235, 235), colour())))
-    small = Image.new("RGB", (2, 2))
-    small.putdata([colour() for _ in range(4)] if draw.random() < 0.3 else [colour()] * 2 + [colour()] * 2)
-    return small.resize((side, side), Image.Resampling.BICUBIC)
+    """White, gray or a light colour; every third one turns into another light colour."""
+    light = [tuple(draw.randint(190, 255) for _ in range(3)) for _ in range(2)]
+    if draw.random() < 0.33:
+        small = Image.new("RGB", (1, 2))
+        small.putdata(light)
+        return small.resize((side, side), Image.Resampling.BICUBIC)
+    return Image.new("RGB", (side, side), draw.choice(((255, 255, 255), (235, 235, 235), light[0])))
 
 
-def _put(draw: random.Random, image: Image.Image, one: Drawing, size: int, spot: tuple[int, int]) -> None:
+def _put(draw: random.Random, image: Image.Image, one: Drawing, size: int, spot: tuple[int, int]) -> np.ndarray:
+    """Paste a drawing, every second one mirrored. Returns its pixels, bool [side, side]."""
     drawn = Image.fromarray(one.pixels)
     if draw.random() < 0.5:
         drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if draw.random() < 0.5:
-        drawn = drawn.rotate(draw.uniform(-20, 20), Image.Resampling.BICUBIC)
     drawn = drawn.resize((size, size), Image.Resampling.LANCZOS)
-    if draw.random() < 0.15:
-        drawn = drawn.filter(ImageFilter.GaussianBlur(draw.uniform(0.3, 1.2)))
     image.paste(drawn, spot, drawn)
+    inked = np.zeros((image.height, image.width), bool)
+    inked[spot[1] : spot[1] + size, spot[0] : spot[0] + size] = np.asarray(drawn)[..., 3] > 128
+    return inked
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
@@ -130,8 +132,10 @@ def plural(kind: str) -> str:
 def _choices(draw: random.Random, thing: Thing, canvas: Canvas) -> str:
     """Four names, the right one among them; others on the canvas and of the same kind come first."""
     others = {one.name for one in canvas.shown.values() if one != thing}
-    alike = [one.name for one in things() if one.kind == thing.kind and one != thing and one.name not in others]
-    pool = sorted(others) + draw.sample(alike, OPTIONS - 1)
+    free = [one for one in things() if one != thing and one.name not in others]
+    alike = [one.name for one in free if one.kind == thing.kind]
+    pool = sorted(others) + draw.sample(alike, min(len(alike), OPTIONS - 1))
+    pool += [one.name for one in draw.sample(free, OPTIONS) if one.name not in pool][: max(OPTIONS - 1 - len(pool), 0)]
     names = [thing.name, *draw.sample(pool, OPTIONS - 1)]
     draw.shuffle(names)
     return f"Choose one: {', '.join(names[:-1])} or {names[-1]}."
@@ -142,8 +146,10 @@ def _there(draw: random.Random, canvas: Canvas) -> Question:
     if draw.random() < 0.5:
         return Question(f"Is there a {draw.choice(shown).name}?", "yes", "there")
     kind = draw.choice(shown).kind
-    absent = [one for one in things() if one not in shown and (one.kind == kind or draw.random() < 0.05)]
-    return Question(f"Is there a {draw.choice(absent).name}?", "no", "there")
+    absent = [one for one in things() if one not in shown]
+    alike = [one for one in absent if one.kind == kind]
+    chosen = draw.choice(alike if alike and draw.random() < 0.8 else absent)
+    return Question(f"Is there a {chosen.name}?", "no", "there")
 
 
 def samples(

@@ -1,4 +1,4 @@
-"""Drawings of 313 things in ten styles, from openly licensed packages of emoji: what the pretrained model learns.
+"""Drawings of 151 things in ten styles, from openly licensed packages of emoji: what the pretrained model learns.
 
 The packages are fetched with npm by name and version, checked by sha256, and read as the archives they are. They are
 needed to train the model, not to use it: the drawings of the held-out style are shipped (``held-out.webp``).
