@@ -41,6 +41,8 @@ def test_what_is_packed_comes_back(weights: dict[str, Tensor], tmp_path: Path) -
         off, largest = ((found[name] - weights[name]).flatten(1).abs().amax(1), weights[name].flatten(1).abs().amax(1))
         assert found[name].shape == weights[name].shape and bool((off <= largest / 250 + 6e-8).all()), name
     assert not found["matrix"][3].any() and bool(found["matrix"][2].any())
+    pack({"turned": weights["matrix"].T}, tmp_path / "turned")
+    assert unpack(tmp_path / "turned")["turned"].shape == (40, 7)
     pack({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "half")
     assert torch.equal(unpack(tmp_path / "half")["vector"], weights["vector"].bfloat16().float())
 

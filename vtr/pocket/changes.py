@@ -50,7 +50,7 @@ def pack(weights: Mapping[str, Tensor], path: Path, notes: dict[str, str] | None
         if weight.ndim < 2:
             stored[name] = weight.clone()
             continue
-        rows = weight.flatten(1)
+        rows = weight.flatten(1).contiguous()
         scale = (rows.abs().amax(1) / MOST + HALF_STEP).half()
         stored[name + SCALE] = scale
         steps = rows / scale.float().clamp(min=HALF_STEP)[:, None]
