@@ -82,7 +82,7 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a few megabytes need none
-    how = {"dtype": dtype or torch.float32, "local_files_only": True, "attn_implementation": "sdpa"}
+    how: dict[str, Any] = {"dtype": dtype or torch.float32, "local_files_only": True, "attn_implementation": "sdpa"}
     try:
         if family in TRAINED_ON and (folder / changes.FILE).is_file():
             model = changes.load_model(folder, checkpoint(TRAINED_ON[family]), **how)
