@@ -103,7 +103,7 @@ def numbers_in(file: Path) -> int:
     """How many numbers a file of weights holds; a policy's settings are counted where it has no other file."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
+            names = [name for name in opened.keys() if not name.endswith(".scale")]  # noqa: SIM118
             shapes = [opened.get_slice(name).get_shape() for name in names]
         return sum(torch.Size(shape).numel() for shape in shapes)
     return sum(map(len, json.loads(file.read_text())["settings"]["calibration"]))

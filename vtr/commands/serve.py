@@ -35,11 +35,6 @@ def _folder(model: str) -> str:
     """Where a pocket model is; others are what they are called."""
     from vtr.pocket import NAMES, checkpoint
 
-    if NAMES.get(model) == "shots":
-        raise ValueError(
-            f"{model} is layers on top of another model, and a server wants a whole checkpoint: write one with "
-            f"vtr.pocket.load({NAMES[model]!r}), then save_pretrained of model and processor, and name that folder"
-        )
     return str(checkpoint(NAMES[model])) if model in NAMES else model
 
 

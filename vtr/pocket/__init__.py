@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 _HERE = Path(__file__).parent
 WEIGHTS, SAMPLES = _HERE / "weights", _HERE / "samples"
-MODELS = {"llava-next": WEIGHTS} | {name: _HERE / name / "weights" for name in ("joint", "internvl", "video")}
+MODELS = {"llava-next": WEIGHTS} | {name: _HERE / name / "weights" for name in ("joint", "internvl")}
 """The pocket models that are whole checkpoints, the first by default, and where their weights are. "joint" is the
 LLaVA-NeXT trained on under every policy, p-MoD and Dynamic-LLaVA among them; it also lists all objects of a picture
-(answers of fifty words). "video" is the InternVL trained on to watch films, "shots" the first one with some layers
-trained on (``vtr.pocket.shots``)."""
+(answers of fifty words)."""
+TRAINED_ON = {"video": "internvl", "shots": "llava-next"}
+"""Those that are kept as changes of another one, and of which (``vtr.pocket.changes``). "video" has learnt to watch
+films, "shots" to read demonstrations."""
 NAMES = {"pocket": "llava-next"} | {f"pocket-{name}": name for name in ("joint", "internvl", "video", "shots")}
 """What a shipped pocket model is called where a folder or a hub name may stand (``--model``)."""
 SHIPPED_NAMES = tuple(NAMES)
@@ -62,31 +64,32 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
     Args:
         family: "llava-next", "joint", "shots" (both of the same family), "internvl" or "video" (of the same family), or
             "pretrained", which a command builds (``vtr.pocket.pretrained``) and whose projector is not trained.
-        folder: another one with such a model.
+        folder: another one with such a model: a whole checkpoint or, of "video" and "shots", changes as their training
+            writes them.
 
     Raises:
-        ValueError: no such model, or one that is not built; the message says by what it is.
+        ValueError: no such model, or one that is not built; the message says by what it is. Or changes of other weights
+            than this package's.
     """
-    if family == "shots":
-        from .shots import put_on
-
-        model, processor = load(dtype=dtype)
-        put_on(model, processor, folder)
-        return model, processor
     if family == "pretrained":
         folder = pretrained.built(folder)
         pretrained.say_limits(folder)
-    folder = folder or checkpoint(family)
+    if folder is None:
+        folder = _HERE / family / "weights" if family in TRAINED_ON else checkpoint(family)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
+    from . import changes
+
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a few megabytes need none
+    how: dict[str, Any] = {"dtype": dtype or torch.float32, "local_files_only": True, "attn_implementation": "sdpa"}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype or torch.float32, local_files_only=True, attn_implementation="sdpa"
-        )
+        if family in TRAINED_ON and (folder / changes.FILE).is_file():
+            model = changes.load_model(folder, checkpoint(TRAINED_ON[family]), **how)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(folder, **how)
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -101,10 +104,10 @@ def checkpoint(family: str) -> Path:
     """
     if family == "pretrained":
         return pretrained.built()
-    if family == "shots":
+    if family in TRAINED_ON:
         raise ValueError(
-            "family='shots' is layers on top of another model: write a whole checkpoint with vtr.pocket.load('shots'), "
-            "then save_pretrained of model and processor"
+            f"the pocket model {family!r} is no whole checkpoint, but changes of another one: write one with "
+            f"vtr.pocket.load({family!r}), then save_pretrained of model and processor, and use that folder"
         )
     if family not in MODELS:
         raise ValueError(f"family={family!r}: choose one of {', '.join(NAMES.values())}")

@@ -15,13 +15,15 @@ SAMPLE_TYPES = ("color", "word", "count")
 SAMPLE_SEED = 77
 
 
-def export(model: Any, folder: Path, processor: Any = None, longest: int = 96) -> None:
+def export(model: Any, folder: Path, processor: Any = None, longest: int = 96, base: Path | None = None) -> None:
     """Model, tokenizer and processor in the layout from_pretrained reads; the model's numbers become fp16.
 
-    processor: None is LLaVA-NeXT's. longest: answer, in tokens (96: listings; short ones end by themselves).
+    processor: None is LLaVA-NeXT's. longest: answer, in tokens (96: listings; short ones end by themselves). base: the
+    checkpoint that this model was trained on from, of which it is kept as changes (``vtr.pocket.changes``).
     """
     import torch
 
+    from . import changes
     from .processing import make_processor
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +32,8 @@ def export(model: Any, folder: Path, processor: Any = None, longest: int = 96) -
     small.generation_config.do_sample = False
     small.save_pretrained(folder)
     (processor or make_processor()).save_pretrained(folder)
+    if base is not None:
+        changes.leave_only(folder, base)
     for path in folder.iterdir():
         path.chmod(0o644)
 

@@ -22,17 +22,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import load
+from .. import WEIGHTS, load
 from .. import scenes as S
 from ..language import project
 from ..model import BOS, EOS, IDS, LM_WIDTH, PAD, VOCAB, encode, pack, pixels_of
 from ..nest import SCALES, pool
 from ..optim import Muon, ramp
+from ..processing import make_processor
+from ..release import export
 from ..stage import Figures, run_stage
 from ..train import Context
-from . import FILE, learnt
 from .prompts import WORDS, remapping
 
+FIRST = 2  # the first decoder layer that learns
+POSITIONS = 8192  # that it learns; the model it starts from has half as many
 SCENES = 120  # pictures at hand
 STEPS, LR = 1000, 1.2e-3
 VIEWS = {
@@ -176,6 +179,13 @@ def _columns(rows: list[tuple[Any, ...]]) -> list[torch.Tensor]:
     return [torch.tensor(column) for column in zip(*rows, strict=True)]
 
 
+def learnt(model: Any) -> dict[str, Any]:
+    """The parameters that learn, by name."""
+    prefix = "model.language_model."
+    names = [f"{prefix}layers.{i}." for i in range(FIRST, len(model.model.language_model.layers))]
+    return {n: p for n, p in model.named_parameters() if n.startswith((*names, f"{prefix}norm."))}
+
+
 def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, most: int = 8, scenes: int = SCENES) -> None:
     """Trains the layers. most: pictures of a prompt. scenes: that are at hand, one of which is replaced each step."""
     model.requires_grad_(False)
@@ -208,12 +218,11 @@ def train(model: Any, ctx: Context, steps: int = STEPS, lr: float = LR, most: in
     )  # fmt: skip
 
 
-def export(model: Any, folder: Path) -> None:
-    """The layers that have learnt, in half precision."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().half().contiguous() for name, p in learnt(model).items()}, str(folder / FILE))
+def write(model: Any, folder: Path) -> None:
+    """What the package ships: the changes of the pocket model, and config and processor with more positions."""
+    processor = make_processor()
+    model.config.text_config.max_position_embeddings = processor.tokenizer.model_max_length = POSITIONS
+    export(model, folder, processor, longest=4, base=WEIGHTS)
 
 
 def main() -> None:
@@ -230,7 +239,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model = load()[0]
     train(model, Context(args.out, 0, 1, args.seed), args.steps, args.lr, args.most, args.scenes)
-    export(model, args.out / "weights")
+    write(model, args.out / "weights")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import load
+from .. import MODELS, load
 from ..release import export
 from ..train import Context, command, run_stages
 from .films import CLIP, FRAMES
@@ -33,7 +33,7 @@ def work(out: Path, seed: int = 0, stages: dict[str, dict[str, Any]] = STAGES) -
     out.mkdir(parents=True, exist_ok=True)
     model, ctx = build(load("internvl")[0], seed), Context(out, 0, 1, seed)
     run_stages(model, ctx, stages, {stage: functools.partial(train_watch, stage=stage) for stage in stages})
-    export(model, out / "weights", make_processor(), longest=4)
+    export(model, out / "weights", make_processor(), longest=4, base=MODELS["internvl"])
 
 
 if __name__ == "__main__":
