@@ -80,14 +80,14 @@ def test_a_package_of_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_photographs_are_found_by_their_sentences(tmp_path: Path) -> None:
-    said = {"a.png": "A wild boar.", "b.png": "The cat", "c.png": "A boar in a green field.", "d.png": "A fire truck!"}
+    said = {"a.png": "A wild wolf.", "b.png": "The cat", "c.png": "A wolf in a green field.", "d.png": "A fire truck!"}
     for name, text in said.items():
         Image.new("RGBA", (9, 9), (9, 9, 9, 255)).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(text + "\nfr.utf8=Autre chose")
     (tmp_path / "cartoon").mkdir()
     Image.new("RGBA", (9, 9)).save(tmp_path / "cartoon" / "e.png")
     (tmp_path / "cartoon" / "e.txt").write_text("A cat.")
-    assert [one.thing.name for one in drawings.photographs(tmp_path)] == ["boar", "cat", "fire truck"]
+    assert [one.thing.name for one in drawings.photographs(tmp_path)] == ["wolf", "cat", "fire truck"]
     with pytest.raises(ValueError, match="no photographs"):
         train.parted([])
     one, other = train.parted(drawings.photographs(tmp_path))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..changes import pack, unpack
+
 TRAINED = Path(__file__).parent / "weights" / "trained.safetensors"
 PROJECTOR = "projector."
 LORA = "lora."
@@ -20,36 +22,19 @@ DOWN, UP = ".a", ".b"
 
 
 def save(weights: dict[str, torch.Tensor], path: Path = TRAINED) -> None:
-    """Write weights as int8 with one scale a row (vectors stay float32).
+    """Write weights as int8 with one scale a row (vectors as float32).
 
     Args:
         weights: the projector's state below "projector.", and for every changed layer of the decoder
             "lora.layers.0.self_attn.q_proj.a" [rank, in] and ".b" [out, rank], their product being what is added.
     """
-    from safetensors.torch import save_file
-
-    packed = {}
-    for name, value in weights.items():
-        value = value.detach().float().contiguous()
-        if value.ndim < 2:
-            packed[name] = value
-            continue
-        scale = value.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        packed[name], packed[name + ".scale"] = (value / scale).round().to(torch.int8), scale.half()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(packed, path)
+    pack(weights, path)
 
 
 def load(path: Path = TRAINED) -> dict[str, torch.Tensor]:
     """What :func:`save` wrote, float32."""
-    from safetensors.torch import load_file
-
-    packed = load_file(path)
-    return {
-        name: value.float() * packed[name + ".scale"].float() if value.dtype == torch.int8 else value
-        for name, value in packed.items()
-        if not name.endswith(".scale")
-    }
+    return unpack(path)
 
 
 @torch.no_grad()
