@@ -155,7 +155,7 @@ def load_model(folder: Path, base: Path, **how: Any) -> Any:
     if noted != _digest(base):
         raise ValueError(f"{folder / FILE} holds changes of another {WHOLE} than {base / WHOLE}: train it again")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     model = kind.from_pretrained(None, config=config, state_dict=put_on(read_tensors(base / WHOLE), changes), **how)
     model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
