@@ -1,0 +1,171 @@
+"""lmms-eval, started for a policy and its tasks: the command line, the run, what it wrote.
+
+A run is one process (or one launch of several) for a policy, and all tasks of it that are missing: the model is loaded
+once. What it has answered is kept as it goes (``answers`` of :mod:`vtr.integrations.lmms_eval`), so one that was broken
+off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtr.eval.published.cells import slug
+from vtr.files import read_json
+
+LONGEST = 2**26
+OWN = "vtr_"
+"""What the tasks' names begin with that lie in ``tasks/`` beside this; lmms-eval finds them as a plugin's."""
+PLUGIN = "vtr.eval.published"
+MISSING = (
+    "lmms-eval is not installed: pip install 'lmms-eval>=0.7.3' 'filelock<4' datasets loguru accelerate (from a clone: "
+    "pip install -e '.[eval]'). What would be run: --dry-run"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How lmms-eval is started."""
+
+    model: str
+    folder: Path
+    batch_size: int = 8
+    processes: int = 1
+    device: str | None = None
+    dtype: str = "auto"
+    limit: int | None = None
+    include: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start: a policy's spec, and tasks."""
+
+    policy: str
+    tasks: tuple[str, ...]
+
+
+def check(launch: Launch) -> None:
+    """Raise unless the options go together.
+
+    Raises:
+        ValueError: a name that lmms-eval would cut in two, or a device beside several processes.
+    """
+    for name, value in (("--model", launch.model), ("--out", str(launch.folder)), ("--device", launch.device or "")):
+        if "," in value:
+            raise ValueError(f"{name} {value}: lmms-eval splits its arguments at commas: use a name without")
+    if launch.processes > 1 and launch.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {launch.device}: several processes take a GPU each: leave it out, or CUDA_VISIBLE_DEVICES")
+
+
+def folder_of(launch: Launch, job: Job) -> Path:
+    return launch.folder / "runs" / slug(job.policy)
+
+
+def arguments(launch: Launch, job: Job) -> list[str]:
+    """What stands behind ``lmms_eval``."""
+    folder = folder_of(launch, job)
+    model = [f"pretrained={launch.model}", f"policy={job.policy.replace(',', ';')}", f"answers={folder / 'answers'}"]
+    model += [f"dtype={launch.dtype}"] if launch.dtype != "auto" else []
+    model += [f"device={launch.device}"] if launch.device and launch.processes == 1 else []
+    words = ["--model", "vtr", "--model_args", ",".join(model), "--tasks", ",".join(job.tasks)]
+    words += ["--batch_size", str(launch.batch_size), "--log_samples", "--output_path", str(folder)]
+    words += ["--limit", str(launch.limit)] if launch.limit else []
+    return words + (["--include_path", str(launch.include)] if launch.include else [])
+
+
+def environment(launch: Launch, job: Job) -> dict[str, str]:
+    """What is set beside the present environment."""
+    out = {"LMMS_EVAL_PLUGINS": PLUGIN} if any(task.startswith(OWN) for task in job.tasks) else {}
+    return out | ({"ACCELERATE_USE_CPU": "true"} if launch.device == "cpu" else {})
+
+
+def several(launch: Launch) -> list[str]:
+    return ["--multi_gpu", "--num_processes", str(launch.processes)] if launch.processes > 1 else []
+
+
+def spelled(launch: Launch, job: Job) -> str:
+    """The command line, to be typed or put into a script."""
+    start = ["accelerate", "launch", *several(launch)] if launch.processes > 1 else ["python"]
+    words = [f"{name}={value}" for name, value in environment(launch, job).items()]
+    return shlex.join([*words, *start, "-m", "lmms_eval", *arguments(launch, job)])
+
+
+def run(launch: Launch, job: Job) -> None:
+    """Start lmms-eval and wait for it.
+
+    Raises:
+        RuntimeError: it is not installed, or has not ended with results; says where its log is.
+    """
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise RuntimeError(MISSING)
+    folder = folder_of(launch, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = [sys.executable, *(["-m", "accelerate.commands.launch", *several(launch)] if launch.processes > 1 else [])]
+    before = set(folder.rglob("*_results.json"))
+    log = folder / "log.txt"
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [*start, "-m", "lmms_eval", *arguments(launch, job)], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, **environment(launch, job)},
+        )  # fmt: skip
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if set(folder.rglob("*_results.json")) == before:  # lmms-eval ends with status 0 after an error too
+        raise RuntimeError(f"lmms-eval gave no results (status {status}): {last_error(log)}; its log: {log}")
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that names an error, else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line or "error:" in line.lower()]
+    return (named or lines or ["it wrote nothing"])[-1][:300]
+
+
+def results_of(launch: Launch, job: Job) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Task → (results by metric, logged samples) of the latest run.
+
+    Raises:
+        RuntimeError: a task is missing in what lmms-eval wrote.
+    """
+    path = max(folder_of(launch, job).rglob("*_results.json"), key=lambda one: one.stat().st_mtime_ns)
+    data = read_json(path, "a results file of lmms-eval", LONGEST)
+    found = {}
+    for task in job.tasks:
+        raw = data.get("results", {}).get(task)
+        samples = path.with_name(path.name.replace("_results.json", f"_samples_{task}.jsonl"))
+        if not isinstance(raw, dict) or not samples.exists():
+            raise RuntimeError(f"{path} has no results of {task}, or no samples beside it")
+        found[task] = by_metric(raw), read_lines(samples)
+    return found
+
+
+def by_metric(raw: dict[str, Any]) -> dict[str, float]:
+    """``{"exact_match,none": 0.6, "alias": …}`` → ``{"exact_match": 0.6}``: numbers of the first filter."""
+    out: dict[str, float] = {}
+    for name, value in raw.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in name:
+            out.setdefault(name.partition(",")[0], float(value))
+    return out
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def commands(launch: Launch, jobs: Sequence[Job]) -> list[str]:
+    """All command lines, in order."""
+    return [spelled(launch, job) for job in jobs]
