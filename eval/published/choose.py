@@ -117,7 +117,8 @@ def rows_of(
         found = [row for row in table.rows if is_called(row, name)]
         if not found:
             labels = [row.label for row in table.rows]
-            raise ValueError(f"--policies {name}{similar(name, labels)}: {table.name} has {', '.join(labels)}")
+            near = similar(name, [*labels, *(row.name for row in table.rows)])
+            raise ValueError(f"--policies {name}{near}: {table.name} has {', '.join(labels)}")
         if not any(row in useful(table, columns) for row in found):
             why = found[0].why or "of these columns the table has no number of it"
             raise ValueError(f"--policies {name}: {found[0].label} cannot be compared: {why}")

@@ -4,9 +4,9 @@ A column says how its interval comes about:
 
 * ``mean``, ``f1``, ``pairs`` (MME: two questions about a picture count together, kinds of questions add up): bootstrap
   over questions (pairs), drawn within each kind. It is made only where these samples give the very number that
-  lmms-eval printed.
-* ``circular`` (MMBench: a question counts if it is right in every order of its choices): Wilson's interval, n the
-  number of questions.
+  lmms-eval printed. Where a mean is of right and wrong alone, Wilson's interval instead.
+* ``circular`` (MMBench: a question counts if it is right in every order of its choices): Wilson's, n the number of
+  questions.
 * ``stderr``: lmms-eval's standard error, ± 1.96 of it.
 * ``none``: none.
 """
@@ -123,7 +123,7 @@ def measured(
         raise ValueError(f"lmms-eval gives no {', '.join(missing)}: there is {', '.join(results) or 'nothing'}")
     value = scale * sum(float(results[m]) for m in metrics)
     if kind == "circular":
-        return Measured(value, *wilson(value, samples, metrics[0]))
+        return Measured(value, *of_circular(value, samples, metrics[0]))
     if kind == "stderr":
         error = results.get(f"{metrics[0]}_stderr")
         if len(metrics) > 1 or not isinstance(error, (int, float)):
@@ -139,21 +139,32 @@ def measured(
     if abs(again - value) > NEAR * max(1.0, abs(value)):
         return Measured(value, None, f"the logged samples give {again:g}, not {value:g}")
     draws = scale * units.drawn(seed=0)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    if kind == "mean" and set(np.unique(units.parts[:, 0])) <= {0.0, 1.0}:
+        low, high = (scale * bound for bound in wilson(value / scale, len(units.keys)))
+    else:
+        low, high = np.quantile(draws, [0.025, 0.975])
     return Measured(value, (float(low), float(high)), "", draws, units.keys)
 
 
-def wilson(value: float, samples: Sequence[dict[str, Any]], metric: str) -> tuple[tuple[float, float] | None, str]:
-    """Wilson's interval of a percentage of MMBench's questions; (None, why) where they cannot be counted."""
+def of_circular(
+    value: float, samples: Sequence[dict[str, Any]], metric: str
+) -> tuple[tuple[float, float] | None, str]:
+    """The interval of a percentage of MMBench's questions; (None, why) where they cannot be counted."""
     try:
         n = len({int(one[metric]["index"]) % 10**6 for one in samples})
     except (KeyError, TypeError, ValueError):
         return None, "the logged samples do not say which question an order of choices belongs to"
     if not n or not 0 <= value <= 100:
         return None, "there are no logged samples, or the score is no percentage"
-    p, z2 = value / 100, Z * Z
-    middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (100 * (middle - half), 100 * (middle + half)), ""
+    low, high = wilson(value / 100, n)
+    return (100 * low, 100 * high), ""
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share p of n."""
+    middle = p + Z * Z / (2 * n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return (middle - half) / (1 + Z * Z / n), (middle + half) / (1 + Z * Z / n)
 
 
 def share(ours: Measured, whole: Measured) -> Measured:

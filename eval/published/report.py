@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-HEADS = ("method", "ours", "95 %", "paper", "− paper", "verdict", "% ours", "% paper", "of share")
+HEADS = ("method", "ours", "95 %", "paper", "− paper", "level", "% ours", "% paper", "share")
 """The last three: percent of the unreduced row, ours and the paper's, and the word for these."""
+EXPLAINED = "level: ours and the paper's number; share: the same in percent of the unreduced row (% ours, % paper)"
 
 
 def number(value: float | None, sign: bool = False) -> str:
@@ -38,9 +39,10 @@ def caption(body: dict[str, Any], said: dict[str, dict[str, int]]) -> list[str]:
     out = [f"table {body['table']}: {body['source']}; read {body['read']}"]
     if body["limit"]:
         out.append(f"a trial: {body['limit']} questions of each task, the paper has all of them")
-    for kind, name in (("levels", "levels"), ("shares", "shares of the unreduced row")):
+    out.append(EXPLAINED)
+    for kind in ("levels", "shares"):
         if said[kind]:
-            out.append(f"{name}: " + ", ".join(f"{n} {word}" for word, n in sorted(said[kind].items())))
+            out.append(f"{kind}: " + ", ".join(f"{n} {word}" for word, n in sorted(said[kind].items())))
     out += [f"{column}: {one['note']}" for column, one in body["columns"].items() if one["note"]]
     out += [f"{row['label']}: {row['note']}" for row in body["rows"] if row["note"]]
     out += body["notes"]

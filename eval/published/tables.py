@@ -8,11 +8,13 @@ large a model is. A folder of one's own may have all three kinds; what it names 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import vtr
 from vtr.files import read_json
@@ -196,6 +198,7 @@ def made(kind: type[T], data: Any, where: str) -> T:
         ValueError: names that it does not have, or one that is missing; a value of another kind.
     """
     fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
     if not isinstance(data, dict):
         raise ValueError(f"{where}: an object is wanted, not {type(data).__name__}")
     if unknown := sorted(set(data) - set(fields)):
@@ -204,25 +207,25 @@ def made(kind: type[T], data: Any, where: str) -> T:
     if missing := sorted(needed - set(data)):
         raise ValueError(f"{where}: {', '.join(missing)} missing")
     for name, value in data.items():
-        if not fits(value, str(fields[name].type)):
+        if not fits(value, hints[name]):
             raise ValueError(f"{where}: {name}={str(value)[:60]!r} is no {fields[name].type}")
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
 
 
-def fits(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of the kind that a field is annotated with."""
-    if value is None:
-        return "None" in kind
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the kind that a field is annotated with; NaN and infinity are no numbers."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(fits(one, inner[1]) for one in value.values())
+    if kind is tuple:
+        return isinstance(value, (list, tuple)) and all(fits(one, inner[0]) for one in value)
+    if hint is Any:
+        return True
     if isinstance(value, bool):
-        return kind == "bool"
-    if kind.startswith("Mapping"):
-        inner = {"Number]": (int, float), "int]": (int,), "str]": (str,)}.get(kind.rpartition(" ")[2], (object,))
-        return isinstance(value, dict) and all(isinstance(one, inner) for one in value.values())
-    if kind.startswith("tuple"):
-        wanted = str if "str" in kind else Row
-        return isinstance(value, (list, tuple)) and all(isinstance(one, wanted) for one in value)
-    types = {"str": (str,), "int": (int,), "Number": (int, float), "Mapping[str, Number]": (dict,)}
-    return isinstance(value, types[kind.partition(" |")[0]])
+        return hint is bool
+    return isinstance(value, hint) and (hint is not float or math.isfinite(value))
 
 
 def check_benchmark(name: str, one: Benchmark) -> None:

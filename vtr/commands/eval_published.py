@@ -174,7 +174,7 @@ def show(body: dict[str, Any], said: dict[str, dict[str, int]]) -> None:
     for column, one in body["columns"].items():
         console.print(f"[bold]{column}[/] {one['title']}", highlight=False)
         rows = [[line[i] for i in kept] for line in lines(body, column)]
-        heads = [HEADS[i].replace(" ", "\n") if HEADS[i] != "95 %" else HEADS[i] for i in kept]
+        heads = [HEADS[i] for i in kept]
         show_table(heads[:1], heads[1:], rows, right=True)
     for text in caption(body, said):
         console.print(text, highlight=False, markup=False)
@@ -204,53 +204,68 @@ def show_plan(book: Book, chosen: Chosen, store: Cells, launch: Launch, jobs: li
     from vtr.commands._bench import show as show_table
     from vtr.commands._console import console
     from vtr.eval.published import cost, kit
-    from vtr.eval.published.choose import NONE, tasks_of
+    from vtr.eval.published.choose import tasks_of
 
-    def say(text: str = "") -> None:
-        console.print(text, highlight=False, markup=False)
+    def say(*texts: str, soft_wrap: bool = False) -> None:
+        for text in texts or ("",):
+            console.print(text, highlight=False, markup=False, soft_wrap=soft_wrap)
 
-    table, tasks = chosen.table, tasks_of(book, chosen)
-    say(f"Table   {table.name}: {table.source}, read {table.read}")
-    say(f"why     {chosen.because}")
-    for note in [*table.notes, *filter(None, [book.models[table.model].note])]:
-        say(f"note    {note}")
-    say()
-    rows = []
-    for column in chosen.columns:
-        one = book.benchmark(table, column)
-        count = f"{min(one.questions, launch.limit or one.questions):,}"
-        rows.append([column, one.task or "", count, " + ".join(one.metrics), one.title])
-    show_table(["column"], ["lmms-eval task", "questions", "metric", "what the paper's column is"], rows)
-    for name in dict.fromkeys(table.columns[column] for column in chosen.columns):
-        if book.benchmarks[name].note:
-            say(f"{name}: {book.benchmarks[name].note}")
-    say()
-    todo = {job.policy: job.tasks for job in jobs}
-    total, rows, guessed = 0.0, [], False
-    for row in (NONE, *chosen.rows):
-        missing = {task: tasks[task] for task in todo.get(row.policy or "none", ())}
-        hours, known = cost.hours(book.models[table.model], row, missing, speed, launch.limit)
-        vision, _ = cost.entering(row, book.models[table.model])
-        done = f"{len(tasks) - len(missing)} of {len(tasks)}"
-        guessed |= not known
-        rows.append([row.label, row.policy or "", f"{'' if known else '~'}{sum(vision) / len(vision):.0f}", done, f"{hours:.1f}"])
-        total += hours
-    rows.append(["all", "", "", "", f"{total:.1f}"])
-    show_table(["row"], ["policy", "tokens a layer", "tasks done", "GPU hours"], rows)
-    if guessed:
-        say("~: how many tokens enter a layer depends on picture and question: what the table says is taken")
-    wall = f"; on {launch.processes} GPUs {total / launch.processes:.1f} hours" if launch.processes > 1 else ""
-    say(f"GPU hours: an estimate at {speed.said}{wall}")
-    say(f"  {cost.FORMULA}; loading, choosing and waiting for memory are not in it")
-    say(f"  sizes: {book.models[table.model].source}; questions: {'; '.join(counted(tasks))}")
-    for name, why in chosen.left_out.items():
-        say(f"left out: {name}: {why}")
-    say()
+    table, model, tasks = chosen.table, book.models[chosen.table.model], tasks_of(book, chosen)
+    say(f"Table: {table.name}: {table.source}; read {table.read}", f"Chosen: {chosen.because}")
+    say(*(f"Note: {note}" for note in [*table.notes, model.note] if note))
+    show_table(["column", "questions"], ["what is compared, and how lmms-eval asks it"], columns_of_plan(book, chosen, launch))
+    rows, total, known = rows_of_plan(book, chosen, launch, jobs, speed)
+    show_table(["row"], ["policy", "tokens a layer", "tasks to run", "GPU hours"], rows)
+    if not known:
+        say("~ how many tokens enter depends on picture and question: what the table says is taken")
+    wall = f", {total / launch.processes:.1f} hours on {launch.processes} GPUs" if launch.processes > 1 else ""
+    say(
+        f"GPU hours: about {total:.1f}{wall}, at {speed.said}. {cost.FORMULA}. Loading, choosing tokens and waiting for "
+        f"memory are not in it. Sizes: {model.source}.",
+        f"Counts of questions: {'; '.join(f'{task}: {one.counted}' for task, one in tasks.items())}.",
+    )
+    for why, names in by_reason(chosen.left_out).items():
+        say(f"Left out: {', '.join(names)}: {why}")
     if jobs:
-        say(f"{len(jobs)} runs of lmms-eval, a policy each (--commands prints all lines). The first:")
-        say(f"  {kit.spelled(launch, jobs[0])}")
-    say(f"kept in {launch.folder}: cells/TASK/POLICY.json, read again by the next call; runs/POLICY: lmms-eval's own files")
+        say("", f"{len(jobs)} runs of lmms-eval, one a policy (--commands prints all the lines). The first:")
+        say(f"  {kit.spelled(launch, jobs[0])}", soft_wrap=True)
+    say(f"Kept in {launch.folder}: cells/TASK/POLICY.json, which later calls read; runs/POLICY: lmms-eval's own files.")
 
 
-def counted(tasks: dict[str, Any]) -> list[str]:
-    return [f"{task}: {one.counted}" for task, one in tasks.items()]
+def columns_of_plan(book: Book, chosen: Chosen, launch: Launch) -> list[list[str]]:
+    out = []
+    for column in chosen.columns:
+        one = book.benchmark(chosen.table, column)
+        note = f"\n{one.note}" if one.note else ""
+        about = f"{one.title}\ntask {one.task}, metric {' + '.join(one.metrics)}{note}"
+        out.append([column, f"{min(one.questions, launch.limit or one.questions):,}", about])
+    return out
+
+
+def rows_of_plan(
+    book: Book, chosen: Chosen, launch: Launch, jobs: list[Job], speed: Rate
+) -> tuple[list[list[str]], float, bool]:
+    """Lines, GPU hours of all that is still to be run, and whether all tokens are known from sizes."""
+    from vtr.eval.published import cost
+    from vtr.eval.published.choose import NONE, tasks_of
+    from vtr.limits import folded
+
+    model, tasks = book.models[chosen.table.model], tasks_of(book, chosen)
+    todo = {job.policy: job.tasks for job in jobs}
+    out, total, all_known = [], 0.0, True
+    for row in (NONE, *chosen.rows):
+        policy = row.policy or "none"
+        missing = {task: tasks[task] for task in todo.get(policy, ())}
+        hours, known = cost.hours(model, row, missing, speed, launch.limit)
+        vision, _ = cost.entering(row, model)
+        tokens = f"{'' if known else '~'}{sum(vision) / len(vision):.0f}"
+        out.append([row.label, folded(policy, 20), tokens, f"{len(missing)} of {len(tasks)}", f"{hours:.1f}"])
+        total, all_known = total + hours, all_known and known
+    return out, total, all_known
+
+
+def by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        found.setdefault(why, []).append(name)
+    return found
