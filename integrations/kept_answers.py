@@ -1,7 +1,7 @@
 """Answers of a long run, written down as they come: a run that was broken off goes on where it was.
 
 A folder with a file for each process, a JSON object a line. The first says what the answers are of; the others are
-answers by a key of the question. Of all processes' files everything is read, so that a run may go on with more or fewer.
+answers by a key of the question. The files of all processes are read, so that a run may go on with more or fewer.
 """
 
 from __future__ import annotations

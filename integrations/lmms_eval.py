@@ -109,7 +109,12 @@ class Vtr(lmms):
             int(max_frames_num),
         )  # fmt: skip
         self.device: torch.device = self.chat.model.device
-        about = {"model": str(pretrained), "policy": spelled(self.chat.policy), "dtype": dtype, "frames": int(max_frames_num)}
+        about = {
+            "model": str(pretrained),
+            "policy": spelled(self.chat.policy),
+            "dtype": dtype,
+            "frames": int(max_frames_num),
+        }
         self.kept = None if answers is None else KeptAnswers(Path(answers), about, self._rank)
         logger.info(f"vtr: {pretrained}, policy {spelled(self.chat.policy)}, {self.device}, rank {self._rank}")
 

@@ -47,7 +47,9 @@ class Cells:
             now = asdict(fixed)
             if changed := [name for name in now if not isinstance(was, dict) or was.get(name) != now[name]]:
                 said = ", ".join(f"{name} was {was.get(name)!r} and is now {now[name]!r}" for name in changed)
-                raise ValueError(f"{folder} holds other runs: {said}. Give another --out, or the options it was made with")
+                raise ValueError(
+                    f"{folder} holds other runs: {said}. Give another --out, or the options it was made with"
+                )
 
     def begin(self) -> None:
         """Make the folder, and write down what it is for."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtr.eval.published.tables import Benchmark, Book, Row, Table
+
 from vtr.limits import similar
 
 NONE = Row("unreduced", policy="none")
@@ -110,9 +111,7 @@ def columns_of(book: Book, table: Table, columns: Sequence[str], left_out: dict[
     return tuple(book.scored(table))
 
 
-def rows_of(
-    table: Table, columns: Sequence[str], policies: Sequence[str], left_out: dict[str, str]
-) -> tuple[Row, ...]:
+def rows_of(table: Table, columns: Sequence[str], policies: Sequence[str], left_out: dict[str, str]) -> tuple[Row, ...]:
     for name in policies:
         found = [row for row in table.rows if is_called(row, name)]
         if not found:

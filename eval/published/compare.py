@@ -45,7 +45,13 @@ def compare(book: Book, chosen: Chosen, cells: Cells) -> dict[str, Any]:
 
 def column_facts(book: Book, chosen: Chosen, column: str) -> dict[str, Any]:
     one = book.benchmark(chosen.table, column)
-    return {"title": one.title, "task": one.task, "metrics": list(one.metrics), "interval": one.interval, "note": one.note}
+    return {
+        "title": one.title,
+        "task": one.task,
+        "metrics": list(one.metrics),
+        "interval": one.interval,
+        "note": one.note,
+    }
 
 
 def of_cell(book: Book, chosen: Chosen, cells: Cells, policy: str, column: str) -> Measured | None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vtr.eval.published.tables import Benchmark, Model, Row
+
 import vtr
 from vtr.base import UnsupportedError
-from vtr.eval.published.tables import Benchmark, Model, Row
 from vtr.image import Layout
 from vtr.limits import similar
 
 PEAKS = {
-    "A100": 312.0, "H100": 989.0, "H200": 989.0, "A6000": 155.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0, "4090": 165.0
+    "A100": 312.0, "H100": 989.0, "H200": 989.0, "A6000": 155.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0,
+    "4090": 165.0,
 }  # fmt: skip
 """TFLOP/s of dense 16-bit matrix products, of the vendor's data sheets."""
 SHARE = 0.3

@@ -82,11 +82,17 @@ def f1_units(metric: str, samples: Sequence[dict[str, Any]]) -> Units:
 
 
 def pair_units(metrics: Sequence[str], samples: Sequence[dict[str, Any]]) -> Units:
-    """A picture's questions: their accuracy and whether all are right, 100 each."""
+    """A picture's questions: their accuracy and whether all are right, 100 each.
+
+    Raises:
+        KeyError: no sample has the metrics.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     for sample in samples:
         for one in (sample[m] for m in metrics if isinstance(sample.get(m), dict)):
             found.setdefault((one["category"], str(one["question_id"])), []).append(float(one["score"]))
+    if not found:
+        raise KeyError(metrics[0])
     keys = sorted(found)
     names = sorted({category for category, _ in keys})
     parts = np.zeros((len(keys), 2 * len(names)))
@@ -146,9 +152,7 @@ def measured(
     return Measured(value, (float(low), float(high)), "", draws, units.keys)
 
 
-def of_circular(
-    value: float, samples: Sequence[dict[str, Any]], metric: str
-) -> tuple[tuple[float, float] | None, str]:
+def of_circular(value: float, samples: Sequence[dict[str, Any]], metric: str) -> tuple[tuple[float, float] | None, str]:
     """The interval of a percentage of MMBench's questions; (None, why) where they cannot be counted."""
     try:
         n = len({int(one[metric]["index"]) % 10**6 for one in samples})

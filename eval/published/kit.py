@@ -13,18 +13,18 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vtr.eval.published.cells import slug
+
 from vtr.files import read_json
 
 LONGEST = 2**26
-OWN = "vtr_"
-"""What the tasks' names begin with that lie in ``tasks/`` beside this; lmms-eval finds them as a plugin's."""
-PLUGIN = "vtr.eval.published"
+OWN, TASKS = "vtr_", Path(__file__).with_name("tasks")
+"""What the names of our own tasks begin with, and where they lie: lmms-eval finds them by ``--include_path``."""
 MISSING = (
     "lmms-eval is not installed: pip install 'lmms-eval>=0.7.3' 'filelock<4' datasets loguru accelerate (from a clone: "
     "pip install -e '.[eval]'). What would be run: --dry-run"
@@ -53,17 +53,26 @@ class Job:
     tasks: tuple[str, ...]
 
 
-def check(launch: Launch) -> None:
+def check(launch: Launch, tasks: Iterable[str] = ()) -> None:
     """Raise unless the options go together.
 
     Raises:
-        ValueError: a name that lmms-eval would cut in two, or a device beside several processes.
+        ValueError: a name that lmms-eval would cut in two, a device beside several processes, or a folder of tasks that
+            lacks ours where they are needed (lmms-eval takes one folder).
     """
     for name, value in (("--model", launch.model), ("--out", str(launch.folder)), ("--device", launch.device or "")):
         if "," in value:
             raise ValueError(f"{name} {value}: lmms-eval splits its arguments at commas: use a name without")
     if launch.processes > 1 and launch.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {launch.device}: several processes take a GPU each: leave it out, or CUDA_VISIBLE_DEVICES")
+        raise ValueError(
+            f"--device {launch.device}: several processes take a GPU each: leave it out, or set CUDA_VISIBLE_DEVICES"
+        )
+    missing = [task for task in tasks if task.startswith(OWN) and launch.include is not None]
+    if launch.include is not None and any(not (launch.include / f"{task}.yaml").exists() for task in missing):
+        raise ValueError(
+            f"--include-path {launch.include}: lmms-eval takes one folder of tasks, and {', '.join(missing)} must be "
+            f"in it too: copy the files of {TASKS} there"
+        )
 
 
 def folder_of(launch: Launch, job: Job) -> Path:
@@ -79,13 +88,13 @@ def arguments(launch: Launch, job: Job) -> list[str]:
     words = ["--model", "vtr", "--model_args", ",".join(model), "--tasks", ",".join(job.tasks)]
     words += ["--batch_size", str(launch.batch_size), "--log_samples", "--output_path", str(folder)]
     words += ["--limit", str(launch.limit)] if launch.limit else []
-    return words + (["--include_path", str(launch.include)] if launch.include else [])
+    include = launch.include or (TASKS if any(task.startswith(OWN) for task in job.tasks) else None)
+    return words + (["--include_path", str(include)] if include else [])
 
 
-def environment(launch: Launch, job: Job) -> dict[str, str]:
+def environment(launch: Launch) -> dict[str, str]:
     """What is set beside the present environment."""
-    out = {"LMMS_EVAL_PLUGINS": PLUGIN} if any(task.startswith(OWN) for task in job.tasks) else {}
-    return out | ({"ACCELERATE_USE_CPU": "true"} if launch.device == "cpu" else {})
+    return {"ACCELERATE_USE_CPU": "true"} if launch.device == "cpu" else {}
 
 
 def several(launch: Launch) -> list[str]:
@@ -95,7 +104,7 @@ def several(launch: Launch) -> list[str]:
 def spelled(launch: Launch, job: Job) -> str:
     """The command line, to be typed or put into a script."""
     start = ["accelerate", "launch", *several(launch)] if launch.processes > 1 else ["python"]
-    words = [f"{name}={value}" for name, value in environment(launch, job).items()]
+    words = [f"{name}={value}" for name, value in environment(launch).items()]
     return shlex.join([*words, *start, "-m", "lmms_eval", *arguments(launch, job)])
 
 
@@ -115,7 +124,7 @@ def run(launch: Launch, job: Job) -> None:
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*start, "-m", "lmms_eval", *arguments(launch, job)], stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, **environment(launch, job)},
+            env={**os.environ, **environment(launch)},
         )  # fmt: skip
         try:
             status = process.wait()
@@ -134,22 +143,34 @@ def last_error(log: Path) -> str:
     return (named or lines or ["it wrote nothing"])[-1][:300]
 
 
-def results_of(launch: Launch, job: Job) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Task → (results by metric, logged samples) of the latest run.
+def found(
+    launch: Launch, policy: str, tasks: Iterable[str]
+) -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
+    """What lies in a policy's folder of these tasks, whoever started the run: task → (results by metric, samples).
 
-    Raises:
-        RuntimeError: a task is missing in what lmms-eval wrote.
+    Of several runs the latest; none with another model, precision or limit.
     """
-    path = max(folder_of(launch, job).rglob("*_results.json"), key=lambda one: one.stat().st_mtime_ns)
-    data = read_json(path, "a results file of lmms-eval", LONGEST)
-    found = {}
-    for task in job.tasks:
-        raw = data.get("results", {}).get(task)
-        samples = path.with_name(path.name.replace("_results.json", f"_samples_{task}.jsonl"))
-        if not isinstance(raw, dict) or not samples.exists():
-            raise RuntimeError(f"{path} has no results of {task}, or no samples beside it")
-        found[task] = by_metric(raw), read_lines(samples)
-    return found
+    out: dict[str, tuple[dict[str, float], list[dict[str, Any]]]] = {}
+    paths = folder_of(launch, Job(policy, ())).rglob("*_results.json")
+    for path in sorted(paths, key=lambda one: one.stat().st_mtime_ns, reverse=True):
+        data = read_json(path, "a results file of lmms-eval", LONGEST)
+        if not is_of(launch, policy, data.get("config", {})):
+            continue
+        for task in tasks:
+            samples = path.with_name(path.name.replace("_results.json", f"_samples_{task}.jsonl"))
+            if task not in out and task in data.get("results", {}) and samples.exists():
+                out[task] = by_metric(data["results"][task]), read_lines(samples)
+    return out
+
+
+def is_of(launch: Launch, policy: str, config: dict[str, Any]) -> bool:
+    """Whether a run's configuration, as lmms-eval notes it, is the one that is asked for."""
+    told = str(config.get("model_args", "")).split(",")
+    own = arguments(launch, Job(policy, ("",)))[3].split(",")
+    same = {one for one in told if one.partition("=")[0] != "device"} == {
+        one for one in own if one.partition("=")[0] != "device"
+    }
+    return same and float(config.get("limit") or 0) == float(launch.limit or 0)
 
 
 def by_metric(raw: dict[str, Any]) -> dict[str, float]:

@@ -36,7 +36,9 @@ def test_a_shipped_table_is_whole(name: str) -> None:
         assert row.tokens is None or row.tokens > 0
         for column, number in row.numbers.items():
             one = BOOK.benchmark(table, column)
-            assert 0 < number <= (2800 if one.scale == 1 and "MME" in one.title else one.scale if one.scale > 1 else 100)
+            assert (
+                0 < number <= (2800 if one.scale == 1 and "MME" in one.title else one.scale if one.scale > 1 else 100)
+            )
 
 
 @pytest.mark.parametrize("name", sorted(name for name, table in BOOK.tables.items() if table.average))
@@ -63,7 +65,10 @@ def test_averages_could_be_checked() -> None:
 
 
 def test_what_is_not_certain_says_so() -> None:
-    assert {t.name for t in BOOK.tables.values() if not t.certain} == {"divprune-llava-1.5-7b", "globalcom2-llava-next-7b"}
+    assert {t.name for t in BOOK.tables.values() if not t.certain} == {
+        "divprune-llava-1.5-7b",
+        "globalcom2-llava-next-7b",
+    }
     assert all("notes" in t.read for t in BOOK.tables.values() if not t.certain)
 
 
@@ -219,12 +224,15 @@ def test_lmms_eval_gets_a_policy_in_one_piece(tmp_path: Path) -> None:
     assert settings.keys() == {"pretrained", "policy", "answers", "dtype"}
     assert settings["policy"].replace(";", ",") == policy
     assert settings["answers"] == str(tmp_path / "runs" / slug(policy) / "answers")
-    assert kit.environment(launch, job) == {"LMMS_EVAL_PLUGINS": "vtr.eval.published", "ACCELERATE_USE_CPU": "true"}
+    assert kit.environment(launch) == {"ACCELERATE_USE_CPU": "true"}
     line = kit.spelled(launch, job)
     assert "accelerate launch --multi_gpu --num_processes 2 -m lmms_eval --model vtr" in line
     assert line.endswith("--limit 5 --include_path mine") and "--tasks mme,vtr_textvqa_ocr" in line
     alone = kit.spelled(kit.Launch("a/b", tmp_path, device="cuda:1"), kit.Job("none", ("mme",)))
     assert alone.startswith("python -m lmms_eval --model vtr") and "device=cuda:1" in alone
+    assert "--include_path" not in alone
+    ours = kit.arguments(kit.Launch("a/b", tmp_path), kit.Job("none", ("mme", "vtr_textvqa_ocr")))
+    assert ours[-2] == "--include_path" and (Path(ours[-1]) / "vtr_textvqa_ocr.yaml").exists()
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
@@ -232,6 +240,10 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         kit.check(kit.Launch("a,b", tmp_path))
     with pytest.raises(ValueError, match="several processes take a GPU each"):
         kit.check(kit.Launch("a", tmp_path, processes=2, device="cuda:1"))
+    with pytest.raises(ValueError, match="vtr_textvqa_ocr must be in it too: copy the files of"):
+        kit.check(kit.Launch("a", tmp_path, include=tmp_path), ["mme", "vtr_textvqa_ocr"])
+    kit.check(kit.Launch("a", tmp_path, include=kit.TASKS), ["mme", "vtr_textvqa_ocr"])
+    kit.check(kit.Launch("a", tmp_path, include=tmp_path), ["mme"])
 
 
 def test_other_specs_have_other_files() -> None:

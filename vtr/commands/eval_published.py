@@ -21,16 +21,21 @@ WIDE, WIDE_ONLY = 100, ("95 %",)
 def published_command(
     model: Annotated[str | None, typer.Option(help="a hub name or a folder: the checkpoint of the table")] = None,
     table: Annotated[
-        str, typer.Option("--table", help="columns: `gqa,pope,textvqa,mme,mmb,sqa`", show_default="all that can be scored")
+        str,
+        typer.Option("--table", help="columns: `gqa,pope,textvqa,mme,mmb,sqa`", show_default="all that can be scored"),
     ] = "",
     policies: Annotated[
         list[str] | None,
         typer.Option(
-            "--policies", "-p", help="rows, joined by `;`: `VisionZip`, `VisionZip 64`, or a spec of the table",
+            "--policies",
+            "-p",
+            help="rows, joined by `;`: `VisionZip`, `VisionZip 64`, or a spec of the table",
             show_default="all that vtr can be",
         ),
     ] = None,
-    source: Annotated[str | None, typer.Option(help="the table, by name", show_default="chosen by model and rows")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="the table, by name", show_default="chosen by model and rows")
+    ] = None,
     tables: Annotated[
         list[Path] | None, typer.Option(help="a folder of tables of your own; may be given again")
     ] = None,
@@ -48,7 +53,9 @@ def published_command(
     dtype: Annotated[str, typer.Option(help="auto (of the checkpoint), float32, bfloat16, float16")] = "auto",
     include_path: Annotated[Path | None, typer.Option(help="a folder of lmms-eval tasks of your own")] = None,
     gpu: Annotated[str, typer.Option(help="for the estimate: A100, H100, H200, A6000, L40S, L4, V100, 4090")] = "A100",
-    rate: Annotated[float | None, typer.Option(help="for the estimate: TFLOP/s that are reached, instead of --gpu")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="for the estimate: TFLOP/s that are reached, instead of --gpu")
+    ] = None,
 ) -> None:
     """Run the rows of a published table again, and print ours beside the paper's.
 
@@ -87,9 +94,14 @@ def published_command(
         chosen = choose.choose(book, model, source, columns, asked)
         speed = cost.rate_of(gpu, rate)
         launch = kit.Launch(model, out, batch_size, processes, device, dtype, limit, include_path)
-        kit.check(launch)
+        kit.check(launch, choose.tasks_of(book, chosen))
         store = cells.Cells(out, cells.Fixed(model, dtype, limit))
         jobs = jobs_of(book, chosen, store)
+        if jobs and not (dry_run or commands):
+            store.begin()
+            for job in jobs:
+                collect(launch, store, job)
+            jobs = jobs_of(book, chosen, store)
         if commands:
             for line in kit.commands(launch, jobs):
                 print(line)
@@ -121,6 +133,14 @@ def jobs_of(book: Book, chosen: Chosen, store: Cells) -> list[Job]:
     return found
 
 
+def collect(launch: Launch, store: Cells, job: Job) -> None:
+    """Keep what runs of a job have left, whoever started them."""
+    from vtr.eval.published import kit
+
+    for task, (results, samples) in kit.found(launch, job.policy, job.tasks).items():
+        store.keep(job.policy, task, results, samples)
+
+
 def run_all(launch: Launch, jobs: list[Job], store: Cells) -> dict[str, str]:
     """Run the jobs, keep what each gives; policies that failed, with the reason.
 
@@ -130,16 +150,15 @@ def run_all(launch: Launch, jobs: list[Job], store: Cells) -> dict[str, str]:
     from vtr.commands._bench import say
     from vtr.eval.published import kit
 
-    if not jobs:
-        return {}
-    store.begin()
     failed: dict[str, str] = {}
     for at, job in enumerate(jobs, 1):
-        say([f"{at} of {len(jobs)}: {job.policy}: {', '.join(job.tasks)} (log: {kit.folder_of(launch, job) / 'log.txt'})"])
+        log = kit.folder_of(launch, job) / "log.txt"
+        say([f"{at} of {len(jobs)}: {job.policy}: {', '.join(job.tasks)} (log: {log})"])
         try:
             kit.run(launch, job)
-            for task, (results, samples) in kit.results_of(launch, job).items():
-                store.keep(job.policy, task, results, samples)
+            collect(launch, store, job)
+            if missing := store.missing(job.policy, job.tasks):
+                raise RuntimeError(f"lmms-eval wrote no results of {', '.join(missing)}; its log: {log}")
         except RuntimeError as error:
             if at == 1:
                 raise
@@ -213,15 +232,17 @@ def show_plan(book: Book, chosen: Chosen, store: Cells, launch: Launch, jobs: li
     table, model, tasks = chosen.table, book.models[chosen.table.model], tasks_of(book, chosen)
     say(f"Table: {table.name}: {table.source}; read {table.read}", f"Chosen: {chosen.because}")
     say(*(f"Note: {note}" for note in [*table.notes, model.note] if note))
-    show_table(["column", "questions"], ["what is compared, and how lmms-eval asks it"], columns_of_plan(book, chosen, launch))
+    show_table(
+        ["column", "questions"], ["what is compared, and how lmms-eval asks it"], columns_of_plan(book, chosen, launch)
+    )
     rows, total, known = rows_of_plan(book, chosen, launch, jobs, speed)
     show_table(["row"], ["policy", "tokens a layer", "tasks to run", "GPU hours"], rows)
     if not known:
         say("~ how many tokens enter depends on picture and question: what the table says is taken")
     wall = f", {total / launch.processes:.1f} hours on {launch.processes} GPUs" if launch.processes > 1 else ""
     say(
-        f"GPU hours: about {total:.1f}{wall}, at {speed.said}. {cost.FORMULA}. Loading, choosing tokens and waiting for "
-        f"memory are not in it. Sizes: {model.source}.",
+        f"GPU hours: about {total:.1f}{wall}, at {speed.said}. {cost.FORMULA}. Loading, choosing tokens and waiting "
+        f"for memory are not in it. Sizes: {model.source}.",
         f"Counts of questions: {'; '.join(f'{task}: {one.counted}' for task, one in tasks.items())}.",
     )
     for why, names in by_reason(chosen.left_out).items():

@@ -21,8 +21,7 @@ told = json.loads(Path(os.environ["STAND_IN"]).read_text())
 settings = dict(one.split("=", 1) for one in given.model_args.split(","))
 policy = settings["policy"].replace(";", ",")
 with Path(os.environ["STAND_IN"]).with_name("calls.jsonl").open("a") as file:
-    plugins = os.environ.get("LMMS_EVAL_PLUGINS")
-    file.write(json.dumps({"policy": policy, "tasks": given.tasks, "plugins": plugins, "limit": given.limit}) + "\n")
+    file.write(json.dumps({"policy": policy, "tasks": given.tasks, "limit": given.limit}) + "\n")
 if policy in told["breaks"]:
     print("loading …\nOSError: no such checkpoint\nbye")
     raise SystemExit(0)
@@ -35,4 +34,8 @@ for task in given.tasks.split(","):
     (out / f"{stamp}_samples_{task}.jsonl").write_text("\n".join(map(json.dumps, samples)) + "\n")
     score = sum(one["exact_match"] for one in samples) / n
     results[task] = {"alias": task, "exact_match,none": score, "exact_match_stderr,none": 0.05, "x_stderr,none": "N/A"}
-(out / f"{stamp}_results.json").write_text(json.dumps({"results": results}))
+(out / f"{stamp}_results.json").write_text(
+    json.dumps(
+        {"results": results, "config": {"model_args": given.model_args, "limit": given.limit and float(given.limit)}}
+    )
+)
