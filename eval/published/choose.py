@@ -10,6 +10,8 @@ from vtr.eval.published.tables import Benchmark, Book, Row, Table
 from vtr.limits import similar
 
 NONE = Row("unreduced", policy="none")
+NEAREST = 5
+"""So many tables are named where none has all that is asked."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,13 @@ def chosen_by_model(book: Book, model: str, columns: Sequence[str], policies: Se
         )
     fit = [t for t in about if fits(book, t, columns, policies)]
     if not fit:
-        has = "; ".join(f"{t.name}: {', '.join(book.scored(t))}" for t in about)
-        wanted = " and ".join(filter(None, [", ".join(columns), "; ".join(policies)]))
-        raise ValueError(f"no single table about {model} has {wanted}, and tables are never mixed. There is {has}")
+        lacks = {t.name: missing_in(book, t, columns, policies) for t in about}
+        near = sorted(lacks, key=lambda name: (len(lacks[name]), name))[:NEAREST]
+        wanted = ", ".join([*columns, *policies])
+        said = "; ".join(
+            f"{name} lacks {', '.join(lacks[name]) or 'numbers of these rows in these columns'}" for name in near
+        )
+        raise ValueError(f"no single table about {model} has {wanted}, and tables are never mixed: {said}")
     order = {t.name: (t.unreduced is not None, t.certain, len(useful(t, columns))) for t in fit}
     best = [t for t in fit if order[t.name] == max(order.values())]
     if len(best) > 1:
@@ -76,14 +82,17 @@ def chosen_by_model(book: Book, model: str, columns: Sequence[str], policies: Se
     return best[0], f"it has {most}{many}; these have the columns too (--source): {', '.join(others)}"
 
 
+def missing_in(book: Book, table: Table, columns: Sequence[str], policies: Sequence[str]) -> list[str]:
+    """Columns and rows that a table cannot give."""
+    rows = useful(table, columns)
+    scored = book.scored(table)
+    without = [name for name in policies if not any(is_called(row, name) for row in rows)]
+    return [*(name for name in columns if name not in scored), *without]
+
+
 def fits(book: Book, table: Table, columns: Sequence[str], policies: Sequence[str]) -> bool:
     """Whether a table can give all columns and all rows that are asked for."""
-    rows = useful(table, columns)
-    return (
-        set(columns) <= set(book.scored(table))
-        and bool(rows)
-        and all(any(is_called(row, name) for row in rows) for name in policies)
-    )
+    return bool(useful(table, columns)) and not missing_in(book, table, columns, policies)
 
 
 def useful(table: Table, columns: Sequence[str]) -> list[Row]:
@@ -121,7 +130,7 @@ def rows_of(table: Table, columns: Sequence[str], policies: Sequence[str], left_
         if not any(row in useful(table, columns) for row in found):
             why = found[0].why or "of these columns the table has no number of it"
             raise ValueError(f"--policies {name}: {found[0].label} cannot be compared: {why}")
-    for row in table.rows:
+    for row in () if policies else table.rows:
         if row not in useful(table, columns):
             left_out[row.label] = row.why or "the table's average alone is known, or no number in these columns"
     rows = useful(table, columns)

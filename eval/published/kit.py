@@ -75,6 +75,12 @@ def check(launch: Launch, tasks: Iterable[str] = ()) -> None:
         )
 
 
+def check_installed() -> None:
+    """Raise RuntimeError unless lmms-eval is there."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise RuntimeError(MISSING)
+
+
 def folder_of(launch: Launch, job: Job) -> Path:
     return launch.folder / "runs" / slug(job.policy)
 
@@ -112,10 +118,8 @@ def run(launch: Launch, job: Job) -> None:
     """Start lmms-eval and wait for it.
 
     Raises:
-        RuntimeError: it is not installed, or has not ended with results; says where its log is.
+        RuntimeError: it has not ended with results; says where its log is.
     """
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise RuntimeError(MISSING)
     folder = folder_of(launch, job)
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, *(["-m", "accelerate.commands.launch", *several(launch)] if launch.processes > 1 else [])]

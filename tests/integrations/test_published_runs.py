@@ -48,10 +48,13 @@ def ours(folder: Path) -> dict[str, Any]:
     return {row["policy"]: row["columns"]["vqa"] for row in body["rows"]}
 
 
-def answered(folder: Path) -> list[dict[str, Any]]:
-    """Lines that a process has written whole, of all policies."""
-    lines = [line for path in folder.rglob("answers/*.jsonl") for line in path.read_text().splitlines(True)]
-    return [entry for line in lines if line.endswith("\n") and "key" in (entry := json.loads(line))]
+def answered(folder: Path) -> list[tuple[str, str]]:
+    """(policy's folder, question) of the lines that are written whole."""
+    found = []
+    for path in sorted(folder.rglob("answers/*.jsonl")):
+        whole = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        found += [(path.parts[-3], entry["key"]) for entry in whole if "key" in entry]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +112,9 @@ def test_a_killed_run_goes_on_where_it_was(world: Path, tmp_path: Path) -> None:
     early = answered(tmp_path)
     assert 3 <= len(early) < N and not list(tmp_path.rglob("*_results.json"))
     run(tmp_path, "-p", "random")
-    late = [entry["key"] for entry in answered(tmp_path)]
+    late = answered(tmp_path)
     assert len(late) == len(set(late)) == 2 * N, "a question was asked twice, or not at all"
-    assert late[: len(early)] == [entry["key"] for entry in early] or set(late) >= {e["key"] for e in early}
+    assert set(early) < set(late)
     assert ours(tmp_path) == {policy: one for policy, one in ours(world).items() if policy in ("none", RANDOM)}
 
 
@@ -151,7 +154,12 @@ def test_the_question_comes_with_ocr_tokens(manager: Any) -> None:
     from lmms_eval import utils
 
     config = utils.load_yaml_config(manager.task_index["vtr_textvqa_ocr"]["yaml_path"], mode="full")
-    document = {"question": "what brand is it?", "ocr_tokens": ["DAKOTA", "digital"], "answers": ["dakota"] * 10}
+    document = {
+        "question": "what brand is it?",
+        "ocr_tokens": ["DAKOTA", "digital"],
+        "answers": ["dakota"] * 10,
+        "question_id": 1,
+    }
     asked = config["doc_to_text"](document, config["lmms_eval_specific_kwargs"]["default"])
     assert asked == (
         "What brand is it?\nReference OCR token: DAKOTA, digital\nAnswer the question using a single word or phrase."

@@ -98,6 +98,7 @@ def published_command(
         store = cells.Cells(out, cells.Fixed(model, dtype, limit))
         jobs = jobs_of(book, chosen, store)
         if jobs and not (dry_run or commands):
+            kit.check_installed()
             store.begin()
             for job in jobs:
                 collect(launch, store, job)
@@ -239,9 +240,9 @@ def show_plan(book: Book, chosen: Chosen, store: Cells, launch: Launch, jobs: li
     show_table(["row"], ["policy", "tokens a layer", "tasks to run", "GPU hours"], rows)
     if not known:
         say("~ how many tokens enter depends on picture and question: what the table says is taken")
-    wall = f", {total / launch.processes:.1f} hours on {launch.processes} GPUs" if launch.processes > 1 else ""
+    wall = f", {spelled(total / launch.processes)} hours on {launch.processes} GPUs" if launch.processes > 1 else ""
     say(
-        f"GPU hours: about {total:.1f}{wall}, at {speed.said}. {cost.FORMULA}. Loading, choosing tokens and waiting "
+        f"GPU hours: {spelled(total)}{wall}, at {speed.said}. {cost.FORMULA}. Loading, choosing tokens and waiting "
         f"for memory are not in it. Sizes: {model.source}.",
         f"Counts of questions: {'; '.join(f'{task}: {one.counted}' for task, one in tasks.items())}.",
     )
@@ -280,9 +281,13 @@ def rows_of_plan(
         hours, known = cost.hours(model, row, missing, speed, launch.limit)
         vision, _ = cost.entering(row, model)
         tokens = f"{'' if known else '~'}{sum(vision) / len(vision):.0f}"
-        out.append([row.label, folded(policy, 20), tokens, f"{len(missing)} of {len(tasks)}", f"{hours:.1f}"])
+        out.append([row.label, folded(policy, 20), tokens, f"{len(missing)} of {len(tasks)}", spelled(hours)])
         total, all_known = total + hours, all_known and known
     return out, total, all_known
+
+
+def spelled(hours: float) -> str:
+    return "under 0.1" if 0 < hours < 0.05 else f"{hours:.1f}"
 
 
 def by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
