@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def run(launch: Launch, job: Job) -> None:
     folder = folder_of(launch, job)
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, *(["-m", "accelerate.commands.launch", *several(launch)] if launch.processes > 1 else [])]
-    before = set(folder.rglob("*_results.json"))
+    before = results_in(folder)
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -136,8 +137,13 @@ def run(launch: Launch, job: Job) -> None:
             process.terminate()
             process.wait()
             raise
-    if set(folder.rglob("*_results.json")) == before:  # lmms-eval ends with status 0 after an error too
+    if results_in(folder) == before:  # lmms-eval ends with status 0 after an error too
         raise RuntimeError(f"lmms-eval gave no results (status {status}): {last_error(log)}; its log: {log}")
+
+
+def results_in(folder: Path) -> set[Path]:
+    """The results files of lmms-eval: a date in front; its tasks write files of such names too."""
+    return {path for path in folder.rglob("*_results.json") if re.fullmatch(r"[\d_]+_results\.json", path.name)}
 
 
 def last_error(log: Path) -> str:
@@ -155,7 +161,7 @@ def found(
     Of several runs the latest; none with another model, precision or limit.
     """
     out: dict[str, tuple[dict[str, float], list[dict[str, Any]]]] = {}
-    paths = folder_of(launch, Job(policy, ())).rglob("*_results.json")
+    paths = results_in(folder_of(launch, Job(policy, ())))
     for path in sorted(paths, key=lambda one: one.stat().st_mtime_ns, reverse=True):
         data = read_json(path, "a results file of lmms-eval", LONGEST)
         if not is_of(launch, policy, data.get("config", {})):

@@ -262,6 +262,9 @@ def check_table(table: Table, book: Book) -> None:
                 raise ValueError(f"{where}: {row.label}: policy {row.policy!r}: {error}") from error
     if unknown := set(table.unreduced or {}) - set(table.columns):
         raise ValueError(f"{where}: unreduced numbers of {', '.join(sorted(unknown))}, which is no column")
+    over = (table.average or {"over": []}).get("over")
+    if not isinstance(over, list) or not set(over) <= set(table.columns):
+        raise ValueError(f'{where}: average: "over" lists columns of the table, not {str(over)[:60]}')
     labels = [row.label for row in table.rows]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"{where}: two rows are called {', '.join(sorted(twice))}")

@@ -112,6 +112,8 @@ def with_row(**row: Any) -> dict[str, Any]:
         (broken(unreduced={"pope": 1.0}), "unreduced numbers of pope, which is no column"),
         (broken(unreduced={"vqa": "1"}), "unreduced="),
         (broken(unreduced={"vqa": float("nan")}), "unreduced="),
+        (broken(average={"of": ["vqa"]}), 'average: "over" lists columns'),
+        (broken(rows=[{"name": "a", "why": "no"}] * 2), "two rows are called a"),
         (with_row(policy="fastvv"), "a: policy 'fastvv': unknown policy"),
         (with_row(policy=None), "without a policy, why says the reason"),
         (with_row(numbers={"pope": 1.0}), "a: numbers of pope, which is no column"),
