@@ -8,7 +8,8 @@
 ``pretrained``: a folder, a hub name, ``pocket``, ``pocket-joint`` or ``pocket-internvl``. ``policy``: a spec string.
 lmms-eval splits ``--model_args`` at commas, so write ``;`` between a policy's settings, or put the spec in double
 quotes (commas inside ``[…]`` are safe); a folder that ``policy.save_pretrained`` wrote is taken too. ``device``: cpu,
-cuda, …; ``dtype``: auto, float32, …; ``max_frames_num``: so many frames of each video, evenly spread.
+cuda, …; ``dtype``: auto, float32, …; ``max_frames_num``: so many frames of each video, evenly spread; ``answers``: a
+folder for answers as they come, so that a run that was broken off goes on where it was.
 
 Tasks that compare log-likelihoods (``multiple_choice``) need ``--force_simple``, as for every chat model of lmms-eval.
 Several processes: ``accelerate launch --num_processes 2 -m lmms_eval …``; on a CPU
@@ -31,6 +32,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 from vtr.integrations.chat import Answer, Chat, Prompt, generation_settings, parts_of, spelled
+from vtr.integrations.kept_answers import KeptAnswers, key_of
 
 from vtr.base import UnsupportedError
 from vtr.data.videos import FRAMES
@@ -93,6 +95,7 @@ class Vtr(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_frames_num: int | str = FRAMES,
+        answers: str | None = None,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -106,6 +109,13 @@ class Vtr(lmms):
             int(max_frames_num),
         )  # fmt: skip
         self.device: torch.device = self.chat.model.device
+        about = {
+            "model": str(pretrained),
+            "policy": spelled(self.chat.policy),
+            "dtype": dtype,
+            "frames": int(max_frames_num),
+        }
+        self.kept = None if answers is None else KeptAnswers(Path(answers), about, self._rank)
         logger.info(f"vtr: {pretrained}, policy {spelled(self.chat.policy)}, {self.device}, rank {self._rank}")
 
     @property
@@ -120,6 +130,8 @@ class Vtr(lmms):
     def clean(self) -> None:
         """Free the model, when lmms-eval has all answers."""
         self.chat = None
+        if self.kept is not None:
+            self.kept.close()
         super().clean()
 
     # -- what a request asks ---------------------------------------------------------------------------------------
@@ -148,13 +160,29 @@ class Vtr(lmms):
                 if new := set(ignored) - warned:
                     logger.warning(f"vtr ignores these generation settings: {', '.join(sorted(new))}")
                     warned |= new
-                for part in chunks(indexes, self.batch_size):
+                names = self._names(requests, indexes, settings)
+                known = {i: old for i, name in names.items() if (old := self._kept(name)) is not None}
+                results |= known
+                bar.update(len(known))
+                for part in chunks([i for i in indexes if i not in known], self.batch_size):
                     said = chat.answers([self._prompt(requests[i]) for i in part], settings, until)
                     results.update(zip(part, said, strict=True))
+                    if self.kept is not None and names:
+                        self.kept.put({names[i]: results[i] for i in part})
                     bar.update(len(part))
         answers = [results[i] for i in range(len(requests))]
         self._log(answers, time.perf_counter() - started)
         return [GenerationResult(a.text, TokenCounts(output_tokens=a.tokens)) for a in answers]
+
+    def _kept(self, name: str) -> Answer | None:
+        return None if self.kept is None else self.kept.get(name)
+
+    def _names(self, requests: list[Instance], indexes: list[int], settings: dict[str, Any]) -> dict[int, str]:
+        """The names that answers are kept under; none without a folder for them, or where they are sampled."""
+        if self.kept is None or settings["do_sample"]:
+            return {}
+        asked = {i: requests[i].args for i in indexes}
+        return {i: key_of(*args[-2:], args[-3], args[0], self._settings(requests[i])) for i, args in asked.items()}
 
     def _log(self, answers: Sequence[Answer], seconds: float) -> None:
         """What was kept goes beside lmms-eval's own throughput figures."""

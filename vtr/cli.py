@@ -8,6 +8,7 @@ from vtr.commands.bench import bench
 from vtr.commands.convert import convert_command
 from vtr.commands.encode import encode_command
 from vtr.commands.eval import eval_command
+from vtr.commands.eval_published import published_command
 from vtr.commands.list import list_command
 from vtr.commands.page import page_command
 from vtr.commands.run import run_command
@@ -42,7 +43,10 @@ app.command("run", rich_help_panel=TRY)(run_command)
 app.command("list", rich_help_panel=TRY)(list_command)
 app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 app.add_typer(search, name="search", rich_help_panel=MAKE)
-app.command("eval", rich_help_panel=MEASURE)(eval_command)
+evaluate = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+evaluate.callback()(eval_command)
+evaluate.command("published")(published_command)
+app.add_typer(evaluate, name="eval", rich_help_panel=MEASURE)
 app.command("page", rich_help_panel=MEASURE)(page_command)
 app.command("train", rich_help_panel=MAKE)(train_command)
 app.command("convert", rich_help_panel=MAKE)(convert_command)

@@ -19,7 +19,7 @@ ROOMS = {
     "pocket": "pocket.__init__ pocket.changes pocket.listing pocket.pretrained.__init__ pocket.scenes "
     "pocket.shots.__init__ pocket.shots.prompts pocket.video.films",
     "training": "pocket training",
-    "clients": "integrations.chat integrations.lmms_eval integrations.vlmevalkit",
+    "clients": "integrations.chat integrations.kept_answers integrations.lmms_eval integrations.vlmevalkit",
     "vllm": "integrations.vllm",
     "integrations": "integrations",
     "commands": "auto cli commands",

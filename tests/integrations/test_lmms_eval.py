@@ -167,6 +167,35 @@ def test_rows_with_none_one_and_two_pictures_in_one_batch(adapter: Any) -> None:
     assert together[0].text == DOCUMENTS[0]["answer"]
 
 
+def test_a_run_that_was_broken_off_goes_on(adapter: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Answers are kept by question and settings; sampled ones are not; a line that was cut off is asked again."""
+
+    def fresh(**settings: Any) -> tuple[Any, list[int]]:
+        made, asked = model(adapter, "Vtr", answers=str(tmp_path / "kept"), **settings), []
+        answers = made.chat.answers
+
+        def noted(prompts: Any, *rest: Any) -> Any:
+            asked.append(len(prompts))
+            return answers(prompts, *rest)
+
+        monkeypatch.setattr(made.chat, "answers", noted)
+        return made, asked
+
+    made, asked = fresh(batch_size=2)
+    first = made.generate_until([simple(0), simple(1)])
+    made.clean()
+    path = tmp_path / "kept" / "0.jsonl"
+    path.write_text(path.read_text()[:-20])  # the process ended while it wrote the second
+    made, asked = fresh(batch_size=4)
+    again = made.generate_until([simple(2), simple(1), simple(0), simple(0, max_new_tokens=1)])
+    assert asked == [2, 1] and [again[2].text, again[1].text] == [one.text for one in first]
+    assert again[2].token_counts == first[0].token_counts
+    made.generate_until([simple(0, do_sample=True)] * 2)
+    assert asked == [2, 1, 2] and len(path.read_text().splitlines()) == 1 + 1 + 1 + 3
+    with pytest.raises(ValueError, match=r"answers of another run \(policy changed\): name another folder"):
+        fresh(policy="fastv:keep=0.5")
+
+
 def test_pictures_stand_where_the_text_marks_them(adapter: Any) -> None:
     pair = [DOCUMENTS[0]["image"], DOCUMENTS[1]["image"]]
     kinds = [part["type"] for part in adapter.interleaved("a <image> b <image>", pair)]

@@ -12,6 +12,7 @@ WIDE, WIDE_ONLY = 120, ("interval", "gain", "gray gain", "p", "KV MiB", "selecto
 
 
 def eval_command(
+    context: typer.Context,
     policies: Annotated[
         list[str] | None,
         typer.Option("--policies", "-p", help="`all`, or specs joined by `;`; may be given again", show_default="all"),
@@ -101,12 +102,17 @@ def eval_command(
       permuted from prompt to prompt: unreduced, all coarse, demonstrations coarse, and `fewer` demonstrations
 
     * `torchrun --nproc-per-node 4 -m vtr.cli eval …` — every process its share, one table (accelerate launch too)
+
+    * `vtr eval published --list` — tables of papers, run again by lmms-eval on the checkpoints they are about
     """
     import tempfile
 
     from vtr.commands._console import check_folder, console, fail
 
     try:
+        if context.invoked_subcommand is not None:
+            refuse_options(context)
+            return
         check_folder(out)
         if resume and out is None:
             raise ValueError("--resume goes on with what --out holds: name that folder as well, --out FOLDER")
@@ -151,6 +157,24 @@ def eval_command(
             console.print(
                 f"written to [bold]{out}[/]: results.json, samples.jsonl, table.md, table.csv", highlight=False
             )
+
+
+def refuse_options(context: typer.Context) -> None:
+    """Raise unless a command behind ``vtr eval`` is given no options of ``vtr eval`` itself.
+
+    Raises:
+        ValueError: some stand in front of the command's name.
+    """
+    given = [
+        "--" + name.replace("_", "-")
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} in front of {context.invoked_subcommand} would be vtr eval's own: put the options of "
+            f"vtr eval {context.invoked_subcommand} behind it"
+        )
 
 
 def _many_shots(
