@@ -17,7 +17,8 @@ ROOMS = {
     "data": "chat data",
     "tools": "autopatch budget encode models picture",
     "pocket": "pocket.__init__ pocket.changes pocket.listing pocket.pretrained.__init__ "
-    "pocket.pretrained.canvases pocket.pretrained.drawings pocket.pretrained.wheels pocket.scenes pocket.shots.__init__ pocket.shots.prompts pocket.video.films",
+    "pocket.pretrained.canvases pocket.pretrained.drawings pocket.pretrained.wheels pocket.scenes "
+    "pocket.shots.__init__ pocket.shots.prompts pocket.video.films",
     "training": "pocket training",
     "clients": "integrations.chat integrations.kept_answers integrations.lmms_eval integrations.vlmevalkit",
     "vllm": "integrations.vllm",
