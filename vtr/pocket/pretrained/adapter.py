@@ -1,6 +1,6 @@
-"""What was trained: the projector and low-rank changes (LoRA) of the decoder's linear layers, shipped as int8.
+"""What is trained: the projector and low-rank changes (LoRA) of the decoder's linear layers, kept as int8.
 
-The weights of the packages are not redistributed: ``build`` adds these to them.
+``build --weights`` adds them to the packages' own weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from ..changes import pack, unpack
 
-TRAINED = Path(__file__).parent / "weights" / "trained.safetensors"
+FILE = "trained.safetensors"
 PROJECTOR = "projector."
 LORA = "lora."
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,7 +21,7 @@ DOWN, UP = ".a", ".b"
 """Of a change up · down: the first maps a layer's input to the rank, the second the rank to its output."""
 
 
-def save(weights: dict[str, torch.Tensor], path: Path = TRAINED) -> None:
+def save(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write weights as int8 with one scale a row (vectors as float32).
 
     Args:
@@ -32,7 +32,7 @@ def save(weights: dict[str, torch.Tensor], path: Path = TRAINED) -> None:
     pack(weights, path)
 
 
-def load(path: Path = TRAINED) -> dict[str, torch.Tensor]:
+def load(path: Path) -> dict[str, torch.Tensor]:
     """What :func:`save` wrote, float32."""
     return unpack(path)
 

@@ -77,30 +77,35 @@ def make_processor(tokenizer: Any, side: int, tokens: int) -> Any:
 
 def save(
     model: Any, processor: Any, where: Path, packages: tuple[wheels.Package, ...] = (wheels.TOWER, wheels.DECODER),
-    trained: bool = False,
+    weights: Path | None = None,
 ) -> None:  # fmt: skip
     """Write the folder in one piece: whoever looks sees the old one or the whole new one.
 
     Args:
-        trained: the shipped weights are in the model.
+        weights: what was added to the model; a copy is kept in the folder.
     """
     where.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=where.parent) as fresh:
         new = Path(fresh) / "model"
         model.save_pretrained(new)
         processor.save_pretrained(new)
-        says = {"projector": TRAINED if trained else UNTRAINED, "packages": [asdict(package) for package in packages]}
+        if weights is not None:
+            shutil.copy(weights, new / adapter.FILE)
+        says = {
+            "projector": UNTRAINED if weights is None else TRAINED,
+            "packages": [asdict(package) for package in packages],
+        }
         (new / SAYS).write_text(json.dumps(says, indent=1) + "\n", encoding="utf-8")
         if where.exists():
             shutil.rmtree(where)
         new.rename(where)
 
 
-def make(where: Path, say: Callable[[str], None] = print, trained: bool = True) -> tuple[list[Figure], Any, Any]:
+def make(where: Path, say: Callable[[str], None] = print, weights: Path | None = None) -> tuple[list[Figure], Any, Any]:
     """All of it: fetch, read, put together, check, save as ``where``/model.
 
     Args:
-        trained: add what was trained (``adapter``), which is shipped with vtr.
+        weights: what ``train`` wrote, to be added; None adds nothing.
 
     Returns:
         the figures of the check, the model, the processor.
@@ -111,9 +116,9 @@ def make(where: Path, say: Callable[[str], None] = print, trained: bool = True) 
         model, processor = assemble(found)
     say("checking them against the packages' own numbers")
     rows = figures(found, model, processor)
-    if trained:
-        say("adding the trained projector and the decoder's trained changes")
-        adapter.put_on(model, adapter.load())
+    if weights is not None:
+        say(f"adding the trained projector and the decoder's trained changes of {weights}")
+        adapter.put_on(model, adapter.load(weights))
     say(f"saving {where / 'model'}")
-    save(model, processor, where / "model", trained=trained)
+    save(model, processor, where / "model", weights=weights)
     return rows, model, processor

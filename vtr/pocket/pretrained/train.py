@@ -315,7 +315,7 @@ def train(
             say(" ".join(f"{name} {value:.3g}" for name, value in now.items()))
             if now["loss"] < best:
                 best = now["loss"]
-                adapter.save(student.weights(), out / "trained.safetensors")
+                adapter.save(student.weights(), out / adapter.FILE)
         if step == steps:
             break
         batch = source.batch(student.processor, recipe.batch)
