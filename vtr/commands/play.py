@@ -57,4 +57,4 @@ def play_command(
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(error) from error
     console.print(f"{player.name} answers at [bold]http://{host}:{port}[/]; Ctrl+C stops", highlight=False)
-    launch(page, host, port, share, max_upload_mb)
+    launch(page, host, port, share, max_upload_mb, quiet=not share)

@@ -24,7 +24,6 @@ WAITING = 16
 """Questions that may wait for their turn; one more is told to come again."""
 KEPT_FOR = 3600
 """Seconds after which uploads are deleted, and what a visitor was shown is forgotten."""
-PORT = 7860
 FONT = ("system-ui", "sans-serif")
 CSS = """
 .vtr-panels {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr))}
@@ -193,17 +192,18 @@ def _copies() -> tuple[list[gr.Code], gr.Dropdown]:
 
 def launch(
     page: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False, max_upload_mb: int = 20,
-    block: bool = True,
+    block: bool = True, quiet: bool = False,
 ) -> Any:  # fmt: skip
     """Serve the page.
 
     Args:
         host, port: None: as the environment says (``GRADIO_SERVER_NAME``), else 127.0.0.1 and the first free port from
             7860. share: a public address, by Gradio's tunnel. max_upload_mb: of one file. block: until it is stopped.
+            quiet: do not print where.
     """
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return page.launch(
         server_name=host, server_port=port, share=share, max_file_size=f"{max_upload_mb}mb", css=CSS,
         theme=gr.themes.Default(font=FONT, font_mono=("ui-monospace", "monospace")), footer_links=[],
-        quiet=not share, ssr_mode=False, enable_monitoring=False, show_error=True, prevent_thread_lock=not block,
+        quiet=quiet, ssr_mode=False, enable_monitoring=False, show_error=True, prevent_thread_lock=not block,
     )  # fmt: skip
