@@ -84,7 +84,10 @@ class Handlers:
         self, still: str | None, film: str | None, tab: str, frames: int, question: str, new_tokens: int, why: bool,
         number: int, layer: int, view: str, tiles: str, *specs: str,
     ) -> Iterator[list[Any]]:  # fmt: skip
-        """The answers as they come: the state, the staircase, and of each panel what is said, the picture, the line."""
+        """The answers as they come: the state, the staircase, and of each panel what is said, the picture, the line.
+
+        ``layer``, ``view``, ``tiles`` are those at the beginning: at the end the page asks :meth:`look` with its own.
+        """
         try:
             moving = tab == FILM
             asked = Asked.read(None if moving else still, film if moving else None, frames, question, new_tokens)
@@ -100,13 +103,13 @@ class Handlers:
             out: list[Any] = [gr.skip()] * (2 + 3 * len(specs))
             out[2 + 3 * i] = spoken(i, news)
             if news.report is not None:
-                out[0], whole = list(said), whole_of(said)
+                out[0] = list(said)
+            if new:
+                out[1], whole = staircase(said), whole_of(said)
                 out[3 + 3 * i : 5 + 3 * i] = drawn(news, layer, view, tiles, whole)
-                if new:
-                    out[1] = staircase(said)
-                    if news is whole:  # the others' numbers are shares of its own
-                        for j, one in enumerate(said):
-                            out[4 + 3 * j] = drawn(one, layer, view, tiles, whole)[1]
+                if news is whole:  # the others' numbers are shares of its own
+                    for j, one in enumerate(said):
+                        out[4 + 3 * j] = drawn(one, layer, view, tiles, whole)[1]
             yield out
 
     def look(self, said: Sequence[Said], layer: int, view: str, tiles: str) -> list[Any]:

@@ -97,6 +97,7 @@ def build(player: Player) -> gr.Blocks:
             [go.click, question.submit], answer.ask, [*inputs, *specs], outputs, concurrency_limit=1,
             show_progress="minimal", show_progress_on=go, api_visibility="private",
         )  # fmt: skip
+        run.then(answer.look, [state, layer, view, tiles], pictures, **LIGHT)  # these may have been moved meanwhile
         gr.on(stop.click, None, cancels=[run], api_visibility="private")
     return page
 
