@@ -170,6 +170,7 @@ def answers() -> list[str]:
     shots = vtr.visualize.ask(model, processor, picture, question, ["fastv:keep=0.1", None], max_new_tokens=2)
     vtr.visualize.staircase(shots)
     print(vtr.describe(model))
+    vtr.display(report, norm)
     vtr.unpatch(model)
     return [*said, answer]
 

@@ -74,6 +74,7 @@ from vtr.processing import processor
 from vtr.schedule import Schedule
 from vtr.score import ScorePolicy
 from vtr.settings import list_policies, policy_class, register_policy
+from vtr.showing import display
 
 __all__ = [
     "AVTP",
@@ -146,6 +147,7 @@ __all__ = [
     "at_budget",
     "chat",
     "describe",
+    "display",
     "fork",
     "keep_count",
     "list_policies",

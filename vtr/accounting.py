@@ -10,6 +10,7 @@ of a static cache attend to the room for tokens to come as well.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from vtr.engine.call import last_traces
 from vtr.engine.install import patch_of
 from vtr.engine.trace import DenseTrace, Geometry, RowTrace, Trace, Tried
+from vtr.markup import stairs, table
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,32 @@ class Report:
             for word, counts in (("asked", row.asked), ("seen", row.seen)):
                 if counts and counts != row.vision_tokens:
                     lines.append(f"{word:>62}  {' '.join(map(str, counts))}")
-        lines.append(
+        return "\n".join([*lines, self._costs()])
+
+    def _costs(self) -> str:
+        return (
             f"decoder {self.flops / 1e9:.3f} GFLOPs (prefill {self.prefill_flops / 1e9:.3f}), "
             f"KV {self.kv_bytes / 1024:.1f} KiB live, {self.kv_bytes_allocated / 1024:.1f} KiB allocated, "
             f"selector {self.selector_ms:.2f} ms{'' if self.path == 'packed' else f', {self.path} rows'}"
         )
-        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A line a row, with its staircase of tokens, for notebooks."""
+        head = ("row", "policy", "vision tokens", "mean keep", "into each layer", "")
+        lines: list[tuple[object, ...]] = []
+        for i, row in enumerate(self.rows):
+            here, counts = stairs(row.vision_tokens, row.total), _runs(row.vision_tokens)
+            lines.append((i, row.policy or "none", row.total, f"{row.mean_keep:.1%}", here, counts))
+            for word, some in (("asked", row.asked), ("seen", row.seen)):
+                if some and some != row.vision_tokens:
+                    lines.append(("", word, "", "", stairs(some, row.total), _runs(some)))
+        return table(head, lines, note=self._costs())
+
+
+def _runs(counts: list[int]) -> str:
+    """Equal counts of neighboring layers together: "744 × 2, 37 × 8"."""
+    runs = [(count, len(list(same))) for count, same in groupby(counts)]
+    return ", ".join(f"{count} × {times}" if times > 1 else str(count) for count, times in runs)
 
 
 def report(model: Any) -> Report:

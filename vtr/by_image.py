@@ -123,6 +123,10 @@ class ByImage(Parts):
 
     # -- as data ---------------------------------------------------------------------------------------------------
     @classmethod
+    def example(cls) -> str:
+        return cls("m3:9", last=NONE).spec
+
+    @classmethod
     def names_file(cls, settings: Mapping[str, Any]) -> bool:
         """Whether a policy that the settings name does so with a file."""
         return any(

@@ -117,6 +117,10 @@ class Chain(Parts):
         return None
 
     @classmethod
+    def example(cls) -> str:
+        return "m3:tokens=36+fastv:keep=0.5"
+
+    @classmethod
     def names_file(cls, settings: Mapping[str, Any]) -> bool:
         for part in settings.get("policies", []):
             check_names_no_file(part["policy"], part["settings"])
@@ -124,6 +128,9 @@ class Chain(Parts):
 
     def config(self) -> dict[str, Any]:
         return {"policies": [{"policy": p.name, "settings": p.config()} for p in self.policies]}  # type: ignore[union-attr]
+
+    def _repr_html_(self) -> str:
+        return "".join(p._repr_html_() for p in self.policies)  # type: ignore[union-attr]
 
     @property
     def spec(self) -> str:

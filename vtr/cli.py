@@ -11,6 +11,7 @@ from vtr.commands.eval import eval_command
 from vtr.commands.eval_published import published_command
 from vtr.commands.list import list_command
 from vtr.commands.page import page_command
+from vtr.commands.play import play_command
 from vtr.commands.run import run_command
 from vtr.commands.search import search
 from vtr.commands.serve import PASSED_ON, serve_command
@@ -22,6 +23,8 @@ A policy is written `name:setting=value,…`, and two are joined by `+`: `fastv:
 `m3:tokens=36`, `m3:tokens=144+fastv:keep=0.5`. Without `--model` the embedded pocket model answers, offline.
 
 * `vtr run --sample 0 --policy fastv:keep=0.05 --compare` — a first look
+
+* `vtr play` — the same in a browser, policies side by side
 
 * `vtr list` — which policies and models there are
 
@@ -40,6 +43,7 @@ def main() -> None:
 
 
 app.command("run", rich_help_panel=TRY)(run_command)
+app.command("play", rich_help_panel=TRY)(play_command)
 app.command("list", rich_help_panel=TRY)(list_command)
 app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 app.add_typer(search, name="search", rich_help_panel=MAKE)

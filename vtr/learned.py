@@ -137,6 +137,10 @@ class Learned(Policy):
         return "weights"
 
     @classmethod
+    def example(cls) -> str:
+        return f"{cls.name}:weights=pocket"
+
+    @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Policy:
         """Make one. ``weights`` is the folder that its weights are in, or a name of ``SHIPPED``: the settings saved
         there hold unless others are named. ``allow_mismatch``: see :meth:`vtr.Policy.from_pretrained`."""

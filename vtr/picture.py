@@ -218,6 +218,17 @@ def show_kept(
     return figure
 
 
+def vision_tokens(model: Any, inputs: Any, row: int = 0) -> int:
+    """How many vision tokens a row of a call's inputs has before any policy of the model acts."""
+    import torch
+
+    from vtr.engine.adapters import find_adapter
+
+    ids = inputs["input_ids"]
+    marks = torch.tensor(find_adapter(model).placeholders(model), device=ids.device)
+    return int(torch.isin(ids[row], marks).sum())
+
+
 def image_spans(model: Any, inputs: Any) -> list[tuple[int, int, Layout]]:
     """(row, first slot, layout) of every image of a call's inputs, in order."""
     from vtr.engine.install import patch_of

@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import overload
 
 from vtr.files import read_json
 from vtr.keep import Keep, check_keep, keep_count
 from vtr.limits import MOST_LAYERS, short
+from vtr.markup import stairs
+from vtr.markup import table as html_table
 
 PRESETS = Path(__file__).parent / "presets"
 SCHEDULE_NAME = "schedule.json"
@@ -75,6 +78,17 @@ class Schedule(Sequence[Keep]):
 
     def __repr__(self) -> str:
         return f"Schedule({list(self._keeps)})"
+
+    def table(self) -> str:
+        """One line of plain text: how many layers, and their keeps, equal ones of neighbors together."""
+        runs = [(keep, len(list(same))) for keep, same in groupby(self._keeps, key=repr)]
+        return f"{len(self)} layers: " + ", ".join(f"{keep} × {n}" if n > 1 else keep for keep, n in runs)
+
+    def _repr_html_(self) -> str:
+        """A bar a layer (counts beside ratios: as shares of the largest count), and the keeps, for notebooks."""
+        most = max((keep for keep in self._keeps if isinstance(keep, int)), default=1)
+        shares = [keep / most if isinstance(keep, int) else keep for keep in self._keeps]
+        return html_table((), [(stairs(shares, 1), self.table())], "schedule")
 
     def counts(self, total: int) -> list[int]:
         """Tokens that enter each layer, of ``total`` vision tokens."""

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from vtr.about import about, meanings_of
 from vtr.files import WRONG, echo, read_header, read_json, read_tensors, told
 from vtr.limits import check_bounds, short, similar
+from vtr.markup import table
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +62,14 @@ class Settings:
         return next((f.name for f in dataclasses.fields(cls) if f.init), None)  # type: ignore[arg-type]
 
     @classmethod
+    def example(cls) -> str:
+        """A spec string that works on the pocket model: the defaults, written out as far as the first setting."""
+        try:
+            return cls().spec
+        except (TypeError, ValueError):  # a setting without a default
+            return f"{cls.name}:{cls.first_setting()}=…"
+
+    @classmethod
     def names_file(cls, settings: Mapping[str, Any]) -> bool:
         """Whether these settings name a file: a spec string may do so, a policy file that was sent may not."""
         return "weights" in settings
@@ -76,6 +86,12 @@ class Settings:
         items = self.config().items()
         shown = [f"{k}={_compact(v)}" for i, (k, v) in enumerate(items) if i == 0 or repr(v) != repr(defaults[k])]
         return self.name + (":" + ",".join(shown) if shown else "")
+
+    def _repr_html_(self) -> str:
+        """Its spec string, what it does, and its settings with what they mean, for notebooks."""
+        meanings = meanings_of(type(self))
+        rows = [(key, short(_compact(value)), meanings.get(key, "")) for key, value in self.config().items()]
+        return table(("setting", "value", "meaning") if rows else (), rows, short(self.spec), about(type(self))[0])
 
     # -- weights ---------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,26 @@ def median_ms(run: Callable[[], Any], repeats: int, device: torch.device, warmup
     return statistics.median(times) * 1e3
 
 
+@contextmanager
+def forwards(model: Any) -> Iterator[list[float]]:
+    """Seconds of each forward of the text model in the block, in order: selection included, vision tower not."""
+    device, spans = model.device, list[float]()
+
+    def enter(*_: Any) -> None:
+        spans.append(now(device))
+
+    def leave(*_: Any) -> None:
+        spans[-1] = now(device) - spans[-1]
+
+    text = model.get_decoder()
+    hooks = [text.register_forward_pre_hook(enter, prepend=True), text.register_forward_hook(leave)]
+    try:
+        yield spans
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.inference_mode()
 def time_call(
     model: Any, inputs: Mapping[str, Any], policy: Any = None, *, repeats: int = 5, new_tokens: int = 0
@@ -76,21 +97,9 @@ def time_call(
     Args:
         inputs: what the processor returned. new_tokens: how many tokens to decode for ``decode_ms`` (0: none).
     """
-    device, spans = model.device, []
-    text = model.get_decoder()
-
-    def enter(*_: Any) -> None:
-        spans.append(now(device))
-
-    def leave(*_: Any) -> None:
-        spans[-1] = now(device) - spans[-1]
-
-    hooks = [text.register_forward_pre_hook(enter, prepend=True), text.register_forward_hook(leave)]
-    try:
+    device = model.device
+    with forwards(model) as spans:
         first = median_ms(lambda: model(**inputs, policy=policy, logits_to_keep=1, use_cache=True), repeats, device)
-    finally:
-        for hook in hooks:
-            hook.remove()
     decode = None
     if new_tokens:
         once = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False, "policy": policy}

@@ -99,12 +99,12 @@ def test_list() -> None:
 def test_list_of_one_policy_says_what_every_setting_means(name: str) -> None:
     import dataclasses
 
-    from vtr.commands.list import example_of, meanings_of
+    from vtr.about import meanings_of
     from vtr.settings import policy_class
 
     shown = CliRunner().invoke(app, ["list", name], env={"COLUMNS": "80"}).output
-    assert f"vtr run --sample 0 --compare --policy {example_of(name)}" in shown
-    assert vtr.policy(example_of(name)).name == name
+    assert f"vtr run --sample 0 --compare --policy {vtr.policy_class(name).example()}" in shown
+    assert vtr.policy(vtr.policy_class(name).example()).name == name
     if name != "chain":
         cls = policy_class(name)
         meanings = meanings_of(cls)

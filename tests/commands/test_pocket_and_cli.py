@@ -16,7 +16,7 @@ import vtr
 from tests.docs.test_docs import commands_of, parse
 from vtr.chat import decode, encode
 from vtr.cli import app
-from vtr.commands.list import ELSEWHERE, example_of
+from vtr.commands.list import ELSEWHERE
 from vtr.commands.run import same_budget, tokenize
 from vtr.settings import policy_class
 
@@ -171,7 +171,7 @@ SHIPPED = [name for name in vtr.list_policies() if policy_class(name).__module__
 )
 def test_every_policy_answers_and_is_drawn(name: str, tmp_path: Path) -> None:
     drawn = tmp_path / "kept.png"
-    model = ELSEWHERE.get(name, "pocket")
-    done = run("run", "--sample", "1", "--model", model, "--policy", example_of(name), "--show", str(drawn))
+    model, policy = ELSEWHERE.get(name, "pocket"), vtr.policy_class(name).example()
+    done = run("run", "--sample", "1", "--model", model, "--policy", policy, "--show", str(drawn))
     assert done.exit_code == 0, done.output
     assert drawn.stat().st_size > 10_000 and "vision tokens into each decoder layer" in done.output

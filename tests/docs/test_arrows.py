@@ -11,11 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"vtr": "vtr", "integrations": "vtr.integrations", "eval": "vtr.eval"}
 ROOMS = {
-    "ground": "checks files image keep limits settings shares",
+    "ground": "about checks files image keep limits markup settings shares",
     "base": "answers base by_image chain inputs learned parts processing schedule score tokens watch",
     "engine": "engine accounting",
     "data": "chat data",
-    "tools": "autopatch budget encode models picture",
+    "tools": "autopatch budget encode models picture showing",
     "pocket": "pocket.__init__ pocket.changes pocket.listing pocket.pretrained.__init__ "
     "pocket.pretrained.canvases pocket.pretrained.drawings pocket.pretrained.wheels pocket.scenes "
     "pocket.shots.__init__ pocket.shots.prompts pocket.video.films",

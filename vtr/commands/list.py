@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
-import re
 import sys
 from typing import Annotated, Any
 
@@ -15,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vtr
+from vtr.about import about, default_of, meanings_of
 from vtr.commands._console import console, fail
 from vtr.engine.adapters import families
 from vtr.learned import Learned
@@ -82,8 +80,8 @@ def _show_all() -> None:
     for title, names in _grouped().items():
         table = _table("policy", "settings and defaults", "what it does", title=title)
         for name in names:
-            settings = "\n".join(f"{key}={_default(field)}" for key, field in _settings(name).items()) or "–"
-            table.add_row(name, escape(settings), escape(_about(policy_class(name))[0]))
+            settings = "\n".join(f"{key}={default_of(field)}" for key, field in _settings(name).items()) or "–"
+            table.add_row(name, escape(settings), escape(about(policy_class(name))[0]))
         console.print(table)
     console.print(
         "pmod and dynamic-llava need trained weights: [b]weights=FOLDER[/]; of the pocket model: weights=pocket"
@@ -104,7 +102,7 @@ def _show_all() -> None:
 
 def _show_one(name: str) -> None:
     cls = policy_class(name)
-    what, more = _about(cls)
+    what, more = about(cls)
     console.print(f"[b]{name}[/]  {escape(what)}\n", highlight=False)
     if more:
         console.print(escape(more) + "\n", highlight=False)
@@ -112,42 +110,13 @@ def _show_one(name: str) -> None:
     meanings = meanings_of(cls)
     table = _table("setting", "default", "meaning")
     for key, field in _settings(name).items():
-        table.add_row(key, escape(_default(field)), escape(meanings.get(key, "")))
+        table.add_row(key, escape(default_of(field)), escape(meanings.get(key, "")))
     if issubclass(cls, Learned):
         table.add_row("weights", "", f"a folder with trained weights, or {' or '.join(vtr.pocket.POLICIES)}")
     if table.row_count:
         console.print(table)
-    example = escape(example_of(name)) + (f" --model {ELSEWHERE[name]}" if name in ELSEWHERE else "")
+    example = escape(policy_class(name).example()) + (f" --model {ELSEWHERE[name]}" if name in ELSEWHERE else "")
     console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {example}", soft_wrap=True)
-
-
-def example_of(name: str) -> str:
-    """A spec string that works on the pocket model: the defaults, written out as far as the first setting."""
-    cls = policy_class(name)
-    if issubclass(cls, Learned) and name != "autoscale":
-        return f"{name}:weights=pocket"
-    if cls is vtr.Chain:
-        return "m3:tokens=36+fastv:keep=0.5"
-    if cls is vtr.ByImage:
-        return vtr.ByImage("m3:9", last="none").spec
-    try:
-        return cls().spec if name != "gsearch" else "gsearch:schedule=pocket"
-    except (TypeError, ValueError):  # a setting without a default
-        return f"{name}:{cls.first_setting()}=…"
-
-
-def meanings_of(cls: type[vtr.Policy]) -> dict[str, str]:
-    """What a policy's docstring says under ``Args`` of each of its settings; several may stand in one line."""
-    text = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.S | re.M)
-    name = "|".join(field.name for field in dataclasses.fields(cls) if field.init)  # type: ignore[arg-type]
-    if text is None or not name:
-        return {}
-    said = " ".join(text[1].split())
-    parts = re.split(rf"(?:^|(?<=[.;] ))((?:{name})(?:, (?:{name}))*): ", said)[1:]
-    found: dict[str, str] = {}
-    for names, meaning in zip(parts[::2], parts[1::2], strict=True):
-        found |= dict.fromkeys(names.split(", "), _plain(meaning.strip()))
-    return found
 
 
 def _grouped() -> dict[str, list[str]]:
@@ -166,30 +135,6 @@ def _grouped() -> dict[str, list[str]]:
 
 def _settings(name: str) -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(policy_class(name)) if field.init}  # type: ignore[arg-type]
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    """As a spec string has it."""
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if value is dataclasses.MISSING:
-        return "(needed)"
-    return (
-        value
-        if isinstance(value, str)
-        else json.dumps(value.to_json() if hasattr(value, "to_json") else value, separators=(",", ":"))
-    )
-
-
-def _about(cls: type[vtr.Policy]) -> tuple[str, str]:
-    """The first paragraph of a policy's docstring, and those up to its Args."""
-    first, _, rest = (inspect.getdoc(cls) or "").partition("\n\n")
-    rest = re.split(r"^(?:Args|Raises|Attributes):", rest, maxsplit=1, flags=re.M)[0]
-    return _plain(first), "\n\n".join(_plain(part) for part in rest.split("\n\n") if part.strip())
-
-
-def _plain(text: str) -> str:
-    """Without the marks of a docstring, in one line."""
-    return re.sub(r":\w+:`[~.]*([^`]+)`", r"\1", " ".join(text.split())).replace("``", "")
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
@@ -16,10 +15,9 @@ from vtr.chat import encode, encode_videos
 from vtr.commands._console import check_file, console, fail
 from vtr.data.pictures import upright
 from vtr.data.videos import FRAMES, read_video
-from vtr.engine.adapters import find_adapter
 from vtr.limits import folded
 from vtr.models import load
-from vtr.picture import is_right
+from vtr.picture import is_right, vision_tokens
 from vtr.shares import ratio
 
 if TYPE_CHECKING:
@@ -300,9 +298,7 @@ def at_budget(asked: Asked, policy: str, mean: int | float) -> str:
 
 def total_of(asked: Asked) -> int:
     """How many vision tokens the prompt has without a policy."""
-    ids = asked.inputs["input_ids"]
-    marks = torch.tensor(find_adapter(asked.model).placeholders(asked.model), device=ids.device)
-    return int(torch.isin(ids[0], marks).sum())
+    return vision_tokens(asked.model, asked.inputs)
 
 
 def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) -> Outcome:

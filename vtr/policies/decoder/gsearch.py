@@ -51,6 +51,10 @@ class GSearch(Policy):
     question_guided: ClassVar[bool] = True
 
     @classmethod
+    def example(cls) -> str:
+        return f"{cls.name}:schedule=pocket"
+
+    @classmethod
     def names_file(cls, settings: Mapping[str, Any]) -> bool:
         schedule = settings.get("schedule")
         return isinstance(schedule, str) and schedule.lower() not in presets()
