@@ -15,7 +15,7 @@ ROOMS = {
     "base": "answers base by_image chain inputs learned parts processing schedule score tokens watch",
     "engine": "engine accounting",
     "data": "chat data",
-    "tools": "autopatch budget encode models picture",
+    "tools": "autopatch budget encode groups models picture",
     "pocket": "pocket.__init__ pocket.listing pocket.pretrained.__init__ pocket.scenes pocket.shots.__init__ "
     "pocket.shots.prompts pocket.video.films",
     "training": "pocket training",

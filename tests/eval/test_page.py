@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 from vtr.eval.report import page, results
-from vtr.eval.report.page import gallery, plots, svg, tables, words
+from vtr.eval.report.page import cells, gallery, plots, svg, tables, words
 from vtr.eval.report.page.data import Result, read
 
 from tests import result_files
@@ -398,9 +398,9 @@ def test_baselines_are_hollow_and_methods_differ() -> None:
 
 
 def test_numbers_are_written_as_one_reads_them() -> None:
-    shown = [tables.number(v) for v in (None, 0, 0.0123, 1.5, 43.0, 99.96, 123.4, 12345.6)]
+    shown = [cells.number(v) for v in (None, 0, 0.0123, 1.5, 43.0, 99.96, 123.4, 12345.6)]
     assert shown == ["–", "0", "0.0123", "1.50", "43.0", "100", "123", "12,346"]
-    assert [tables.chance(p).text for p in (None, 0.0, 0.03, 0.5)] == ["–", "< 0.001", "0.030", "0.50"]
+    assert [cells.chance(p).text for p in (None, 0.0, 0.03, 0.5)] == ["–", "< 0.001", "0.030", "0.50"]
 
 
 # -- gallery -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from vtr.eval.report.page import cells, leaderboards, plots, tables, words
 from vtr.eval.report.page import markdown as md
-from vtr.eval.report.page import plots, tables, words
 from vtr.eval.report.page.data import Result, files, per_file, read
 
 COSTS: dict[str, Callable[[dict[str, Any]], float | None]] = {
@@ -62,7 +62,7 @@ def write(
         raise ValueError("there is no leaderboard without a result of kind eval: name one, or leave out the tables")
     made = {"index.html": html(found, title, pictures, policies)}
     if markdown:
-        made["table.md"] = "\n".join(per_file(lambda result: md.table(tables.leaderboard(result)), evals))
+        made["table.md"] = "\n".join(per_file(lambda result: md.table(leaderboards.leaderboard(result)), evals))
     if csv:
         made["table.csv"] = leaderboard_csv(evals)
     out = Path(out)
@@ -150,7 +150,7 @@ def paretos(result: Result, look: dict[str, plots.Style]) -> list[Markup]:
             if (at := cost(row)) is None:
                 continue
             label = f"{row['name']} {100 * row['mean_keep']:.0f}%" if row["name"] in several else row["name"]
-            title = f"{row['policy']}: {100 * row['accuracy']:.1f}%, {axis} {tables.number(at)}"
+            title = f"{row['policy']}: {100 * row['accuracy']:.1f}%, {axis} {cells.number(at)}"
             points.append(plots.Point(row["name"], label, at, row["accuracy"], row["low"], row["high"], title))
         if len(points) > 1:
             out.append(plots.pareto(points, axis, look))
@@ -162,7 +162,7 @@ def radars(result: Result, look: dict[str, plots.Style]) -> tuple[str, list[tupl
 
     There are none with fewer than 3 kinds.
     """
-    kinds = tables.kinds_of(result)
+    kinds = leaderboards.kinds_of(result)
     none = next((row for row in result.rows if row["policy"] == "none"), None)
     if len(kinds) < 3 or none is None:
         return "", []
@@ -182,7 +182,7 @@ def radars(result: Result, look: dict[str, plots.Style]) -> tuple[str, list[tupl
 
 def leaderboard_csv(evals: Sequence[Result]) -> str:
     """Every number of the leaderboards, unrounded."""
-    kinds = list(dict.fromkeys(kind for result in evals for kind in tables.kinds_of(result)))
+    kinds = list(dict.fromkeys(kind for result in evals for kind in leaderboards.kinds_of(result)))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     versus = ("difference", "low", "high", "p_mcnemar", "wins", "losses")

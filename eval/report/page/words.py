@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
+from vtr.eval.report.page.cells import number, points
 from vtr.eval.report.page.data import BASELINES, Result
-from vtr.eval.report.page.tables import number, points
 
 MARGIN = 0.02
 """A policy is called as good as none where the interval of its difference stays above minus this."""
