@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from vtr.eval.report import page, results
+from vtr.eval.report.page import screens
 from vtr.eval.report.page.data import read
 
 from tests import result_files
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = screens.chromium()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),

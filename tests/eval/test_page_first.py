@@ -71,6 +71,19 @@ def test_the_sentence_says_what_the_files_say() -> None:
     assert row is min(within, key=lambda one: one["prefill_ms"]["median"])
 
 
+def test_where_a_baseline_wins_the_method_that_comes_next_is_named() -> None:
+    fine = {"difference": 0.0, "low": -0.01, "high": 0.01}
+    result = bad(evaluation())
+    for row in result.rows:
+        if row["name"] in ("uniform", "pmod"):
+            row["versus_none"] = dict(fine)
+    made = first.screen([result])
+    assert made is not None and ", take <code>uniform:" in str(made.sentence)
+    assert made.under.endswith("It is a plain baseline; the cheapest method that stays there is pmod:capacity=0.3.")
+    made = first.screen([bad(result, but="uniform")])  # now pmod is not
+    assert made is not None and made.under.endswith("It is a plain baseline; no method does as much.")
+
+
 def test_where_none_is_within_the_margin_the_sentence_says_so() -> None:
     result = bad(evaluation())
     for row in first.cuts(result):

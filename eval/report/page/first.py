@@ -9,10 +9,10 @@ from typing import Any
 from markupsafe import Markup
 from vtr.eval.report.page import plots
 from vtr.eval.report.page.cells import number, points
-from vtr.eval.report.page.data import Result, unreduced
+from vtr.eval.report.page.data import BASELINES, Result, unreduced
 from vtr.eval.report.page.words import MARGIN, breakable, cheapest, within
 
-from vtr import pocket
+import vtr
 
 TIME, WORK = "measured prefill, ms", "prefill and decode, GFLOPs (counted)"
 """What the figure's horizontal axis can be."""
@@ -51,7 +51,7 @@ def weight(result: Result) -> tuple[bool, bool, bool, int]:
     none = unreduced(result)
     blind = [result.data["reference"].get(key) for key in ("no_image", "gray")]
     sees = none is not None and all(share is None or none["low"] > share for share in blind)
-    return sees, result.model not in pocket.SHIPPED_NAMES, timed(result), result.shown
+    return sees, result.model not in vtr.pocket.SHIPPED_NAMES, timed(result), result.shown
 
 
 def timed(result: Result) -> bool:
@@ -117,11 +117,9 @@ def screen(evals: Sequence[Result]) -> First | None:
     none = unreduced(result)
     drawn = figures(models, row)
     if row is None or none is None:
-        said = Markup("On {}, no policy was compared with no reduction: none can be named.").format(
-            result.model
-        )
+        said = Markup("On {}, no policy was compared with no reduction: none can be named.").format(result.model)
         return First(said, [], drawn, "")
-    return First(sentence(result, row, none, good), numbers(row, none), drawn, under(result))
+    return First(sentence(result, row, none, good), numbers(row, none), drawn, under(result, row, good))
 
 
 def sentence(result: Result, row: dict[str, Any], none: dict[str, Any], good: bool) -> Markup:
@@ -158,12 +156,19 @@ def numbers(row: dict[str, Any], none: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def under(result: Result) -> str:
-    """What was measured, and the rule that the sentence follows."""
-    return (
+def under(result: Result, row: dict[str, Any], good: bool) -> str:
+    """What was measured, the rule that the sentence follows, and which method does it too where a baseline won."""
+    told = (
         f"{result.path.name}: {result.shown:,} questions of {result.task}, {result.machine}. Named is the cheapest "
         f"policy whose 95% interval stays within {100 * MARGIN:g} points of no reduction."
     )
+    if not good or row["name"] not in BASELINES:
+        return told
+    method = cheapest([one for one in cuts(result) if one["name"] not in BASELINES])
+    other = (
+        "no method does as much" if method is None else f"the cheapest method that stays there is {method['policy']}"
+    )
+    return f"{told} It is a plain baseline; {other}."
 
 
 # -- the figure --------------------------------------------------------------------------------------------------------
