@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-import vtr
 from vtr.files import read_json
+from vtr.groups import OTHERS, TOGETHER, grouped
 
 DATA, PAGE = Path("docs/compare.json"), Path("docs/compare.md")
 NOT_FOUND = "not found"
@@ -67,7 +67,12 @@ def value(project: dict[str, Any], cell: dict[str, Any]) -> str:
     """A cell's value; of ours with what the code says."""
     if "repository" in project:
         return cell["value"]
-    return cell["value"].replace("{policies}", str(len(vtr.list_policies())))
+    return cell["value"].replace("{policies}", str(policies()))
+
+
+def policies() -> int:
+    """How many policies vtr itself has; those made of others are not counted."""
+    return sum(len(names) for title, names in grouped().items() if title not in (OTHERS, TOGETHER))
 
 
 def short(project: dict[str, Any], key: str) -> str:
