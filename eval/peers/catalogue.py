@@ -33,6 +33,7 @@ class Peer:
         name: as the table shows it. requirements: what its environment gets, as it pins them.
         bare: packages installed without what they pin, to see them beside current transformers.
         worker: a script that answers start, answer and time (see ``channel.serve``).
+        alone: its environment sees none of our packages, torch neither: what it pins does not go with them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Peer:
     methods: tuple[Method, ...]
     requirements: tuple[str, ...] = ()
     bare: tuple[str, ...] = field(default=())
+    alone: bool = False
 
 
 FASTV = "fastv:keep={keep},layer={layer}"
@@ -98,3 +100,11 @@ ALL_PEERS = (
         ("tomesd==0.1.3",),
     ),
 )
+OPENVINO = Peer(
+    "openvino-genai 2026.4.1",
+    HERE / "openvino_worker.py",
+    (),
+    ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "transformers==4.57.6"),
+    alone=True,  # its huggingface_hub is older than that of the packages beside our torch
+)
+"""CDPruner per call, on a model of its own: ``python -m vtr.eval.peers.cdpruner``."""

@@ -27,14 +27,14 @@ def python_of(peer: Peer, folder: Path, timeout: float = 1800) -> Path:
     """The interpreter of the peer's environment, which is made if it is not there; this one's if it needs nothing.
 
     The environment sees the packages beside our torch behind its own, so that both sides run the same torch and pip
-    fetches only what the peer pins differently.
+    fetches only what the peer pins differently; that of a peer which stays ``alone`` sees none.
 
     Raises:
         PeerError: it cannot be installed; the message is pip's.
     """
     if not peer.requirements and not peer.bare:
         return Path(sys.executable)
-    wanted = [list(peer.requirements), list(peer.bare), torch.__version__]
+    wanted = [list(peer.requirements), list(peer.bare), "alone" if peer.alone else torch.__version__]
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:10]
     home = folder / f"{peer.name.replace(' ', '-')}-{digest}"
     python = home / "bin" / "python"
@@ -42,7 +42,8 @@ def python_of(peer: Peer, folder: Path, timeout: float = 1800) -> Path:
         return python
     venv.create(home, clear=True, with_pip=True)
     site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    (site / "zz-borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    if not peer.alone:
+        (site / "zz-borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     for packages, options in ((peer.requirements, []), (peer.bare, ["--no-deps"])):
         if packages:
             _pip(python, [*options, *packages], timeout)

@@ -15,7 +15,7 @@ ROOMS = {
     "base": "answers base by_image chain inputs learned parts processing schedule score tokens watch",
     "engine": "engine accounting",
     "data": "chat data",
-    "tools": "autopatch budget encode models picture showing",
+    "tools": "autopatch budget encode groups models picture showing",
     "pocket": "pocket.__init__ pocket.changes pocket.listing pocket.pretrained.__init__ "
     "pocket.pretrained.canvases pocket.pretrained.drawings pocket.pretrained.wheels pocket.scenes "
     "pocket.shots.__init__ pocket.shots.prompts pocket.video.films",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from vtr.eval.report import figures
+from vtr.eval.report.page import screens
 
 from vtr import visualize
 from vtr.picture import RIGHT, WRONG, verdict
@@ -64,10 +65,21 @@ SCREENSHOTS = {"play.png", "play-narrow.png"}
 
 def test_every_picture_is_there_and_none_is_left_over() -> None:
     there = {path.name: path.stat().st_size for path in (ROOT / figures.FOLDER).iterdir()}
-    assert set(there) == set(figures.PICTURES) | SCREENSHOTS
+    every = {*figures.PICTURES, *screens.PICTURES}
+    assert set(there) == every | SCREENSHOTS
     assert all(there[name] < 100_000 for name in SCREENSHOTS)
     shown = {link for page in PAGES for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())}
-    assert {Path(link).name for link in shown} >= set(figures.PICTURES)
+    assert {Path(link).name for link in shown} >= every
+
+
+@pytest.mark.parametrize("name", sorted(screens.PICTURES))
+def test_the_pages_pictures_are_of_the_results_there_are(name: str) -> None:
+    path = ROOT / screens.FOLDER / name
+    with Image.open(path) as picture:
+        assert picture.size == screens.PICTURES[name]
+        said = screens.sentence([ROOT / screens.RESULTS])
+        assert picture.text["vtr"] == said, "python -m vtr.eval.report.page.screens"  # type: ignore[attr-defined]
+    assert path.stat().st_size < 100_000
 
 
 def test_a_picture_without_facts_is_told(tmp_path: Path) -> None:

@@ -5,60 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 from vtr.eval.report import page, results
-from vtr.eval.report.page import gallery, plots, svg, tables, words
-from vtr.eval.report.page.data import Result, read
+from vtr.eval.report.page import gallery, tables, words
+from vtr.eval.report.page.data import read
 
 from tests import result_files
+from tests.page_html import Tree, rows_of
 from vtr.cli import app
-
-VOID = {"meta", "link", "img", "wbr", "br", "hr", "input"}
 
 
 def run(*args: Any) -> Any:
     return CliRunner().invoke(app, ["page", *map(str, args)], env={"COLUMNS": "120"})
-
-
-class Tree(HTMLParser):
-    """Checks that elements nest, and keeps (tag, attributes, text) of each in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[int] = []
-        self.seen: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"not closed: {[self.seen[i][0] for i in self.open]}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs), []))
-        if tag not in VOID:
-            self.open.append(len(self.seen) - 1)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.seen[self.open.pop()][0] == tag
-
-    def handle_data(self, data: str) -> None:
-        for i in self.open:
-            self.seen[i][2].append(data)
-
-    def all(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
-        return [(attrs, " ".join("".join(text).split())) for name, attrs, text in self.seen if name == tag]
-
-
-def rows_of(text: str) -> list[list[str]]:
-    """The first table's cells."""
-    body = text[text.index("<tbody>") : text.index("</tbody>")]
-    cells = re.compile(r"<t[dh][^>]*>(.*?)</t[dh]>", re.S)
-    plain = [[re.sub("<[^>]+>", "", cell) for cell in cells.findall(row)] for row in body.split("</tr>")]
-    return [[" ".join(cell.split()) for cell in row] for row in plain if row]
 
 
 def test_everything_is_on_the_page_and_nothing_is_fetched(site: Path) -> None:
@@ -81,7 +43,7 @@ def test_everything_is_on_the_page_and_nothing_is_fetched(site: Path) -> None:
     for command in result_files.COMMANDS.values():
         assert command in text
     plots_drawn = [attrs for attrs, _ in tree.all("svg") if attrs["class"] == "plot"]
-    assert len(plots_drawn) == 6 and all(attrs["aria-label"] for attrs in plots_drawn)
+    assert len(plots_drawn) == 8 and all(attrs["aria-label"] for attrs in plots_drawn)
 
 
 def test_headers_are_headers_and_every_column_sorts(site: Path) -> None:
@@ -127,24 +89,27 @@ def test_markdown_and_csv(result_folder: Path, tmp_path: Path) -> None:
         assert float(mine["letter"]) == row["by_kind"]["letter"]
 
 
-def test_several_leaderboards_are_tabs(tmp_path: Path) -> None:
-    """One a result, of more questions first, each with its own findings; a name for each."""
+def test_models_are_tabs_and_within_them_what_they_were_asked(tmp_path: Path) -> None:
+    """A tab controls a panel that is labelled by it; the heading of every leaderboard tells it from all others."""
     made = {"a": result_files.evaluation(), "b": result_files.evaluation(1), "c": result_files.evaluation(2, n=4000)}
+    made["d"] = {**result_files.evaluation(3), "model": "another"}
     for name, body in made.items():
-        (path,) = result_files.write(tmp_path / name, "eval")
-        path.write_text(json.dumps({**json.loads(path.read_text()), **body}))
-        path.rename(tmp_path / f"{name}.json")
+        results.save(tmp_path / f"{name}.json", "eval", body, seed=0)
     text = page.html([read(tmp_path / f"{name}.json") for name in made])
     tree = Tree(text)
+    lists = [attrs["aria-label"] for attrs, _ in tree.all("div") if attrs.get("role") == "tablist"]
+    assert lists == ["Models", "What pocket (fixture) was asked"]
     tabs = [(attrs, label) for attrs, label in tree.all("button") if attrs.get("role") == "tab"]
-    counts = [re.findall(r"([\d,]+) questions", label)[0] for _, label in tabs]
-    assert counts == ["4,000", "2,000", "2,000"]
-    assert [label.endswith(f"({name})") for (_, label), name in zip(tabs, "cab", strict=True)] == [False, True, True]
-    panels = [attrs["id"] for attrs, _ in tree.all("section") if attrs.get("role") == "tabpanel"]
-    assert panels == [attrs["aria-controls"] for attrs, _ in tabs] and 'id="eval"' in text
-    heads = [text for _, text in tree.all("h2") if text.startswith("Leaderboard")]
-    assert heads == [f"Leaderboard: {label}" for _, label in tabs]
-    assert text.count('class="facts"') == 3
+    assert [label for _, label in tabs[:2]] == ["pocket (fixture)", "another"]
+    assert [label.partition(") ")[2] for _, label in tabs[2:]] == [f"{n}, 15 policies, timed" for n in "cab"]
+    assert [re.findall(r"([\d,]+) questions", label)[0] for _, label in tabs[2:]] == ["4,000", "2,000", "2,000"]
+    panels = [attrs for _, attrs, _ in tree.seen if attrs.get("role") == "tabpanel"]
+    assert {attrs["id"]: attrs["aria-labelledby"] for attrs in panels} == {
+        attrs["aria-controls"]: attrs["id"] for attrs, _ in tabs
+    }
+    heads = [text.removeprefix("Leaderboard: ") for _, text in tree.all("h2") if text.startswith("Leaderboard")]
+    assert len(set(heads)) == 4 and [head.endswith(("(a)", "(b)")) for head in heads] == [False, True, True, False]
+    assert text.count('class="facts"') == 4
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
 
@@ -155,7 +120,9 @@ def test_missing_kinds_are_left_out(kind: str, tmp_path: Path) -> None:
     tree = Tree(text)
     assert len(tree.all("table")) == (2 if kind == "eval" else 1)
     assert ('class="finding"' in text) == (kind == "eval")
-    assert [attrs["id"] for attrs, _ in tree.all("section")] == [kind, "again", "limits"]
+    first = "eval-1" if kind == "eval" else kind
+    assert [attrs["id"] for attrs, _ in tree.all("section")] == [first, "again", "limits"]
+    assert ('class="first"' in text) == (kind == "eval") and f'href="#{kind}"' in text and f' id="{kind}"' in text
 
 
 def test_what_is_null_is_a_dash_or_left_out(tmp_path: Path) -> None:
@@ -167,7 +134,7 @@ def test_what_is_null_is_a_dash_or_left_out(tmp_path: Path) -> None:
     text = page.html([read(tmp_path / "a.json")])
     tree = Tree(text)
     kinds = [attrs["class"] for attrs, _ in tree.all("svg")]
-    assert kinds.count("plot") == 2 and "radar" not in kinds  # no times; one kind makes no radar
+    assert kinds.count("plot") == 3 and "radar" not in kinds  # no times; one kind makes no radar
     assert {(row[2], row[7]) for row in rows_of(text)} == {("–", "–")}
     assert "could not be read" not in text
     bench = result_files.policies()
@@ -305,102 +272,6 @@ def test_no_results_and_no_leaderboard(tmp_path: Path) -> None:
     result = run(*result_files.write(tmp_path, "scale"), "--csv", "--out", tmp_path / "site")
     assert result.exit_code == 1 and "no leaderboard without a result of kind eval" in result.output
     assert not (tmp_path / "site").exists()
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-def row(name: str, low: float, ms: float) -> dict[str, Any]:
-    versus = {"difference": low + 0.01, "low": low, "high": low + 0.02}
-    costs = {"mean_keep": 0.5, "kv_mib": 1.0, "gflops": 1.0, "prefill_ms": {"median": ms}}
-    return {"policy": f"{name}:keep=0.5", "name": name, "versus_none": versus, **costs}
-
-
-def finding(*rows: dict[str, Any]) -> str:
-    none = {**row("none", 0.0, 100.0), "policy": "none", "kv_mib": 4.0}
-    data = {"kind": "eval", "policies": [none, *rows]}
-    return " ".join(re.sub("<[^>]+>", "", s) for s in words.finding(Result(Path("x.json"), data)))
-
-
-def test_the_headline_is_the_cheapest_that_is_as_good_as_none() -> None:
-    text = finding(row("fastv", -0.021, 10.0), row("gsearch", -0.02, 20.0), row("pyramid", 0.0, 30.0))
-    assert "whose interval stays within 2 points of no reduction is gsearch:keep=0.5: −1.0 points [−2.0, +0.0]" in text
-    assert "prefill 5.0× faster, KV cache 4.0× smaller" in text and "baseline" not in text
-
-
-def test_the_headline_does_not_hide_a_baseline_that_does_as_well() -> None:
-    text = finding(row("fastv", 0.0, 20.0), row("uniform", -0.01, 10.0), row("random", -0.5, 1.0))
-    assert "The cheapest plain baseline that does is uniform:keep=0.5" in text and "prefill 10.0× faster" in text
-    text = finding(row("fastv", -0.5, 20.0), row("random", -0.5, 1.0))
-    assert text == "No method’s interval stays within 2 points of no reduction."
-    assert "No plain baseline" in finding(row("fastv", 0.0, 20.0), row("random", -0.5, 1.0))
-
-
-def test_without_all_times_the_cheapest_is_by_flops() -> None:
-    slow, untimed = row("fastv", 0.0, 20.0), {**row("gsearch", 0.0, 1.0), "prefill_ms": None, "gflops": 0.5}
-    assert words.cheapest([slow, untimed]) is untimed
-    assert words.cheapest([slow, {**untimed, "gflops": 2.0}]) is slow
-    assert words.cheapest([row("fastv", -0.1, 1.0)]) is None
-
-
-def test_limits_follow_from_what_was_measured(result_folder: Path, tmp_path: Path) -> None:
-    found = [read(path) for path in sorted(result_folder.glob("*.json"))]
-    text = " ".join(words.limits(found))
-    for part in (
-        "3.5 M parameters",
-        "15 comparisons",
-        "p\u00a0<\u00a00.0033",
-        "3 samples could not be read",
-        "CPU cores",
-    ):
-        assert part in text
-    alone = " ".join(words.limits([read(path) for path in result_files.write(tmp_path, "scale")]))
-    assert "pocket" not in alone and "comparisons" not in alone and "random weights" in alone
-
-
-# -- plots -------------------------------------------------------------------------------------------------------------
-def point(cost: float, accuracy: float) -> plots.Point:
-    return plots.Point("fastv", f"fastv {cost:g}", cost, accuracy, accuracy - 0.01, accuracy + 0.01, "title")
-
-
-def test_the_front_holds_what_nothing_beats_in_both() -> None:
-    points = [point(1, 0.5), point(2, 0.5), point(2, 0.7), point(3, 0.6), point(4, 0.9)]
-    assert plots.front(points) == [points[0], points[2], points[4]]
-
-
-def test_labels_do_not_lie_on_each_other_or_on_points() -> None:
-    rng = np.random.default_rng(0)
-    points = [point(float(c), float(a)) for c, a in rng.uniform(0.4, 1.0, (40, 2))]
-    drawing = str(plots.pareto(points, "ms", plots.styles(["fastv"])))
-    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="start" class="label c0">([^<]+)', drawing)
-    boxes = [(float(x), float(y) - 9, float(x) + svg.CHAR * len(t), float(y) + 3) for x, y, t in found]
-    assert len(boxes) >= 3
-    marks = [(float(x) + 4.5, float(y)) for x, y in re.findall(r'<path d="M([\d.]+),([\d.]+)a', drawing)]
-    assert len(marks) == 40
-    for i, box in enumerate(boxes):
-        assert not any(svg.overlap(box, other) for other in boxes[i + 1 :])
-        assert not any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in marks)
-
-
-def test_scales_and_their_ticks() -> None:
-    linear = svg.Scale(0.0, 10.0, 100.0, 0.0)
-    assert linear(2.5) == 75.0 and linear.ticks() == [0, 2, 4, 6, 8, 10]
-    log = svg.Scale(1.0, 1000.0, 0.0, 300.0, log=True)
-    assert log(10.0) == pytest.approx(100.0) and log.ticks() == [1, 10, 100, 1000]
-    assert svg.Scale(0.895, 0.99, 0, 1).ticks() == [0.9, 0.92, 0.94, 0.96, 0.98]
-    assert svg.Scale(40.0, 44.0, 0, 1, log=True).ticks() == [40, 41, 42, 43, 44]  # no round power in it
-    with pytest.raises(ValueError, match="choose one of circle"):
-        svg.outline(0, 0, "star", 1)
-
-
-def test_baselines_are_hollow_and_methods_differ() -> None:
-    look = plots.styles(["none", "random", "uniform", *(f"m{i}" for i in range(17))])
-    assert (look["none"].css, look["random"].css, look["uniform"].css) == ("none", "base", "base")
-    assert len(set(look.values())) == len(look) == 20
-
-
-def test_numbers_are_written_as_one_reads_them() -> None:
-    shown = [tables.number(v) for v in (None, 0, 0.0123, 1.5, 43.0, 99.96, 123.4, 12345.6)]
-    assert shown == ["–", "0", "0.0123", "1.50", "43.0", "100", "123", "12,346"]
-    assert [tables.chance(p).text for p in (None, 0.0, 0.03, 0.5)] == ["–", "< 0.001", "0.030", "0.50"]
 
 
 # -- gallery -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -15,15 +14,12 @@ import vtr
 from vtr.about import about, default_of, meanings_of
 from vtr.commands._console import console, fail
 from vtr.engine.adapters import families
+from vtr.groups import grouped
 from vtr.learned import Learned
 from vtr.models import skeleton
 from vtr.pocket.pretrained import COMMAND
 from vtr.settings import policy_class
 
-OTHERS = "Policies from elsewhere."
-TOGETHER = "Several policies in one."
-ROOMS = ("input", "blind", "picture", "question", "decoder", "trained")
-"""The order in which the packages of :mod:`vtr.policies` are shown; others follow."""
 ELSEWHERE = {"msac": "pocket-internvl"}
 """Policies that the default model cannot have, and a model that can."""
 HOW = """[b]How to write a policy[/]  name:setting=value,…  e.g. [b]fastv:keep=0.25,layer=2[/]
@@ -77,7 +73,7 @@ def list_command(
 
 def _show_all() -> None:
     console.print(HOW, highlight=False)
-    for title, names in _grouped().items():
+    for title, names in grouped().items():
         table = _table("policy", "settings and defaults", "what it does", title=title)
         for name in names:
             settings = "\n".join(f"{key}={default_of(field)}" for key, field in _settings(name).items()) or "–"
@@ -119,18 +115,6 @@ def _show_one(name: str) -> None:
     console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {example}", soft_wrap=True)
 
 
-def _grouped() -> dict[str, list[str]]:
-    """Policies by what they look at: what the package that a policy's file lies in says of itself."""
-    found: dict[str, list[str]] = {f"vtr.policies.{room}": [] for room in ROOMS}
-    for name in vtr.list_policies():
-        cls = policy_class(name)
-        if cls is not vtr.Chain:
-            found.setdefault(cls.__module__.rpartition(".")[0], []).append(name)
-    titled: dict[str, list[str]] = {}
-    for room, names in found.items():
-        doc = sys.modules[room].__doc__ if room.startswith("vtr.policies.") and room in sys.modules else None
-        titled.setdefault(doc or (TOGETHER if room == "vtr" else OTHERS), []).extend(names)
-    return {title: names for title, names in titled.items() if names}
 
 
 def _settings(name: str) -> dict[str, Any]:

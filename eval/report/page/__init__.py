@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from vtr.eval.report.page import cells, groups, leaderboards, plots, tables, words
 from vtr.eval.report.page import markdown as md
-from vtr.eval.report.page import plots, tables, words
-from vtr.eval.report.page.data import Result, files, per_file, read
+from vtr.eval.report.page.data import Result, files, per_file, read, unreduced
+from vtr.eval.report.page.details import Details
+from vtr.eval.report.page.first import by_model, screen, timed, weight
 
 COSTS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "prefill, ms": lambda row: row["prefill_ms"] and row["prefill_ms"]["median"],
@@ -62,7 +64,7 @@ def write(
         raise ValueError("there is no leaderboard without a result of kind eval: name one, or leave out the tables")
     made = {"index.html": html(found, title, pictures, policies)}
     if markdown:
-        made["table.md"] = "\n".join(per_file(lambda result: md.table(tables.leaderboard(result)), evals))
+        made["table.md"] = "\n".join(per_file(lambda result: md.table(leaderboards.leaderboard(result)), evals))
     if csv:
         made["table.csv"] = leaderboard_csv(evals)
     out = Path(out)
@@ -79,13 +81,18 @@ def html(found: Sequence[Result], title: str | None = None, pictures: int = 0, p
     def text(name: str) -> str:
         return resources.files("vtr.eval.report.page").joinpath(name).read_text(encoding="utf-8")
 
-    placed = zip(per_file(place, found), found, strict=True)
-    found = [result for _, result in sorted(placed, key=lambda pair: pair[0])]
-    look = plots.styles([name for named in per_file(names, found) for name in named])
     evals = [result for result in found if result.kind == "eval"]
-    sections = per_file(lambda result: section(result, look), found)
+    per_file(lambda result: (names(result), weight(result)), evals)  # says which file cannot be ordered
+    models = by_model(evals)
+    placed = zip(per_file(place, found), found, strict=True)
+    others = [result for _, result in sorted(placed, key=lambda pair: pair[0]) if result.kind != "eval"]
+    evals = [result for of_model in models.values() for result in of_model]
+    found = [*evals, *others]
+    look = plots.styles([name for named in per_file(names, found) for name in named])
+    details = Details()
+    sections = per_file(lambda result: section(result, look, details), found)
     for i, one in enumerate(sections):
-        one["first"] = not i or sections[i - 1]["kind"] != one["kind"]
+        one["number"], one["first"] = i + 1, not i or sections[i - 1]["kind"] != one["kind"]
         one["name"] = words.name(one["result"], evals)
     gallery = []
     if pictures:
@@ -102,9 +109,12 @@ def html(found: Sequence[Result], title: str | None = None, pictures: int = 0, p
             title=title or words.headline(found),
             css=Markup(text("style.css")),
             script=Markup(text("page.js")),
+            first=screen(evals),
             sections=sections,
+            models=[(model, [one for one in sections if one["model"] == model]) for model in models],
             titles=TITLES,
             keys={name: plots.key(style) for name, style in look.items()},
+            pictures=details.pictures,
             gallery=gallery,
             limits=words.limits(found),
             found=found,
@@ -114,9 +124,9 @@ def html(found: Sequence[Result], title: str | None = None, pictures: int = 0, p
         raise ValueError(f"something in {which} cannot be shown ({error}): measure it again") from error
 
 
-def place(result: Result) -> tuple[int, int]:
-    """Where a result stands on the page: by its kind, leaderboards of more questions first."""
-    return list(TITLES).index(result.kind), -result.shown if result.kind == "eval" else 0
+def place(result: Result) -> int:
+    """Where a result stands on the page: by its kind."""
+    return list(TITLES).index(result.kind)
 
 
 def names(result: Result) -> list[str]:
@@ -126,11 +136,13 @@ def names(result: Result) -> list[str]:
     return [plots.name_of(one["policy"]) for one in result.rows] if result.kind == "scale" else []
 
 
-def section(result: Result, look: dict[str, plots.Style]) -> dict[str, Any]:
+def section(result: Result, look: dict[str, plots.Style], details: Details) -> dict[str, Any]:
     """What the template shows of one result file."""
     made: dict[str, Any] = {"kind": result.kind, "tables": tables.tables_of(result), "result": result, "plots": []}
-    made["legend"] = list(dict.fromkeys(names(result)))
+    made["legend"], made["model"] = list(dict.fromkeys(names(result))), None
     if result.kind == "eval":
+        made["model"], made["details"] = result.model, details.of(result)
+        made["groups"], made["timed"] = groups.of(result), timed(result)
         made["facts"], made["finding"] = words.facts(result), words.finding(result)
         made["plots"] = paretos(result, look)
         made["middle"], made["radars"] = radars(result, look)
@@ -150,20 +162,20 @@ def paretos(result: Result, look: dict[str, plots.Style]) -> list[Markup]:
             if (at := cost(row)) is None:
                 continue
             label = f"{row['name']} {100 * row['mean_keep']:.0f}%" if row["name"] in several else row["name"]
-            title = f"{row['policy']}: {100 * row['accuracy']:.1f}%, {axis} {tables.number(at)}"
+            title = f"{row['policy']}: {100 * row['accuracy']:.1f}%, {axis} {cells.number(at)}"
             points.append(plots.Point(row["name"], label, at, row["accuracy"], row["low"], row["high"], title))
         if len(points) > 1:
             out.append(plots.pareto(points, axis, look))
     return out
 
 
-def radars(result: Result, look: dict[str, plots.Style]) -> tuple[str, list[tuple[str, Markup]]]:
+def radars(result: Result, look: dict[str, plots.Style]) -> tuple[str, list[tuple[str, str, Markup]]]:
     """What a radar's middle stands for, and one for every policy or for each name's with the fewest tokens.
 
     There are none with fewer than 3 kinds.
     """
-    kinds = tables.kinds_of(result)
-    none = next((row for row in result.rows if row["policy"] == "none"), None)
+    kinds = leaderboards.kinds_of(result)
+    none = unreduced(result)
     if len(kinds) < 3 or none is None:
         return "", []
     rows = [row for row in result.rows if row is not none]
@@ -176,13 +188,13 @@ def radars(result: Result, look: dict[str, plots.Style]) -> tuple[str, list[tupl
     drawn = []
     for row in rows:
         values = [row["by_kind"].get(kind) for kind in kinds]
-        drawn.append((row["policy"], plots.radar(kinds, values, full, middle, look[row["name"]].css)))
+        drawn.append((row["policy"], row["name"], plots.radar(kinds, values, full, middle, look[row["name"]].css)))
     return f"{100 * middle:.0f}", drawn
 
 
 def leaderboard_csv(evals: Sequence[Result]) -> str:
     """Every number of the leaderboards, unrounded."""
-    kinds = list(dict.fromkeys(kind for result in evals for kind in tables.kinds_of(result)))
+    kinds = list(dict.fromkeys(kind for result in evals for kind in leaderboards.kinds_of(result)))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     versus = ("difference", "low", "high", "p_mcnemar", "wins", "losses")

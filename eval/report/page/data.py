@@ -53,10 +53,22 @@ class Result:
         return data["shown"] if data.get("only_indispensable") else data["samples"]
 
     @property
+    def task(self) -> str:
+        """The data in words: "pocket", "pocket listing", or the name of a file or data set."""
+        return self.data["data"]["name"].replace(":task=", " ")
+
+    @property
     def machine(self) -> str:
         hardware = self.data["hardware"]
-        threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} threads"
+        threads = (
+            "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread" + "s" * (hardware["threads"] != 1)
+        )
         return f"{hardware['name']}{threads}"
+
+
+def unreduced(result: Result) -> dict[str, Any] | None:
+    """The row of no reduction."""
+    return next((row for row in result.rows if row["policy"] == "none"), None)
 
 
 def files(paths: Sequence[str | Path]) -> list[Path]:

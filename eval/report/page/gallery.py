@@ -122,10 +122,10 @@ def keep(
     return Kept(policy, said, said == answer, row.vision_tokens[last], row.total, images)
 
 
-def embed(picture: Image.Image | np.ndarray) -> str:
+def embed(picture: Image.Image | np.ndarray, quality: int = 80) -> str:
     """A picture as a data address (WebP)."""
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray((picture * 255).round().astype(np.uint8))
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "WEBP", quality=80)
+    picture.convert("RGB").save(buffer, "WEBP", quality=quality)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

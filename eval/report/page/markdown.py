@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtr.eval.report.page.tables import Cell, Table
+from vtr.eval.report.page.cells import Cell, Table
 
 
 def table(made: Table) -> str:

@@ -92,6 +92,60 @@ def pareto(points: Sequence[Point], cost: str, look: Mapping[str, Style]) -> Mar
     return drawing.render()
 
 
+@dataclass(frozen=True)
+class Line:
+    """A model in the plot of models: all its points, and which of them is no reduction. place: which colour."""
+
+    name: str
+    place: int
+    points: list[Point]
+    whole: Point
+
+    @property
+    def css(self) -> str:
+        return f"c{self.place % COLORS}"
+
+
+def lines(models: Sequence[Line], cost: str) -> Markup:
+    """Accuracy over ``cost``, one line a model: through its front, to no reduction, which is a diamond."""
+    every = [point for line in models for point in line.points]
+    costs = [point.cost for point in every]
+    log = min(costs) > 0 and max(costs) / min(costs) > 5
+    left, top, right, bottom = AREA
+    x = Scale(*padded(costs, log), left, right, log)
+    low, high = padded([v for p in every for v in (p.low, p.high)], False, 0.04)
+    y = Scale(max(low, 0.0), min(high, 1.015), bottom, top)
+    drawn = ", ".join(line.name for line in models)
+    drawing = Drawing(WIDTH, HEIGHT, f"Accuracy against {cost} of {drawn}; the tables have the numbers.")
+    axes(drawing, x, y, cost, [f"{100 * t:g}" for t in y.ticks()])
+    drawing.text(left - 30, top - 3, "accuracy, %", class_="axis")
+    for line in models:
+        _line(drawing, line, x, y)
+    for line in models:
+        for p in line.points:
+            if label := line.name if p is line.whole else p.label:
+                box = (left, top, WIDTH, bottom)
+                drawing.name(x(p.cost), y(p.accuracy), label, f"label {line.css}", box)
+    return drawing.render()
+
+
+def _line(drawing: Drawing, line: Line, x: Scale, y: Scale) -> None:
+    css, best = line.css, front(line.points)
+    run = [p for p in sorted(line.points, key=lambda p: p.cost) if p in best or p is line.whole]
+    at = [(x(p.cost), y(p.accuracy)) for p in run]
+    drawing.line(at, f"curve {css}")
+    for (ax, ay), (bx, by) in pairwise(at):  # labels keep off it
+        way = [(ax + i / 16 * (bx - ax), ay + i / 16 * (by - ay)) for i in range(17)]
+        drawing.taken += [(px - 1, py - 1, px + 1, py + 1) for px, py in way]
+    for p in run:
+        drawing.line([(x(p.cost), y(p.low)), (x(p.cost), y(p.high))], f"whisker {css}")
+    for p in line.points:
+        shape, r = ("diamond", 6.0) if p is line.whole else ("circle", 6.0 if p.label else 3.5)
+        drawing.mark(
+            x(p.cost), y(p.accuracy), shape, css if p in run else f"{css} beaten", f"{line.name}, {p.title}", r=r
+        )
+
+
 def axes(drawing: Drawing, x: Scale, y: Scale, title: str, y_labels: Sequence[str]) -> None:
     """Grid lines, ticks and the title of the horizontal axis."""
     for tick, label in zip(y.ticks(), y_labels, strict=True):

@@ -7,30 +7,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
-from vtr.eval.report.page.data import BASELINES, Result
-from vtr.eval.report.page.tables import number, points
+from vtr.eval.report.page.cells import number, points
+from vtr.eval.report.page.data import BASELINES, Result, unreduced
 
 MARGIN = 0.02
 """A policy is called as good as none where the interval of its difference stays above minus this."""
 
 
 def headline(found: Sequence[Result]) -> str:
-    """The page's title."""
-    evals = [result for result in found if result.kind == "eval"]
-    if not evals:
-        return "Vision-token reduction: what it costs"
-    models = list(dict.fromkeys(result.model for result in evals))
-    policies = {row["policy"] for result in evals for row in result.rows} - {"none"}
-    many = "policy" if len(policies) == 1 else "policies"
-    return f"{len(policies)} vision-token {many} on {' and '.join(models)}"
+    """The page's title: the question that its first screen answers."""
+    if any(result.kind == "eval" for result in found):
+        return "Which vision-token policy, and what does it gain?"
+    return "Vision-token reduction: what it costs"
 
 
 def name(result: Result, evals: Sequence[Result]) -> str:
     """What tells a leaderboard from the page's others: model and questions, and the file where these are the same."""
     if result.kind != "eval":
         return ""
-    mine, *others = (f"{one.model}, {one.shown:,} questions of {one.data['data']['name']}" for one in (result, *evals))
+    mine, *others = (f"{one.model}, {one.shown:,} questions of {one.task}" for one in (result, *evals))
     return mine + (f" ({result.path.stem})" if others.count(mine) > 1 else "")
+
+
+def within() -> str:
+    """The margin in words."""
+    return f"within {100 * MARGIN:g} points of no reduction"
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
@@ -46,7 +47,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
         "majority": "right by the most frequent answer",
     }
     out += [(f"{100 * reference[k]:.1f}%", text) for k, text in named.items() if reference.get(k) is not None]
-    none = next((row for row in result.rows if row["policy"] == "none"), None)
+    none = unreduced(result)
     if none is not None and none.get("gain") is not None:
         leaked, what = none.get("leakage"), "multi-modal leakage (S_wv − S_t)"
         out.append((points(none["gain"]), "points of multi-modal gain without reduction (S_v − S_wv)"))
@@ -68,16 +69,15 @@ def cheapest(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def finding(result: Result) -> list[Markup]:
     """What came out, as sentences."""
-    none = next((row for row in result.rows if row["policy"] == "none"), None)
+    none = unreduced(result)
     cuts = [row for row in result.rows if row["name"] != "none"]
-    within = f"within {100 * MARGIN:g} points of no reduction"
     best = cheapest([row for row in cuts if row["name"] not in BASELINES])
     plain = cheapest([row for row in cuts if row["name"] in BASELINES])
     named = Markup(" <code>{}</code>: {}.")
     if best is None:
-        out = [Markup("No method’s interval stays {}.").format(within)]
+        out = [Markup("No method’s interval stays {}.").format(within())]
     else:
-        said = Markup("The cheapest method whose interval stays {} is").format(within)
+        said = Markup("The cheapest method whose interval stays {} is").format(within())
         out = [said + named.format(breakable(best["policy"]), gains(best, none))]
     if plain is not None:
         out.append(

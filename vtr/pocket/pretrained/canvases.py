@@ -47,7 +47,7 @@ class Canvas:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 def paint(draw: random.Random, drawings: Sequence[Drawing], side: int = SIDE) -> Canvas:
     """One to four drawings on a canvas of ``side`` pixels; a single one may be anywhere and larger."""
-    count = draw.choices((1, 2, 3, 4), (30, 20, 20, 30))[0]
+    count = draw.choices((1, 2, 3, 4), (45, 25, 10, 20))[0]
     chosen = _differing(draw, drawings, count)
     image = _background(draw, side)
     half = side // 2

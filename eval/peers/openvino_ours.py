@@ -1,0 +1,58 @@
+"""Worker: vtr on the Qwen2-VL that the worker of OpenVINO GenAI has made."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from channel import serve
+
+import vtr
+from vtr.data.pictures import upright
+
+
+class Ours:
+    def start(self, folder: str) -> dict[str, str]:
+        import transformers
+        from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+        self.folder, checkpoint = Path(folder), Path(folder) / "checkpoint"
+        self.entries = json.loads((self.folder / "questions.json").read_text())
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        ).eval()
+        self.words = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"))
+        self.pictures = Qwen2VLImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
+        vtr.patch(self.model)
+        return {"transformers": transformers.__version__, "torch": torch.__version__}
+
+    def _inputs(self, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+        seen = self.pictures(images=[upright(self.folder / entry["picture"])], return_tensors="pt")
+        picture = "<|image_pad|>" * (int(seen["image_grid_thw"].prod()) // 4)
+        text = (
+            f"<|im_start|>user\n<|vision_start|>{picture}<|vision_end|>{entry['question']}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        ids = torch.tensor([self.words.encode(text, add_special_tokens=False)])
+        placed = (ids == self.model.config.image_token_id).int()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": placed, **seen}
+
+    @torch.inference_mode()
+    def run(self, index: int, method: str, steps: int) -> dict[str, Any]:
+        """method: ``none``, or a spec."""
+        entry, began = self.entries[index], time.process_time()
+        inputs = self._inputs(entry)
+        policy = None if method == "none" else method
+        out = self.model.generate(**inputs, policy=policy, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
+        spent = 1e3 * (time.process_time() - began)
+        length, row = inputs["input_ids"].shape[1], vtr.report(self.model).rows[0]
+        left = length - row.total + row.vision_tokens[0]
+        return {"ids": out[0, length:].tolist(), "tokens": left, "cpu_ms": spent}
+
+
+if __name__ == "__main__":
+    worker = Ours()
+    serve({"start": worker.start, "run": worker.run})
