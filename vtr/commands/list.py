@@ -115,8 +115,6 @@ def _show_one(name: str) -> None:
     console.print(f"[b]e.g.[/]  vtr run --sample 0 --compare --policy {example}", soft_wrap=True)
 
 
-
-
 def _settings(name: str) -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(policy_class(name)) if field.init}  # type: ignore[arg-type]
 
