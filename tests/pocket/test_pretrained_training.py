@@ -20,7 +20,7 @@ from vtr.commands.eval import of_task
 from vtr.commands.search import POCKET, Search
 from vtr.data.sources import open_data
 from vtr.pocket import pretrained
-from vtr.pocket.pretrained import adapter, build, canvases, drawings, train, wheels
+from vtr.pocket.pretrained import adapter, align, build, canvases, drawings, train, wheels
 
 
 @pytest.fixture
@@ -195,6 +195,48 @@ def test_changes_of_another_model(made: tuple[object, object]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in made[0].state_dict().items())
 
 
+# -- the projector alone ----------------------------------------------------------------------------------------------
+def test_a_token_belongs_to_what_covers_it() -> None:
+    canvas = canvases.paint(random.Random(5), drawings.held_out())
+    owned = align.owners(canvas, 8)
+    numbers = {drawings.things().index(one) for one in canvas.shown.values()}
+    assert set(owned.tolist()) - {-1} == numbers
+    for place, thing in canvas.shown.items():
+        covered = canvas.inked[place].reshape(8, 28, 8, 28).mean((1, 3)).reshape(-1)
+        mine = owned == drawings.things().index(thing)
+        assert float(covered[mine.numpy()].min()) > 0.33
+
+
+def test_means_of_things() -> None:
+    tokens = torch.arange(12.0).reshape(2, 3, 2)
+    means, which = align.pooled(tokens, torch.tensor([[4, -1, 4], [4, 9, 9]]))
+    assert which.tolist() == [4, 4, 9]
+    assert means.tolist() == [[2.0, 3.0], [6.0, 7.0], [9.0, 10.0]]
+
+
+def test_the_projector_learns_names_and_is_the_map() -> None:
+    torch.manual_seed(0)
+    words, width = 0.1 * torch.randn(len(drawings.things()), 16), 24
+    looks = torch.randn(len(words), width)
+    owned = torch.randint(12, (64, 6))
+    owned[:, -1] = -1
+    features = looks[owned.clamp_min(0)] + 0.1 * torch.randn(64, 6, width)
+    seen = align.Seen(features.half(), owned)
+    found = align.align(seen, seen, words, epochs=60, rate=1e-2, say=lambda _: None)
+    single, whole = align.right(found, seen)
+    assert single > 0.9 and whole > 0.9
+    projector = torch.nn.Module()
+    projector.layer_norm, projector.linear_1 = torch.nn.LayerNorm(width), torch.nn.Linear(width, 16)
+    projector.linear_2 = torch.nn.Linear(16, 16)
+    found.put_into(projector)
+    with torch.no_grad():
+        hidden = torch.nn.functional.gelu(projector.linear_1(projector.layer_norm(features)))
+        wanted = (found(features) - found.middle) * align.LOUD + found.middle
+        straight = (projector.linear_1(projector.layer_norm(features)) > 1).all(-1)
+        assert float(straight.float().mean()) > 0.1
+        torch.testing.assert_close(projector.linear_2(hidden)[straight], wanted[straight], rtol=0.1, atol=0.02)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def student(made: tuple[object, object]) -> train.Student:
@@ -245,8 +287,9 @@ def test_a_sequence_is_the_processors(student: train.Student) -> None:
 def test_training_learns_and_is_shipped(student: train.Student, tmp_path: Path) -> None:
     some = source()
     look = [source(seed=1).batch(student.processor, 4)]
-    first = [one for _ in range(4) for one in some.batch(student.processor, 4).canvases]
-    assert 0 <= student.fit(first, train.pixels(student.processor, first)) <= 1
+    said: list[str] = []
+    student.start(student.see(some.batch(student.processor, 4) for _ in range(4)), student.see(look), said.append)
+    assert len(said) == 8 and "the right name is nearest to" in said[-1]
     curve = train.train(student, some, look, tmp_path, say=lambda _: None)
     assert [one["canvases"] for one in curve] == [0, 8, 16]
     assert curve[-1]["loss"] < curve[0]["loss"]

@@ -11,28 +11,24 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from tqdm import trange
 
 from . import adapter, drawings
+from .align import Seen, align, joined, owners
 from .canvases import Canvas, Question, as_array, ask, paint
 from .drawings import Drawing
 
-RIDGE = 1.0
-"""Of the closed form, a token."""
-FIT = 800
-"""Canvases that the closed form is made of."""
 EACH = 180
 """Drawings of each style that a picture is made of."""
 LOOK, LOOKS = 8, 8
 """Canvases a batch, and batches, of the style that decides when to stop."""
-BENT = 4.0
-"""Where GELU is straight: around it the projector is a linear map, behind which nothing is learnt but its scale."""
 
 
 @dataclass
@@ -40,18 +36,19 @@ class Recipe:
     """Everything that decides how training runs.
 
     Attributes:
-        canvases: in all. batch: canvases a step. rank, alpha: of LoRA. lr, lora_lr: peaks of the projector and of LoRA,
-            after ``warmup`` steps, then down to a twentieth along a cosine. decay: of weights. smoothing: of the
-            labels. whole: share of canvases that keep all tokens. least: the others keep between this share and all of
-            them. photographs: share of canvases.
+        aligned: canvases of the first half (``align``). canvases: of the second. batch: canvases a step. rank, alpha:
+            of LoRA. lr, lora_lr: peaks of the projector and of LoRA, after ``warmup`` steps, then down to a twentieth
+            along a cosine. decay: of weights. smoothing: of the labels. whole: share of canvases that keep all tokens.
+            least: the others keep between this share and all of them. photographs: share of canvases.
         every: steps between two looks at the validation style.
     """
 
+    aligned: int = 5200
     canvases: int = 5600
     batch: int = 4
     rank: int = 8
     alpha: int = 16
-    lr: float = 4e-4
+    lr: float = 1e-4
     lora_lr: float = 6e-4
     warmup: int = 40
     decay: float = 0.05
@@ -123,6 +120,21 @@ class Student:
 
     # -- one batch -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
+    def see(self, batches: Iterable[Batch]) -> Seen:
+        """Canvases as the tower gives them, for :mod:`align`."""
+        parts = []
+        for batch in batches:
+            features = self.look(batch.pixels).half()
+            across = math.isqrt(features.shape[1])
+            parts.append(Seen(features, torch.stack([owners(one, across) for one in batch.canvases])))
+        return joined(parts)
+
+    def start(self, seen: Seen, held: Seen, say: Callable[[str], None] = print) -> None:
+        """Align the projector with the decoder's words."""
+        names = torch.stack([self.words[self.ids(" " + one.name)].mean(0) for one in drawings.things()])
+        align(seen, held, names, say=say).put_into(self.projector)
+
+    @torch.no_grad()
     def look(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the tower gives the projector, [canvases, tokens, 4 · width] float32."""
         inner = self.model.model
@@ -184,36 +196,6 @@ class Student:
         whose = torch.tensor([0] * shared + blocks)
         return Row(embeds, where, whose, torch.tensor(before), torch.tensor(answers), lengths)
 
-    # -- the start -----------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def fit(self, canvases: Sequence[Canvas], pixels: torch.Tensor) -> float:
-        """Start the projector in closed form: every token of a thing → the mean word of its name (ridge regression).
-
-        Returns:
-            how often the right name is the nearest one, over the tokens of these canvases.
-        """
-        norm = self.projector.layer_norm
-        features = torch.cat([norm(self.look(some)) for some in pixels.split(8)])
-        names = sorted({thing.name for canvas in canvases for thing in canvas.shown.values()})
-        words = torch.stack([self.words[self.ids(" " + name)].mean(0) for name in names])
-        middle = words.mean(0)
-        which = torch.stack([_owners(canvas, names, math.isqrt(features.shape[1])) for canvas in canvases])
-        wanted = torch.where((which >= 0)[..., None], words[which.clamp_min(0)], middle)
-        x, y = features.flatten(0, 1).double(), wanted.flatten(0, 1).double()
-        centre = x.mean(0)
-        spread = (x - centre).T @ (x - centre) + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-        map_ = torch.linalg.solve(spread, (x - centre).T @ (y - y.mean(0))).T
-        gain = (words - middle).norm(dim=1).mean() / (((x - centre) @ map_.T).norm(dim=1).mean() + 1e-9)
-        small = ((x - centre) @ map_.T).std() * float(gain)
-        first, second = self.projector.linear_1, self.projector.linear_2
-        first.weight.copy_(map_ * float(gain) / small)
-        first.bias.copy_(BENT - first.weight @ centre.float())
-        second.weight.copy_(torch.eye(len(second.weight)) * small)
-        second.bias.copy_(y.mean(0).float() - BENT * small)
-        there = which.flatten() >= 0
-        guess = F.normalize((x - centre) @ map_.T, dim=1).float() @ F.normalize(words - middle, dim=1).T
-        return float((guess.argmax(1)[there] == which.flatten()[there]).float().mean())
-
     def weights(self) -> dict[str, torch.Tensor]:
         """What is shipped, as :func:`adapter.save` takes it."""
         found = {adapter.PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
@@ -225,15 +207,6 @@ class Student:
                     1.0 if "lora_A" in name else scale
                 )
         return {name: value.detach().clone() for name, value in found.items()}
-
-
-def _owners(canvas: Canvas, names: list[str], across: int) -> torch.Tensor:
-    """Of each token, the number of the name of the thing that covers a third of it at least; -1: none."""
-    owners = torch.full((across, across), -1)
-    for place, thing in canvas.shown.items():
-        inked = torch.from_numpy(canvas.inked[place]).float()
-        owners[F.adaptive_avg_pool2d(inked[None], across)[0] > 1 / 3] = names.index(thing.name)
-    return owners.flatten()
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -373,9 +346,9 @@ def run(
     source = Source({**styles["train"], "photographs": seen}, recipe.photographs, recipe.seed)
     val = Source(styles["val"], seed=recipe.seed + 100)
     looks = [val.batch(processor, LOOK) for _ in range(LOOKS)]
-    first = [one for _ in range(FIT // LOOK) for one in source.batch(processor, LOOK).canvases]
-    near = student.fit(first, pixels(processor, first))
-    say(f"closed form: the right name is the nearest for {near:.0%} of the tokens of things")
+    say(f"the tower looks at {recipe.aligned} canvases")
+    seen_first = student.see(source.batch(processor, LOOK) for _ in trange(recipe.aligned // LOOK))
+    student.start(seen_first, student.see(looks), say)
     curve = train(student, source, looks, out, say)
     plot(curve, out / "curve.png")
     return curve
