@@ -214,6 +214,17 @@ def test_means_of_things() -> None:
     assert means.tolist() == [[2.0, 3.0], [6.0, 7.0], [9.0, 10.0]]
 
 
+def test_features_tell_a_place() -> None:
+    torch.manual_seed(0)
+    at = torch.arange(16)
+    half = torch.stack([at // 4 < 2, at % 4 < 2], 1) * 2.0 - 1
+    features = torch.randn(50, 16, 12)
+    features[..., :2] = half + 5
+    map_, middle = align.placed(features)
+    found = (features - middle) @ map_.T
+    assert bool((found.sign() == half).all()) and 0.9 < float(found.abs().mean()) < 1.1
+
+
 def test_the_projector_learns_names_and_is_the_map() -> None:
     torch.manual_seed(0)
     words, width = 0.1 * torch.randn(len(drawings.things()), 16), 24
@@ -228,7 +239,8 @@ def test_the_projector_learns_names_and_is_the_map() -> None:
     projector = torch.nn.Module()
     projector.layer_norm, projector.linear_1 = torch.nn.LayerNorm(width), torch.nn.Linear(width, 16)
     projector.linear_2 = torch.nn.Linear(16, 16)
-    found.put_into(projector)
+    grid = torch.randn(200, 16, width)
+    found.put_into(projector, align.Seen(grid.half(), owned), torch.zeros(2, 16))
     with torch.no_grad():
         hidden = torch.nn.functional.gelu(projector.linear_1(projector.layer_norm(features)))
         wanted = (found(features) - found.middle) * align.LOUD + found.middle

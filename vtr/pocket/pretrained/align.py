@@ -1,4 +1,4 @@
-"""The first half of training: the projector alone learns to make a thing's tokens look like its name.
+"""The first half of training: the projector alone learns to make a thing's tokens look like its name and its place.
 
 No decoder runs, and the tower sees each canvas once. The projector is a layer norm and a linear map; behind them lies
 GELU where it is straight, then a scale. Its target are the decoder's own words: what the decoder can read.
@@ -25,6 +25,9 @@ LOUD = 1.3
 """How much further than words from the middle of all names the projector's tokens are put: they are unsure."""
 BENT = 4.0
 """Where GELU is straight: around it the projector is a linear map."""
+PLACED = 0.9
+"""How far "top" or "bottom", and "left" or "right", move a token."""
+PLACES = (("top", "bottom"), ("left", "right"))
 SPREAD = 0.11
 """What a hidden unit of the projector is multiplied with behind GELU; it makes their spread about 1."""
 
@@ -94,14 +97,38 @@ class Map(nn.Module):
         return told + 0.5 * (tokens - wanted).square().sum(-1).mean() / spread
 
     @torch.no_grad()
-    def put_into(self, projector: Any) -> None:
-        """Make InternVL's projector this map."""
+    def put_into(self, projector: Any, seen: Seen, ways: Tensor) -> None:
+        """Make InternVL's projector this map, and a token say where it lies.
+
+        Args:
+            seen: canvases to learn from how features tell a place. ways: [2, width], from "bottom" to "top" and from
+                "right" to "left" in the decoder's words.
+        """
         norm, first, second = projector.layer_norm, projector.linear_1, projector.linear_2
         norm.load_state_dict(self.norm.state_dict())
-        first.weight.copy_(self.linear.weight * LOUD / SPREAD)
-        first.bias.copy_((self.linear.bias - self.middle) * LOUD / SPREAD + BENT)
+        place, middle = placed(self.norm(seen.features.float()))
+        ways = PLACED * F.normalize(ways, dim=1)
+        first.weight.copy_((self.linear.weight * LOUD + ways.T @ place) / SPREAD)
+        first.bias.copy_(((self.linear.bias - self.middle) * LOUD - ways.T @ place @ middle) / SPREAD + BENT)
         second.weight.copy_(torch.eye(len(second.weight)) * SPREAD)
         second.bias.copy_(self.middle - BENT * SPREAD)
+
+
+def placed(features: Tensor) -> tuple[Tensor, Tensor]:
+    """How features tell where a token lies, by ridge regression: map [2, width] and middle [width], so that
+    ``map @ (x - middle)`` is about 1 or -1 for the upper or lower half, and for the left or right one.
+
+    Args:
+        features: float32 [canvases, tokens, width], tokens of a square grid line by line.
+    """
+    across = math.isqrt(features.shape[1])
+    at = torch.arange(features.shape[1])
+    half = torch.stack([at // across, at % across], 1) < across / 2
+    wanted = (2.0 * half - 1).repeat(len(features), 1)
+    flat = features.flatten(0, 1)
+    middle = flat.mean(0)
+    spread = (flat - middle).T @ (flat - middle) + 0.02 * len(flat) * torch.eye(flat.shape[1])
+    return torch.linalg.solve(spread.double(), ((flat - middle).T @ wanted).double()).float().T, middle
 
 
 def align(

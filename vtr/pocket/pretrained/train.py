@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from . import adapter, drawings
-from .align import Seen, align, joined, owners
+from .align import PLACES, Seen, align, joined, owners
 from .canvases import Canvas, Question, as_array, ask, paint
 from .drawings import Drawing
 
+PLACING = 1200
+"""Canvases that say how features tell a place."""
 EACH = 180
 """Drawings of each style that a picture is made of."""
 LOOK, LOOKS = 8, 8
@@ -132,7 +134,10 @@ class Student:
     def start(self, seen: Seen, held: Seen, say: Callable[[str], None] = print) -> None:
         """Align the projector with the decoder's words."""
         names = torch.stack([self.words[self.ids(" " + one.name)].mean(0) for one in drawings.things()])
-        align(seen, held, names, say=say).put_into(self.projector)
+        ends = [[self.words[self.ids(" " + word)].mean(0) for word in pair] for pair in PLACES]
+        some = Seen(seen.features[:PLACING], seen.owners[:PLACING])
+        found = align(seen, held, names, say=say)
+        found.put_into(self.projector, some, torch.stack([first - last for first, last in ends]))
 
     @torch.no_grad()
     def look(self, pixels: torch.Tensor) -> torch.Tensor:
