@@ -27,6 +27,8 @@ from vtr.settings import build, check_names_no_file, parse, policy_class, regist
 NONE = "none"
 SIGNALS = ("confidence", "agreement", "probe")
 MOST_CHOICES, MOST_TOKENS = 16, 1024
+SUREST = 1 - 2.0**-20
+"""No estimate is above this, so that a threshold of 1 takes the last choice."""
 PLAIN = 3
 """Numbers that a probe sees beside the hidden state: see :func:`features`."""
 PROBE = ("mean", "scale", "weight", "bias")
@@ -88,7 +90,7 @@ class AutoPolicy(Parts):
         choices: policies or their spec strings, cheapest first; "none" is no reduction. They act behind the vision
             tower. One alone is that policy.
         thresholds: a choice is taken if the estimate that it suffices is at least this, in [0, 1]; one for all choices
-            but the last, or one for each.
+            but the last, or one for each. 1.0: never.
         signal: "confidence": the smallest probability of the answer's first tokens; "agreement": that, once a choice
             says what the one before said (so the first is never taken); "probe": a linear probe of both and of the
             hidden state, which ``vtr tune auto`` fits.
@@ -168,7 +170,7 @@ class AutoPolicy(Parts):
             x = features(began, self.tokens)
             weights = {name: t.to(x.device) for name, t in self.probe.items()}
             x = (x - weights["mean"]) / weights["scale"]
-            return (x @ weights["weight"][step] + weights["bias"][step]).sigmoid()
+            return (x @ weights["weight"][step] + weights["bias"][step]).sigmoid().clamp(max=SUREST)
         raw = confidence(began[-1], self.tokens)
         if self.calibration is not None:
             slope, intercept = self.calibration[step]
@@ -176,7 +178,7 @@ class AutoPolicy(Parts):
         if self.signal == "agreement":
             same = agreement(began[-1], began[-2], self.tokens) if step else torch.zeros_like(raw, dtype=torch.bool)
             raw = raw * same
-        return raw
+        return raw.clamp(max=SUREST)
 
     # -- what it is made of --------------------------------------------------------------------------------------------
     def parts(self) -> list[Policy]:
