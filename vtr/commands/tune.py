@@ -138,8 +138,7 @@ def _tuned(
     named, costs = [named[i] for i in order], costs.of(order)
     about = {"data": given.data, "digest": auto.digest(samples), "metric": scored.name, "model": auto.sample_of(model)}
     if answers is not None and answers.is_file():
-        found = Answers.load(answers)
-        _check_same(found, named, samples, answers)
+        found = _same(Answers.load(answers), named, samples, answers)
     else:
         found = ask(
             model, processor, samples, named, lambda reply, one: scored.score(reply, one.answers, one.choices),
@@ -165,10 +164,13 @@ def _choices(text: str, model: Any, processor: Any, sample: Sample) -> list[tupl
     return [(name, None if name.lower() == "none" else vtr.policy(name)) for name in names]
 
 
-def _check_same(found: Any, named: list[tuple[str, Any]], samples: list[Sample], path: Path) -> None:
-    """Raise ValueError unless a file of answers is about these questions and choices."""
-    if found.choices != [name for name, _ in named] or found.group.tolist() != [one.group for one in samples]:
+def _same(found: Any, named: list[tuple[str, Any]], samples: list[Sample], path: Path) -> Any:
+    """Answers from a file, in the order of the choices; ValueError unless they are about these and these questions."""
+    names = [name for name, _ in named]
+    other = sorted(found.choices) != sorted(names) or found.choices[-1] != names[-1]
+    if other or found.group.tolist() != [one.group for one in samples]:
         raise ValueError(f"{path} holds answers to other questions, or under other choices: name another file")
+    return found.of([found.choices.index(name) for name in names])
 
 
 def _told(made: Any, found: Any, costs: Any) -> list[str]:

@@ -29,11 +29,12 @@ from vtr.image import scales
 from vtr.learned import fingerprint
 from vtr.policies.trained.auto import AutoPolicy, confidence, features, logit
 from vtr.training.asked import Asked
-from vtr.training.autoscale import platt
 from vtr.training.promise import by_unit, kept_up_to, needed
 
 FEWEST = 50
 """Pictures that fit the estimate, at least."""
+TESTED = 0.7
+"""The share of the pictures that test the promise: an estimate of two numbers a choice needs few."""
 PROBED = 400
 """Questions from which on a probe of the hidden state is compared with the confidence alone."""
 BOLD = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 80)])
@@ -147,9 +148,26 @@ def fit_confidence(asked: Asked, tokens: int, folds: np.ndarray) -> Estimate:
     for fold in np.unique(folds):
         rest = folds != fold
         for s in range(raw.shape[1]):
-            held[~rest, s] = _sigmoid(platt(raw[rest, s], good[rest, s]), raw[~rest, s])
-    lines = [platt(raw[:, s], good[:, s]) for s in range(raw.shape[1])]
+            held[~rest, s] = _sigmoid(line_of(raw[rest, s], good[rest, s]), raw[~rest, s])
+    lines = [line_of(raw[:, s], good[:, s]) for s in range(raw.shape[1])]
     return Estimate("confidence", tokens, lines, None, held, _log_likelihood(held, good))
+
+
+def line_of(raw: np.ndarray, good: np.ndarray) -> tuple[float, float]:
+    """(Slope, intercept) that make the logit of a confidence that of sufficing: Platt's scaling.
+
+    Held to (1, 0), the confidence as it is, by a normal prior of one: where nothing has gone wrong yet, a less
+    confident answer is still the less probable one.
+    """
+    from scipy.optimize import minimize
+
+    x, sign = logit(torch.from_numpy(raw)).double().numpy(), np.where(good, -1.0, 1.0)
+
+    def worse(at: np.ndarray) -> float:
+        return float(np.logaddexp(0.0, sign * (at[0] * x + at[1])).sum() + ((at[0] - 1) ** 2 + at[1] ** 2) / 2)
+
+    found = minimize(worse, np.array([1.0, 0.0])).x
+    return round(float(found[0]), 4), round(float(found[1]), 4)
 
 
 def _sigmoid(line: tuple[float, float], raw: np.ndarray) -> np.ndarray:
@@ -222,31 +240,49 @@ class Path:
 
 
 def lay_path(
-    asked: Asked, costs: Costs, loss: float, *, tokens: int = 1, seed: int = 0, signal: str | None = None
-) -> Path:
-    """The path whose cheapest point within the loss is the cheapest, by questions that the estimate has not seen.
+    asked: Asked, costs: Costs, loss: float, confidence: float, pictures: int, *, tokens: int = 1, seed: int = 0,
+    signal: str | None = None,
+) -> Path:  # fmt: skip
+    """The path that is likely to end cheapest, by questions that the estimate has not seen.
 
     All subsets of the choices that hold the last one are compared: a choice that seldom suffices costs a try for
-    nothing.
+    nothing. How far along a path the promise will be kept depends on how many ``pictures`` test it.
     """
     last = len(asked.choices) - 1
-    best: tuple[float, Path] | None = None
+    found: list[tuple[float, Path]] = []
     for size in range(1, last + 1):
         for some in combinations(range(last), size):
             steps = [*some, last]
             mine, cost = asked.of(steps), costs.of(steps)
             estimate = fit_estimate(mine, tokens, seed, signal)
             settings = [thresholds_at(bold, cost) for bold in BOLD]
-            found = [outcome(mine, estimate.held_out, one, cost) for one in settings]
-            within = [float(one.cost.mean()) for one in found if one.loss.mean() <= loss / 2]
-            if within and (best is None or min(within) < best[0]):
-                best = min(within), Path(steps, estimate, settings)
-    assert best is not None  # the most careful point takes the last choice
-    return best[1]
+            points = [outcome(mine, estimate.held_out, one, cost) for one in settings]
+            losses = np.array([(one.loss.sum() + 0.5) / (len(mine) + 1) for one in points])
+            spent = np.array([one.cost.mean() for one in points])
+            found.append(
+                (_expected(losses, spent, cost.taken[-1], loss, confidence, pictures), Path(steps, estimate, settings))
+            )
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _expected(
+    losses: np.ndarray, spent: np.ndarray, last: float, most: float, confidence: float, pictures: int
+) -> float:  # fmt: skip
+    """What a path is likely to cost when it has been tested on so many pictures. last: where nothing is kept."""
+    from scipy.stats import binom
+
+    allowed = int(binom.ppf(1 - confidence, pictures, most)) - 1
+    passes = binom.cdf(allowed, pictures, np.maximum.accumulate(losses))
+    ends = passes - np.append(passes[1:], 0.0)
+    return float((ends * np.minimum(np.minimum.accumulate(spent), last)).sum() + (1 - passes[0]) * last)
 
 
 class TooFewError(ValueError):
     """Too few questions for the promise; the message says how many more are needed."""
+
+
+class NoneKeptError(ValueError):
+    """Nothing cheaper than the last choice keeps the promise, as far as these questions tell."""
 
 
 def check_enough(pictures: int, loss: float, confidence: float) -> int:
@@ -278,20 +314,28 @@ def tune(
         binary: whether a score can only be 0 or 1. about: what else the promise is to say (data, model).
 
     Raises:
-        ValueError: loss or confidence out of range. TooFewError: too few pictures.
+        ValueError: loss or confidence out of range. TooFewError: too few pictures. NoneKeptError: nothing cheaper than
+            the last choice keeps the promise.
     """
     names, units = np.unique(asked.group, return_inverse=True)
     least = check_enough(len(names), loss, confidence)
     order = np.random.default_rng(seed).permutation(len(names))
-    tested = np.isin(units, order[: max(least, len(names) // 2)])
-    path = lay_path(asked.part(~tested), costs, loss, tokens=tokens, seed=seed, signal=signal)
+    count = max(least, int(TESTED * len(names)))
+    tested = np.isin(units, order[:count])
+    path = lay_path(asked.part(~tested), costs, loss, confidence, count, tokens=tokens, seed=seed, signal=signal)
     mine, cost = asked.part(tested).of(path.steps), costs.of(path.steps)
     estimates = path.estimate.of(mine)
     found = [outcome(mine, estimates, one, cost) for one in path.settings]
     single = len(np.unique(mine.group)) == len(mine)
     losses = (by_unit(one.loss, mine.group) for one in found)
     kept = kept_up_to(losses, loss, confidence, binary and single)
-    at = max(kept - 1, 0)
+    at = min(range(kept), key=lambda i: float(found[i].cost.mean()), default=None)  # they keep it all together
+    if at is None or found[at].cost.mean() >= cost.taken[-1]:
+        raise NoneKeptError(
+            f"no try pays: on {count} pictures a loss of at most {loss:g} with confidence {confidence:g} is kept only "
+            f"where nearly every question goes on to {mine.choices[-1]!r}. Give more questions (--limit, --data), or "
+            "ask for a larger loss"
+        )
     taken = found[at]
     promise = {
         "loss": loss, "confidence": confidence, "pictures": len(np.unique(mine.group)), "questions": len(mine),
