@@ -12,6 +12,7 @@ import torch
 import vtr
 from tests import tiny
 from tests.families import FAMILIES
+from vtr.engine.install import patch_of
 
 CHOICES = ["divprune:keep=0.2", "fastv:keep=0.5,layer=2", "none"]
 ROWS = [["ab", tiny.IMAGE, "cd", tiny.IMAGE, "x"], ["text only"], ["a", tiny.IMAGE, "another"]]
@@ -184,6 +185,39 @@ def test_every_family(family: Any) -> None:
     assert chosen == ["random:keep=0.3,layer=1", None, None]
     want = family.generate(model, batch, policy=chosen, max_new_tokens=4)
     assert torch.equal(ids, want[0]) and float((logits - want[1]).abs().max()) < 1e-4
+
+
+LONG = [["a system prompt of some length ", tiny.IMAGE, "x"], ["another one of about that length ", tiny.IMAGE, "why"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_stands_in_front_of_the_first_picture_is_read_once(family: Any, tokens: int) -> None:
+    model = vtr.patch(family.make())
+    batch = family.batch(model, LONG)
+    aligned = bool(batch["attention_mask"].all())
+    batch = batch if aligned else family.single(model, batch, 1)
+    chooser = vtr.AutoPolicy(["random:keep=0.2,layer=1", "fastv:keep=0.5,layer=2", "none"], 1.0, tokens=tokens)
+    seen: list[int] = []
+    layer = patch_of(model).decoder.text.layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(args[0].shape[1]), with_kwargs=True)
+    try:
+        ids, logits, _ = family.generate(model, batch, policy=chooser, max_new_tokens=4)
+    except vtr.UnsupportedError:
+        return
+    finally:
+        handle.remove()
+    report = vtr.report(model)
+    want = family.generate(model, batch, policy=None, max_new_tokens=4)
+    assert torch.equal(ids, want[0]) and float((logits - want[1]).abs().max()) < 1e-4
+    prefills = [n for n in seen if n > len(ids)]
+    windows = [window for window in patch_of(model).decoder.windows if window is not None]
+    saved = 16 if all(window > 400 for window in windows) else 0
+    assert prefills[1] == prefills[2] <= prefills[0] - saved
+    assert all(row.policy is None for row in report.rows)
+    slots = (batch["input_ids"] == tiny.IMAGE_ID) if "input_ids" in batch else None
+    if slots is not None and bool(slots.any()):
+        assert report.rows[0].kept(0) == slots[0].nonzero().squeeze(1).tolist()
 
 
 def test_what_it_cannot_do_is_refused_by_name(llava: tuple[Any, Any]) -> None:

@@ -20,6 +20,7 @@ from vtr.engine.cache import RaggedLayer
 from vtr.engine.compat import NAMES, cache_in, put_cache
 from vtr.engine.joining import joined
 from vtr.engine.once import from_host
+from vtr.engine.prefix import begun, behind, columns_of
 from vtr.engine.request import Request, per_token
 from vtr.engine.trace import Clock, Trace
 
@@ -94,6 +95,7 @@ class Choosing:
         self.tried: list[list[tuple[str | None, int]]] = [[] for _ in self.options]
         self.history: dict[int, list[tuple[Attempt, int]]] = {row: [] for row in range(len(self.options))}
         self.clock = Clock(self.embeds.device)
+        self.before: Attempt | None = None
 
     def run(self) -> Any:
         """The text model's output; the cache of the call is filled with the rows of what each has accepted."""
@@ -123,11 +125,21 @@ class Choosing:
             answer_starts=[self.request.answer_starts[row] for row in rows], attempt=trace,
         )  # fmt: skip
         kwargs = dict(self.kwargs) if len(rows) == len(self.options) else self._part(rows)
-        cache = DynamicCache()
+        cache, read = DynamicCache(), self.before
+        columns = 0 if read is None else columns_of(request.prompt, read.layers, kwargs.get("attention_mask"))
+        if read is not None and columns:
+            at = [read.rows.index(row) for row in rows]
+            cache.layers = begun(read.layers, at, request.prompt, policies, columns)  # type: ignore[assignment]
+            cache.layer_class_to_replicate = None
+            request, kwargs = behind(request, kwargs, columns)
         put_cache(self.module, kwargs, cache)
         out = self.module(**{**kwargs, "use_cache": True, "vtr_request": request})
+        if read is not None and columns:
+            first = read.out.last_hidden_state[:, :columns].index_select(0, from_host(at, self.embeds.device))
+            out.last_hidden_state = torch.cat([first, out.last_hidden_state], 1)
         layers: list[RaggedLayer] = cache.layers  # type: ignore[assignment]
-        return Attempt(rows, policies, trace, out, layers)
+        self.before = Attempt(rows, policies, trace, out, layers)
+        return self.before
 
     def _part(self, rows: list[int]) -> dict[str, Any]:
         """The arguments of a forward of some rows."""
