@@ -25,7 +25,8 @@ def columns_of(prompt: Prompt, layers: Sequence[RaggedLayer], mask: Any) -> int:
         layers: of a cache that these rows have filled. mask: the call's.
     """
     told = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
-    whole = all(layer.window is None or max(layer.lengths()) < layer.window - 1 for layer in layers)
+    length = prompt.is_vision.shape[1]
+    whole = all(layer.window is None or layer.window > length for layer in layers)
     if not told or not whole or not bool(prompt.is_vision.any(1).all()):
         return 0  # (what is behind a sliding window is not in the cache any more)
     columns = int(prompt.is_vision.int().argmax(1).min())
