@@ -90,7 +90,6 @@ def _sparsevlm(models: Models) -> Policy:
 
 PMOD, DYNAMIC = learned.pmod(), learned.dynamic()
 OWN: dict[str, Callable[[Models, Inputs, int], Policy]] = {
-    "auto": lambda m, i, b: vtr.AutoPolicy(["random:keep=0.3,layer=1", "none"], 0.0 if b else 1.0),
     "autoscale": lambda m, i, b: vtr.AutoScale(threshold=1.0 if b else 0.01),
     "dynamic-llava": lambda m, i, b: DYNAMIC,
     "gsearch": lambda m, i, b: vtr.GSearch([1.0, 0.8, 0.5, 0.5, 0.2], queries="last" if b else "text"),

@@ -11,8 +11,8 @@ from vtr.integrations.vllm.specs import RequestError, read
 
 import vtr
 from tests import tiny
+from vtr.auto_policy import PLAIN, agreement, confidence, features
 from vtr.base import Began
-from vtr.policies.trained.auto import PLAIN, agreement, confidence, features
 
 CHOICES = ["m3:tokens=1", "m3:tokens=4", "none"]
 

@@ -51,7 +51,6 @@ from vtr.policies.picture.vscan import VScan
 from vtr.policies.question.cdpruner import CDPruner
 from vtr.policies.question.mmtok import MMTok
 from vtr.policies.question.trim import Trim
-from vtr.policies.trained.auto import AutoPolicy
 from vtr.policies.trained.autoscale import AutoScale
 from vtr.policies.trained.dynamic_llava import DynamicLLaVA
 from vtr.policies.trained.pmod import PMoD
@@ -66,7 +65,6 @@ __all__ = [
     "SCM",
     "TOPS",
     "VTW",
-    "AutoPolicy",
     "AutoScale",
     "CDPruner",
     "ClsTop",

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from vtr.accounting import report as last_report
+from vtr.auto_policy import AutoPolicy, confidence, features, logit
 from vtr.base import Policy
 from vtr.chat import encode
 from vtr.data.records import Sample
 from vtr.engine.install import patch_of
 from vtr.image import scales
 from vtr.learned import fingerprint
-from vtr.policies.trained.auto import AutoPolicy, confidence, features, logit
 from vtr.training.asked import Asked
 from vtr.training.promise import by_unit, kept_up_to, needed
 
