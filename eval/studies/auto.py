@@ -353,14 +353,15 @@ def main(
         Path | None, typer.Option(help="keep what was said in this folder, or measure on it again")
     ] = None,
 ) -> None:
-    """Tune and measure auto on the pocket models."""
+    """Tune and measure auto on the pocket models; what --out holds of other models stays."""
     counts = {"val": tuned, "test": tested, "shift": shifted}
     found = [measure(one.strip(), counts, timed, loss, confidence, draws, seed, answers) for one in models.split(",")]
-    told = {
-        "command": results.command(), "models": found, "hardware": results.hardware(), "versions": results.versions(),
-        "seed": seed,
-    }  # fmt: skip
-    print(markdown(told))
+    about = {"command": results.command(), "hardware": results.hardware(), "versions": results.versions(), "seed": seed}
+    found = [{**one, **about} for one in found]
+    before = json.loads((out / "auto.json").read_text())["models"] if out and (out / "auto.json").is_file() else []
+    new = {one["model"] for one in found}
+    told = {"kind": "auto", "models": [one for one in before if one["model"] not in new] + found}
+    print(markdown({"models": found}))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "auto.json").write_text(json.dumps(told, indent=1) + "\n")

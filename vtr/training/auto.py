@@ -130,6 +130,13 @@ class Estimate:
         made.probe = dict(self.probe or {})
         return made
 
+    def at(self, mine: Asked, some: list[int]) -> Estimate:
+        """Of some of the choices but the last, where each was fitted by itself. mine: the questions under these."""
+        assert self.lines is not None
+        held = self.held_out[:, some]
+        lines = [self.lines[step] for step in some]
+        return Estimate(self.signal, self.tokens, lines, None, held, _log_likelihood(held, suffices(mine)))
+
     def of(self, asked: Asked) -> np.ndarray:
         """float [n, c - 1], as the policy itself estimates."""
         made = self.policy(asked, [0.5] * (len(asked.choices) - 1))
@@ -211,18 +218,26 @@ def _logistic(x: np.ndarray, good: np.ndarray, strength: float) -> tuple[np.ndar
     return fitted.coef_[0], float(fitted.intercept_[0])
 
 
-def fit_estimate(asked: Asked, tokens: int = 1, seed: int = 0, signal: str | None = None) -> Estimate:
+def fit_estimate(
+    asked: Asked, tokens: int = 1, seed: int = 0, signal: str | None = None, plain: Estimate | None = None
+) -> Estimate:
     """The estimate that says most of questions it has not seen.
 
     Args:
         tokens: of the answer that are heard. signal: "confidence" or "probe" and no other; None: the better one.
+        plain: what :func:`fit_confidence` has found, where that is known.
     """
-    _, units = np.unique(asked.group, return_inverse=True)
-    folds = np.random.default_rng(seed).integers(0, 5, units.max() + 1)[units]
-    found = [] if signal == "probe" else [fit_confidence(asked, tokens, folds)]
+    folds = folds_of(asked, seed)
+    found = [] if signal == "probe" else [plain or fit_confidence(asked, tokens, folds)]
     if signal == "probe" or (signal is None and len(asked) >= PROBED):
         found += [fit_probe(asked, tokens, folds, strength) for strength in STRENGTHS]
     return max(found, key=lambda one: one.worth)
+
+
+def folds_of(asked: Asked, seed: int) -> np.ndarray:
+    """int [n]: which of five parts each question is held out with; questions about a picture together."""
+    _, units = np.unique(asked.group, return_inverse=True)
+    return np.random.default_rng(seed).integers(0, 5, units.max() + 1)[units]
 
 
 # -- the path, and the promise -----------------------------------------------------------------------------------------
@@ -249,12 +264,14 @@ def lay_path(
     nothing. How far along a path the promise will be kept depends on how many ``pictures`` test it.
     """
     last = len(asked.choices) - 1
+    whole = None if signal == "probe" else fit_confidence(asked, tokens, folds_of(asked, seed))
     found: list[tuple[float, Path]] = []
     for size in range(1, last + 1):
         for some in combinations(range(last), size):
             steps = [*some, last]
             mine, cost = asked.of(steps), costs.of(steps)
-            estimate = fit_estimate(mine, tokens, seed, signal)
+            plain = None if whole is None else whole.at(mine, list(some))
+            estimate = fit_estimate(mine, tokens, seed, signal, plain)
             settings = [thresholds_at(bold, cost) for bold in BOLD]
             points = [outcome(mine, estimate.held_out, one, cost) for one in settings]
             losses = np.array([(one.loss.sum() + 0.5) / (len(mine) + 1) for one in points])
