@@ -323,10 +323,12 @@ def plot(told: Mapping[str, Any]) -> Any:
             x, [100 * c["cost"] for c in one["curve"]], "s-", color="C0", label="time of an answer, % of none"
         )
         promised.set(xscale="log", xlabel="loss promised at most (points)", ylim=(0, 105), title="what a promise costs")
+        promised.set_xticks(x, [f"{one:g}" for one in x], fontsize=7)
+        promised.minorticks_off()
         lost = promised.twinx()
         lost.plot(x, [100 * c["loss"] for c in one["curve"]], "^--", color="C1", ms=4)
         lost.plot(x, x, ":", color="C1", lw=0.8)
-        lost.set_ylabel("loss on test questions (points)", color="C1")
+        lost.set_ylabel("loss on test questions (points)", color="C1", fontsize=8)
         promised.legend(fontsize=7)
         names, left = list(one["kinds"]), np.zeros(len(one["kinds"]))
         for step, choice in enumerate(one["choices"]):
