@@ -150,6 +150,11 @@ class AutoPolicy(Parts):
         """Which choice is taken if no other will do."""
         return len(self.choices) - 1
 
+    @property
+    def names(self) -> list[str]:
+        """The spec string of every choice, "none" for no reduction."""
+        return ["none" if one is None else one.spec for one in self.options()]
+
     def options(self) -> list[Policy | None]:
         return [one if isinstance(one, Policy) else None for one in self.choices]
 

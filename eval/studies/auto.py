@@ -212,7 +212,7 @@ def measure(
     costs = auto.measure(model, processor, samples["val"][:6], choices, max_new_tokens=LONGEST)
     made = auto.tune(found["val"], costs, loss=loss, confidence=confidence, binary=True, seed=seed)
     policies: dict[str, Any] = {one: policy for one, policy in choices if one != "none"} | {"none": None}
-    cheapest = made.choices[0]
+    cheapest = made.names[0]
     policies |= {"auto": made, "accepted at once": vtr.AutoPolicy([cheapest, "none"], 0.0)}
     if name == "pocket":
         policies["autoscale"] = vtr.pocket.autoscale("cascade")
@@ -228,13 +228,13 @@ def measure(
     every = np.arange(len(best))
     return {
         "model": name, "choices": names, "questions": counts, "lines": lines, "spec": made.spec,
-        "thresholds": thresholds(made), "taken": [one if isinstance(one, str) else one.spec for one in made.choices],
+        "thresholds": thresholds(made), "taken": made.names,
         "promise": dict(made.promise or {}), "shift": parts["shift"],
         "shift_last": float(found["shift"].score[:, -1].mean()),
         "oracle": [float(found["test"].tokens[every, best].mean()), float(found["test"].score[every, best].mean())],
         "speed": {str(size): ratios(one) for size, one in spans.items()},
         "accepted_at_once": {
-            str(size): sum(one["accepted at once"]) / sum(one[str(vtr.policy(cheapest).spec)])
+            str(size): sum(one["accepted at once"]) / sum(one[cheapest])
             for size, one in spans.items()
         },
         "gflops": {

@@ -53,8 +53,7 @@ def thresholds(made: vtr.AutoPolicy) -> list[float]:
 
 def on(made: vtr.AutoPolicy, asked: Asked, costs: auto.Costs) -> auto.Outcome:
     """What a tuned policy comes to on questions that were asked under all choices."""
-    names = [one if isinstance(one, str) else one.spec for one in made.choices]
-    steps = [asked.choices.index(name) for name in names]
+    steps = [asked.choices.index(name) for name in made.names]
     part = asked.of(steps)
     estimates = np.stack([made.estimate(s, part.began(s)).numpy() for s in range(made.last)], 1)
     found = auto.outcome(part, estimates, thresholds(made), costs.of(steps))

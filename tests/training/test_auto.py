@@ -95,7 +95,7 @@ def test_the_tuned_policy_does_what_was_measured() -> None:
     asked = drawn(1500)
     made = auto.tune(asked, COSTS, loss=0.05, confidence=0.9, binary=True, about={"data": "drawn"})
     assert made.promise is not None and made.promise["data"] == "drawn" and made.promise["p_values"] == "binomial"
-    steps = [asked.choices.index(one if isinstance(one, str) else one.spec) for one in made.choices]
+    steps = [asked.choices.index(name) for name in made.names]
     mine = asked.of(steps)
     estimates = np.stack([made.estimate(s, mine.began(s)).numpy() for s in range(len(steps) - 1)], 1)
     found = auto.outcome(mine, estimates, list(made.thresholds), COSTS.of(steps))  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def broken(pool: Asked, runs: int, size: int, loss: float, confidence: float, co
         mine = pool.part(rng.integers(0, len(pool), size))
         mine.group[:] = [f"{i}" for i in range(size)]  # each draw is one of its own
         made = auto.tune(mine, costs, loss=loss, confidence=confidence, binary=True, seed=run, signal="confidence")
-        steps = [pool.choices.index(one if isinstance(one, str) else one.spec) for one in made.choices]
+        steps = [pool.choices.index(name) for name in made.names]
         part = pool.of(steps)
         estimates = np.stack([made.estimate(s, part.began(s)).numpy() for s in range(len(steps) - 1)], 1)
         found = auto.outcome(part, estimates, thresholds(made), costs.of(steps))

@@ -161,7 +161,8 @@ def _choices(text: str, model: Any, processor: Any, sample: Sample) -> list[tupl
     names = [one.strip() for one in text.split(";") if one.strip()] or default_choices(model, processor, sample)
     if len(names) < 2:
         raise ValueError(f"choices={text!r}: name two or more, joined by `;`, the one to compare with last")
-    return [(name, None if name.lower() == "none" else vtr.policy(name)) for name in names]
+    made = [None if name.lower() == "none" else vtr.policy(name) for name in names]
+    return [("none" if one is None else one.spec, one) for one in made]
 
 
 def _same(found: Any, named: list[tuple[str, Any]], samples: list[Sample], path: Path) -> Any:
@@ -182,5 +183,8 @@ def _told(made: Any, found: Any, costs: Any) -> list[str]:
     ):
         lines.append(f"{name:<24} {score:>7.1%} {tokens:>7.0f} {cost / costs.taken[-1]:>18.0%}")
     thresholds = ", ".join(f"{one:.4f}" for one in made.thresholds)
-    taken = ", ".join(one if isinstance(one, str) else one.spec for one in made.choices)
-    return [*lines, f"taken: {taken}; thresholds {thresholds} of its {made.signal}", f"promised: {words(made.promise)}"]
+    return [
+        *lines,
+        f"taken: {', '.join(made.names)}; thresholds {thresholds} of its {made.signal}",
+        f"promised: {words(made.promise)}",
+    ]
