@@ -282,12 +282,14 @@ def markdown(told: Mapping[str, Any]) -> str:
             )
         tokens, accuracy = one["oracle"]
         out += [f"| oracle (knows the answers) | {accuracy:.1%} | | {tokens:.0f} | | | 100% |", ""]
-        shift = one["shift"]
+        shift, mine = one["shift"], next(row for row in one["lines"] if row["name"] == "auto")
         out += [
             f"Promised: {auto.words(one['promise'])}. Chosen: {', '.join(one['taken'])}. Other fonts and tints "
             f"({one['questions']['shift']} questions): {shift['accuracy']:.1%} ({shift['interval']} points) with "
             f"{shift['tokens']:.0f} tokens, {shift['gap_tokens']:.0%} of the way. Hard kinds ({', '.join(HARD)}): "
-            f"{one['mixed']['difference'] * 100:+.1f} points, {one['mixed']['gap_tokens']:.0%} of the way. A try that "
+            f"{one['mixed']['difference'] * 100:+.1f} points, {one['mixed']['gap_tokens']:.0%} of the way. Of the gap "
+            f"in accuracy at as many tokens: {mine['gap_accuracy']:.0%}. Decoder: {one['gflops']['auto']:.2f} of "
+            f"{one['gflops']['none']:.2f} GFLOPs (48 questions).{older(one)} A try that "
             f"is accepted costs {one['accepted_at_once']['1']:.2f} of its policy's own answer (batch 8: "
             f"{one['accepted_at_once']['8']:.2f}).",
             "",
@@ -301,6 +303,14 @@ def markdown(told: Mapping[str, Any]) -> str:
             out += ["", HEAD, line(Kept(**one["kept"]))]
         out.append("")
     return "\n".join(out)
+
+
+def older(one: Mapping[str, Any]) -> str:
+    """How much faster `autoscale` answers, where it was timed beside."""
+    if "autoscale" not in one["speed"]["1"]:
+        return ""
+    fast = [one["speed"][size]["autoscale"][0] for size in ("1", "8")]
+    return f" `autoscale` in the same turns: {fast[0]:.2f}×, {fast[1]:.2f}×."
 
 
 def plot(told: Mapping[str, Any]) -> Any:
