@@ -378,7 +378,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         (out / "auto.json").write_text(json.dumps(told, indent=1) + "\n")
         (out / "auto.md").write_text(markdown(told))
-        plot(told).savefig(out / "auto.png", dpi=80)
+        plot(told).savefig(out / "auto.png", dpi=60)
 
 
 if __name__ == "__main__":
