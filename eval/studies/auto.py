@@ -315,6 +315,7 @@ def older(one: Mapping[str, Any]) -> str:
 
 def plot(told: Mapping[str, Any]) -> Any:
     """Accuracy against tokens; what each promise costs; which questions went where."""
+    from matplotlib.ticker import NullFormatter
     from vtr.eval.report.plots import figure
 
     made, panels = figure(3, len(told["models"]), width=3.9, height=3.0)
@@ -327,6 +328,7 @@ def plot(told: Mapping[str, Any]) -> Any:
         where.plot(mine["tokens"], 100 * mine["accuracy"], "D", color="C0", label="auto")
         where.plot(one["oracle"][0], 100 * one["oracle"][1], "*", ms=12, color="C3", label="oracle")
         where.set(xscale="log", xlabel="vision tokens, tries counted", ylabel="accuracy (%)", title=one["model"])
+        where.xaxis.set_minor_formatter(NullFormatter())
         where.legend(fontsize=7)
         x = [100 * c["promised"] for c in one["curve"]]
         promised.plot(
