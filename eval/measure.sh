@@ -48,6 +48,7 @@ accuracy() {
   python -m vtr.eval.studies.films --rows "$runs/films" --limit 240
   cp "$runs/films/results.json" eval/results/video.json
   python -m vtr.eval.studies.autoscale --out docs/results
+  python -m vtr.eval.studies.auto --out docs/results
   python -m vtr.eval.studies.schedules --out docs/results --n 2000 --test-seed 1 --presets vtr/presets/pocket.json
   python -m vtr.eval.studies.budgets --out docs/results
   python -m vtr.eval.studies.budgets --out docs/results/low --keep 0.02 --keep 0.01

@@ -124,6 +124,7 @@ def policies() -> list[vtr.Policy]:
         vtr.DynamicLLaVA(),
         vtr.Chain([vtr.Pool(), Norm()]),
         vtr.ByImage("m3:9", last="none"),
+        vtr.AutoPolicy(["m3:9", "none"], thresholds=0.9),
         vtr.policy("fastv:keep=0.25,layer=2"),
         vtr.policy(Norm()),
         chained,

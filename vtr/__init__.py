@@ -9,6 +9,7 @@ from vtr import (
     pocket,
 )
 from vtr.accounting import Report, report
+from vtr.auto_policy import AutoPolicy
 from vtr.base import Attend, Attention, Best, KeyNorms, Merged, Policy, Route, Token, Tokens, UnsupportedError
 from vtr.budget import at_budget
 from vtr.by_image import ByImage
@@ -88,6 +89,7 @@ __all__ = [
     "VTW",
     "Attend",
     "Attention",
+    "AutoPolicy",
     "AutoScale",
     "Best",
     "ByImage",

@@ -241,6 +241,7 @@ def _row(row: RowTrace, remembered: list[list[bool]], cached: bool) -> RowReport
         asked=list(row.asked),
         seen=seen,
         cached=seen if cached else [0] * len(seen),
+        tries=[(spec or "none", tokens) for spec, tokens in row.tries],
     )
 
 

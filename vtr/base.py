@@ -65,8 +65,10 @@ def tower_wish(wish: str) -> tuple[str, Layer] | None:
     return match[1], float(match[2]) if "." in match[2] else int(match[2])
 
 
-QUESTIONS = ("compress", "prune", "route", "attend", "remember", "resolve")
+QUESTIONS = ("compress", "prune", "route", "attend", "remember", "resolve", "accept")
 """What a policy may be asked; ``needs`` belongs to ``prune``."""
+CHOOSING = ("resolve", "accept")
+"""Those of policies that choose others."""
 
 
 class UnsupportedError(RuntimeError):
@@ -83,6 +85,22 @@ class Answer:
 
     ids: torch.Tensor
     logits: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Began:
+    """What rows begin to say under one of the options of a policy that chooses while the prompt is read.
+
+    Attributes:
+        ids: int64 [rows, t], the likeliest tokens. sure: float32 [rows, t], the probability of each.
+        there: bool [rows, t], False behind a row's end-of-sequence token.
+        states: float [rows, hidden_size], the text model's last hidden state, which the first token was read from.
+    """
+
+    ids: torch.Tensor
+    sure: torch.Tensor
+    there: torch.Tensor
+    states: torch.Tensor
 
 
 class Tries(Protocol):
@@ -175,9 +193,33 @@ class Policy(Settings):
         """
         raise NotImplementedError(f"{type(self).__name__} is no policy that chooses others")
 
+    def options(self) -> Sequence[Policy | None]:
+        """Of a policy that defines :meth:`accept`: the policies it chooses among, in the order in which they are tried
+        (None: no reduction)."""
+        return ()
+
+    def accept(self, step: int, began: Sequence[Began]) -> torch.Tensor:
+        """While ``generate`` reads the prompt: which rows go on with option ``step``, whose beginning ``began[-1]`` is.
+
+        Rows that are not accepted are read again under the next option, without the others; the last option is not
+        asked about. An accepted try is the answer: nothing of it is run again.
+        A policy that defines it answers none of the six questions, and is refused in a direct forward.
+
+        Args:
+            began: of every option tried so far, for the rows that this option was tried on.
+
+        Returns:
+            bool [rows].
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no policy that chooses while the prompt is read")
+
+    @property
+    def hears(self) -> int:
+        """How many tokens of its answer :meth:`accept` is to see of each option."""
+        return 1
+
     def asks(self, question: str) -> bool:
-        """Whether this policy answers ``"compress"``, ``"prune"``, ``"route"``, ``"attend"``, ``"remember"`` or
-        ``"resolve"``."""
+        """Whether this policy answers one of :data:`QUESTIONS`."""
         return getattr(type(self), question) is not getattr(Policy, question)
 
     def check(self, num_hidden_layers: int) -> None:
@@ -275,6 +317,13 @@ class Policy(Settings):
     def __add__(self, other: Policy) -> Policy:
         """``compressor + pruner``: both act, the left one first. Each question may be answered by one of them only."""
         return policy_class("chain")([self, other])  # type: ignore[call-arg]
+
+
+def acting(policy: Policy | None) -> list[Policy]:
+    """The policies that may act on a row of this one: what it chooses among, or itself; none for no reduction."""
+    if policy is None:
+        return []
+    return [one for one in policy.options() if one is not None] if policy.asks("accept") else [policy]
 
 
 def rehearsed(policy: Policy, num_hidden_layers: int, total: int, scores: torch.Tensor) -> list[int]:

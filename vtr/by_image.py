@@ -169,7 +169,7 @@ def _refusal(made: Policy, inside: Sequence[str]) -> str:
     what = short(made.spec)
     if "before_decoder" in made.config():
         return f"{what} acts in the decoder, on all images of a row together: say before_decoder=true"
-    if inside == ["resolve"]:
+    if inside in (["resolve"], ["accept"]):
         return f"{what} tries answers with all images of a row: choose a fixed policy for each image"
     share = ' (share="image" divides its budget among the images)' if "share" in made.config() else ""
     return (

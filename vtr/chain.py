@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtr.base import QUESTIONS, Policy, Request, Tries
+from vtr.base import CHOOSING, QUESTIONS, Policy, Request, Tries
 from vtr.parts import Parts
 from vtr.settings import MOST_PARTS, build, check_names_no_file, parse, register_policy
 
@@ -59,11 +59,16 @@ class Chain(Parts):
             if askable:
                 self._answers[question] = askable[0]
                 for name in (question, f"{question}_all", f"{question}_row"):
-                    if question != "resolve" and hasattr(askable[0], name):
+                    if question not in CHOOSING and hasattr(askable[0], name):
                         setattr(self, name, getattr(askable[0], name))
         if "remember" in self._answers:
             self.recall = self._answers["remember"].recall  # type: ignore[method-assign]
         pruner = self._answers.get("prune")
+        if "accept" in self._answers:
+            raise ValueError(
+                "auto reads the prompt under each of its choices, so what acts together with one is part of it: write "
+                'auto:choices=["m3:9+fastv:keep=0.5,layer=2","none"]'
+            )
         if "resolve" in self._answers and "compress" in self._answers:
             raise ValueError(
                 "a policy that chooses the scale of pictures cannot act together with one that compresses: drop one"

@@ -16,6 +16,7 @@ from vtr.commands.run import run_command
 from vtr.commands.search import search
 from vtr.commands.serve import PASSED_ON, serve_command
 from vtr.commands.train import train_command
+from vtr.commands.tune import tune
 
 HELP = """Vision-token reduction for multimodal LLMs: fewer image tokens in the decoder, a policy per request.
 
@@ -52,6 +53,7 @@ evaluate.callback()(eval_command)
 evaluate.command("published")(published_command)
 app.add_typer(evaluate, name="eval", rich_help_panel=MEASURE)
 app.command("page", rich_help_panel=MEASURE)(page_command)
+app.add_typer(tune, name="tune", rich_help_panel=MAKE)
 app.command("train", rich_help_panel=MAKE)(train_command)
 app.command("convert", rich_help_panel=MAKE)(convert_command)
 app.command("serve", rich_help_panel=SERVE, context_settings=PASSED_ON)(serve_command)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import QUESTIONS, Policy, UnsupportedError
 from vtr.data.pictures import upright
 from vtr.engine.midway import enter
 from vtr.inputs import split
@@ -40,7 +40,7 @@ def encode(model: Any, processor: Any, picture: Image.Image, policy: str | Polic
     """
     before, made = split(None if policy == "none" else policy)
     processor, made = before_tower(processor, before), made or EVERYTHING
-    inside = [question for question in ("prune", "route", "attend", "remember", "resolve") if made.asks(question)]
+    inside = [question for question in QUESTIONS if question != "compress" and made.asks(question)]
     if inside or not made.asks("compress"):
         raise UnsupportedError(
             f"{made.spec} acts in the decoder, and embeddings are made before it: use a policy that compresses, e.g. "

@@ -146,15 +146,10 @@ class Learned(Policy):
         there hold unless others are named. ``allow_mismatch``: see :meth:`vtr.Policy.from_pretrained`."""
         if "weights" not in settings:
             return super().from_settings(settings)
-        given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
-        allow, folder = settings.get("allow_mismatch", False), str(settings["weights"])
-        if not isinstance(allow, bool):
-            raise ValueError(f"allow_mismatch={allow!r}: say true or false")
-        found = _loaded(cls.name, folder, allow)
-        if type(found) is not cls:
-            raise ValueError(f"{folder} holds a policy {found.name!r}, not {cls.name!r}: name a folder of that one's")
+        found, given = named_weights(cls, settings)
         made = super().from_settings({**found.config(), **given})
         assert isinstance(made, Learned)
+        assert isinstance(found, Learned)
         made.share(found)
         return made
 
@@ -256,12 +251,7 @@ class Learned(Policy):
     @property
     def spec(self) -> str:
         """As for any policy; the folder of the weights stands in front."""
-        settings = super().spec.partition(":")[2]
-        quoted = json.dumps(self.folder) if set(self.folder or "") & set(',+[]{}" ') else self.folder
-        parts = [f"weights={quoted}"] if self.folder else []
-        parts += ["allow_mismatch=true"] if self.folder and self.allow_mismatch else []
-        shown = ",".join([*parts, settings] if settings else parts)
-        return self.name + (":" + shown if shown else "")
+        return weights_spec(self.name, self.folder, self.allow_mismatch, super().spec.partition(":")[2])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         if self.module is None:
@@ -320,6 +310,31 @@ class Learned(Policy):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}, "_listed": []}
+
+
+def named_weights(cls: type[Policy], settings: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:
+    """The policy of class ``cls`` in the folder that ``weights`` names, and the settings named beside it.
+
+    Raises:
+        ValueError: another policy is there, or ``allow_mismatch`` is no bool. FileNotFoundError: nothing is.
+    """
+    given = {k: v for k, v in settings.items() if k not in ("weights", "allow_mismatch")}
+    allow, folder = settings.get("allow_mismatch", False), str(settings["weights"])
+    if not isinstance(allow, bool):
+        raise ValueError(f"allow_mismatch={allow!r}: say true or false")
+    found = _loaded(cls.name, folder, allow)
+    if type(found) is not cls:
+        raise ValueError(f"{folder} holds a policy {found.name!r}, not {cls.name!r}: name a folder of that one's")
+    return found, given
+
+
+def weights_spec(name: str, folder: str | None, allow_mismatch: bool, settings: str) -> str:
+    """The spec string of a policy whose weights came from ``folder``. settings: the others, as they stand in it."""
+    quoted = json.dumps(folder) if set(folder or "") & set(',+[]{}" ') else folder
+    parts = [f"weights={quoted}"] if folder else []
+    parts += ["allow_mismatch=true"] if folder and allow_mismatch else []
+    shown = ",".join([*parts, settings] if settings else parts)
+    return name + (":" + shown if shown else "")
 
 
 def _loaded(name: str, folder: str, allow_mismatch: bool) -> Policy:

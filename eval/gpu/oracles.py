@@ -14,6 +14,7 @@ from vtr.eval.gpu.record import Record, Setup
 from vtr.eval.gpu.waits import watched
 
 import vtr
+from vtr.base import CHOOSING
 from vtr.testing import tiny
 from vtr.testing.tiny import IMAGE
 
@@ -156,7 +157,7 @@ class Models:
 
 def says(model: Any, inputs: Inputs, policies: Sequence[Any], tokens: bool = True) -> Said:
     """Of a forward and, with ``tokens``, an answer; of an answer alone where a policy chooses around ``generate``."""
-    if any(policy is not None and policy.asks("resolve") for policy in policies):
+    if any(policy is not None and policy.asks(question) for policy in policies for question in CHOOSING):
         said = spoken(model, inputs, policies)
         return Said(None, kept_slots(model, inputs), said)
     out = model(**inputs, policy=list(policies), use_cache=True)

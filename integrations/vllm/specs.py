@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from vtr.base import Policy, UnsupportedError
+from vtr.base import CHOOSING, QUESTIONS, Policy, UnsupportedError
 from vtr.by_image import ByImage
 from vtr.chain import Chain, policy
 from vtr.image import Layout
@@ -142,7 +142,7 @@ def _check_before_made(name: str, settings: Mapping[str, Any], depth: int) -> No
     """What can be refused without making the policy: files, trials of answers, schedules for another depth."""
     checked_no_file(name, settings)
     cls = policy_class(name)
-    if cls.resolve is not Policy.resolve:
+    if cls.resolve is not Policy.resolve or cls.accept is not Policy.accept:
         raise RequestError(TRIES.format(name))
     layers = settings.get("layers")
     if issubclass(cls, GSearch) and layers is not None and (type(layers) is not int or layers != depth):
@@ -176,7 +176,7 @@ def checked_no_file(name: str, settings: Mapping[str, Any], known: Sequence[str]
 
 def _check_place(made: Policy, depth: int) -> None:
     """Raise unless ``made`` acts before the decoder alone, and it is known beforehand how many tokens it leaves."""
-    inside = [question for question in ("prune", "route", "attend", "remember", "resolve") if made.asks(question)]
+    inside = [question for question in QUESTIONS if question != "compress" and made.asks(question)]
     if inside:
         raise RequestError(refusal(made, depth))
     if not made.asks("compress"):
@@ -196,7 +196,7 @@ def refusal(made: Policy, depth: int) -> str:
     says = f"{short(made.spec)} {INSIDE}"
     if isinstance(made, (UniformGrid, Random)) and made.layer == 0:
         return f"{says}: use {dataclasses.replace(made, before_decoder=True).spec}"
-    if made.asks("resolve"):
+    if any(map(made.asks, CHOOSING)):
         return TRIES.format(made.spec)
     if isinstance(made, Chain) and (before := [p.spec for p in made.policies if p.asks("compress")]):  # type: ignore[union-attr]
         return f"{says}: ask for {before[0]} alone, which acts before it"

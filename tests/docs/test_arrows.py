@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {"vtr": "vtr", "integrations": "vtr.integrations", "eval": "vtr.eval"}
 ROOMS = {
     "ground": "about checks files image keep limits markup settings shares",
-    "base": "answers base by_image chain inputs learned parts processing schedule score tokens watch",
+    "base": "answers auto_policy base by_image chain inputs learned parts processing schedule score tokens watch",
     "engine": "engine accounting",
     "data": "chat data",
     "tools": "autopatch budget encode groups models picture showing",

@@ -39,7 +39,10 @@ def test_embeddings_are_what_enters_the_decoder(pocket: tuple, spec: str) -> Non
     assert len(found) == vtr.report(model).rows[0].vision_tokens[0]
 
 
-@pytest.mark.parametrize("spec", ["fastv:keep=0.5", "m3:tokens=36+fastv:keep=0.5", "uniform:keep=0.5", "autoscale"])
+@pytest.mark.parametrize(
+    "spec",
+    ["fastv:keep=0.5", "m3:tokens=36+fastv:keep=0.5", "uniform:keep=0.5", "autoscale", 'auto:choices=["m3:9","none"]'],
+)
 def test_what_acts_in_the_decoder_is_refused(pocket: tuple, spec: str) -> None:
     with pytest.raises(vtr.UnsupportedError, match="acts in the decoder"):
         encode(*pocket, PICTURE, spec)

@@ -87,6 +87,7 @@ def test_every_image_has_a_spec(value: Any, images: int, specs: list[str]) -> No
         ("uniform:keep=0.25,layer=1", "retention=0.325,"),
         ("m3:tokens=36+fastv", "ask for m3:tokens=36 alone"),
         ("autoscale", "tries answers"),
+        ('auto:choices=["m3:9","none"]', "tries answers"),
         ("pmod:weights=/etc", "cannot name files"),
         ("dynamic-llava:weights=/etc", "cannot name files"),
         ("gsearch:schedule=/etc/passwd", "cannot name files"),

@@ -128,11 +128,12 @@ def settings_of(text: str) -> dict[str, str]:
 # -- the pocket tasks --------------------------------------------------------------------------------------------------
 def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool) -> Read:
     split, task, frames = settings.pop("split", "test"), settings.pop("task", "questions"), settings.pop("frames", None)
-    side = settings.pop("side", None)
+    side, each = settings.pop("side", None), settings.pop("per_scene", None)
     if settings or split not in ("train", "val", "test") or task not in TASKS:
         raise ValueError(
-            "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions, listing "
-            "(all objects of a picture; --metric listing), video (with frames=N) or canvases (with side=448)"
+            "the pocket tasks have two settings: pocket:split=train, val or test, and task=questions (with per_scene=N "
+            "to a picture), listing (all objects of a picture; --metric listing), video (with frames=N) or canvases "
+            "(with side=448)"
         )
     if task == "video":
         if not videos:
@@ -146,6 +147,10 @@ def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool
         draw = pocket.samples if task == "questions" else pocket.listings
     if side is not None and task != "canvases":
         raise ValueError(f"side={side}: only pocket:task=canvases has pictures of several sizes")
+    if each is not None:
+        if task != "questions" or not each.isdigit() or not 1 <= int(each) <= 8:
+            raise ValueError(f"per_scene={each}: of task=questions, 1 to 8 to a picture")
+        draw = partial(pocket.samples, per_scene=int(each))
     count = limit if limit is not None else pocket_questions(task)
 
     def read() -> Iterator[Sample | Bad]:

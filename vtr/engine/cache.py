@@ -481,11 +481,15 @@ class RaggedLayer(DynamicLayer):
         first = self.buckets[0]
         self._allocate([lengths[s] for s in sources], first.keys, first.values)
         for row, source in enumerate(sources):
-            (bucket, i), (was, j), n = self.place[row], old[source], lengths[source]
-            bucket.keys[i, :, :n], bucket.values[i, :, :n] = was.keys[j, :, :n], was.values[j, :, :n]
-            if bucket.positions is not None and was.positions is not None:
-                bucket.positions[i, :n] = was.positions[j, :n]
+            self.copy_row(row, *old[source], lengths[source])
         self._set_lengths([lengths[s] for s in sources])
+
+    def copy_row(self, row: int, was: Bucket, j: int, n: int) -> None:
+        """Row ``row`` gets the first ``n`` tokens of row ``j`` of another bucket; lengths are left to the caller."""
+        bucket, i = self.place[row]
+        bucket.keys[i, :, :n], bucket.values[i, :, :n] = was.keys[j, :, :n], was.values[j, :, :n]
+        if bucket.positions is not None and was.positions is not None:
+            bucket.positions[i, :n] = was.positions[j, :n]
 
     def _take_within(self, bucket: Bucket, local: list[int]) -> None:
         """Row i of the bucket is what its row ``local[i]`` was."""

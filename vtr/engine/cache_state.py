@@ -51,11 +51,14 @@ class CacheState:
     apart: bool = False
     """Whether rows of compiled steps lie apart, in this layer and all behind it."""
     decoding: Any = None
-    """Who has the rows while they decode with constant shapes, see ``vtr/engine/static.py``; else None."""
+    """Who has the rows while they decode with constant shapes (``vtr/engine/static.py``), or hold more than has been
+    said (``vtr/engine/ahead.py``); else None."""
     seen: torch.Tensor | None = None
     """int64 [rows, n] on the CPU: the tokens of its first columns, ``UNKNOWN`` and ``PADDING`` among them."""
     rope_deltas: torch.Tensor | None = None
     """int64 [rows, 1]: what M-RoPE adds to positions of text to come. The model has those of its last prompt only."""
+    attempt: Any = None
+    """The trace of the try that fills it, while it is one; None for the cache of a call."""
     memos: list[dict[str, Any]] = field(default_factory=list)
     once: Once = field(default_factory=Once)
     """What the layers share within one forward, or one reordering of the rows."""

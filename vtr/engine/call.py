@@ -43,6 +43,7 @@ class Generation:
         ids: int64 [prompts, L], the prompt's new part; None where only embeddings are known.
         short: the cache of shortened rows that it runs on, on the padded path.
         until_done: what ends with it.
+        ends: the ids that end an answer. pad: the id behind it. room: tokens it may have.
     """
 
     key: object
@@ -57,6 +58,9 @@ class Generation:
     attended_before: list[Any] | None = None
     short: ShortCache | None = None
     until_done: ExitStack = field(default_factory=ExitStack)
+    ends: tuple[int, ...] = ()
+    pad: int = 0
+    room: int = 1
 
     def note_forward(self, layers: list[RaggedLayer] | None) -> None:
         """Note that a forward is under way, and on which cache (counted from what it had attended to before)."""

@@ -67,7 +67,11 @@ class StepGraph:
 
 
 class GraphedForward:
-    """Stands in for the text model's ``forward`` while some ``generate`` captures its steps."""
+    """Stands in for the text model's ``forward`` while some ``generate`` captures its steps, or chooses its policies.
+
+    A hook of the text model says what is to happen instead of it: ``vtr_graph``, a step's graph; ``vtr_instead``, what
+    gives the output.
+    """
 
     def __init__(self, text: Any) -> None:
         self.text = text
@@ -76,6 +80,9 @@ class GraphedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None
+        instead: Callable[[], Any] | None = kwargs.pop("vtr_instead", None)
+        if instead is not None:
+            return instead()
         graph: StepGraph | None = kwargs.pop("vtr_graph", None)
         if graph is None:
             return self._original(*args, **kwargs)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from vtr.base import Policy, UnsupportedError, tower_wish
+from vtr.base import Policy, UnsupportedError, acting, tower_wish
 from vtr.engine.image_tower import ImageTower, attention_index, state_index
 from vtr.engine.tower import (
     Entered,
@@ -201,7 +201,8 @@ class VisionHooks:
 
     def wanted(self, policies: Sequence[Policy | None], prompt: Prompt) -> Captures | None:
         """What the rows' policies want of the images of this call; None if nothing."""
-        asking = [(p.wants, row) for p, row in zip(policies, prompt.layouts, strict=True) if p is not None and row]
+        rows = zip(policies, prompt.layouts, strict=True)
+        asking = [(one.wants, row) for p, row in rows for one in acting(p) if row]
         if not any(wants for wants, _ in asking):
             return None
         self.patch.handles += self.attach()

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vtr.answers import SCORES, Attention, KeyNorms
-from vtr.base import WANTED, Policy, UnsupportedError, tower_wish
+from vtr.base import CHOOSING, WANTED, Policy, UnsupportedError, tower_wish
 from vtr.chain import policy as as_policy
 from vtr.engine.adapters import Adapter
 from vtr.engine.call import Generation, running
@@ -106,10 +106,11 @@ def policies_per_row(given: Given, rows: int | None, num_hidden_layers: int, mod
     entries: Sequence[Any] = given if several else [given]  # type: ignore[assignment]
     made = [None if p is None else as_policy(p) for p in entries]
     for p in {id(p): p for p in made if p is not None}.values():
-        refuse_inputs(p)
-        p.check(num_hidden_layers)
-        check_needs_and_wants(p, num_hidden_layers)
-        p.check_model(model)
+        for one in (p, *_options(p)):
+            refuse_inputs(one)
+            one.check(num_hidden_layers)
+            check_needs_and_wants(one, num_hidden_layers)
+            one.check_model(model)
     if several and rows is not None and len(made) != rows:
         raise ValueError(
             f"{len(made)} policies for {rows} rows: give one policy for all rows or a list with one per row "
@@ -118,6 +119,27 @@ def policies_per_row(given: Given, rows: int | None, num_hidden_layers: int, mod
     if rows is None:
         raise UnsupportedError("vtr needs input_ids (or inputs_embeds) to know how many rows the call has")
     return None if all(p is None for p in made) else made if several else made * rows
+
+
+def _options(p: Policy) -> list[Policy]:
+    """What a policy chooses among, where it chooses while the prompt is read.
+
+    Raises:
+        ValueError: nothing, or one that chooses again.
+    """
+    if not p.asks("accept"):
+        return []
+    options = p.options()
+    if not options:
+        raise ValueError(f"{type(p).__name__}.options names nothing to choose from")
+    for one in options:
+        if one is not None and any(map(one.asks, CHOOSING)):
+            raise ValueError(f"{type(p).__name__}.options names {one.spec!r}, which would choose again")
+        if one is not None and p.hears > 1 and one.asks("remember"):
+            raise ValueError(
+                f"{one.spec!r} forgets what is said, so a try of several tokens cannot go on: let one be heard"
+            )
+    return [one for one in options if one is not None]
 
 
 def check_needs_and_wants(p: Policy, num_hidden_layers: int) -> None:

@@ -104,10 +104,12 @@ class ForwardHooks:
                 self.patch.publish(None if ids is None else dense_forward(self.patch, ids, kwargs))
             return args, kwargs, None
         check_call(kwargs, [self.patch.model.config, self.patch.decoder.text.config], self.patch.path)
-        if choosing := next((p for p in policies if p is not None and p.asks("resolve")), None):
+        own = generation is not None and not by_hand
+        asked = [p for p in policies if p is not None and (p.asks("resolve") or (p.asks("accept") and not own))]
+        if asked:
+            when = "before generate runs" if asked[0].asks("resolve") else "while generate reads the prompt"
             raise UnsupportedError(
-                f"{type(choosing).__name__} chooses before generate runs: call model.generate(…), or give this forward "
-                "a fixed policy"
+                f"{type(asked[0]).__name__} chooses {when}: call model.generate(…), or give this forward a fixed policy"
             )
         if generation is not None and not by_hand:
             return args, kwargs, self._generation_request(generation, kwargs, source.shape)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from vtr.engine.call import Generation, busy, running
 from vtr.engine.capture import WORTHWHILE, can_capture
 from vtr.engine.captures import begin, capturing
 from vtr.engine.choice import MISSING
+from vtr.engine.choosing import check_choosing, chooses
 from vtr.engine.compat import cache_in, cache_name
 from vtr.engine.decode import note_cache
 from vtr.engine.dense import dense_generation
@@ -174,7 +175,25 @@ class Generate:
         captures = None if policies is None or prompt is None else patch.vision.wanted(policies, prompt)
         new_ids = None if ids is None or policies is None else new_part(ids, kwargs)
         trace = Trace(patch.decoder.geometry)
-        return Generation(patch.key, policies, prompt, length, trace, captures, new_ids), tried
+        generation = Generation(patch.key, policies, prompt, length, trace, captures, new_ids)
+        if chooses(policies):
+            self._let_choose(generation, kwargs)
+        return generation, tried
+
+    def _let_choose(self, generation: Generation, kwargs: dict[str, Any]) -> None:
+        """Its first forward tries policies: note how answers end, and let the text model's forward be stood in for."""
+        config = kwargs.get("generation_config") or self.patch.inner.generation_config
+
+        def said(name: str) -> Any:
+            return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+        ends, pad = said("eos_token_id"), said("pad_token_id")
+        ends = [] if ends is None else ends.tolist() if isinstance(ends, torch.Tensor) else ends
+        generation.ends = tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
+        generation.pad = int(pad) if pad is not None else (*generation.ends, 0)[0]
+        longest = said("max_length")
+        generation.room = said("max_new_tokens") or (longest - generation.length if longest else 2**20)
+        generation.until_done.enter_context(self.patch.graphs.standing_in())
 
     @contextmanager
     def _running(self, generation: Generation) -> Iterator[None]:
@@ -197,6 +216,8 @@ class Generate:
         patch, adapter, model = self.patch, self.patch.adapter, self.patch.model
         check_call(kwargs, [model.config, patch.decoder.text.config], patch.path)
         check_generation(kwargs, patch.inner.generation_config, policies)
+        if chooses(policies):
+            check_choosing(kwargs, patch.inner.generation_config, patch)
         if patch.path == "padded":
             check_padded_generation(kwargs, patch.inner.generation_config)
         embeds = kwargs.get("inputs_embeds")

@@ -50,6 +50,11 @@ class Prompt:
         ids = None if self.ids is None else self.ids.repeat_interleave(times, 0)
         return Prompt(self.is_vision.repeat_interleave(times, 0), layouts, places, valid, ids=ids)
 
+    def of(self, rows: Sequence[int]) -> Prompt:
+        """Some of the rows, in this order."""
+        at, chosen = list(rows), [None if t is None else t[list(rows)] for t in (self.valid, self.labels, self.ids)]
+        return Prompt(self.is_vision[at], [self.layouts[row] for row in at], [self.places[row] for row in at], *chosen)
+
     def extended(self, length: int) -> Prompt:
         """With the tokens decoded since, up to ``length``: text, whatever their ids, and no padding."""
         more = (0, length - self.is_vision.shape[1])

@@ -14,6 +14,7 @@ from vtr.engine.captures import Captures
 from vtr.engine.prompt import Prompt
 from vtr.engine.rotary import Rotary
 from vtr.engine.rows import Row, RowInput
+from vtr.engine.trace import Trace
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Request:
         generation: the running ``generate`` this forward is part of, or None.
         captures: what policies want of the vision tower, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
+        attempt: the trace of a try of some rows (``vtr/engine/choosing.py``); None for a call's own forward.
     """
 
     policies: list[Policy | None]
@@ -34,6 +36,7 @@ class Request:
     generation: Generation | None
     captures: Captures | None = None
     offset: int = 0
+    attempt: Trace | None = None
 
 
 KNOWN = (

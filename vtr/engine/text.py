@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.base import Policy, UnsupportedError
+from vtr.engine.ahead import Ahead
 from vtr.engine.attention import Plan, attention_name, mlp_scale
 from vtr.engine.cache import RaggedLayer, is_ragged
 from vtr.engine.cache_state import PADDING, CacheState
 from vtr.engine.call import Generation
 from vtr.engine.capture import StepGraph
 from vtr.engine.choice import MISSING
+from vtr.engine.choosing import Choosing, chooses
 from vtr.engine.compat import cache_in, check_checkpointing, put_cache
 from vtr.engine.decode import DecodeStep, note_cache
 from vtr.engine.once import from_host
@@ -141,8 +143,19 @@ class TextHooks:
             ids = kwargs.pop("input_ids", None)
             kwargs["inputs_embeds"] = module.get_input_embeddings()(args[0] if ids is None else ids)
             args = ()
+        if (instead := self._instead(module, request, cache, kwargs)) is not None:
+            return (), {"vtr_instead": instead}
         call = self._call(module, request, cache, kwargs)
         return args, self._decode(call) if call.one_token_each else self._pack(call)
+
+    def _instead(self, module: Any, request: Request | None, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """What gives the output in place of a forward: tries among which rows choose, or what was said in one."""
+        if request is not None and request.attempt is None and chooses(request.policies):
+            return Choosing(self.patch, module, request, kwargs).run
+        ahead = cache.layers[0].state.decoding if is_ragged(cache) else None
+        if isinstance(ahead, Ahead) and self._generation(cache) is not None and ahead.says(kwargs["inputs_embeds"]):
+            return ahead
+        return None
 
     def _call(self, module: Any, request: Request | None, cache: Any, kwargs: dict[str, Any]) -> TextCall:
         """The call with its arguments checked.
@@ -174,8 +187,10 @@ class TextHooks:
         return TextCall(module, request, cache, past, embeds, mask, own, positions, generation, kwargs)
 
     def _generation(self, cache: Any) -> Generation | None:
-        """The ``generate`` that goes on with ``cache``; None for a call by hand, also inside a generate."""
+        """The ``generate`` that goes on with ``cache``; None for tries, and for a call by hand, also inside one."""
         generation = self.patch.choice.generation()
+        if is_ragged(cache) and cache.layers[0].state.attempt is not None:
+            return None
         return generation if generation is not None and generation.owns_cache(cache) else None
 
     def _static_step(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -199,12 +214,15 @@ class TextHooks:
         step.finish()
         return out
 
-    def _trace(self, generation: Generation | None) -> Trace:
+    def _trace(self, generation: Generation | None, attempt: Trace | None) -> Trace:
+        if attempt is not None:
+            return attempt
         return generation.trace if generation is not None else Trace(self.patch.decoder.geometry)
 
     def _pack(self, call: TextCall) -> dict[str, Any]:
         request, generation, kwargs, embeds = call.request, call.generation, call.kwargs, call.embeds
-        decoder, trace = self.patch.decoder, self._trace(generation)
+        attempt = None if request is None else request.attempt
+        decoder, trace = self.patch.decoder, self._trace(generation, attempt)
         layers = call.layers(decoder)
         masks = call.own_masks(decoder)
         session = Session(decoder, request, embeds.shape[:2], embeds.device, call.valid(), layers, trace, masks)
@@ -212,8 +230,8 @@ class TextHooks:
         kwargs["inputs_embeds"], kwargs["position_ids"] = session.pack(embeds, call.positions, request, extra)
         session.pack_along(kwargs)
         if request is not None and request.captures is not None:
-            # without a cache, every step of a generate compresses again
-            request.captures.close(keep=generation is not None and layers is None)
+            # without a cache, every step of a generate compresses again; and so does the next try
+            request.captures.close(keep=attempt is not None or (generation is not None and layers is None))
         if layers is not None:  # nothing can be refused any more
             self._note(call, layers[0].state)
         if layers is not None and layers is not getattr(call.cache, "layers", None):
@@ -222,7 +240,9 @@ class TextHooks:
             cache = DynamicCache() if call.cache is None else call.cache
             cache.layers, cache.layer_class_to_replicate = layers, None
             put_cache(call.module, kwargs, cache)
-        if generation is not None:
+        if layers is not None:
+            layers[0].state.attempt = attempt
+        if generation is not None and attempt is None:
             generation.note_forward(layers)
         session.generation = generation
         kwargs["vtr_session"] = session
@@ -241,8 +261,9 @@ class TextHooks:
 
     def _decode(self, call: TextCall) -> dict[str, Any]:
         kwargs, generation, positions, rows = call.kwargs, call.generation, call.positions, call.embeds.shape[0]
-        layers, trace = call.cache.layers, self._trace(generation)
+        layers = call.cache.layers
         state = layers[0].state
+        trace = self._trace(generation, state.attempt)
         if any(state.dropped):
             positions = positions.expand(rows, -1) - state.on_device(state.dropped, positions.device)[:, None]
         kwargs["position_ids"] = positions
@@ -281,10 +302,14 @@ class TextHooks:
             state.tail += 1
         else:
             return None
-        if generation is None:
+        if generation is None and not _is_try(layers):
             note_cache(trace, layers)
             self.patch.publish(trace)
         return out
+
+
+def _is_try(layers: list[RaggedLayer] | None) -> bool:
+    return layers is not None and layers[0].state.attempt is not None
 
 
 def _checked_mask(cache: Any, past: int, shape: torch.Size, mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -196,6 +196,8 @@ class RowTrace:
     asked: list[int] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     """Per layer, how many vision tokens were queries, and keys, of its attention."""
+    tries: list[tuple[str | None, int]] = field(default_factory=list)
+    """Of each option that was tried in the same forward and not taken: its spec, and the vision tokens that entered."""
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtr.accounting import Report, report
-from vtr.base import Policy
+from vtr.base import CHOOSING, Policy
 from vtr.engine.install import patch
 from vtr.testing import tiny
 from vtr.testing.state import Kept
@@ -92,8 +92,8 @@ class Bench:
 
     def forward(self, inputs: dict[str, Tensor], policy: Policy | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """One forward under the policy (or another one, equal to it), without gradients."""
-        if self.policy.asks("resolve"):
-            raise Skip("a policy that chooses another before generate has no forward of its own")
+        if any(map(self.policy.asks, CHOOSING)):
+            raise Skip("a policy that chooses others has no forward of its own")
         with self.asked(), torch.no_grad():
             out = self.model(**inputs, policy=policy or self.policy, **kwargs)
         return out, report(self.model)
@@ -122,6 +122,7 @@ QUESTIONS = (
     "remember_all",
     "recall",
     "resolve",
+    "accept",
     "check",
 )
 

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from vtr.accounting import report
+from vtr.base import CHOOSING
 from vtr.testing import tiny
 from vtr.testing.bench import Bench, Fault, Skip
 from vtr.testing.purity import fresh
@@ -22,8 +23,8 @@ def keep(bench: Bench) -> None:
     """An int leaves at most that many (of a row, an image or a tile); 1.0, and a count nobody reaches, leave all."""
     if "keep" not in {field.name for field in dataclasses.fields(bench.policy)}:
         raise Skip("it has no setting called keep")
-    if bench.policy.asks("resolve"):
-        raise Skip("a policy that chooses another before generate has no forward of its own")
+    if any(map(bench.policy.asks, CHOOSING)):
+        raise Skip("a policy that chooses others has no forward of its own")
     inputs = tiny.single(bench.batch, 0, bench.stock)
     for value in TRIED:
         try:

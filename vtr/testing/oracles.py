@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vtr import settings as known
 from vtr.accounting import Report, RowReport, report
-from vtr.base import QUESTIONS, Policy
+from vtr.base import CHOOSING, QUESTIONS, Policy
 from vtr.chain import policy as policy_of
 from vtr.policies import FastV, UniformGrid
 from vtr.testing import dense, tiny
@@ -61,7 +61,7 @@ def answers(bench: Bench) -> None:
         policy.check(len(bench.stock.get_decoder().layers))
     said = bench.generate(bench.batch, policy)
     reduces = any(n < row.total for row in said.report.rows for n in row.vision_tokens) or (
-        any(map(policy.asks, ("attend", "remember", "resolve")))
+        any(map(policy.asks, ("attend", "remember", *CHOOSING)))
     )
     if not reduces and bench.must_reduce:
         raise Fault(
@@ -134,7 +134,7 @@ def question(bench: Bench) -> None:
     depth = range(len(said[0].kept[0]))
     ranks = [layer for layer in depth if bench.policy.needs(layer)]
     guided = said[0].kept != said[1].kept or bool(ranks)
-    if guided and not bench.policy.question_guided and not bench.policy.asks("resolve"):
+    if guided and not bench.policy.question_guided and not any(map(bench.policy.asks, CHOOSING)):
         why = f"needs({ranks[0]}) asks for attention" if ranks else _difference(said[0], said[1])
         raise Fault(
             f"what it keeps depends on the question ({why}), which the class does not say",

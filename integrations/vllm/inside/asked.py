@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from vtr.integrations.vllm.specs import LONGEST, NONE, TRIES, RequestError, checked_no_file, said
 
-from vtr.base import Policy, rehearsed
+from vtr.base import CHOOSING, Policy, rehearsed
 from vtr.chain import Chain
 from vtr.inputs import InputPolicy, parts_of
 from vtr.learned import SHIPPED, Learned
@@ -167,7 +167,7 @@ def check(made: Policy, depth: int) -> None:
             f"{short(made.spec)} leaves tokens out of single layers' attention, which vLLM's kernels cannot: use one "
             "that drops them, e.g. fastv:keep=0.25,layer=2"
         )
-    if made.asks("resolve"):
+    if any(map(made.asks, CHOOSING)):
         raise RequestError(TRIES.format(short(made.spec)))
     if not any(map(made.asks, QUESTIONS)):
         raise RequestError(f"{short(made.spec)} reduces nothing: ask for {NONE!r}")
