@@ -198,7 +198,7 @@ def test_the_typed_script_names_all_that_is_public(monkeypatch: pytest.MonkeyPat
     assert set(vtr.__all__) <= named
     monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))  # what it registers goes again
     script = runpy.run_path(str(path))
-    assert len(script["policies"]()) == 52 and len(script["schedules"]()) == 3
+    assert len(script["policies"]()) == 53 and len(script["schedules"]()) == 3
     assert "no model family" in script["refused"]()
 
 

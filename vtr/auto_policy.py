@@ -222,6 +222,10 @@ class AutoPolicy(Parts):
         return "weights"
 
     @classmethod
+    def example(cls) -> str:
+        return cls(["m3:9", NONE], thresholds=0.95).spec
+
+    @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Policy:
         """Make one. ``weights`` is the folder that `vtr tune auto` wrote: the settings saved there hold unless others
         are named, and with others nothing is promised."""

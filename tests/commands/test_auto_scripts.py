@@ -135,7 +135,7 @@ def test_wrong_usage_is_told_at_once(script: Path) -> None:
     wrong = run("-m", "vtr.auto", script, policy="fstv:keep=0.1")
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr.startswith(
-        "vtr.auto: VTR_POLICY='fstv:keep=0.1': unknown policy 'fstv' (did you mean fastv?); known: autoscale, "
+        "vtr.auto: VTR_POLICY='fstv:keep=0.1': unknown policy 'fstv' (did you mean fastv?); known: auto, autoscale, "
     )
 
 

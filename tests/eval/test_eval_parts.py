@@ -96,7 +96,7 @@ def test_all_is_one_of_each_registered_policy_at_the_budget() -> None:
     found, only_all, left_out = contenders.contenders(["all"], POCKET)
     names = [one.name for one in found]
     assert names[0] == "none" and names[1:3] == ["random", "uniform"]
-    assert set(names) | set(left_out) == {"none", "downsample", *vtr.list_policies()} - {"chain", "by_image"}
+    assert set(names) | set(left_out) == {"none", "downsample", *vtr.list_policies()} - {"auto", "chain", "by_image"}
     assert only_all == found[1:]
     specs = {one.name: one.spec for one in found}
     assert specs["fastv"] == "fastv:keep=0.0625" and specs["random"] == "random:keep=0.25"
