@@ -164,5 +164,5 @@ def test_listings_are_drawn_and_read_as_data() -> None:
     read = list(open_data("pocket:task=listing", limit=2))
     assert [one.answers[0] for one in read] == [one["answer"] for one in drawn]
     assert read[0].group != read[1].group and read[0].kind == "listing"
-    with pytest.raises(ValueError, match="task=questions .*listing"):
+    with pytest.raises(ValueError, match=r"task=questions .*listing"):
         open_data("pocket:task=poem")
