@@ -127,7 +127,7 @@ def test_a_drawing_lies_where_the_answer_says() -> None:
     inked = [drawings.Drawing(one, "ink", black) for one in drawings.things()[:9]]
     for _ in range(20):
         canvas = canvases.paint(draw, inked)
-        ink = canvases.as_array(canvas.image).max(2) < 8
+        ink = np.asarray(canvas.image).max(2) < 8
         half = canvases.SIDE // 2
         if "" not in canvas.shown:
             for place in canvases.PLACES:

@@ -111,7 +111,7 @@ def published_command(
         if dry_run:
             return
         failed = run_all(launch, jobs, store)
-        body = finish(book, chosen, store, out, markdown)
+        finish(book, chosen, store, out, markdown)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail(error) from error
     console.print(f"written to [bold]{out}[/]: results.json, table.md", highlight=False)
@@ -119,7 +119,6 @@ def published_command(
         for name, why in failed.items():
             console.print(f"failed: {name}: {why}", highlight=False, markup=False)
         raise typer.Exit(1)
-    assert body["rows"]
 
 
 def jobs_of(book: Book, chosen: Chosen, store: Cells) -> list[Job]:
@@ -167,7 +166,7 @@ def run_all(launch: Launch, jobs: list[Job], store: Cells) -> dict[str, str]:
     return failed
 
 
-def finish(book: Book, chosen: Chosen, store: Cells, out: Path, markdown: bool) -> dict[str, Any]:
+def finish(book: Book, chosen: Chosen, store: Cells, out: Path, markdown: bool) -> None:
     """Compare, write, print."""
     from vtr.eval.published import compare, report
     from vtr.eval.report import results
@@ -181,7 +180,6 @@ def finish(book: Book, chosen: Chosen, store: Cells, out: Path, markdown: bool) 
         print(text)
     else:
         show(body, said)
-    return body
 
 
 def show(body: dict[str, Any], said: dict[str, dict[str, int]]) -> None:

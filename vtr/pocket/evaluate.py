@@ -19,31 +19,33 @@ from . import WEIGHTS, load, samples
 from .scenes import TYPES
 
 
-def answers(model: Any, processor: Any, images: list[Any], questions: list[str]) -> list[str]:
-    """What the model says to a batch of questions."""
+def answers(model: Any, processor: Any, images: list[Any], questions: list[str], longest: int = 2) -> list[str]:
+    """What the model says to a batch of questions, in so many tokens at most."""
     import torch
 
     inputs = encode(processor, questions, images).to(model.device)
     with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     return decode(processor, out, inputs["input_ids"].shape[1])
 
 
 def accuracy(
-    model: Any, processor: Any, rows: list[dict[str, Any]], blind: bool = False, batch: int = 8, name: str = "full"
-) -> dict[str, float]:
-    """Share of right answers, over all rows and by type."""
+    model: Any, processor: Any, rows: list[dict[str, Any]], blind: bool = False, batch: int = 8, name: str = "full",
+    longest: int = 2,
+) -> dict[str, float]:  # fmt: skip
+    """Share of right answers, over all rows and by type; ``longest`` as in :func:`answers`."""
     from PIL import Image
 
     hits: dict[str, list[bool]] = defaultdict(list)
     for start in tqdm(range(0, len(rows), batch), desc=name):
         part = rows[start : start + batch]
         images = [Image.new("RGB", r["image"].size, (128, 128, 128)) if blind else r["image"] for r in part]
-        said = answers(model, processor, images, [r["question"] for r in part])
+        said = answers(model, processor, images, [r["question"] for r in part], longest)
         for row, text in zip(part, said, strict=True):
             hits[row["type"]].append(text == row["answer"])
     every = [h for list_ in hits.values() for h in list_]
-    return {"all": sum(every) / len(every), **{t: sum(hits[t]) / len(hits[t]) for t in TYPES if hits[t]}}
+    order = [*(t for t in TYPES if t in hits), *sorted(set(hits) - set(TYPES))]
+    return {"all": sum(every) / len(every), **{t: sum(hits[t]) / len(hits[t]) for t in order}}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -65,17 +65,24 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def pareto(points: Sequence[Point], cost: str, look: Mapping[str, Style]) -> Markup:
-    """Accuracy over ``cost``, its front drawn and named; the best is upper left."""
+def framed(points: Sequence[Point], cost: str, of: str) -> tuple[Drawing, Scale, Scale]:
+    """An empty plot of accuracy over ``cost`` that holds these points. of: who is drawn, for those who cannot see."""
     costs = [point.cost for point in points]
     log = min(costs) > 0 and max(costs) / min(costs) > 5
     left, top, right, bottom = AREA
     x = Scale(*padded(costs, log), left, right, log)
     low, high = padded([v for p in points for v in (p.low, p.high)], False, 0.04)
     y = Scale(max(low, 0.0), min(high, 1.015), bottom, top)
-    drawing = Drawing(WIDTH, HEIGHT, f"Accuracy against {cost} of {len(points)} policies; the table has the numbers.")
+    drawing = Drawing(WIDTH, HEIGHT, f"Accuracy against {cost} of {of}")
     axes(drawing, x, y, cost, [f"{100 * t:g}" for t in y.ticks()])
     drawing.text(left - 30, top - 3, "accuracy, %", class_="axis")
+    return drawing, x, y
+
+
+def pareto(points: Sequence[Point], cost: str, look: Mapping[str, Style]) -> Markup:
+    """Accuracy over ``cost``, its front drawn and named; the best is upper left."""
+    left, top, right, bottom = AREA
+    drawing, x, y = framed(points, cost, f"{len(points)} policies; the table has the numbers.")
     best = front(points)
     stairs = [(x(best[0].cost), y(best[0].accuracy))]
     for point in best[1:]:
@@ -108,17 +115,10 @@ class Line:
 
 def lines(models: Sequence[Line], cost: str) -> Markup:
     """Accuracy over ``cost``, one line a model: through its front, to no reduction, which is a diamond."""
+    left, top, _, bottom = AREA
     every = [point for line in models for point in line.points]
-    costs = [point.cost for point in every]
-    log = min(costs) > 0 and max(costs) / min(costs) > 5
-    left, top, right, bottom = AREA
-    x = Scale(*padded(costs, log), left, right, log)
-    low, high = padded([v for p in every for v in (p.low, p.high)], False, 0.04)
-    y = Scale(max(low, 0.0), min(high, 1.015), bottom, top)
     drawn = ", ".join(line.name for line in models)
-    drawing = Drawing(WIDTH, HEIGHT, f"Accuracy against {cost} of {drawn}; the tables have the numbers.")
-    axes(drawing, x, y, cost, [f"{100 * t:g}" for t in y.ticks()])
-    drawing.text(left - 30, top - 3, "accuracy, %", class_="axis")
+    drawing, x, y = framed(every, cost, f"{drawn}; the tables have the numbers.")
     for line in models:
         _line(drawing, line, x, y)
     for line in models:

@@ -168,17 +168,3 @@ def samples(
         for one in draw.sample(asked, min(per_canvas, len(asked), left)):
             left -= 1
             yield {"image": canvas.image, "question": one.text, "answer": one.answer, "type": one.type}
-
-
-def contact(canvases: Sequence[Canvas], across: int = 6) -> Image.Image:
-    """Some canvases beside each other, to look at."""
-    side = canvases[0].image.width
-    sheet = Image.new("RGB", (across * side, -(-len(canvases) // across) * side), "white")
-    for n, one in enumerate(canvases):
-        sheet.paste(one.image, (n % across * side, n // across * side))
-    return sheet
-
-
-def as_array(image: Image.Image) -> np.ndarray:
-    """[side, side, 3] uint8."""
-    return np.asarray(image.convert("RGB"))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .wheels import PackageError, digest
+from .wheels import PackageError, check
 
 _HERE = Path(__file__).parent
 SHEET = _HERE / "held-out.webp"
@@ -130,8 +130,7 @@ def fetch(style: Style, where: Path) -> Path:
             if done.returncode or not got.is_file():
                 raise PackageError(f"cannot download {style.package}: {done.stderr.strip()[-200:]}")
             shutil.move(got, path)
-    if (found := digest(path)) != style.sha256:
-        raise PackageError(f"{path.name} has the sha256 {found}, wanted is {style.sha256}: delete {path}")
+    check(style.sha256, path, f"delete {path}")
     return path
 
 

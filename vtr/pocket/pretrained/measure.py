@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
+from ..evaluate import accuracy
 from . import drawings, train
 from .canvases import samples
 
-BATCH = 16
+LONGEST = 12
+"""Tokens of an answer."""
 
 
-@torch.inference_mode()
-def answers(model: Any, processor: Any, questions: Sequence[str], pictures: Sequence[Any]) -> list[str]:
-    """Greedy answers without reduction."""
-    from vtr.chat import encode
-
-    inputs = encode(processor, questions, pictures)
-    made = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    said = processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [one.strip() for one in said]
-
-
-def row(name: str, model: Any, processor: Any, asked: list[dict[str, Any]], pictures: list[Any]) -> dict[str, Any]:
+def row(name: str, model: Any, processor: Any, asked: list[dict[str, Any]]) -> dict[str, Any]:
     """The share of right answers to some questions, in all and by type."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for at in tqdm(range(0, len(asked), BATCH), desc=name):
-        some = asked[at : at + BATCH]
-        said = answers(model, processor, [one["question"] for one in some], pictures[at : at + BATCH])
-        for one, answer in zip(some, said, strict=True):
-            right[one["type"]].append(answer == one["answer"])
-    every = [good for some in right.values() for good in some]
-    by_type = {kind: sum(some) / len(some) for kind, some in sorted(right.items())}
-    return {"shown": name, "questions": len(every), "all": sum(every) / len(every), "by_type": by_type}
+    found = accuracy(model, processor, asked, batch=16, name=name, longest=LONGEST)
+    return {"shown": name, "questions": len(asked), "all": found.pop("all"), "by_type": found}
 
 
 def measure(limit: int, photographs: Path | None) -> list[dict[str, Any]]:
@@ -54,13 +33,13 @@ def measure(limit: int, photographs: Path | None) -> list[dict[str, Any]]:
 
     model, processor = pocket.load("pretrained")
     asked = list(samples(limit, drawings.held_out(), "measure"))
-    pictures = [one["image"] for one in asked]
-    found = [row("a style of drawing never seen", model, processor, asked, pictures)]
-    others = pictures[:]
+    found = [row("a style of drawing never seen", model, processor, asked)]
+    others = [one["image"] for one in asked]
     random.Random(0).shuffle(others)
-    found.append(row("the picture of another question", model, processor, asked, others))
+    wrong = [{**one, "image": other} for one, other in zip(asked, others, strict=True)]
+    found.append(row("the picture of another question", model, processor, wrong))
     if photographs is not None:
         _, unseen = train.parted(drawings.photographs(photographs))
         asked = list(samples(limit, unseen, "measure"))
-        found.append(row("photographs never seen", model, processor, asked, [one["image"] for one in asked]))
+        found.append(row("photographs never seen", model, processor, asked))
     return found

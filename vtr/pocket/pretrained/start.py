@@ -6,6 +6,7 @@ Both moments are set in closed form on pictures that the package draws itself. N
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,15 @@ def start(model: Any, pixels: torch.Tensor, seed: int = 0) -> None:
     projector.linear_2.bias.copy_(words.mean(0) - gain * tokens.mean(0))
 
 
+def one_tile(processor: Any, pictures: Sequence[Any]) -> torch.Tensor:
+    """Pixels of pictures, one tile each: [pictures, 3, side, side] float32."""
+    found = processor.image_processor(list(pictures), max_patches=1, return_tensors="pt")["pixel_values"]
+    return found  # type: ignore[no-any-return]
+
+
 def pictures(processor: Any, count: int = PICTURES) -> torch.Tensor:
     """Pixels of the first drawn scenes, one tile each."""
     from ..scenes import scene_stream
 
     stream = scene_stream("train", "pretrained-0")
-    drawn = [next(stream)[0].image for _ in range(count)]
-    found = processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
-    return found  # type: ignore[no-any-return]
+    return one_tile(processor, [next(stream)[0].image for _ in range(count)])

@@ -22,8 +22,9 @@ from tqdm import trange
 
 from . import adapter, drawings
 from .align import PLACES, Seen, align, joined, owners
-from .canvases import Canvas, Question, as_array, ask, paint
+from .canvases import Canvas, Question, ask, paint
 from .drawings import Drawing
+from .start import one_tile
 
 PLACING = 1200
 """Canvases that say how features tell a place."""
@@ -231,15 +232,9 @@ class Source:
             if pool is None:
                 pool = [one for some in self.drawn for one in self.draw.sample(some, min(len(some), EACH))]
             canvases.append(paint(self.draw, pool))
-        return Batch(canvases, [ask(self.draw, one) for one in canvases], pixels(processor, canvases))
-
-
-def pixels(processor: Any, canvases: Sequence[Canvas]) -> torch.Tensor:
-    """[canvases, 3, side, side] float32, as the processor makes them of pictures of one tile."""
-    settings = processor.image_processor
-    mean, std = (torch.tensor(one)[:, None, None] for one in (settings.image_mean, settings.image_std))
-    raw = torch.stack([torch.from_numpy(as_array(one.image).copy()).permute(2, 0, 1) for one in canvases])
-    return (raw / 255 - mean) / std
+        return Batch(
+            canvases, [ask(self.draw, one) for one in canvases], one_tile(processor, [one.image for one in canvases])
+        )
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

