@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import vtr
 from tests.pocket import stand_ins
@@ -20,7 +21,8 @@ from vtr.commands.eval import of_task
 from vtr.commands.search import POCKET, Search
 from vtr.data.sources import open_data
 from vtr.pocket import pretrained
-from vtr.pocket.pretrained import adapter, align, build, canvases, drawings, train, wheels
+from vtr.pocket.pretrained import adapter, align, build, canvases, drawings, processes, train, wheels
+from vtr.pocket.pretrained import student as students
 
 
 @pytest.fixture
@@ -121,6 +123,15 @@ def test_answers_are_what_is_drawn() -> None:
     assert set(seen) == {"name", "options", "kind", "where", "there", "count"}
 
 
+def test_every_name_is_asked_for_once() -> None:
+    draw = random.Random(3)
+    for _ in range(20):
+        canvas = canvases.paint(draw, drawings.held_out())
+        asked = [one for one in canvases.ask(draw, canvas, names=True) if one.type == "name"]
+        assert sorted(one.text for one in asked) == sorted(canvases.what(place) for place in canvas.shown)
+        assert sorted(one.answer for one in asked) == sorted(one.name for one in canvas.shown.values())
+
+
 def test_a_drawing_lies_where_the_answer_says() -> None:
     draw, black = random.Random(2), np.zeros((drawings.SIDE, drawings.SIDE, 4), np.uint8)
     black[..., 3] = 255
@@ -164,6 +175,11 @@ def test_they_are_data(tmp_path: Path) -> None:
     assert of_task(None, None, "pocket", "pocket-joint", "auto")[0] == "pocket"
     assert Search(model="pocket-pretrained").source == f"{POCKET},task=canvases"
     assert Search(model="pocket-pretrained", data="x.jsonl").source == "x.jsonl" and Search().source == POCKET
+    assert vtr.pocket.data_of("pocket-pretrained", "pocket:task=listing") == "pocket:task=listing"
+    one_each = list(open_data("pocket:task=canvases,per_scene=1", limit=3))
+    assert len({one.group for one in one_each}) == 3
+    with pytest.raises(ValueError, match=r"per_scene=6.*task=canvases, 1 to 5"):
+        open_data("pocket:task=canvases,per_scene=6")
 
 
 # -- the adapter -------------------------------------------------------------------------------------------------------
@@ -176,6 +192,14 @@ def test_weights_as_int8(tmp_path: Path) -> None:
     torch.testing.assert_close(found["b"], given["b"])
     step = given["a"].abs().amax(1, keepdim=True) / 127
     assert bool(((found["a"] - given["a"]).abs() <= 0.6 * step).all()) and not found["none"].any()
+
+
+def test_of_a_diagonal_only_its_numbers_are_kept(tmp_path: Path) -> None:
+    given = {"d": torch.arange(1.0, 5.0).diag(), "full": torch.ones(3, 3)}
+    adapter.save(given, tmp_path / "x.safetensors")
+    assert sum(one.nbytes for one in load_file(tmp_path / "x.safetensors").values()) == 4 * 4 + 9 + 3 * 2
+    found = adapter.load(tmp_path / "x.safetensors")
+    assert torch.equal(found["d"], given["d"]) and found["full"].shape == (3, 3)
 
 
 def test_changes_of_another_model(made: tuple[object, object]) -> None:
@@ -251,9 +275,9 @@ def test_the_projector_learns_names_and_is_the_map() -> None:
 
 # -- training ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def student(made: tuple[object, object]) -> train.Student:
+def student(made: tuple[object, object]) -> students.Student:
     torch.manual_seed(0)
-    return train.Student(*made, train.Recipe(rank=2, batch=2, warmup=2, every=4, canvases=16))
+    return students.Student(*made, students.Recipe(rank=2, batch=2, warmup=2, every=4, canvases=16))
 
 
 def source(count: int = 6, seed: int = 0) -> train.Source:
@@ -268,7 +292,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 @pytest.mark.usefixtures("small")
-def test_questions_of_one_picture_do_not_see_each_other(student: train.Student) -> None:
+def test_questions_of_one_picture_do_not_see_each_other(student: students.Student) -> None:
     batch = source().batch(student.processor, 2)
     features = student.look(batch.pixels)
     together, answers, where = student.forward(features, batch.asked, None)
@@ -281,7 +305,7 @@ def test_questions_of_one_picture_do_not_see_each_other(student: train.Student) 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("small")
-def test_a_sequence_is_the_processors(student: train.Student) -> None:
+def test_a_sequence_is_the_processors(student: students.Student) -> None:
     from vtr.chat import encode
 
     batch = source().batch(student.processor, 1)
@@ -296,7 +320,7 @@ def test_a_sequence_is_the_processors(student: train.Student) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_training_learns_and_is_shipped(student: train.Student, tmp_path: Path) -> None:
+def test_training_learns_and_is_shipped(student: students.Student, tmp_path: Path) -> None:
     some = source()
     look = [source(seed=1).batch(student.processor, 4)]
     said: list[str] = []
@@ -314,7 +338,7 @@ def test_training_learns_and_is_shipped(student: train.Student, tmp_path: Path) 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("small")
-def test_what_is_shipped_is_what_was_trained(student: train.Student, tmp_path: Path) -> None:
+def test_what_is_shipped_is_what_was_trained(student: students.Student, tmp_path: Path) -> None:
     for name, value in student.decoder.named_parameters():
         if "lora_B" in name:
             value.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
@@ -323,16 +347,52 @@ def test_what_is_shipped_is_what_was_trained(student: train.Student, tmp_path: P
     adapter.save(student.weights(), tmp_path / "x.safetensors")
     parts = build.parts(tmp_path, stand_ins.wheels(tmp_path), say=lambda _: None)
     fresh, processor = build.assemble(parts, stand_ins.SIDE)
-    plain = train.Student(build.assemble(parts, stand_ins.SIDE)[0], processor, dataclasses.replace(student.recipe))
+    plain = students.Student(build.assemble(parts, stand_ins.SIDE)[0], processor, dataclasses.replace(student.recipe))
     adapter.put_on(fresh, adapter.load(tmp_path / "x.safetensors"))
-    theirs, _, _ = train.Student(fresh, processor, student.recipe).forward(
+    theirs, _, _ = students.Student(fresh, processor, student.recipe).forward(
         student.look(batch.pixels), batch.asked, None
     )
     other, _, _ = plain.forward(student.look(batch.pixels), batch.asked, None)
     assert float((theirs - ours).abs().mean()) < 0.1 * float((other - ours).abs().mean())
 
 
-def test_the_state_is_said(student: train.Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_training_goes_on_from_a_file(student: students.Student, made: tuple[object, object], tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    for _, value in student.lora():
+        value.normal_(std=0.3, generator=draw)
+    student.projector.linear_1.weight.normal_(generator=draw)
+    adapter.save(student.weights(), tmp_path / "x.safetensors")
+    saved, parts = adapter.load(tmp_path / "x.safetensors"), build.parts(tmp_path, stand_ins.wheels(tmp_path))
+    other = students.Student(*build.assemble(parts, stand_ins.SIDE), student.recipe)
+    other.go_on(saved)
+    again = other.weights()
+    assert again.keys() == student.weights().keys()
+    for name, value in again.items():
+        close = dict(rtol=0.02, atol=1e-3) if name.startswith(adapter.LORA) else {}  # LoRA is in bfloat16
+        torch.testing.assert_close(value, saved[name], **close)
+
+
+def _in_two(folder: str) -> None:
+    rank = processes.rank()
+    own = [torch.full((2, 3), float(rank)), torch.tensor([4.0 * rank])]
+    processes.average(own)
+    shared = torch.full((2,), float(rank + 5))
+    processes.share([shared])
+    told = [processes.count(), own[0].tolist(), own[1].tolist(), shared.tolist(), processes.gather(f"from {rank}")]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    processes.run(2, _in_two, str(tmp_path))
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told == [2, [[0.5] * 3] * 2, [2.0], [5.0, 5.0], ["from 0", "from 1"]]
+    processes.run(1, _in_two, str(tmp_path))
+    assert json.loads((tmp_path / "0.json").read_text()) == [1, [[0.0] * 3] * 2, [0.0], [5.0, 5.0], ["from 0"]]
+
+
+def test_the_state_is_said(student: students.Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VTR_CACHE", str(tmp_path))
     adapter.save(student.weights(), tmp_path / "x.safetensors")
     model, processor = build.assemble(
@@ -344,5 +404,5 @@ def test_the_state_is_said(student: train.Student, tmp_path: Path, monkeypatch: 
         warnings.simplefilter("error", UserWarning)
         vtr.pocket.load("pretrained")
     build.save(model, processor, pretrained.folder())
-    with pytest.warns(UserWarning, match="pretrained train"):
+    with pytest.warns(UserWarning, match="pretrained build --anew"):
         vtr.pocket.load("pretrained")

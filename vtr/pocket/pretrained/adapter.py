@@ -13,10 +13,14 @@ import torch
 from ..changes import pack, unpack
 
 FILE = "trained.safetensors"
+SHIPPED = Path(__file__).parent / "weights" / FILE
+"""What ``train`` made of the packages' weights, and ``build`` adds to them."""
 PROJECTOR = "projector."
 LORA = "lora."
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer that are changed."""
+DIAGONAL = ".diagonal"
+"""Behind the name of a square matrix that is zero beside its diagonal; only that is kept."""
 DOWN, UP = ".a", ".b"
 """Of a change up · down: the first maps a layer's input to the rank, the second the rank to its output."""
 
@@ -29,12 +33,22 @@ def save(weights: dict[str, torch.Tensor], path: Path) -> None:
             "lora.layers.0.self_attn.q_proj.a" [rank, in] and ".b" [out, rank], their product being what is added.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    pack(weights, path)
+    pack(dict(_short(name, weight) for name, weight in weights.items()), path)
+
+
+def _short(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+    if weight.ndim == 2 and weight.shape[0] == weight.shape[1] and torch.equal(weight, weight.diagonal().diag()):
+        return name + DIAGONAL, weight.diagonal()
+    return name, weight
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
     """What :func:`save` wrote, float32."""
-    return unpack(path)
+    found = unpack(path)
+    return {
+        name.removesuffix(DIAGONAL): weight.diag() if name.endswith(DIAGONAL) else weight
+        for name, weight in found.items()
+    }
 
 
 @torch.no_grad()

@@ -98,9 +98,14 @@ def _put(draw: random.Random, image: Image.Image, one: Drawing, size: int, spot:
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
-def ask(draw: random.Random, canvas: Canvas) -> list[Question]:
-    """One question of every type that the canvas allows, about things and places that are drawn."""
+def ask(draw: random.Random, canvas: Canvas, names: bool = False) -> list[Question]:
+    """One question of every type that the canvas allows, about things and places that are drawn.
+
+    Args:
+        names: ask for the name of every thing.
+    """
     place, thing = draw.choice(list(canvas.shown.items()))
+    asked = place
     found = [
         Question(what(place), thing.name, "name"),
         Question(f"{what(place)} {_choices(draw, thing, canvas)}", thing.name, "options"),
@@ -110,6 +115,8 @@ def ask(draw: random.Random, canvas: Canvas) -> list[Question]:
         place, thing = draw.choice(list(canvas.shown.items()))
         found.append(Question(f"Where is the {thing.name}?", place, "where"))
     found.append(_there(draw, canvas))
+    if names:
+        found += [Question(what(at), one.name, "name") for at, one in canvas.shown.items() if at != asked]
     kind = draw.choice(list(canvas.shown.values())).kind
     if draw.random() < 0.15:
         kind = draw.choice(things()).kind
