@@ -202,6 +202,23 @@ def test_of_a_diagonal_only_its_numbers_are_kept(tmp_path: Path) -> None:
     assert torch.equal(found["d"], given["d"]) and found["full"].shape == (3, 3)
 
 
+def test_the_weakest_directions_are_left_out() -> None:
+    draw = torch.Generator().manual_seed(0)
+    turns = [torch.linalg.qr(torch.randn(9, 9, generator=draw))[0] for _ in range(4)]
+    given = {"projector.linear_1.weight": torch.ones(2, 2)}
+    for n, values in enumerate(((8.0, 4.0, 0.5), (6.0, 0.25, 0.125))):
+        given[f"lora.layers.{n}.x.b"] = turns[2 * n][:, :3] * torch.tensor(values)
+        given[f"lora.layers.{n}.x.a"] = turns[2 * n + 1][:3]
+    found = adapter.slim(given, 0.5)
+    assert found.keys() == given.keys() and torch.equal(found["projector.linear_1.weight"], torch.ones(2, 2))
+    for n, (rank, lost) in enumerate(((2, 0.5), (1, (0.25**2 + 0.125**2) ** 0.5))):
+        up, down = found[f"lora.layers.{n}.x.b"], found[f"lora.layers.{n}.x.a"]
+        assert up.shape == (9, rank) and down.shape == (rank, 9)
+        off = (up @ down - given[f"lora.layers.{n}.x.b"] @ given[f"lora.layers.{n}.x.a"]).norm()
+        torch.testing.assert_close(float(off), lost, rtol=1e-4, atol=0)
+    assert {len(adapter.slim(given, 0.01)[f"lora.layers.{n}.x.a"]) for n in range(2)} == {1}
+
+
 def test_changes_of_another_model(made: tuple[object, object]) -> None:
     before = {name: value.clone() for name, value in made[0].state_dict().items()}
     projector = {
@@ -371,6 +388,12 @@ def test_training_goes_on_from_a_file(student: students.Student, made: tuple[obj
     for name, value in again.items():
         close = dict(rtol=0.02, atol=1e-3) if name.startswith(adapter.LORA) else {}  # LoRA is in bfloat16
         torch.testing.assert_close(value, saved[name], **close)
+    smaller = adapter.slim(saved, 0.5)
+    other.go_on(smaller)
+    layer = adapter.LORA + "layers.0.self_attn.q_proj"
+    again, want = other.weights(), smaller[layer + adapter.UP] @ smaller[layer + adapter.DOWN]
+    got = again[layer + adapter.UP] @ again[layer + adapter.DOWN]
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.02 * float(want.abs().max()))
 
 
 def _in_two(folder: str) -> None:

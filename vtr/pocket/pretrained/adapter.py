@@ -52,6 +52,28 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+def slim(weights: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """The weights with only the strongest of LoRA's singular directions, those of all layers compared with each other.
+
+    Args:
+        share: of all directions. The ranks of the layers differ then; a layer keeps one at least.
+    """
+    found, strong = dict(weights), dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
+    for name in [name.removesuffix(DOWN) for name in weights if name.startswith(LORA) and name.endswith(DOWN)]:
+        out, over = torch.linalg.qr(weights[name + UP])
+        in_, under = torch.linalg.qr(weights[name + DOWN].T)
+        left, values, right = torch.linalg.svd(over @ under.T)
+        strong[name] = (out @ left, values, right @ in_.T)
+    every = torch.cat([values for _, values, _ in strong.values()]).sort(descending=True).values
+    least = every[max(round(share * len(every)), 1) - 1]
+    for name, (left, values, right) in strong.items():
+        rank = max(int((values >= least).sum()), 1)
+        root = values[:rank].sqrt()
+        found[name + UP], found[name + DOWN] = left[:, :rank] * root, right[:rank] * root[:, None]
+    return found
+
+
+@torch.no_grad()
 def put_on(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Fill the projector of an InternVL and add the changes to its decoder's weights, in place.
 

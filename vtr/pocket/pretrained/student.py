@@ -193,8 +193,11 @@ class Student:
         self.projector.load_state_dict(
             {name: weights[adapter.PROJECTOR + name] for name in self.projector.state_dict()}
         )
-        for name, value in self.lora():
-            value.copy_(weights[self._shipped(name)] / self._scale(name))
+        for name, value in self.lora():  # a slimmed change has a smaller rank
+            given = weights[self._shipped(name)] / self._scale(name)
+            if "lora_B" in name:
+                value.zero_()
+            value[: given.shape[0], : given.shape[1]] = given
 
     def lora(self) -> Iterator[tuple[str, torch.Tensor]]:
         """peft's own names and weights."""
