@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures the committed figures again and writes them where they are kept.
 #   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
+#   eval/measure.sh pretrained   on the pretrained pocket model: what policies keep at three budgets, and of 320 tokens (an hour of two cores)
 #   eval/measure.sh best       the README's table: settings compared on some questions, the best ones reported on others (minutes)
 #   eval/measure.sh cost       what they cost: time and memory (about three hours; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
@@ -15,6 +16,16 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
   local name=$1 limit=$2 specs
   specs=$(IFS=';' && echo "${*:3}")
   vtr eval -p "$specs" --limit "$limit" --processes 2 --out "$runs/$name"
+}
+pretrained() {
+  local made="python -m vtr.pocket.pretrained" budget of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
+  $made build
+  for budget in 0.5:120 0.25:240 0.11:200; do
+    vtr eval "${of[@]}" -p all --budget "${budget%:*}" --limit "${budget#*:}" --out "$runs/pretrained-${budget%:*}"
+    cp "$runs/pretrained-${budget%:*}/results.json" "eval/results/pretrained-$(echo "${budget%:*}" | sed 's/0.//;s/^5$/50/').json"
+  done
+  vtr eval "${of[@]}" -p all --budget 0.25 --data pocket:task=canvases,side=448 --limit 48 --out "$runs/pretrained-448"
+  cp "$runs/pretrained-448/results.json" eval/results/pretrained-448.json
 }
 accuracy() {
   best
@@ -132,7 +143,7 @@ behind() { # RESULT MODEL OPTIONS OF VLLM…: a server, the bench, the server's 
   down
 }
 case ${1:-} in
-  accuracy | best | cost) "$1" ;;
+  accuracy | best | pretrained | cost) "$1" ;;
   serve | inside) "$1" && exit ;;
   *) grep '^# ' "$0" | cut -c3- && exit 2 ;;
 esac

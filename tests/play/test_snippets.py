@@ -96,3 +96,10 @@ def test_a_request_says_what_a_server_needs(spec: str, first: str) -> None:
     lines = curl("pocket", spec, "what", 4, 10).splitlines()
     assert lines[0] == first
     assert all(line.startswith("#") for line in lines) is ("does not" in first)
+
+
+def test_a_model_that_no_server_takes() -> None:
+    for model in ("pocket-internvl", "pocket-video", "pocket-pretrained"):
+        lines = curl(model, "none", "what", 4, 10).splitlines()
+        assert lines[0] == f"# vtr serve does not take {model}:"
+        assert lines[1].startswith("# vLLM asks InternVL") and len(lines) == 2

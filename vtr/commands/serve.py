@@ -81,12 +81,11 @@ def serve_command(
     from vtr.integrations.vllm.inside.options import Options, server_args
     from vtr.integrations.vllm.specs import NONE, spec_of
     from vtr.models import check_name
+    from vtr.pocket import UNSERVED, UNSERVED_BECAUSE
 
     try:
-        if model in ("pocket-internvl", "pocket-video", "pocket-pretrained"):
-            raise ValueError(
-                "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
-            )
+        if model in UNSERVED:
+            raise ValueError(UNSERVED_BECAUSE)
         check_name(model)
         check_address(host, port)
         if upstream is not None:

@@ -7,7 +7,7 @@ import json
 import vtr
 from vtr.integrations.vllm.inside.asked import divided
 from vtr.integrations.vllm.specs import NONE, RequestError, spec_of
-from vtr.pocket import NAMES, POLICIES
+from vtr.pocket import NAMES, POLICIES, UNSERVED, UNSERVED_BECAUSE
 from vtr.settings import parse
 
 PICTURE, FILM = "picture.png", "film.mp4"
@@ -54,11 +54,13 @@ def python(model: str, spec: str, question: str, new_tokens: int, video: bool = 
 
 
 def curl(model: str, spec: str, question: str, new_tokens: int, depth: int) -> str:
-    """A request to ``vtr serve``, behind a comment that says how that is started, or why it does not take this policy.
+    """A request to ``vtr serve``, behind a comment that says how that is started, or why it does not take this.
 
     Args:
         depth: decoder layers of the model.
     """
+    if model in UNSERVED:
+        return f"# vtr serve does not take {model}:\n# {UNSERVED_BECAUSE}\n"
     weights = _shipped(spec)
     try:
         before, within = divided(spec, depth, weights)

@@ -35,6 +35,8 @@ NAMES = {"pocket": "llava-next"} | {f"pocket-{name}": name for name in ("joint",
 SHIPPED_NAMES = tuple(NAMES)
 """Those that need no download."""
 NAMES[pretrained.NAME] = "pretrained"
+UNSERVED = ("pocket-internvl", "pocket-video", pretrained.NAME)
+UNSERVED_BECAUSE = "vLLM asks InternVL for a processor with videos and for features of the last layer: serve pocket"
 POLICIES = {"pocket": _HERE / "policies", "pocket-joint": _HERE / "joint" / "policies"}
 """What the trained policies of a pocket model are called as ``weights=``, and where they are."""
 SHIPPED.update(POLICIES)
