@@ -44,12 +44,15 @@ def meta(method: str) -> dict[str, Any]:
 
 
 def tensors(method: str, name: str) -> dict[str, Tensor]:
-    """One file of fixtures, with those tensors that are the same in another method's (NAME.elsewhere.json)."""
+    """One file of fixtures, with those tensors that are the same as others (NAME.elsewhere.json).
+
+    It names, by file, the tensors that another one has under the same name, or which of which names they equal.
+    """
     found: dict[str, Tensor] = load_file(GOLDEN / method / f"{name}.safetensors")
     elsewhere = GOLDEN / method / f"{name}.elsewhere.json"
     for other, names in json.loads(elsewhere.read_text()).items() if elsewhere.is_file() else ():
         theirs = load_file(GOLDEN / f"{other}.safetensors")
-        found.update({one: theirs[one] for one in names})
+        found.update({one: theirs[names[one] if isinstance(names, dict) else one] for one in names})
     return found
 
 

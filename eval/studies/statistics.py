@@ -95,14 +95,17 @@ def agreement(tau: np.ndarray) -> dict[str, Any]:
 
 @torch.inference_mode()
 def study(name: str, limit: int, seed: int, queries: str) -> dict[str, Any]:
-    """One model on the first questions of the pocket task."""
+    """One model on the first questions of the pocket task that it has learnt."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what an untrained projector cannot do is not asked for here
         model, processor = models.load(name, "cpu")
     vtr.unpatch(model)
     model.set_attn_implementation("eager")
+    drawn = vtr.pocket.samples(limit, split="test", seed=seed)
+    if vtr.pocket.task_of(name) == "canvases":
+        drawn = vtr.pocket.canvases(limit, seed=seed, per_canvas=1)
     found = []
-    for sample in tqdm(vtr.pocket.samples(limit, split="test", seed=seed), total=limit, desc=name):
+    for sample in tqdm(drawn, total=limit, desc=name):
         inputs = encode(processor, [sample["question"]], [sample["image"]]).to(model.device, model.dtype)
         found.append(look(model, inputs, queries))
     return {"model": name, **summary(found)}

@@ -236,6 +236,21 @@ def test_changes_of_another_model(made: tuple[object, object]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in made[0].state_dict().items())
 
 
+def test_what_is_shipped_fits_the_packages() -> None:
+    found = adapter.load(adapter.SHIPPED)
+    assert found["projector.linear_1.weight"].shape == (576, 4 * 384)
+    sides = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+    sides |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+    changed = {name.removesuffix(adapter.DOWN) for name in found if name.endswith(adapter.DOWN)}
+    assert len(changed) == 30 * len(adapter.TARGETS)
+    for name in changed:
+        down, up = found[name + adapter.DOWN], found[name + adapter.UP]
+        assert (len(up), down.shape[1]) == sides[name.rpartition(".")[2].removesuffix("_proj")]
+        assert len(down) == up.shape[1] <= 8
+    curve = json.loads((adapter.SHIPPED.parent / "curve.json").read_text())["curve"]
+    assert min(one["loss"] for one in curve) < curve[0]["loss"]
+
+
 # -- the projector alone ----------------------------------------------------------------------------------------------
 def test_a_token_belongs_to_what_covers_it() -> None:
     canvas = canvases.paint(random.Random(5), drawings.held_out())
