@@ -48,7 +48,7 @@ def _angelslim(kind: str) -> tuple[Case, ...]:
 
 FASTV = Case(QWEN, "FastV", "fastv:keep=0.25,layer=2", {"pruning_loc": 2, "rate": 0.75})
 DART = Case(
-    QWEN, "DART", "dart:keep=0.25,layer=2",
+    QWEN, "DART", "dart:keep=0.25,layer=2,placement=official",
     {"pruning_loc": 2, "reduction_ratio": 0.75, "pivot_image_token": 4, "pivot_text_token": 4},
 )  # fmt: skip
 DIVPRUNE = Case(QWEN, "DivPrune", "divprune:0.25", {"reduction_ratio": 0.75})

@@ -246,7 +246,7 @@ def table(rows: Sequence[Row]) -> Table:
     """What the terminal shows."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     made.add_column("model", no_wrap=True)
-    made.add_column("method", overflow="fold")
+    made.add_column("method", no_wrap=True)
     heads = "kept", "same", "first:\ntheirs", "\nours", "decoded:\ntheirs", "\nours", "too\nearly", "as if\nthere"
     for head in heads:
         made.add_column(head, justify="right", no_wrap=True)
