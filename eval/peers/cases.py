@@ -78,7 +78,7 @@ LIGHT = (
 )  # fmt: skip
 
 ANGELSLIM = Peer("AngelSlim", HERE / "angelslim_worker.py", (), ("transformers==5.6.2",))
-"""The oldest transformers that it asks for."""
+"""The oldest that it asks for: >= 5.6."""
 ANGELSLIM_NOW = Peer("AngelSlim on current transformers", HERE / "angelslim_worker.py", ())
 LIGHTCOMPRESS = Peer(
     "LightCompress", HERE / "lightcompress_worker.py", (), ("transformers==4.51.3", "loguru", "einops")
