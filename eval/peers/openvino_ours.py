@@ -13,20 +13,30 @@ from channel import serve
 import vtr
 from vtr.data.pictures import upright
 from vtr.image import Image
-from vtr.policies.question.cdpruner import CDPruner, scaled, unit
+from vtr.policies.picture._greedy import determinant, unit
+from vtr.policies.picture._tiles import first_of
+from vtr.policies.question.cdpruner import CDPruner, scaled
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 
 
-class TheirWords(CDPruner):
-    """``cdpruner`` with relevance as OpenVINO GenAI takes it: by the mean embedding of all words outside the picture,
-    the marks of roles among them (``extract_text_features`` in its vision_token_pruning_processor.cpp)."""
+class AsTheirs(CDPruner):
+    """``cdpruner`` with the kernel that OpenVINO GenAI computes: S (1 + rᵢ rⱼ) / 2, S the cosines of the tokens.
+
+    r is the cosine with the mean embedding of all words outside the picture, the marks of roles among them, scaled to 0
+    to 1 (create_conditional_kernel_model in its conditional_kernel.cpp, extract_text_features in its
+    vision_token_pruning_processor.cpp). Ours, and what it falls back to, has S exp((rᵢ + rⱼ) / 2) instead.
+    """
 
     words: torch.Tensor
 
-    def relevance_of(self, image: Image, units: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
-        alike = torch.matmul(units, unit(self.words)[:, None])[..., 0]
-        return torch.exp(scaled(alike, 0.0, there) / 2)
+    def choose(self, image: Image, counts: list[int], there: torch.Tensor) -> torch.Tensor:
+        assert image.tiles is not None
+        units = unit(image.tiles)
+        r = scaled(torch.matmul(units, unit(self.words)[:, None])[..., 0], 0.0)
+        both = torch.cat([units, r[..., None] * units], -1) / 2**0.5  # whose products are that kernel
+        picks, _ = determinant(unit(both), both.norm(dim=-1), max(counts), None)
+        return first_of(picks, counts, there.shape[1])
 
 
 class Ours:
@@ -58,13 +68,13 @@ class Ours:
         return self.model.get_input_embeddings()(torch.cat([ids[:first], ids[last + 1 :]])).mean(0)
 
     @torch.inference_mode()
-    def run(self, index: int, method: str, steps: int, their_words: bool = False) -> dict[str, Any]:
-        """method: ``none``, or a spec of ``cdpruner``. their_words: relevant is what theirs takes for it."""
+    def run(self, index: int, method: str, steps: int, as_theirs: bool = False) -> dict[str, Any]:
+        """method: ``none``, or a spec of ``cdpruner``. as_theirs: with their kernel."""
         entry, began = self.entries[index], time.process_time()
         inputs = self._inputs(entry)
         policy: Any = None if method == "none" else method
-        if their_words and policy is not None:
-            policy = TheirWords(**vtr.policy(method).config())
+        if as_theirs and policy is not None:
+            policy = AsTheirs(**vtr.policy(method).config())
             policy.words = self._outside(inputs["input_ids"][0])
         out = self.model.generate(**inputs, policy=policy, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
         spent = 1e3 * (time.process_time() - began)

@@ -269,7 +269,7 @@ def _small(value: float | None) -> str:
 def main(
     angelslim: Annotated[Path | None, typer.Option(help="a checkout of Tencent/AngelSlim")] = None,
     lightcompress: Annotated[Path | None, typer.Option(help="a checkout of ModelTC/LightCompress (LLMC+)")] = None,
-    out: Annotated[Path, typer.Option(help="the result file (JSON)")] = Path("eval/results/wrapped.json"),
+    out: Annotated[Path, typer.Option(help="the result file (JSON)")] = Path("docs/results/wrapped.json"),
     environments: Annotated[
         Path | None, typer.Option("--venvs", help="folder for the environments; default: in the user's cache folder")
     ] = None,

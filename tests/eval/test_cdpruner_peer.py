@@ -46,7 +46,7 @@ def test_rows_say_tokens_answers_and_cpu_time(ran: dict[str, Any]) -> None:
     assert half["ours"] == 'cdpruner:keep=72,relevance="embeddings"'
     assert half["tokens"] == half["ours_tokens"] == 33 + 72
     assert rows["none"]["same_answers"] == 1.0 and half["same_answers"] == pytest.approx(2 / 3)
-    assert half["same_words_same_answers"] == 1.0  # ours ranked by the words that theirs ranks by
+    assert half["same_kernel_same_answers"] == 1.0  # ours ranked by their kernel
     assert half["prefill_ms"] == {"median": 105.0, "low": 105.0, "high": 105.0}
     assert half["decode_ms"] == half["ours_decode_ms"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert half["versions"] == {"fake": "1.0"} and half["error"] is None
@@ -57,7 +57,7 @@ def test_times_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cdpruner, "OURS", FAKE)
     monkeypatch.setattr(cdpruner.venvs, "python_of", lambda peer, folder: Path(sys.executable))
     row = run(tmp_path, rounds=0)["rows"][1]
-    assert row["error"] is None and row["same_words_same_answers"] == 1.0
+    assert row["error"] is None and row["same_kernel_same_answers"] == 1.0
     assert row["prefill_ms"] is None and row["ours_decode_ms"] is None
 
 
