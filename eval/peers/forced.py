@@ -79,7 +79,8 @@ def kept(done: dict[str, Any], whole: Tensor) -> tuple[list[list[int]], int | No
     Args:
         whole: [length, hidden size], what enters the text model without reduction.
     """
-    slots, rows, out = list(range(len(whole))), whole, []
+    out: list[list[int]] = []
+    slots, rows = list(range(len(whole))), whole
     for layer in range(len(done["entered"])):
         places = found(done["entered"][layer], rows)
         if places is None:
@@ -95,7 +96,8 @@ def found(some: Tensor, rows: Tensor, tolerance: float = 1e-3) -> list[int] | No
 
     tolerance: of the rows' standard deviation: another attention function rounds otherwise.
     """
-    out, at, close = [], 0, tolerance * float(rows.std())
+    out: list[int] = []
+    at, close = 0, tolerance * float(rows.std())
     for row in some:
         while at < len(rows) and float((row - rows[at]).abs().max()) > close:
             at += 1

@@ -64,7 +64,7 @@ class Ours:
 
     def _outside(self, ids: torch.Tensor) -> torch.Tensor:
         """float32 [hidden size]: the mean embedding of the words that are not between the picture's marks."""
-        first, last = (int((ids == self.words.convert_tokens_to_ids(mark)).nonzero()) for mark in (START, END))
+        first, last = (ids.tolist().index(self.words.convert_tokens_to_ids(mark)) for mark in (START, END))
         return self.model.get_input_embeddings()(torch.cat([ids[:first], ids[last + 1 :]])).mean(0)
 
     @torch.inference_mode()

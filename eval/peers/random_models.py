@@ -17,7 +17,7 @@ BEFORE = {LLAVA: 35, QWEN: 15}
 """Slots in front of the picture: LightCompress takes these for granted."""
 BEHIND = 20
 DEPTH = 6
-TEXT = dict(
+TEXT: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=DEPTH, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     tie_word_embeddings=False,
@@ -39,12 +39,12 @@ def config(kind: str) -> Any:
         return transformers.LlavaConfig(
             vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=SIDE**2
         )
-    looks = dict(
+    looks: dict[str, Any] = dict(
         depth=TOWERS[kind], hidden_size=32, intermediate_size=64, out_hidden_size=64, num_heads=2, patch_size=14,
         spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[5, 11, 17],
     )  # fmt: skip
-    says = dict(TEXT, rope_theta=10_000.0, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
-    marks = dict(
+    says: dict[str, Any] = dict(TEXT, rope_theta=10_000.0, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
+    marks: dict[str, Any] = dict(
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
         tie_word_embeddings=False,
     )  # fmt: skip
