@@ -101,7 +101,7 @@ def main(
 
     * `python -m vtr.eval.peers --only kvpress --limit 40 --keep 0.05 --out runs/peers.json`
 
-    * `python -m vtr.eval.peers --selectors AngelSlim --rounds 30 --out eval/results/selectors.json`
+    * `python -m vtr.eval.peers --selectors AngelSlim --rounds 30 --out docs/results/selectors.json`
     """
     if selectors is not None:
         choose(selectors, out, rounds, threads)

@@ -2,7 +2,8 @@
 
 On a small random Qwen2-VL, since OpenVINO GenAI prunes no picture of a LLaVA. Weights, pictures and questions are the
 same on both sides, as both decode the same without pruning. OpenVINO GenAI does not say which tokens it keeps: what
-can be compared is how many, what is decoded, and CPU time.
+can be compared is how many, what is decoded, and CPU time. That both keep the same is seen by their answers, if ours
+ranks by their kernel.
 """
 
 from __future__ import annotations
@@ -40,13 +41,19 @@ STARTS, ANSWERS = 1800.0, 120.0
 
 @dataclass
 class Row:
-    """A percentage of theirs beside a policy of ours; CPU milliseconds of a whole call, a decoded token's beside."""
+    """A percentage of theirs beside a policy of ours; CPU milliseconds of a whole call, a decoded token's beside.
+
+    Attributes:
+        same_answers: share of questions that both answer alike, as each is shipped.
+        same_kernel_same_answers: where ours ranks by their kernel (``openvino_ours.AsTheirs``).
+    """
 
     pruned: str
     ours: str
     tokens: float | None = None
     ours_tokens: float | None = None
     same_answers: float | None = None
+    same_kernel_same_answers: float | None = None
     prefill_ms: dict[str, float] | None = None
     ours_prefill_ms: dict[str, float] | None = None
     decode_ms: dict[str, float] | None = None
@@ -68,8 +75,8 @@ def ours_of(pruned: str) -> str:
     """The policy that keeps what is not pruned of SIDE × SIDE pixels, as OpenVINO GenAI ranks."""
     if pruned == NONE:
         return NONE
-    total = (SIDE // 28) ** 2
-    return f'cdpruner:keep={total - total * int(pruned) // 100},relevance="embeddings"'
+    kept = round((SIDE // 28) ** 2 * (1 - int(pruned) / 100))
+    return f'cdpruner:keep={kept},relevance="embeddings"'
 
 
 def compare(theirs: Worker, ours: Worker, n: int, rounds: int, steps: int) -> list[Row]:
@@ -88,13 +95,17 @@ def compare(theirs: Worker, ours: Worker, n: int, rounds: int, steps: int) -> li
 def _measure(row: Row, theirs: Worker, ours: Worker, n: int, rounds: int, steps: int) -> None:
     sides = {"theirs": (theirs, row.pruned), "ours": (ours, row.ours)}
 
-    def ask(name: str, index: int, count: int) -> Any:
+    def ask(name: str, index: int, count: int, **more: Any) -> Any:
         worker, method = sides[name]
-        return worker.ask("run", ANSWERS, index=index, method=method, steps=count)
+        return worker.ask("run", ANSWERS, index=index, method=method, steps=count, **more)
 
     said = {name: [ask(name, i, steps) for i in range(n)] for name in sides}  # warms up, too
     row.tokens, row.ours_tokens = (statistics.fmean(one["tokens"] for one in said[name]) for name in sides)
     row.same_answers = statistics.fmean(a["ids"] == b["ids"] for a, b in zip(said["theirs"], said["ours"], strict=True))
+    alike = [ask("ours", i, steps, as_theirs=True)["ids"] for i in range(n)]
+    row.same_kernel_same_answers = statistics.fmean(a["ids"] == b for a, b in zip(said["theirs"], alike, strict=True))
+    if not rounds:
+        return
     prefill: dict[str, list[float]] = {name: [] for name in sides}
     decode: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds * n):
@@ -114,6 +125,7 @@ def table(rows: Sequence[Row]) -> Table:
         "tokens:\ntheirs",
         "\nours",
         "same\nanswers",
+        "with their\nkernel",
         "prefill:\ntheirs",
         "\nours",
         "token:\ntheirs",
@@ -126,18 +138,19 @@ def table(rows: Sequence[Row]) -> Table:
             made.add_row(row.pruned, "[red]fails[/]")
             continue
         times = (row.prefill_ms, row.ours_prefill_ms, row.decode_ms, row.ours_decode_ms)
+        same = ["–" if one is None else f"{one:.0%}" for one in (row.same_answers, row.same_kernel_same_answers)]
         shown = [f"{one['median']:.1f}" for one in times if one is not None]
-        made.add_row(row.pruned, f"{row.tokens:.0f}", f"{row.ours_tokens:.0f}", f"{row.same_answers:.0%}", *shown)
+        made.add_row(row.pruned, f"{row.tokens:.0f}", f"{row.ours_tokens:.0f}", *same, *shown)
     return made
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="the result file (JSON)")] = Path("eval/results/cdpruner.json"),
+    out: Annotated[Path, typer.Option(help="the result file (JSON)")] = Path("docs/results/cdpruner.json"),
     environments: Annotated[
         Path | None, typer.Option("--venvs", help="folder for the environment; default: in the user's cache folder")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="questions")] = 6,
-    rounds: Annotated[int, typer.Option(min=1, help="timed runs of each question")] = 3,
+    rounds: Annotated[int, typer.Option(min=0, help="timed runs of each question; 0: no times")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="tokens decoded")] = 12,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
 ) -> None:

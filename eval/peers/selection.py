@@ -2,8 +2,8 @@
 
 One image of 24 × 24 patches goes through a tower as wide as CLIP-L. What it gave (queries and keys, projected tokens)
 is handed to their function and to our policy in turns, in one process; CPU seconds are compared. Their functions need
-torch and a record of these tensors only, so they run in any transformers; their wrappers around whole models, which pin
-old ones, are not run. Ours also makes queries and keys of the tower's states, which theirs are given.
+torch and a record of these tensors only, so they run in any transformers; their wrappers around whole models are run by
+``wrapped``. Ours also makes queries and keys of the tower's states, which theirs are given.
 """
 
 from __future__ import annotations

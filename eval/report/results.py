@@ -20,7 +20,7 @@ from vtr.files import read_json
 
 Kind = Literal[
     "eval", "policies", "batch", "scale", "engine", "launches", "peers", "quality", "trained", "apart", "serve", "gpu",
-    "decode", "fork", "selectors", "shots", "films", "soak", "served", "statistics", "unreduced", "cdpruner",
+    "decode", "fork", "selectors", "shots", "films", "soak", "served", "statistics", "unreduced", "cdpruner", "wrapped",
     "published",
 ]  # fmt: skip
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")

@@ -18,7 +18,7 @@ def start(folder: str) -> dict[str, str]:
     return {"fake": "1.0"}
 
 
-def run(index: int, method: str, steps: int) -> dict[str, Any]:
+def run(index: int, method: str, steps: int, as_theirs: bool = False) -> dict[str, Any]:
     """A percentage, or a spec with a count. A call costs a millisecond a token, a decoded token two."""
     if method == "90":
         raise RuntimeError("not that many")
@@ -26,7 +26,7 @@ def run(index: int, method: str, steps: int) -> dict[str, Any]:
     count = int(method.partition("=")[2].partition(",")[0]) if spec else TOTAL
     if method.isdigit():
         count = TOTAL - TOTAL * int(method) // 100
-    said = [count, index, int(spec and index == 1)] * steps
+    said = [count, index, int(spec and index == 1 and not as_theirs)] * steps
     return {"ids": said[:steps], "tokens": TEXT + count, "cpu_ms": TEXT + count + 2.0 * (steps - 1)}
 
 

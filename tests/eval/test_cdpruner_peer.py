@@ -30,11 +30,11 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return run(tmp_path)
 
 
-def run(tmp_path: Path) -> dict[str, Any]:
+def run(tmp_path: Path, rounds: int = 1) -> dict[str, Any]:
     program = typer.Typer()
     program.command()(cdpruner.main)
     out = tmp_path / "cdpruner.json"
-    result = CliRunner().invoke(program, ["--out", str(out), "--limit", "3", "--rounds", "1", "--steps", "4"])
+    result = CliRunner().invoke(program, ["--out", str(out), "--limit", "3", "--rounds", str(rounds), "--steps", "4"])
     assert result.exit_code == 0, result.output
     return {"said": result.output, **results.load(out)}
 
@@ -46,9 +46,19 @@ def test_rows_say_tokens_answers_and_cpu_time(ran: dict[str, Any]) -> None:
     assert half["ours"] == 'cdpruner:keep=72,relevance="embeddings"'
     assert half["tokens"] == half["ours_tokens"] == 33 + 72
     assert rows["none"]["same_answers"] == 1.0 and half["same_answers"] == pytest.approx(2 / 3)
+    assert half["same_kernel_same_answers"] == 1.0  # ours ranked by their kernel
     assert half["prefill_ms"] == {"median": 105.0, "low": 105.0, "high": 105.0}
     assert half["decode_ms"] == half["ours_decode_ms"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert half["versions"] == {"fake": "1.0"} and half["error"] is None
+
+
+def test_times_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cdpruner, "OPENVINO", replace(cdpruner.OPENVINO, worker=FAKE))
+    monkeypatch.setattr(cdpruner, "OURS", FAKE)
+    monkeypatch.setattr(cdpruner.venvs, "python_of", lambda peer, folder: Path(sys.executable))
+    row = run(tmp_path, rounds=0)["rows"][1]
+    assert row["error"] is None and row["same_kernel_same_answers"] == 1.0
+    assert row["prefill_ms"] is None and row["ours_decode_ms"] is None
 
 
 def test_what_fails_is_shown_with_its_error(ran: dict[str, Any]) -> None:
@@ -73,7 +83,7 @@ def test_questions_have_pictures_that_no_side_resizes(tmp_path: Path) -> None:
     assert cdpruner.SIDE % 28 == 0
 
 
-@pytest.mark.parametrize("pruned", cdpruner.PRUNED)
-def test_the_policies_exist(pruned: str) -> None:
+@pytest.mark.parametrize(("pruned", "kept"), zip(cdpruner.PRUNED, (72, 36, 14), strict=True))
+def test_ours_keeps_as_many_as_theirs_rounds_to(pruned: str, kept: int) -> None:
     policy = vtr.policy(cdpruner.ours_of(pruned))
-    assert isinstance(policy, vtr.CDPruner) and policy.keep == 144 - 144 * int(pruned) // 100
+    assert isinstance(policy, vtr.CDPruner) and policy.keep == kept
