@@ -44,8 +44,8 @@ class CDPruner(Tilewise, ClipGuided):
     factorisation. How relevant a token is, CLIP says: minus the cosine of its patch and the question in CLIP's joint
     space (in the layer that LLaVA uses, low means alike). LLaVA checkpoints hold no text tower, so it is loaded beside
     them: :meth:`load_text_tower`. Without one (and for towers that are not CLIP's) relevance is that of OpenVINO GenAI:
-    the cosine of a token and the question's words as the language model embeds them; a warning says so. The kernel is the
-    paper's, to which OpenVINO GenAI's code falls back.
+    the cosine of a token and the question's words as the language model embeds them; a warning says so. The kernel is
+    the paper's, to which OpenVINO GenAI's code falls back.
     Unlike the official code, relevance is scaled over one image, not over all of a call; newline tokens stay, padding
     takes no part; and if tokens run out that still add something, the most relevant others follow.
 
