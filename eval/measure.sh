@@ -20,12 +20,22 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
 pretrained() {
   local made="python -m vtr.pocket.pretrained" budget of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
   $made build
-  for budget in 0.5:120 0.25:240 0.11:200; do
+  for budget in 0.5:80 0.25:200 0.11:160; do
     vtr eval "${of[@]}" -p all --budget "${budget%:*}" --limit "${budget#*:}" --out "$runs/pretrained-${budget%:*}"
     cp "$runs/pretrained-${budget%:*}/results.json" "eval/results/pretrained-$(echo "${budget%:*}" | sed 's/0.//;s/^5$/50/').json"
   done
-  vtr eval "${of[@]}" -p all --budget 0.25 --data pocket:task=canvases,side=448 --limit 48 --out "$runs/pretrained-448"
+  vtr eval "${of[@]}" -p all --budget 0.25 --data pocket:task=canvases,side=448 --limit 32 --out "$runs/pretrained-448"
   cp "$runs/pretrained-448/results.json" eval/results/pretrained-448.json
+  local searched=(--model pocket-pretrained --calibration 24 --evaluation 64 --dtype bfloat16)
+  vtr search gsearch "${searched[@]}" --out "$runs/gsearch"
+  vtr search psigmoid --budget 0.25 --measure keep "${searched[@]}" --out "$runs/psigmoid"
+  local specs="fastv:keep=0.1964;uniform:keep=0.25;random:keep=0.25" found
+  for found in gsearch psigmoid; do
+    specs+=";gsearch:schedule=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["settings"]["schedule"])' \
+      "$runs/$found/vtr_policy.json" | tr -d ' ')"
+  done
+  vtr eval "${of[@]}" -p "$specs" --limit 200 --out "$runs/pretrained-searched"
+  cp "$runs/pretrained-searched/results.json" eval/results/pretrained-searched.json
 }
 accuracy() {
   best

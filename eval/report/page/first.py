@@ -46,12 +46,12 @@ def weight(result: Result) -> tuple[bool, bool, bool, int]:
     """How much an evaluation tells, the largest first on the page.
 
     It says something about looking at all (no reduction is surely better than no picture); the model is none of the
-    tiny ones that are shipped; prefill was measured; how many questions were asked.
+    pocket models; prefill was measured; how many questions were asked.
     """
     none = unreduced(result)
     blind = [result.data["reference"].get(key) for key in ("no_image", "gray")]
     sees = none is not None and all(share is None or none["low"] > share for share in blind)
-    return sees, result.model not in vtr.pocket.SHIPPED_NAMES, timed(result), result.shown
+    return sees, result.model not in vtr.pocket.NAMES, timed(result), result.shown
 
 
 def timed(result: Result) -> bool:

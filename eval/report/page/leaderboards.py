@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vtr.eval.report.page.cells import (
     Cell,
     Column,
@@ -74,14 +76,18 @@ def by_kind(result: Result) -> Table:
 
 
 def short(result: Result) -> Table:
-    """The five things one asks first: policy, accuracy, tokens, FLOPs, time. No reduction first, then by accuracy."""
+    """What one asks first: policy, accuracy, tokens, FLOPs, and time, or without times the difference to no reduction.
+
+    No reduction comes first, then the others by accuracy.
+    """
     none = next(row for row in result.rows if row["policy"] == "none")
+    timed = none["prefill_ms"] is not None
     columns = [
         Column("policy", numeric=False),
         Column("accuracy", down=True, note="95% bootstrap interval"),
         Column("tokens", note="vision tokens entering a layer, mean over layers"),
         Column("GFLOPs", note="prefill and decoding of the decoder"),
-        Column("prefill", note="median"),
+        Column("prefill", note="median") if timed else Column("vs. none", down=True, note="points, 95% interval"),
     ]
     out = []
     for row in sorted(result.rows, key=lambda row: (row is not none, -row["accuracy"])):
@@ -91,7 +97,7 @@ def short(result: Result) -> Table:
             interval(row["accuracy"], row["low"], row["high"]),
             Cell(f"{tokens:.0f}", tokens, f"({100 * row['mean_keep']:.0f}%)"),
             Cell(number(row["gflops"]), row["gflops"], f"({100 * row['gflops'] / none['gflops']:.0f}%)"),
-            Cell("–") if ms is None else _faster(ms["median"], none["prefill_ms"]["median"]),
+            _faster(ms["median"], none["prefill_ms"]["median"]) if timed else _lost(row),
         ]
         out.append(Row(cells, row["name"], row is none))
     caption = f"{result.data['data']['samples']:,} questions of {result.data['data']['name']}; {result.machine}."
@@ -101,6 +107,10 @@ def short(result: Result) -> Table:
 def _brief(spec: str, width: int = 38) -> str:
     """A spec that fits a narrow table: long lists are cut."""
     return spec if len(spec) <= width else spec[: width - 1].rpartition(",")[0] + ",…"
+
+
+def _lost(row: dict[str, Any]) -> Cell:
+    return Cell("–") if row["policy"] == "none" else versus(row["versus_none"], -1, 1)
 
 
 def _faster(ms: float, none: float) -> Cell:
