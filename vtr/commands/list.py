@@ -37,7 +37,7 @@ MODELS = {
     "pocket-internvl": "a tiny InternVL",
     "pocket-video": "the same, trained to watch films",
     "pocket-shots": "reads demonstrations (vtr eval --shots)",
-    "pocket-pretrained": "pretrained tower and decoder, joined untrained; to be built: " + COMMAND,
+    "pocket-pretrained": "pretrained tower and decoder, joined by weights that ship with vtr; to be built: " + COMMAND,
 }
 
 

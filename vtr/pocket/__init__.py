@@ -65,7 +65,7 @@ def load(family: str = "llava-next", dtype: torch.dtype | None = None, folder: P
 
     Args:
         family: "llava-next", "joint", "shots" (both of the same family), "internvl" or "video" (of the same family), or
-            "pretrained", which a command builds (``vtr.pocket.pretrained``) and whose projector is not trained.
+            "pretrained", which a command builds (``vtr.pocket.pretrained``).
         folder: another one with such a model: a whole checkpoint or, of "video" and "shots", changes as their training
             writes them.
 
