@@ -18,11 +18,12 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
   vtr eval -p "$specs" --limit "$limit" --processes 2 --out "$runs/$name"
 }
 pretrained() {
-  local made="python -m vtr.pocket.pretrained" budget of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
-  $made build
-  for budget in 0.5:80 0.25:200 0.11:160; do
-    vtr eval "${of[@]}" -p all --budget "${budget%:*}" --limit "${budget#*:}" --out "$runs/pretrained-${budget%:*}"
-    cp "$runs/pretrained-${budget%:*}/results.json" "eval/results/pretrained-$(echo "${budget%:*}" | sed 's/0.//;s/^5$/50/').json"
+  local part percent of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
+  python -m vtr.pocket.pretrained build
+  for part in 50:80 25:200 11:160; do # percent of the tokens, questions
+    percent=${part%:*}
+    vtr eval "${of[@]}" -p all --budget "0.$percent" --limit "${part#*:}" --out "$runs/pretrained-$percent"
+    cp "$runs/pretrained-$percent/results.json" "eval/results/pretrained-$percent.json"
   done
   vtr eval "${of[@]}" -p all --budget 0.25 --data pocket:task=canvases,side=448 --limit 32 --out "$runs/pretrained-448"
   cp "$runs/pretrained-448/results.json" eval/results/pretrained-448.json

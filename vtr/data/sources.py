@@ -29,8 +29,8 @@ FOLDER = "imagefolder"
 POCKET_QUESTIONS, VIDEO_QUESTIONS = 1280, 480
 """How many pocket questions there are about pictures and about videos where no limit is given (the model cards')."""
 TASKS = ("questions", "listing", "video", "canvases")
-MOST = {"questions": 8, "canvases": 5}
-"""Questions that every picture has an answer to."""
+SEVERAL = {"questions": ("per_scene", 8), "canvases": ("per_canvas", 5)}
+"""What the number of questions to a picture is called where they are drawn, and how many every picture answers."""
 SIDES = (224, 448)
 """Pixels along a side of a canvas: one tile, or four and a thumbnail."""
 EXAMPLE = '{"image": "cat.png", "question": "what is this?", "answer": "a cat"}'
@@ -137,7 +137,6 @@ def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool
             "to a picture), listing (all objects of a picture; --metric listing), video (with frames=N) or canvases "
             "(with side=448, per_scene=N)"
         )
-    several = "per_scene"
     if task == "video":
         if not videos:
             raise ValueError("pocket:task=video asks about videos: only vtr eval takes them")
@@ -145,15 +144,16 @@ def _pocket(limit: int | None, seed: int, settings: dict[str, str], videos: bool
     elif frames is not None:
         raise ValueError(f"frames={frames}: pictures have none; pocket:task=video has")
     elif task == "canvases":
-        draw, several = partial(pocket.canvases, side=_side(side, split)), "per_canvas"
+        draw = partial(pocket.canvases, side=_side(side, split))
     else:
         draw = pocket.samples if task == "questions" else pocket.listings
     if side is not None and task != "canvases":
         raise ValueError(f"side={side}: only pocket:task=canvases has pictures of several sizes")
     if each is not None:
-        if task not in ("questions", "canvases") or not each.isdigit() or not 1 <= int(each) <= MOST[task]:
+        name, most = SEVERAL.get(task, ("", 0))
+        if not each.isdigit() or not 1 <= int(each) <= most:
             raise ValueError(f"per_scene={each}: of task=questions, 1 to 8 to a picture; of task=canvases, 1 to 5")
-        draw = partial(draw, **{several: int(each)})
+        draw = partial(draw, **{name: int(each)})
     count = limit if limit is not None else pocket_questions(task)
 
     def read() -> Iterator[Sample | Bad]:

@@ -16,6 +16,7 @@ from . import COMMAND, LIMITS, SAYS, TRAINED, NotBuiltError, adapter, built, che
 from .adapter import SHIPPED
 from .build import assemble, make
 from .parts import parts
+from .student import Recipe
 from .wheels import PackageError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -110,18 +111,19 @@ def train_command(
         Path | None,
         typer.Option(help="Tux Paint's stamps (Debian: /usr/share/tuxpaint/stamps); without: drawings only"),
     ] = None,
-    canvases: Annotated[int, typer.Option(min=1, help="pictures to train on, about seven questions each")] = 16000,
+    canvases: Annotated[
+        int, typer.Option(min=1, help="pictures to train on, about seven questions each")
+    ] = Recipe.canvases,
     weights: Annotated[Path | None, typer.Option(help="trained.safetensors to go on from; without: start anew")] = None,
-    lr: Annotated[float, typer.Option(help="peak of the projector's learning rate")] = 1e-4,
-    lora_lr: Annotated[float, typer.Option(help="peak of LoRA's")] = 6e-4,
-    every: Annotated[int, typer.Option(min=1, help="steps between two looks at the validation style")] = 100,
-    seed: Annotated[int, typer.Option(help="of pictures, questions and the order")] = 0,
+    lr: Annotated[float, typer.Option(help="peak of the projector's learning rate")] = Recipe.lr,
+    lora_lr: Annotated[float, typer.Option(help="peak of LoRA's")] = Recipe.lora_lr,
+    every: Annotated[int, typer.Option(min=1, help="steps between two looks at the validation style")] = Recipe.every,
+    seed: Annotated[int, typer.Option(help="of pictures, questions and the order")] = Recipe.seed,
     processes: Annotated[int, typer.Option(min=1, help="that share the work, one per core is best")] = 1,
     threads: Threads = 1,
 ) -> None:
     """Train the projector and LoRA of the decoder. Some hours of CPU; downloads 17 MB of drawings with npm."""
     from . import processes as several
-    from .student import Recipe
     from .train import run
 
     torch.set_num_threads(threads)

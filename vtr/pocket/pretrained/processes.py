@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 def run(processes: int, work: Callable[..., Any], *args: Any) -> None:
-    """Call ``work(*args)`` in so many processes and wait for all. One is this process itself.
+    """Call ``work(*args)`` in so many processes and wait for all; one works in this process.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: one of them failed.

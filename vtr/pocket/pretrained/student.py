@@ -32,7 +32,7 @@ class Recipe:
     """
 
     aligned: int = 5200
-    canvases: int = 5600
+    canvases: int = 16000
     batch: int = 4
     rank: int = 8
     alpha: int = 16

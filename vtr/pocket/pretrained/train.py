@@ -1,6 +1,6 @@
 """Trains the projector and LoRA of the pretrained pocket model: ``python -m vtr.pocket.pretrained train``.
 
-Canvases of one to four drawings (and cut-out photographs), six questions each, put into one sequence whose questions
+Canvases of one to four drawings (and cut-out photographs), the questions of each put into one sequence, in which they
 see the picture and not each other. Random image tokens are left out at random ratios, so that no way of choosing
 tokens is favoured. The style that decides when to stop is another one than the style the figures are of.
 """
@@ -98,7 +98,7 @@ def train(
     """
     recipe, first = student.recipe, processes.rank() == 0
     steps = recipe.canvases // recipe.batch
-    lora = [one for one in student.decoder.parameters() if one.requires_grad]
+    lora = [value for _, value in student.lora()]
     master = [one.detach().float().clone().requires_grad_(True) for one in lora]
     projector = [one for one in student.projector.parameters() if one.requires_grad]
     groups = [{"params": projector, "lr": recipe.lr}, {"params": master, "lr": recipe.lora_lr}]
@@ -119,9 +119,9 @@ def train(
             if first:
                 (out / "curve.json").write_text(json.dumps({"recipe": asdict(recipe), "curve": curve}, indent=1) + "\n")
                 say(" ".join(f"{name} {value:.3g}" for name, value in now.items()))
-            if first and now["loss"] < best:
-                best = now["loss"]
-                adapter.save(student.weights(), out / adapter.FILE)
+                if now["loss"] < best:
+                    best = now["loss"]
+                    adapter.save(student.weights(), out / adapter.FILE)
         if step == steps:
             break
         batch = source.batch(student.processor, mine)
