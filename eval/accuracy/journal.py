@@ -46,7 +46,7 @@ class Journal:
 
         Raises:
             FileExistsError: rows of another run are there, and ``resume`` is False.
-            ValueError: they were made with other settings.
+            ValueError: they were made with other settings, but for a ``limit`` that is larger now.
         """
         path, wanted = self.folder / SETTINGS, json.loads(json.dumps(settings))
         if self._files():
@@ -58,7 +58,8 @@ class Journal:
             if not isinstance(known, dict):
                 raise ValueError(f"{path} is not the settings of a run: give another folder")
             for key in sorted({*known, *wanted}):
-                if known.get(key) != wanted.get(key):
+                more = key == "limit" and known.get(key) is not None and _reaches(wanted.get(key), known[key])
+                if known.get(key) != wanted.get(key) and not more:
                     raise ValueError(
                         f"cannot go on with {self.folder}: {key} was {known.get(key)!r} and is now "
                         f"{wanted.get(key)!r}; give what was given then, or another folder"
@@ -96,6 +97,11 @@ class Journal:
             if path.name != ROWS:
                 path.unlink()
         return rows
+
+
+def _reaches(limit: int | None, before: int) -> bool:
+    """Whether a run up to ``limit`` samples (None: all) contains one up to ``before``."""
+    return limit is None or limit >= before
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -164,6 +164,15 @@ def test_two_runs_are_equal_and_a_torn_one_goes_on(done: Path, settings: Setting
     assert (torn / "samples.jsonl").read_bytes() == before
 
 
+def test_a_larger_limit_goes_on_and_equals_a_run_of_its_own(done: Path, settings: Settings, tmp_path: Path) -> None:
+    assert settings.limit is None or settings.limit > 6
+    evaluate(replace(settings, limit=6), tmp_path, processes=1)  # a batch and half of the next one
+    evaluate(settings, tmp_path, resume=True, processes=1)
+    assert rows(tmp_path) == rows(done) and body(tmp_path) == body(done)
+    with pytest.raises(ValueError, match="and is now 4"):
+        evaluate(replace(settings, limit=4), tmp_path, resume=True, processes=1)
+
+
 def test_what_is_there_is_not_overwritten(done: Path, settings: Settings) -> None:
     with pytest.raises(FileExistsError, match="--resume goes on"):
         evaluate(settings, done, processes=1)
