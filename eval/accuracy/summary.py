@@ -21,6 +21,8 @@ FEW_KINDS = 8
 """So many kinds of questions get a table of their own."""
 EXAMPLES = 10
 """How many bad records are named in the results; all are in the rows."""
+NAMED = 20
+"""How many of the questions that a policy wins or loses are named; all are in the rows."""
 
 
 def summarize(
@@ -121,7 +123,7 @@ def _policy(
         "kv_mib": float(np.mean([cell["kv_bytes"] for cell in cells]) / 2**20),
         "prefill_ms": None,
         "selector_ms": float(np.mean([cell["selector_ms"] for cell in cells])),
-        "versus_none": {**versus.figures(), "won": won, "lost": lost},
+        "versus_none": {**versus.figures(), "won": won[:NAMED], "lost": lost[:NAMED]},
     }  # fmt: skip
 
 

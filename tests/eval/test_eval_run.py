@@ -121,10 +121,9 @@ def test_the_table_follows_from_the_rows(done: Path) -> None:
     versus = fastv["versus_none"]
     assert 0 < fastv["accuracy"] < 1
     assert versus["difference"] == pytest.approx(fastv["accuracy"] - none["accuracy"])
-    assert (versus["wins"], versus["losses"]) == (len(versus["won"]), len(versus["lost"]))
-    assert set(versus["lost"]) == {
-        row["id"] for row in found if row["policies"]["fastv:keep=0.1"]["score"] < row["policies"]["none"]["score"]
-    }
+    lost = [row["id"] for row in found if row["policies"]["fastv:keep=0.1"]["score"] < row["policies"]["none"]["score"]]
+    assert versus["losses"] == len(lost) and versus["lost"] == lost[: summary.NAMED]
+    assert len(versus["won"]) == min(versus["wins"], summary.NAMED)
     assert fastv["mean_keep"] == pytest.approx(0.28, abs=0.001) and none["mean_keep"] == 1.0
     assert fastv["low"] <= fastv["accuracy"] <= fastv["high"] and fastv["gflops"] < none["gflops"]
     assert "| fastv:keep=0.1 |" in (done / "table.md").read_text()

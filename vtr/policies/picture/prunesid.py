@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from vtr.base import UnsupportedError
 from vtr.image import Image, Layout, Pooled
+from vtr.policies.picture._greedy import products
 from vtr.policies.picture._saliency import saliency
 from vtr.policies.picture._tiles import Tilewise, first_of_groups, layout_of
 from vtr.settings import register_policy
@@ -25,16 +26,41 @@ def loadings(states: torch.Tensor, there: torch.Tensor, groups: int) -> torch.Te
     """
     values = states.sigmoid()
     values = (values - values.mean(2, keepdim=True)) * there[..., None]
-    products = values @ values.transpose(1, 2)
-    vectors: torch.Tensor = torch.linalg.eigh(products if products.is_cuda else products.cpu())[1]  # (MPS has none)
-    return vectors.flip(2)[:, :, :groups].abs()
+    table, n = products(values)[0], states.shape[1]
+    if table.is_cuda:
+        vectors: torch.Tensor = torch.linalg.eigh(table)[1]
+        return vectors.flip(2)[:, :, :groups].abs()
+    from scipy.linalg import eigh  # of a few components alone
+
+    first = (max(n - groups, 0), n - 1)
+    parts = [torch.from_numpy(eigh(one, subset_by_index=first, check_finite=False)[1]) for one in table.cpu().numpy()]
+    return torch.stack(parts).flip(2).abs()
 
 
-def threshold(cosines: torch.Tensor, there: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """float32 [tiles]: patches more alike than this repeat each other: the mean over pairs, times count / 32."""
-    pairs = (there[:, :, None] & there[:, None]).triu(1)
-    mean = cosines.masked_fill(~pairs, 0.0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
-    return mean * (counts / 32)
+def threshold(units: torch.Tensor, there: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """float32 [tiles]: patches more alike than this repeat each other: the mean cosine of pairs, times count / 32.
+
+    Args:
+        units: float32 [tiles, n, C], of length 1. there: bool [tiles, n]. counts: [tiles].
+    """
+    mine, sizes = units * there[..., None], there.sum(1)
+    both = mine.sum(1).square().sum(1) - mine.square().sum((1, 2))  # every pair twice
+    return both / (sizes * (sizes - 1)).clamp(min=1) * (counts / 32)
+
+
+def repeating(units: torch.Tensor, group: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Which patches of a group are more alike than ``limit``: bool [n, n] on the CPU; the FLOPs of the products.
+
+    Args:
+        units: float32 [n, C], of length 1. group: int64 [n] on the CPU.
+    """
+    out, flops = torch.zeros(len(units), len(units), dtype=torch.bool, device=units.device), 0
+    for members in group.argsort(stable=True).split(group.bincount().tolist()):
+        at = members.to(units.device, non_blocking=True)
+        mine = units[at]
+        out[at[:, None], at] = mine @ mine.T > limit
+        flops += 2 * len(at) * mine.numel()
+    return out.cpu(), flops
 
 
 def survivors(order: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
@@ -123,12 +149,9 @@ class PruneSID(Tilewise):
         states = image.tower.hidden_states().detach().float()
         groups = [max(budget // 4, 1) for budget in budgets]
         here, total = there.to(states.device), torch.tensor(budgets, device=states.device)
-        parts = loadings(states, here, max(groups))
-        unit = normalize(states, dim=-1)
-        cosines = unit @ unit.transpose(1, 2)
-        image.flops += 4 * states.numel() * states.shape[1]
-        repeats = (cosines > threshold(cosines, here, total)[:, None, None]).cpu()
-        scores, parts, kept = saliency(image.tower).cpu(), parts.cpu(), []
+        parts, units = loadings(states, here, max(groups)).cpu(), normalize(states, dim=-1)
+        image.flops += 2 * states.numel() * states.shape[1]
+        limits, scores, kept = threshold(units, here, total), saliency(image.tower).cpu(), []
         for tile, count in enumerate(counts):
             at = there[tile].nonzero().squeeze(1)
             if count >= len(at) or not count:
@@ -136,7 +159,9 @@ class PruneSID(Tilewise):
                 continue
             group = parts[tile, at, : groups[tile]].argmax(1)
             best = scores[tile, at].argsort(descending=True, stable=True)
-            alive = survivors(best, repeats[tile][at][:, at] & (group[:, None] == group))
+            repeats, flops = repeating(units[tile, at.to(units.device)], group, limits[tile])
+            image.flops += flops
+            alive = survivors(best, repeats)
             quotas = quotas_of(*_sizes(group, alive, groups[tile]), budgets[tile], count)
             best = best[(~alive[best]).int().argsort(stable=True)]
             kept.append(at[first_of_groups(best, group, quotas)[:count]])

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from vtr.checks import check_number
 from vtr.image import Image
+from vtr.policies.picture._greedy import products
 from vtr.policies.picture._saliency import saliency
 from vtr.policies.picture._tiles import Tilewise, best_of
 from vtr.settings import register_policy
@@ -24,17 +25,15 @@ def unlike(alike: torch.Tensor, rest: torch.Tensor, count: int) -> torch.Tensor:
     those that stay stand in front, by similarity, in the next round.
 
     Args:
-        alike: [B, n, n], how alike two patches are. rest: int64 [B, r], patches, the most salient first.
+        alike: [B, n, n], how alike two patches are, symmetric. rest: int64 [B, r], patches, the most salient first.
     """
     tiles, n = alike.shape[:2]
     rows, first = alike.flatten(0, 1), torch.arange(tiles, device=rest.device)[:, None] * n
-    nobody = alike.new_full((tiles, n), -torch.inf)
     while rest.shape[1] > count > 0:
         a, b = rest[:, 0::2], rest[:, 1::2]
         cut = min(CUT, rest.shape[1] - count, a.shape[1])
-        mine = rows.index_select(0, (first + a).flatten()).view(tiles, -1, n)
-        nearest = (mine + nobody.scatter(1, b, 0.0)[:, None]).amax(2)  # (faster than to pick the columns)
-        order = nearest.argsort(dim=1, descending=True, stable=True)
+        others = rows.index_select(0, (first + b).flatten()).view(tiles, -1, n)
+        order = others.amax(1).gather(1, a).argsort(dim=1, descending=True, stable=True)
         rest = torch.cat([a.gather(1, order[:, cut:]), b], 1)
     return rest[:, :count]
 
@@ -81,8 +80,8 @@ class VisPruner(Tilewise):
         if important == counts or counts == sizes:
             return best_of(scores, counts, there)
         unit = normalize(image.tower.hidden_states().detach().float(), dim=-1)
-        alike = unit @ unit.transpose(1, 2)
-        image.flops += 2 * unit.numel() * unit.shape[1]
+        alike, flops = products(unit)
+        image.flops += flops
         order = scores.masked_fill(~there.to(scores.device), -torch.inf).argsort(dim=1, descending=True, stable=True)
         for n, count in set(zip(sizes, counts, strict=True)):  # tiles of equal size together
             first = int(count * self.important_ratio)
