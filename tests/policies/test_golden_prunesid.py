@@ -47,6 +47,15 @@ def test_output(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(made.features) == policy.kept_of(image.layout)
 
 
+def one_by_one(order: Tensor, repeats: Tensor) -> Tensor:
+    """bool [n]: each in its turn, if it is still there, takes out those behind it that repeat it."""
+    alive = torch.ones(len(order), dtype=torch.bool)
+    for place, i in enumerate(order.tolist()):
+        for j in order[place + 1 :].tolist() if alive[i] else ():
+            alive[j] &= ~repeats[i, j]
+    return alive
+
+
 @cases
 def test_steps(case: dict[str, Any]) -> None:
     numbers, count = given(case), case["T"]
@@ -57,10 +66,9 @@ def test_steps(case: dict[str, Any]) -> None:
         bound = prunesid.threshold(unit[None], there, torch.tensor([count]))
         official.close(bound, numbers["threshold"][tile : tile + 1], 1e-5)
         order = numbers["attention_sum"][tile].argsort(descending=True, stable=True)
-        repeats, flops = prunesid.repeating(unit, group, bound[0])
-        assert torch.equal(repeats, (cosines > bound) & (group[:, None] == group))
+        alive, flops = prunesid.survivors(unit, order, group, bound[0])
         assert flops == 2 * unit.shape[1] * int(group.bincount().square().sum())
-        alive = prunesid.survivors(order, repeats)
+        assert torch.equal(alive, one_by_one(order, (cosines > bound) & (group[:, None] == group)))
         sizes = group.bincount(minlength=case["groups"])
         left = group[alive].bincount(minlength=case["groups"])
         assert sizes.tolist() == numbers["group_sizes"][tile].tolist()
@@ -77,6 +85,12 @@ def test_exact_components(case: dict[str, Any]) -> None:
     group = prunesid.loadings(numbers["hidden_states"][:, 1:], there, case["groups"]).argmax(2)
     same = float((group == numbers["group"]).float().mean())
     assert same == pytest.approx(case["same_groups_with_exact_svd"], abs=1.5 / group.numel())
+
+
+def test_a_group_without_members() -> None:
+    units = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=-1)
+    alive, _ = prunesid.survivors(units, torch.tensor([1, 0, 2]), torch.tensor([2, 2, 0]), torch.tensor(0.5))
+    assert alive.tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 36])

@@ -48,31 +48,27 @@ def threshold(units: torch.Tensor, there: torch.Tensor, counts: torch.Tensor) ->
     return both / (sizes * (sizes - 1)).clamp(min=1) * (counts / 32)
 
 
-def repeating(units: torch.Tensor, group: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Which patches of a group are more alike than ``limit``: bool [n, n] on the CPU; the FLOPs of the products.
+def survivors(
+    units: torch.Tensor, order: torch.Tensor, group: torch.Tensor, limit: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Who is left if everyone, in ``order``, takes out those of its group behind it that are more alike than ``limit``.
 
     Args:
-        units: float32 [n, C], of length 1. group: int64 [n] on the CPU.
+        units: float32 [n, C], of length 1. order: int64 [n], all of them. group: int64 [n]; both on the CPU.
+
+    Returns:
+        bool [n] on the CPU; the FLOPs of the products.
     """
-    out, flops = torch.zeros(len(units), len(units), dtype=torch.bool, device=units.device), 0
-    for members in group.argsort(stable=True).split(group.bincount().tolist()):
-        at = members.to(units.device, non_blocking=True)
-        mine = units[at]
-        out[at[:, None], at] = mine @ mine.T > limit
-        flops += 2 * len(at) * mine.numel()
-    return out.cpu(), flops
-
-
-def survivors(order: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
-    """bool [n]: who is left if everyone, in ``order`` (int64 [n]), takes out those behind that repeat it.
-
-    ``repeats``: bool [n, n]. On the CPU: it asks whether anything changed.
-    """
-    earlier = repeats[order][:, order].tril(-1)  # [i, j]: j stands before i
+    members = order[group[order].argsort(stable=True)].split(group.bincount().tolist())
+    mine = [units[at.to(units.device, non_blocking=True)] for at in members]
+    repeats = torch.cat([(one @ one.T > limit).flatten() for one in mine]).cpu()  # one wait for the device
     alive = torch.ones(len(order), dtype=torch.bool)
-    while not torch.equal(again := ~(earlier & alive).any(1), alive):
-        alive = again
-    return torch.zeros_like(alive).index_copy(0, order, alive)
+    for at, table in zip(members, repeats.split([len(at) ** 2 for at in members]), strict=True):
+        earlier, left = table.view(len(at), len(at)).tril(-1), alive[at]  # [i, j]: j stands before i
+        while not torch.equal(again := ~(earlier & left).any(1), left):
+            left = again
+        alive[at] = left
+    return alive, sum(2 * len(one) * one.numel() for one in mine)
 
 
 def quotas_of(sizes: torch.Tensor, alive: torch.Tensor, budget: int, count: int) -> torch.Tensor:
@@ -159,9 +155,8 @@ class PruneSID(Tilewise):
                 continue
             group = parts[tile, at, : groups[tile]].argmax(1)
             best = scores[tile, at].argsort(descending=True, stable=True)
-            repeats, flops = repeating(units[tile, at.to(units.device)], group, limits[tile])
+            alive, flops = survivors(units[tile, at.to(units.device)], best, group, limits[tile])
             image.flops += flops
-            alive = survivors(best, repeats)
             quotas = quotas_of(*_sizes(group, alive, groups[tile]), budgets[tile], count)
             best = best[(~alive[best]).int().argsort(stable=True)]
             kept.append(at[first_of_groups(best, group, quotas)[:count]])
