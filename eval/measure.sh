@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the committed figures again and writes them where they are kept.
 #   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
-#   eval/measure.sh pretrained   on the pretrained pocket model: what policies keep at three budgets, and of 320 tokens (two hours of two cores)
+#   eval/measure.sh pretrained   on the pretrained pocket model: what policies keep at three budgets, and of 320 tokens (an hour and a half of two cores)
 #   eval/measure.sh best       the README's table: settings compared on some questions, the best ones reported on others (minutes)
 #   eval/measure.sh cost       what they cost: time and memory (about three hours; nothing else may run beside it)
 #   eval/measure.sh serve      what policies change for a server, in the environment .ci/vllm makes (about ten minutes alone)
@@ -20,7 +20,7 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
 pretrained() {
   local part percent of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
   python -m vtr.pocket.pretrained build
-  for part in 50:400 25:1000 11:520; do # percent of the tokens, questions
+  for part in 50:240 25:1000 11:520; do # percent of the tokens, questions
     percent=${part%:*}
     vtr eval "${of[@]}" -p all --budget "0.$percent" --limit "${part#*:}" --out "$runs/pretrained-$percent"
     cp "$runs/pretrained-$percent/results.json" "eval/results/pretrained-$percent.json"

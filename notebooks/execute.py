@@ -9,6 +9,7 @@ import base64
 import io
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ def smaller(data: dict[str, Any]) -> None:
 
 def execute(path: Path) -> None:
     """Run one notebook and write it back."""
-    book = nbformat.read(path, as_version=4)
+    book, start = nbformat.read(path, as_version=4), time.perf_counter()
     NotebookClient(book, timeout=600, resources={"metadata": {"path": str(HERE)}}).execute()
+    seconds = time.perf_counter() - start
     for cell in book.cells:
         cell.metadata.pop("execution", None)
         outputs = cell.get("outputs", [])
@@ -46,7 +48,7 @@ def execute(path: Path) -> None:
         if cell.cell_type != "code":
             del cell["outputs"]
     nbformat.write(book, path)
-    print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
