@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ CUT = Case(LLAVA, "cut", "fastv:keep=0.25,layer=1")
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wrapped.Ours]:
     folder = tmp_path_factory.mktemp("weights")
-    random_models.save(folder)
+    random_models.save(folder, random_models.SMALL)
     yield wrapped.Ours(folder, WORDS)
 
 
@@ -142,10 +141,3 @@ def test_every_case_names_a_policy_and_a_worker() -> None:
             assert peer.worker.is_file() and cases, name
             for case in cases:
                 assert case.ours == wrapped.NONE or vtr.policy(case.ours).check(DEPTH) is None
-
-
-def test_no_checkout_is_said(tmp_path: Path) -> None:
-    import typer
-
-    with pytest.raises(typer.BadParameter, match="--angelslim"):
-        wrapped.main(out=tmp_path / "none.json")
