@@ -163,7 +163,7 @@ def main(
     timed: Annotated[int, typer.Option(min=1, help="prompts timed (of models always eight)")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="timed runs of each prompt")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="tokens decoded in each timed run")] = 16,
-    timeout: Annotated[float, typer.Option(help="seconds a package has for one answer, and to start")] = 120.0,
+    timeout: Annotated[float, typer.Option(help="seconds a package has for one answer, and to start")] = 300.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of packages and selectors, both sides")] = 1,
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
 ) -> None:

@@ -28,7 +28,7 @@ class LightCompress:
         import transformers
 
         self.folder, root = Path(folder), Path(checkout)
-        self.untouched: dict[type, Any] = {}
+        self.untouched: dict[Any, Any] = {}
         if not (root / "llmc" / "compression" / "token_reduction").is_dir():
             raise FileNotFoundError(f"{checkout} is no checkout of LightCompress: llmc/compression is not there")
         for name in ("", ".utils", ".compression", ".compression.token_reduction", ".compression.sparsification"):
