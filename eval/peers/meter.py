@@ -71,6 +71,7 @@ def generate(model: Any, tower: Any, inputs: dict[str, Any], steps: int, **optio
     finally:
         for hook in hooks:
             hook.remove()
+    looked = [at for at in looked if at < marks[0]]  # without a cache the tower looks again for every word
     seen = sum(looked[1::2]) - sum(looked[::2])
     first, words = marks[0] - began, [b - a for a, b in pairwise(marks)]
     return {

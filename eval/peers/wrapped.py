@@ -51,8 +51,6 @@ class Row:
     Attributes:
         kept, ours_kept: vision tokens that enter the last layer. same: share of theirs that ours keeps too.
         first, ours_first: of the prompt's end. decoded, ours_decoded: of the decoded words.
-        closed, ours_closed: whether positions close up over what is dropped before the decoder; both are in use. The
-            dense run does likewise, and its words go on where the prompt ends.
         early: by how many positions decoded words stand too far in front; None where this is not one number.
         decoded_there: ``decoded`` if the dense run puts its words at their positions, too.
         agree: share of decoded words behind which they would choose the dense run's word.
@@ -70,8 +68,6 @@ class Row:
     same: float | None = None
     first: float | None = None
     decoded: float | None = None
-    closed: bool | None = None
-    ours_closed: bool | None = None
     early: int | None = None
     decoded_there: float | None = None
     agree: float | None = None
@@ -136,9 +132,8 @@ def compare(peer: Peer, case: Case, theirs: Worker, ours: Ours, seeds: Sequence[
         setattr(row, name, max(found[name]) if found.get(name) else None)
     for name in ("kept", "ours_kept", "same", "agree"):
         setattr(row, name, statistics.fmean(found[name]) if found.get(name) else None)
-    for name in ("early", "closed", "ours_closed"):
-        values = set(found.get(name, []))
-        setattr(row, name, values.pop() if len(values) == 1 else None)
+    early = set(found.get("early", []))
+    row.early = early.pop() if len(early) == 1 else None
     return row
 
 
@@ -150,8 +145,7 @@ def _ours(found: dict[str, list[Any]], mine: dict[int, list[list[int]]], case: C
     entered = reference.entered(kept[0])
     positions = reference.positions(entered, at)
     off = (logits - reference.logits(kept, positions)).abs()
-    note(found, ours_kept=len(kept[-1]), ours_first=float(off[0].max()), ours_decoded=float(off[1:].max()),
-         ours_closed=reference.closed_up(entered, positions))  # fmt: skip
+    note(found, ours_kept=len(kept[-1]), ours_first=float(off[0].max()), ours_decoded=float(off[1:].max()))
 
 
 def _theirs(
@@ -184,7 +178,7 @@ def _theirs(
         dense, there = (reference.logits(kept, at) for at in (right, torch.cat([prompt, decoded], -1)))
         if len(kept[-1]) == len(vision) and case.ours != NONE:
             row.note = "it ran and reduced nothing"
-        note(found, kept=len(kept[-1]), closed=reference.closed_up(done["kept"][0], right))
+        note(found, kept=len(kept[-1]))
         if seed in mine and not case.drawn:
             note(found, same=len(set(kept[-1]) & set(mine[seed][-1])) / max(len(kept[-1]), 1))
     logits = torch.tensor(done["logits"])

@@ -97,6 +97,23 @@ def test_the_meter_times_whole_calls_and_rows_of_a_batch_say_what_they_say_alone
     assert 0 < alone["prefill_ms"] < alone["first_ms"] and alone["decode_ms"] > 0
 
 
+def test_what_the_tower_does_behind_the_first_word_is_not_taken_from_the_prefill() -> None:
+    model = random_models.build(LLAVA)
+    tower, inputs = model.model.vision_tower, random_models.batch(LLAVA, [0], SMALL)
+    words: list[int] = []
+
+    def look_again(*_: Any) -> None:  # as models do that decode without a cache
+        if words:
+            for _i in range(20):
+                tower(inputs["pixel_values"])
+        words.append(1)
+
+    model.lm_head.register_forward_pre_hook(look_again)
+    with torch.inference_mode():
+        found = meter.generate(model, tower, inputs, STEPS)
+    assert len(words) == 1 + STEPS and 0 < found["prefill_ms"] < found["first_ms"]
+
+
 def test_a_tower_that_is_not_called_gives_no_prefill() -> None:
     model = random_models.build(LLAVA)
     with torch.inference_mode():
