@@ -95,9 +95,9 @@ class Run:
     how: dict[str, Any]
     console: Console = field(default_factory=Console)
 
-    def save(self, kind: results.Kind, body: dict[str, Any], indent: int | None = 1) -> None:
+    def save(self, kind: results.Kind, body: dict[str, Any]) -> None:
         path = (self.out or Path(OUT[kind])) / f"{kind}.json"
-        results.save(path, kind, body, seed=self.seed, indent=indent)
+        results.save(path, kind, body, seed=self.seed, indent=None)
         self.console.print(f"written to {path}")
 
     def packages(self, peers: Sequence[Peer], keep: float, layer: int, timeout: float) -> None:
@@ -113,7 +113,7 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             body = wrapped.measure(given, Path(scratch), self.environments, self.how["rounds"])
         wrapped.show([wrapped.Row(**row) for row in body["rows"]], self.console)
-        self.save("wrapped", body, indent=None)
+        self.save("wrapped", body)
 
     def openvino(self) -> None:
         how = {name: self.how[name] for name in ("timed", "rounds", "steps")}
