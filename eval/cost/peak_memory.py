@@ -22,14 +22,14 @@ from vtr.eval.cost.midsize import Size
 
 import vtr
 
-PROC = Path("/proc/self")
+PROC = Path("/proc")
 TWO = {**midsize.NARROW, "num_hidden_layers": 2}
 """The vision tower: some policies look at two of its layers."""
 
 
 def available() -> bool:
     """Whether this system can set a process's peak back (Linux)."""
-    return (PROC / "clear_refs").exists()
+    return (PROC / "self" / "clear_refs").exists()
 
 
 def measure(size: Size, dtype: torch.dtype, policy: vtr.Policy | None, seed: int = 0) -> int:
@@ -49,9 +49,16 @@ def measure(size: Size, dtype: torch.dtype, policy: vtr.Policy | None, seed: int
     return grown
 
 
-def resident(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS (now) or VmHWM (the peak)."""
-    line = next(line for line in (PROC / "status").read_text().splitlines() if line.startswith(field + ":"))
+def let_peak_fall(process: int | str = "self") -> None:
+    """A process's peak starts anew at what is resident now."""
+    (PROC / str(process) / "clear_refs").write_text("5")
+
+
+def resident(field: str, process: int | str = "self") -> int:
+    """A field of /proc/…/status in bytes: VmRSS (now) or VmHWM (the peak)."""
+    line = next(
+        line for line in (PROC / str(process) / "status").read_text().splitlines() if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -103,7 +110,7 @@ def growth(size: Size, dtype: torch.dtype, seed: int, spec: str) -> int:
     inputs = midsize.prompts(model, size, [(True, size.text_tokens)], seed)
     model(input_ids=inputs["input_ids"][:, -4:], use_cache=True)
     gc.collect()
-    (PROC / "clear_refs").write_text("5")  # the peak starts anew at what is resident now
+    let_peak_fall()
     before = resident("VmRSS")
     model(**inputs, **policy, use_cache=True, logits_to_keep=1)
     return resident("VmHWM") - before

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import meter
 import random_models
 import torch
 from channel import serve
@@ -17,7 +18,8 @@ STANDS = {"llava": "LlavaHf", "qwen2_5_vl": "Qwen2_5VL"}
 """Its classes for our two models; methods ask for a class by its name."""
 IN_TOWER = ("VisionZip", "VisPruner", "ToMe", "MustDrop")
 """Methods that its settings apply to the tower."""
-
+CACHES = (random_models.QWEN,)
+"""Models that its evaluation lets cache."""
 FILES = {"RandomPrune": "random"}
 
 
@@ -26,6 +28,7 @@ class LightCompress:
         import transformers
 
         self.folder, root = Path(folder), Path(checkout)
+        self.untouched: dict[Any, Any] = {}
         if not (root / "llmc" / "compression" / "token_reduction").is_dir():
             raise FileNotFoundError(f"{checkout} is no checkout of LightCompress: llmc/compression is not there")
         for name in ("", ".utils", ".compression", ".compression.token_reduction", ".compression.sparsification"):
@@ -35,27 +38,47 @@ class LightCompress:
         self.registry = importlib.import_module("llmc.utils.registry_factory").TOKEN_REDUCTION_REGISTRY
         return {"transformers": transformers.__version__, "torch": torch.__version__}
 
+    def _load(self, kind: str, size: random_models.Size) -> tuple[Any, Any]:
+        """A model and its text model; VisionZip changes the model's class, which is put right first."""
+        for changed, forward in self.untouched.items():
+            changed.forward = forward
+        model = random_models.load(self.folder, kind, size)
+        self.untouched[type(model)] = type(model).forward
+        return model, model.model if kind == random_models.QWEN else model.language_model.model
+
+    def _reduce(self, kind: str, method: str, model: Any, text: Any, settings: dict[str, Any] | None) -> None:
+        """method: a name in its registry. settings: its ``special`` section."""
+        importlib.import_module(f"llmc.compression.token_reduction.{FILES.get(method, method.lower())}")
+        stand = stand_in(kind, model, text, method in IN_TOWER)
+        self.registry[method]({"special": {"method": method, **(settings or {})}}, stand, stand.blocks)
+
     @torch.inference_mode()
     def run(
         self, kind: str, method: str, seed: int, words: list[int], settings: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """method: a name in its registry, or ``none``. settings: its ``special`` section."""
+        """method, settings: as ``_reduce`` takes them, or ``none``."""
         torch.manual_seed(seed)
-        model = random_models.load(self.folder, kind)
+        model, text = self._load(kind, random_models.SMALL)
         inputs = random_models.inputs(kind, seed)
         inputs.pop("mm_token_type_ids", None)  # younger than this transformers
-        text = model.model if kind == random_models.QWEN else model.language_model.model
-        cached = {"use_cache": kind == random_models.QWEN}  # as its evaluation of these models does
+        cached = {"use_cache": kind in CACHES}
         plain = Recorder(model, text).run(inputs, words, **cached)
         if method == "none":
             return said(plain, plain)
-        importlib.import_module(f"llmc.compression.token_reduction.{FILES.get(method, method.lower())}")
-        stand, untouched = stand_in(kind, model, text, method in IN_TOWER), type(model).forward
-        try:
-            self.registry[method]({"special": {"method": method, **(settings or {})}}, stand, stand.blocks)
-            return said(Recorder(model, text).run(inputs, words, **cached), plain)
-        finally:
-            type(model).forward = untouched  # VisionZip changes the class
+        self._reduce(kind, method, model, text, settings)
+        return said(Recorder(model, text).run(inputs, words, **cached), plain)
+
+    def prepare(self, kind: str, method: str, settings: dict[str, Any] | None = None) -> None:
+        torch.manual_seed(0)
+        self.kind, (self.model, text) = kind, self._load(kind, random_models.MIDDLE)
+        self._reduce(kind, method, self.model, text, settings)
+
+    @torch.inference_mode()
+    def time(self, seeds: list[int], steps: int) -> dict[str, Any]:
+        tower = self.model.vision_tower if self.kind == random_models.LLAVA else self.model.visual
+        inputs = random_models.batch(self.kind, seeds, random_models.MIDDLE)
+        inputs.pop("mm_token_type_ids", None)
+        return meter.generate(self.model, tower, inputs, steps, use_cache=self.kind in CACHES)
 
 
 def stand_in(kind: str, model: Any, text: Any, in_tower: bool) -> Any:
@@ -88,4 +111,5 @@ def stand_in(kind: str, model: Any, text: Any, in_tower: bool) -> Any:
 
 if __name__ == "__main__":
     worker = LightCompress()
-    serve({"start": worker.start, "run": worker.run})
+    serve({"start": worker.start, "run": worker.run, "prepare": worker.prepare, "time": worker.time,
+           "give_back": meter.give_back})  # fmt: skip

@@ -115,9 +115,13 @@ class Contest:
 
     Args:
         checkout: of AngelSlim; None: ours alone. keep: tokens that stay. rounds: runs of each.
+        done: called after every policy, for a progress bar.
     """
 
-    def __init__(self, size: midsize.Size, checkout: Path | None, keep: int, rounds: int) -> None:
+    def __init__(
+        self, size: midsize.Size, checkout: Path | None, keep: int, rounds: int, done: Callable[[], Any] = lambda: None
+    ) -> None:
+        self.done = done
         self.size, self.checkout = replace(size, side=SIDE), checkout
         self.model = vtr.patch(midsize.build(self.size, "cpu", torch.float32, tower=TOWER))
         self.keep, self.rounds = keep, rounds
@@ -138,7 +142,9 @@ class Contest:
 
         def look(image: Image) -> None:
             context = None if self.checkout is None else self._context(image)
-            rows.extend(self._row(name, policy, image, context) for name, policy in made.items())
+            for name, policy in made.items():
+                rows.append(self._row(name, policy, image, context))
+                self.done()
 
         prefill = self._prefill()
         self.model(**self.inputs, policy=Looking(look, wishes), logits_to_keep=1)

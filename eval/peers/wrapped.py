@@ -1,41 +1,45 @@
-"""Whole models as other packages reduce them, beside ours: ``python -m vtr.eval.peers.wrapped``.
+"""Whole models as other packages reduce them, beside ours.
 
 Small random models with the same weights, the same prompts, and the same given words decoded behind them. What a
 package kept is seen by the rows that enter each layer. Its logits are compared with those of a dense run of the
 untouched model in which the dropped tokens are hidden from the same layers on (``vtr.testing.dense``): a reduction that
-is computed rightly says the same, at the prompt's end and in every decoded word, to rounding.
+is computed rightly says the same, at the prompt's end and in every decoded word, to rounding. What
+it costs is measured on larger models (``costs``).
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
-from vtr.eval.peers import random_models, venvs
+from vtr.eval.peers import costs, random_models, venvs
 from vtr.eval.peers.cases import CASES, Case
-from vtr.eval.peers.catalogue import Peer
+from vtr.eval.peers.catalogue import HERE, Peer
 from vtr.eval.peers.channel import PeerError, Worker
 from vtr.eval.peers.forced import Recorder
 from vtr.eval.peers.masked import Reference
-from vtr.eval.report import results
 
 import vtr
 
-STARTS, ANSWERS = 300.0, 300.0
+OURS = HERE / "wrapped_ours.py"
+STARTS, ANSWERS = 600.0, 300.0
 """Seconds."""
+PROMPTS, WORDS = 3, 8
+"""Prompts of each method, and words decoded behind each."""
 NONE = "none"
+PATH = r" \(/[^)]*\)"
+"""Of a module, in an error."""
 SAME = 1e-3
 """Unreduced logits that differ by less come from the same weights; their standard deviation is about 1."""
 
@@ -47,13 +51,12 @@ class Row:
     Attributes:
         kept, ours_kept: vision tokens that enter the last layer. same: share of theirs that ours keeps too.
         first, ours_first: of the prompt's end. decoded, ours_decoded: of the decoded words.
-        closed, ours_closed: whether positions close up over what is dropped before the decoder; both are in use. The
-            dense run does likewise, and its words go on where the prompt ends.
         early: by how many positions decoded words stand too far in front; None where this is not one number.
         decoded_there: ``decoded`` if the dense run puts its words at their positions, too.
         agree: share of decoded words behind which they would choose the dense run's word.
         note: what else was seen. mended: what of their settings had to be changed.
         error, ours_error: what either side raised.
+        costs: as ``costs.measure`` has them, where both sides run; cost_error: why there are none.
     """
 
     peer: str
@@ -65,8 +68,6 @@ class Row:
     same: float | None = None
     first: float | None = None
     decoded: float | None = None
-    closed: bool | None = None
-    ours_closed: bool | None = None
     early: int | None = None
     decoded_there: float | None = None
     agree: float | None = None
@@ -77,6 +78,8 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     ours_error: str | None = None
+    costs: dict[str, Any] | None = None
+    cost_error: str | None = None
 
 
 class Ours:
@@ -124,14 +127,13 @@ def compare(peer: Peer, case: Case, theirs: Worker, ours: Ours, seeds: Sequence[
         for seed in seeds:
             _theirs(found, mine, case, theirs, ours.reference(case.kind, seed), seed, row)
     except PeerError as error:
-        row.error = re.sub(r" \(/[^)]*\)", "", str(error))  # the path of a module
+        row.error = re.sub(PATH, "", str(error))
     for name in ("first", "decoded", "decoded_there", "ours_first", "ours_decoded"):
         setattr(row, name, max(found[name]) if found.get(name) else None)
     for name in ("kept", "ours_kept", "same", "agree"):
         setattr(row, name, statistics.fmean(found[name]) if found.get(name) else None)
-    for name in ("early", "closed", "ours_closed"):
-        values = set(found.get(name, []))
-        setattr(row, name, values.pop() if len(values) == 1 else None)
+    early = set(found.get("early", []))
+    row.early = early.pop() if len(early) == 1 else None
     return row
 
 
@@ -143,8 +145,7 @@ def _ours(found: dict[str, list[Any]], mine: dict[int, list[list[int]]], case: C
     entered = reference.entered(kept[0])
     positions = reference.positions(entered, at)
     off = (logits - reference.logits(kept, positions)).abs()
-    note(found, ours_kept=len(kept[-1]), ours_first=float(off[0].max()), ours_decoded=float(off[1:].max()),
-         ours_closed=reference.closed_up(entered, positions))  # fmt: skip
+    note(found, ours_kept=len(kept[-1]), ours_first=float(off[0].max()), ours_decoded=float(off[1:].max()))
 
 
 def _theirs(
@@ -177,7 +178,7 @@ def _theirs(
         dense, there = (reference.logits(kept, at) for at in (right, torch.cat([prompt, decoded], -1)))
         if len(kept[-1]) == len(vision) and case.ours != NONE:
             row.note = "it ran and reduced nothing"
-        note(found, kept=len(kept[-1]), closed=reference.closed_up(done["kept"][0], right))
+        note(found, kept=len(kept[-1]))
         if seed in mine and not case.drawn:
             note(found, same=len(set(kept[-1]) & set(mine[seed][-1])) / max(len(kept[-1]), 1))
     logits = torch.tensor(done["logits"])
@@ -222,24 +223,84 @@ def evenly(off: Tensor) -> int | None:
     return int(off.flatten()[0]) if bool((off == off.flatten()[0]).all()) else None
 
 
-def run(peer: Peer, cases: Sequence[Case], checkout: Path, scratch: Path, environments: Path, ours: Ours,
-        seeds: Sequence[int]) -> list[Row]:  # fmt: skip
-    """All rows of one package; a worker that has died is started again."""
-    rows, worker, versions = [], None, {}  # type: list[Row], Worker | None, dict[str, str]
-    try:
-        python = venvs.python_of(peer, environments)
-        for case in tqdm(cases, desc=peer.name):
-            if worker is None or not worker.alive:
-                worker = Worker(python, peer.worker, scratch / f"{peer.worker.stem}.log")
-                versions = worker.ask("start", STARTS, folder=str(scratch), checkout=str(checkout))
-            rows.append(compare(peer, case, worker, ours, seeds))
-            rows[-1].versions = versions
-    except PeerError as error:
-        rows += [Row(peer.name, c.kind, c.method, c.ours, error=str(error)) for c in cases[len(rows) :]]
-    finally:
-        if worker is not None:
-            worker.close()
-    return rows
+class Runs:
+    """Everything that the workers of one run share.
+
+    Args:
+        folder: for weights and logs. rounds: of costs; none are measured at 0.
+    """
+
+    def __init__(self, folder: Path, environments: Path, rounds: int) -> None:
+        self.folder, self.environments, self.rounds = folder, environments, rounds
+        random_models.save(folder, random_models.SMALL, *([random_models.MIDDLE] if rounds else []))
+        self.ours = Ours(folder, WORDS)
+        self._worker: Worker | None = None
+
+    def of(self, peer: Peer, cases: Sequence[Case], checkout: Path, bar: Any) -> list[Row]:
+        """All rows of one package; a worker that has died is started again."""
+        rows, worker, versions = [], None, {}  # type: list[Row], Worker | None, dict[str, str]
+        try:
+            python = venvs.python_of(peer, self.environments)
+            for case in cases:
+                if worker is None or not worker.alive:
+                    worker = Worker(python, peer.worker, self.folder / f"{peer.worker.stem}.log")
+                    versions = worker.ask("start", STARTS, folder=str(self.folder), checkout=str(checkout))
+                rows.append(compare(peer, case, worker, self.ours, range(PROMPTS)))
+                rows[-1].versions = versions
+                self._cost(rows[-1], case, worker)
+                bar.update()
+        except PeerError as error:
+            rows += [Row(peer.name, c.kind, c.method, c.ours, error=str(error)) for c in cases[len(rows) :]]
+        finally:
+            if worker is not None:
+                worker.close()
+        return rows
+
+    def _cost(self, row: Row, case: Case, theirs: Worker) -> None:
+        if not self.rounds or row.error is not None or row.ours_error is not None:
+            return
+        try:
+            if self._worker is None or not self._worker.alive:
+                self._worker = Worker(Path(sys.executable), OURS, self.folder / f"{OURS.stem}.log")
+                self._worker.ask("start", STARTS, folder=str(self.folder))
+            row.costs = costs.measure(case, theirs, self._worker, self.rounds)
+        except PeerError as error:
+            row.cost_error = re.sub(PATH, "", str(error))
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+def measure(given: Mapping[str, Path], folder: Path, environments: Path, rounds: int) -> dict[str, Any]:
+    """The body of the result file, of these checkouts (by their names in CASES)."""
+    rows: list[Row] = []
+    pairs = [(path, peer, cases) for name, path in given.items() for peer, cases in CASES[name]]
+    with tqdm(total=sum(len(cases) for _, _, cases in pairs), desc="models", unit="method") as bar:
+        runs = Runs(folder, environments, rounds)
+        try:
+            for path, peer, cases in pairs:
+                rows += runs.of(peer, cases, path.absolute(), bar)
+        finally:
+            runs.close()
+    return {"models": "random LLaVA-1.5 and Qwen2.5-VL, 64 vision tokens, 6 layers × 64, float32", "prompts": PROMPTS,
+            "words": WORDS, "costs": costs.WHAT, "rounds": rounds,
+            "versions_there": {row.peer: row.versions for row in rows if row.versions},
+            "rows": [_short(row) for row in rows]}  # fmt: skip
+
+
+def _short(row: Row) -> dict[str, Any]:
+    """As JSON, without what is not known."""
+    return rounded(
+        {name: value for name, value in asdict(replace(row, versions={})).items() if value not in (None, "", {})}
+    )
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to four digits."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -266,54 +327,21 @@ def _small(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}" if value >= 0.01 else f"{value:.0e}"
 
 
-def main(
-    angelslim: Annotated[Path | None, typer.Option(help="a checkout of Tencent/AngelSlim")] = None,
-    lightcompress: Annotated[Path | None, typer.Option(help="a checkout of ModelTC/LightCompress (LLMC+)")] = None,
-    out: Annotated[Path, typer.Option(help="the result file (JSON)")] = Path("docs/results/wrapped.json"),
-    environments: Annotated[
-        Path | None, typer.Option("--venvs", help="folder for the environments; default: in the user's cache folder")
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="prompts of each method")] = 3,
-    words: Annotated[int, typer.Option(min=1, help="words decoded behind each")] = 8,
-) -> None:
-    """Check whole models as AngelSlim and LightCompress (LLMC+) reduce them against dense, masked runs, beside ours.
-
-    Each package runs from a checkout (neither has its token reduction on PyPI), in an environment of its own with the
-    transformers that it asks for (needs PyPI, once). What cannot run is shown with its error.
-
-    Example: `python -m vtr.eval.peers.wrapped --angelslim AngelSlim --lightcompress LightCompress`
-    """
-    checkouts = {"angelslim": angelslim, "lightcompress": lightcompress}
-    given = {name: path.absolute() for name, path in checkouts.items() if path is not None}
-    if not given:
-        raise typer.BadParameter("give --angelslim or --lightcompress: a checkout of the package")
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        random_models.save(scratch)
-        ours = Ours(scratch, words)
-        for name, path in given.items():
-            for peer, cases in CASES[name]:
-                rows += run(peer, cases, path, scratch, environments or venvs.default_folder(), ours, range(prompts))
-    body = {"models": "random LLaVA-1.5 and Qwen2.5-VL, 64 vision tokens, 6 layers × 64, float32", "prompts": prompts,
-            "words": words, "rows": [asdict(row) for row in rows]}  # fmt: skip
-    results.save(out, "wrapped", body, seed=0)
-    show(rows, Console())
-    Console().print(f"written to {out}")
-
-
 def show(rows: Sequence[Row], console: Console) -> None:
     """Tables by package, then what failed."""
     for peer_name in dict.fromkeys(row.peer for row in rows):
-        console.print(f"[bold]{peer_name}[/]")
-        console.print(table([row for row in rows if row.peer == peer_name]))
+        mine = [row for row in rows if row.peer == peer_name]
+        console.print(f"[bold]{peer_name}[/]: what stays, and logits beside a dense run's")
+        console.print(table(mine))
+        if any(row.costs for row in mine):
+            console.print(f"[bold]{peer_name}[/]: costs, ours ÷ theirs; throughput of eight prompts, ours ÷ theirs")
+            console.print(costs.table([(row.model, row.method, row.costs) for row in mine if row.costs]))
     for row in rows:
+        said = {row.peer: row.error, f"ours ({row.ours})": row.ours_error, "costs": row.cost_error}
         if row.note:
-            console.print(f"{row.model}, {row.method}, {row.peer}: {row.note}", markup=False, soft_wrap=True)
-        for side, error in ((row.peer, row.error), (f"ours ({row.ours})", row.ours_error)):
+            said[f"{row.peer} "] = row.note
+        if row.costs and isinstance(row.costs["together"], str):
+            said[f"{row.peer}, eight prompts in a call"] = row.costs["together"]
+        for side, error in said.items():
             if error is not None:
-                console.print(f"{row.model}, {row.method}, {side}: {error}", markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+                console.print(f"{row.model}, {row.method}, {side.strip()}: {error}", markup=False, soft_wrap=True)

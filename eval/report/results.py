@@ -83,9 +83,12 @@ def head(kind: Kind, seed: int, device: str | torch.device = "cpu") -> dict[str,
 
 
 def save(
-    path: str | Path, kind: Kind, body: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu"
-) -> dict[str, Any]:
+    path: str | Path, kind: Kind, body: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu",
+    indent: int | None = 1,
+) -> dict[str, Any]:  # fmt: skip
     """Write ``body`` with what it was measured by and on; returns what was written.
+
+    indent: None writes one line, for files that would be too long.
 
     Raises:
         ValueError: an unknown kind.
@@ -94,7 +97,7 @@ def save(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")  # a reader never sees half a file
-    fresh.write_text(json.dumps(data, indent=1) + "\n")
+    fresh.write_text(json.dumps(data, indent=indent) + "\n")
     fresh.replace(path)
     return data
 

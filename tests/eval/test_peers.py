@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 from vtr.eval.peers import __main__ as command
 from vtr.eval.peers import venvs
 from vtr.eval.peers.catalogue import ALL_PEERS, HERE, Method, Peer
@@ -148,6 +149,48 @@ def test_the_command_is_written_as_one_types_it(monkeypatch: pytest.MonkeyPatch)
     assert results.command() == "python -m vtr.eval.peers --limit 3"
     monkeypatch.setattr(sys, "argv", [str(HERE.parent / "studies" / "films.py"), "--rows", "runs"])
     assert results.command() == "python -m vtr.eval.studies.films --rows runs"
+
+
+def asked(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(command.app, [*options], terminal_width=200)
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_without_checkouts_their_parts_are_told_as_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for part in ("packages", "models", "openvino", "selectors"):
+        monkeypatch.setattr(command.Run, part, lambda self, *given, part=part: ran.append(part))
+    code, said = asked()
+    assert code == 0 and ran == ["packages", "openvino"]
+    for what, name in (
+        ("models of angelslim", "Tencent/AngelSlim"),
+        ("models of lightcompress", "ModelTC/LightCompress"),
+        ("selectors", "Tencent/AngelSlim"),
+    ):
+        assert f"left out: {what}: give --" in said and name in said
+    code, said = asked("--only", "selectors")
+    assert code == 2 and "--angelslim" in said and ran == ["packages", "openvino"]
+
+
+def test_a_part_or_a_package_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(command.Run, "packages", lambda self, peers, *how: ran.append([one.name for one in peers]))
+    monkeypatch.setattr(command.Run, "models", lambda self, given: ran.append(list(given)))
+    monkeypatch.setattr(command.Run, "selectors", lambda self, checkout: ran.append(checkout))
+    for _, shows in command.CHECKOUTS.values():
+        (tmp_path / shows).mkdir(parents=True)
+    both = ("--angelslim", str(tmp_path), "--lightcompress", str(tmp_path))
+    for only in ("kvpress", "LightC", "models", "selectors"):
+        assert asked("--only", only, *both)[0] == 0
+    assert all(name.startswith("kvpress") for name in ran[0]) and len(ran[0]) == 2
+    assert ran[1:] == [["lightcompress"], ["angelslim", "lightcompress"], tmp_path]
+
+
+def test_what_is_not_there_is_said_before_anything_runs(tmp_path: Path) -> None:
+    code, said = asked("--only", "nothing")
+    assert code == 2 and "nothing begins with 'nothing'" in said and "openvino" in said and "kvpress" in said
+    code, said = asked("--lightcompress", str(tmp_path))
+    assert code == 2 and "is no checkout of ModelTC/LightCompress" in said
 
 
 def test_failed_installs_make_a_row_a_method(plan: Plan) -> None:

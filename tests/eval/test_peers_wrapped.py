@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
+from vtr.eval.peers import __main__ as command
 from vtr.eval.peers import random_models, wrapped
 from vtr.eval.peers.cases import CASES, Case
 from vtr.eval.peers.catalogue import HERE, Peer
 from vtr.eval.peers.channel import PeerError
 from vtr.eval.peers.forced import found, kept
 from vtr.eval.peers.random_models import DEPTH, LLAVA, QWEN
+from vtr.eval.report import results
 
 import vtr
 
@@ -28,7 +33,7 @@ CUT = Case(LLAVA, "cut", "fastv:keep=0.25,layer=1")
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wrapped.Ours]:
     folder = tmp_path_factory.mktemp("weights")
-    random_models.save(folder)
+    random_models.save(folder, random_models.SMALL)
     yield wrapped.Ours(folder, WORDS)
 
 
@@ -144,8 +149,42 @@ def test_every_case_names_a_policy_and_a_worker() -> None:
                 assert case.ours == wrapped.NONE or vtr.policy(case.ours).check(DEPTH) is None
 
 
-def test_no_checkout_is_said(tmp_path: Path) -> None:
-    import typer
+def test_a_run_measures_costs_of_what_runs_and_writes_it(
+    ours: wrapped.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process(MadeUp):
+        alive, process = True, None
 
-    with pytest.raises(typer.BadParameter, match="--angelslim"):
-        wrapped.main(out=tmp_path / "none.json")
+        def ask(self, do: str, timeout: float, **request: Any) -> Any:
+            if do == "run" and request["method"] == "fails":
+                raise PeerError("KeyError: 'no' (/somewhere/else.py)")
+            return {"made up": "1.0"} if do == "start" else super().ask(do, timeout, **request)
+
+        def close(self) -> None:
+            self.alive = False
+
+    ratio = {"median": 0.5, "low": 0.4, "high": 0.6}
+    span = {"theirs": 2.0, "ours": 1.0, "ratio": ratio}
+    found = {"prefill": None, "first": span, "decode": span, "peak": None, "together": "one at a time",
+             "ours_together": 1.0, "batch": dict.fromkeys(("first", "decode", "all"), ratio)}  # fmt: skip
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(wrapped, "Worker", lambda python, script, log: Process(ours))
+    monkeypatch.setattr(wrapped, "Ours", lambda folder, words: ours)
+    monkeypatch.setattr(wrapped, "CASES", {"angelslim": ((PEER, (CUT, replace(CUT, method="fails"))),)})
+    monkeypatch.setattr(wrapped.venvs, "python_of", lambda peer, folder: Path(sys.executable))
+    monkeypatch.setattr(random_models, "save", lambda folder, *sizes: None)
+    monkeypatch.setattr(
+        wrapped.costs, "measure", lambda case, theirs, mine, rounds: asked.append((case.method, rounds)) or found
+    )
+    (tmp_path / command.CHECKOUTS["angelslim"][1]).mkdir(parents=True)
+    said = CliRunner().invoke(
+        command.app, ["--only", "models", "--angelslim", str(tmp_path), "--rounds", "2", "--out", str(tmp_path)]
+    )
+    assert said.exit_code == 0, said.output
+    assert "left out: models of lightcompress: give --lightcompress" in " ".join(said.output.split())
+    assert "fails: KeyError" not in said.output and "fails, made up: KeyError: 'no'" in said.output
+    written = results.load(tmp_path / "wrapped.json")
+    assert asked == [("cut", 2)] and written["versions_there"] == {"made up": {"made up": "1.0"}}
+    good, bad = written["rows"]
+    assert good["costs"] == found and good["same"] == 1.0 and "error" not in good
+    assert bad["error"] == "KeyError: 'no'" and "costs" not in bad
