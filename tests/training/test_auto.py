@@ -106,9 +106,41 @@ def test_the_tuned_policy_does_what_was_measured() -> None:
     assert again == made
 
 
-@pytest.mark.parametrize("signal", ["confidence", "probe"])
+def gauged(n: int, seed: int = 0) -> Asked:
+    """As :func:`drawn`, under choices that drop tokens inside the decoder; their attention says what was right."""
+    asked, rng = drawn(n, seed), np.random.default_rng(seed)
+    asked.choices = ["fastv:keep=0.1,layer=1", "fastv:keep=0.5,layer=1", "none"]
+    right = asked.score[:, :2] >= asked.score[:, 2:]
+    asked.stayed = np.clip(0.2 + 0.6 * right + rng.normal(0, 0.1, right.shape), 0.01, 0.99).astype(np.float32)
+    return asked
+
+
+def test_the_signal_that_says_more_is_taken(tmp_path: Path) -> None:
+    asked = gauged(1500)
+    made = auto.tune(asked, COSTS, loss=0.05, confidence=0.9, binary=True)
+    assert made.signal == "attention" and made.promise is not None
+    losses = made.promise["signals"]
+    assert set(losses) == {"confidence", "attention", "probe"} and losses["attention"] == min(losses.values())
+    asked.save(tmp_path / "answers.npz")
+    again = Asked.load(tmp_path / "answers.npz")
+    assert again.stayed is not None and np.array_equal(again.stayed, asked.stayed)
+    assert auto.tune(again, COSTS, loss=0.05, confidence=0.9, binary=True) == made
+    asked.stayed = np.random.default_rng(1).random(asked.stayed.shape, np.float32)  # that says nothing
+    assert auto.tune(asked, COSTS, loss=0.05, confidence=0.9, binary=True).signal != "attention"
+
+
+def test_attention_where_some_choice_has_none(tmp_path: Path) -> None:
+    asked = drawn(1500)
+    asked.save(tmp_path / "answers.npz")
+    assert Asked.load(tmp_path / "answers.npz").stayed is None
+    with pytest.raises(ValueError, match="says nothing of some of these choices"):
+        auto.tune(asked, COSTS, signal="attention")
+    assert "attention" not in auto.fit_estimate(asked).compared
+
+
+@pytest.mark.parametrize("signal", ["confidence", "probe", "attention"])
 def test_estimates_are_those_of_the_policy(signal: str) -> None:
-    asked = drawn(600)
+    asked = gauged(600)
     fitted = auto.fit_estimate(asked, signal=signal)
     assert fitted.signal == signal and fitted.held_out.shape == (600, 2)
     mine, good = fitted.of(asked), auto.suffices(asked)

@@ -54,7 +54,9 @@ def eval_command(
     out: Annotated[
         Path | None, typer.Option(help="folder for results.json, samples.jsonl, table.md, table.csv")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds; --limit may be larger")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with what --out holds; --limit may be larger")
+    ] = False,
     indispensable: Annotated[
         bool, typer.Option("--indispensable", help="show only samples that no run without the picture gets right")
     ] = False,
