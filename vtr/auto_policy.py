@@ -360,10 +360,14 @@ def _choice(given: Any) -> Policy | str:
     made = policy(given)
     if any(map(made.asks, CHOOSING)):
         raise ValueError(f"auto chooses among fixed policies, and {short(made.spec)} chooses itself: name its choices")
-    if (before := split(made)[0]) is not None:
+    before, rest = split(made)
+    if before is not None:
+        instead = "one that takes few tokens of every crop, e.g. m3:tokens=36 or divprune:keep=0.1"
         raise ValueError(
-            f"{short(before.spec)} acts before the vision tower, which runs once for all choices: put it in front of "
-            "the processor (vtr.processor), and choose among policies behind the tower"
+            f"{short(before.spec)} makes another picture before the processor, of other crops and another prompt, so "
+            "a try under it would be of no use to the next. As a choice name "
+            f"{instead if rest is None else repr(short(rest.spec))} instead; or have {short(before.spec)} for all "
+            f"choices: encode with vtr.processor(processor, {short(before.spec)!r})"
         )
     return made
 

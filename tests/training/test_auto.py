@@ -227,3 +227,39 @@ def test_asked_once_is_what_each_choice_says(tmp_path: Path) -> None:
         model.generate(**one, policy="m3:tokens=1", do_sample=False, max_new_tokens=1)
     assert costs.taken[0] == costs.tried[0] == vtr.report(model).flops
     assert auto.default_choices(model, processor, samples[0]) == names
+    assert asked.stayed is None  # pooled tokens have had no attention
+
+
+def test_asked_once_is_how_much_attention_stays() -> None:
+    """A rule on the record does what the policy does by it."""
+    model, processor = vtr.pocket.load("internvl")
+    vtr.patch(model)
+    samples = usable(open_data("pocket:split=val,per_scene=1", limit=4), "pocket")
+    names = ["fastv:keep=0.05,layer=1", "none"]
+    choices = [(name, None if name == "none" else vtr.policy(name)) for name in names]
+    asked = ask(model, processor, samples, choices, lambda r, s: float(r == s.answer), max_new_tokens=1, batch_size=4)
+    assert asked.stayed is not None and asked.stayed.shape == (4, 1) and len(set(asked.stayed[:, 0])) == 4
+    made = vtr.AutoPolicy(names, float(np.median(asked.stayed)), signal="attention")
+    from vtr.chat import encode
+
+    inputs = encode(processor, [one.asked for one in samples], [one.picture() for one in samples])
+    with torch.inference_mode():
+        model.generate(**inputs, policy=made, do_sample=False, max_new_tokens=1)
+    taken = [row.policy is not None for row in vtr.report(model).rows]
+    assert taken == made.accept(0, asked.began(0)).tolist() and sum(taken) == 2
+
+
+def test_what_signals_say() -> None:
+    from vtr.eval.studies.signals import markdown, said
+
+    asked = gauged(800)
+    found = {(one.choice, one.signal): one for one in said(asked, draws=100)}
+    assert len(found) == 6
+    for choice in asked.choices[:2]:
+        good = auto.suffices(asked)[:, asked.choices.index(choice)]
+        raw = asked.stayed[:, asked.choices.index(choice)]  # type: ignore[index]
+        higher = (raw[good][:, None] > raw[~good][None]).mean()
+        best = found[choice, "attention"]
+        assert best.auc == pytest.approx(higher, abs=1e-3) and best.low < best.auc <= best.high
+        assert best.loss < found[choice, "confidence"].loss < best.base
+    assert markdown(iter(found.values())).count("\n") == 7

@@ -92,8 +92,7 @@ class Estimate:
     """How an AutoPolicy estimates that a choice suffices, fitted.
 
     Attributes:
-        lines: of the confidence or the attention, (slope, intercept) of each choice but the last. probe: a probe's
-            tensors, or None.
+        lines: of the signal, (slope, intercept) of each choice but the last. probe: a probe's tensors. Or None.
         held_out: float [n, c - 1], for the questions it was fitted on, each by a fit without its picture.
         worth: their mean log likelihood. compared: signal → that, of every signal that was there to be taken.
     """
@@ -131,15 +130,20 @@ def suffices(asked: Asked) -> np.ndarray:
     return asked.score[:, :-1] >= asked.score[:, -1:]
 
 
+def raw_of(asked: Asked, signal: str, tokens: int) -> np.ndarray:
+    """float32 [n, c - 1]: a signal before it is calibrated."""
+    began = asked.began(len(asked.choices) - 2)
+    seen = [attention(one) if signal == "attention" else confidence(one, tokens) for one in began]
+    return torch.stack(seen, 1).numpy()
+
+
 def fit_lines(asked: Asked, signal: str, tokens: int, folds: np.ndarray) -> Estimate:
     """Platt's scaling of each choice's confidence, or attention.
 
     Args:
         signal: "confidence" or "attention". folds: int [n], which part each question is held out with.
     """
-    began = asked.began(len(asked.choices) - 2)
-    seen = [attention(one) if signal == "attention" else confidence(one, tokens) for one in began]
-    raw = torch.stack(seen, 1).numpy()
+    raw = raw_of(asked, signal, tokens)
     good, held = suffices(asked), np.zeros_like(raw)
     for fold in np.unique(folds):
         rest = folds != fold
@@ -213,8 +217,7 @@ def fit_estimate(
     """The estimate that says most of questions it has not seen.
 
     Args:
-        tokens: of the answer that are heard. signal: "confidence", "attention" or "probe" and no other; None: the
-            best one.
+        tokens: of the answer that are heard. signal: "confidence", "attention" or "probe"; None: the best one.
         plain: what :func:`fit_plain` has found, where that is known.
 
     Raises:
