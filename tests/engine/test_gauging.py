@@ -10,6 +10,7 @@ import torch
 
 import vtr
 from tests import tiny
+from tests.engine.test_choosing import counted
 from tests.families import FAMILIES
 from vtr.base import Began, Policy
 from vtr.testing import dense
@@ -118,6 +119,18 @@ def test_what_is_not_cut_is_not_worked_out(llava: tuple[Any, Any]) -> None:
     assert selecting("random:keep=0.4,layer=2", True) == product
     assert selecting("random:keep=1.0,layer=2", True) == 0
     assert heard(model, one, "random:keep=1.0,layer=2")[0].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_an_accepted_try_is_not_run_again(llava: tuple[Any, Any], how: dict[str, Any]) -> None:
+    model, batch = llava
+    one, runs = tiny.single(batch, 2, model), []
+    for policy in (TWICE, vtr.AutoPolicy([TWICE, "none"], 0.0, signal="attention")):
+        with counted(model) as seen:
+            torch.manual_seed(0)
+            ids = tiny.generate(model, one, policy=policy, max_new_tokens=4, **how)
+        runs.append((seen, ids.tolist()))
+    assert runs[0] == runs[1]
 
 
 def test_nobody_gauges_unless_asked(llava: tuple[Any, Any]) -> None:
