@@ -36,9 +36,7 @@ class Gauge:
         """What a layer is to note. past: cached tokens of each row. known: rows that ask for the same themselves."""
         rows = [i for i in self.rows if self.probes.rows[i].vision.count and i not in known]
         groups = [[i] for i in rows] if past else [rows] if rows else []
-        return [
-            Probe(self.probes.asked("last", group), group[0] if past else None, later=True) for group in groups
-        ]
+        return [Probe(self.probes.asked("last", group), group[0] if past else None, later=True) for group in groups]
 
     def take(self, found: dict[int, Any]) -> None:
         """Which probe → what works out its scores, of the layer that has just run."""
