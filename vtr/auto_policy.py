@@ -25,12 +25,14 @@ from vtr.parts import Parts
 from vtr.settings import build, check_names_no_file, parse, policy_class, register_policy
 
 NONE = "none"
-SIGNALS = ("confidence", "agreement", "probe")
+SIGNALS = ("confidence", "agreement", "attention", "probe")
 MOST_CHOICES, MOST_TOKENS = 16, 1024
 SUREST = 1 - 2.0**-20
 """No estimate is above this, so that a threshold of 1 takes the last choice."""
 PLAIN = 3
 """Numbers that a probe sees beside the hidden state: see :func:`features`."""
+SOME = 64
+"""Vision tokens, to see where a policy cuts."""
 PROBE = ("mean", "scale", "weight", "bias")
 """A probe's tensors: how its inputs are normalised, [F] each; weight [choices - 1, F]; bias [choices - 1]."""
 
@@ -68,6 +70,32 @@ def features(began: Sequence[Began], tokens: int) -> torch.Tensor:
     return torch.cat([plain, last.states.float()], 1)
 
 
+def attention(began: Began) -> torch.Tensor:
+    """float32 [rows]: of the attention on the picture, what is left at the cuts (``Began.stayed``)."""
+    if began.stayed is None:
+        raise ValueError("this try's cuts were not gauged: signal='attention' judges those of a policy that gauges")
+    return began.stayed
+
+
+def why_not_gauged(choice: Policy | None, num_hidden_layers: int | None = None) -> str | None:
+    """Why attention says nothing of what a choice drops, or None.
+
+    Args:
+        num_hidden_layers: where it is known, cuts at the first layer are looked for too.
+    """
+    if choice is None:
+        return None
+    if choice.asks("compress"):
+        return "drops or pools tokens before the decoder, where nobody has paid them attention"
+    if choice.asks("route") or choice.asks("attend") or not choice.asks("prune"):
+        return "drops no tokens inside the decoder"
+    try:
+        first = 0 if num_hidden_layers is None else SOME - choice.entering(num_hidden_layers, SOME)[0]
+    except ValueError:  # depends on what the picture shows: the engine refuses such a cut when it comes to it
+        first = 0
+    return "drops tokens at layer 0, in front of which there is no attention" if first else None
+
+
 @register_policy("auto")
 @dataclass
 class AutoPolicy(Parts):
@@ -92,16 +120,19 @@ class AutoPolicy(Parts):
         thresholds: a choice is taken if the estimate that it suffices is at least this, in [0, 1]; one for all choices
             but the last, or one for each. 1.0: never.
         signal: "confidence": the smallest probability of the answer's first tokens; "agreement": that, once a choice
-            says what the one before said (so the first is never taken); "probe": a linear probe of both and of the
-            hidden state, which ``vtr tune auto`` fits.
+            says what the one before said (so the first is never taken); "attention": of the attention that the
+            prompt's last token pays to vision tokens (mean over heads, in the layer before a cut) the share on those
+            that stay, the product over all cuts, for choices that drop tokens inside the decoder (what they merge
+            counts as dropped); "probe": a linear probe of confidence, agreement and the hidden state, which ``vtr tune
+            auto`` fits.
         tokens: of the answer, so many are seen. Those an accepted try has said are not computed again.
         calibration: of signals without a probe, (slope, intercept) of every choice but the last: Platt's scaling of the
-            confidence. None: as it is.
+            confidence, or of the attention. None: as it is.
         promise: what ``vtr tune auto`` has found out about these thresholds, as data; says nothing to the policy.
 
     Raises:
-        TypeError, ValueError: no choices, one that chooses itself or acts before the vision tower, or settings out of
-            range.
+        TypeError, ValueError: no choices, one that chooses itself or acts before the vision tower, one whose dropped
+            tokens had no attention for signal="attention", or settings out of range.
     """
 
     choices: Sequence[str | Policy | None] = ()
@@ -123,6 +154,7 @@ class AutoPolicy(Parts):
         self.thresholds = self._thresholds(self.thresholds)
         if self.signal not in SIGNALS:
             raise ValueError(f"signal={self.signal!r}: choose one of {', '.join(SIGNALS)}")
+        self._check_gauged()
         check_count(self.tokens, "tokens", 1, MOST_TOKENS)
         if self.calibration is not None:
             self.calibration = [[check_number(n, "calibration") for n in line] for line in self.calibration]
@@ -144,6 +176,14 @@ class AutoPolicy(Parts):
             raise ValueError(f"{len(several)} thresholds for {self.last} choices before the last: one for each, or one")
         return [float(one) for one in several] if isinstance(given, (list, tuple)) else float(given)
 
+    def _check_gauged(self, num_hidden_layers: int | None = None) -> None:
+        for one in self.options()[:-1] if self.signal == "attention" else []:
+            if why := why_not_gauged(one, num_hidden_layers):
+                raise ValueError(
+                    f"signal='attention' cannot judge {short(one.spec) if one else NONE}, which {why}: choose among "
+                    "policies that cut later (fastv:keep=0.25,layer=2, gsearch), or use signal='confidence'"
+                )
+
     # -- choosing ------------------------------------------------------------------------------------------------------
     @property
     def last(self) -> int:
@@ -162,6 +202,10 @@ class AutoPolicy(Parts):
     def hears(self) -> int:
         return self.tokens
 
+    @property
+    def gauges(self) -> bool:
+        return self.signal == "attention"
+
     def accept(self, step: int, began: Sequence[Began]) -> torch.Tensor:
         return self.estimate(step, began) >= self.threshold(step)
 
@@ -176,7 +220,7 @@ class AutoPolicy(Parts):
             weights = {name: t.to(x.device) for name, t in self.probe.items()}
             x = (x - weights["mean"]) / weights["scale"]
             return (x @ weights["weight"][step] + weights["bias"][step]).sigmoid().clamp(max=SUREST)
-        raw = confidence(began[-1], self.tokens)
+        raw = attention(began[-1]) if self.signal == "attention" else confidence(began[-1], self.tokens)
         if self.calibration is not None:
             slope, intercept = self.calibration[step]
             raw = (slope * logit(raw) + intercept).sigmoid()
@@ -191,6 +235,7 @@ class AutoPolicy(Parts):
 
     def check(self, num_hidden_layers: int) -> None:
         super().check(num_hidden_layers)
+        self._check_gauged(num_hidden_layers)
         if self.signal == "probe" and not self.probe:
             raise ValueError(
                 "signal='probe' has no weights: `vtr tune auto` fits some, auto:weights=FOLDER loads them; or use "
@@ -315,10 +360,14 @@ def _choice(given: Any) -> Policy | str:
     made = policy(given)
     if any(map(made.asks, CHOOSING)):
         raise ValueError(f"auto chooses among fixed policies, and {short(made.spec)} chooses itself: name its choices")
-    if (before := split(made)[0]) is not None:
+    before, rest = split(made)
+    if before is not None:
+        instead = "one that takes few tokens of every crop, e.g. m3:tokens=36 or divprune:keep=0.1"
         raise ValueError(
-            f"{short(before.spec)} acts before the vision tower, which runs once for all choices: put it in front of "
-            "the processor (vtr.processor), and choose among policies behind the tower"
+            f"{short(before.spec)} makes another picture before the processor, of other crops and another prompt, so "
+            "a try under it would be of no use to the next. As a choice name "
+            f"{instead if rest is None else repr(short(rest.spec))} instead; or have {short(before.spec)} for all "
+            f"choices: encode with vtr.processor(processor, {short(before.spec)!r})"
         )
     return made
 

@@ -95,12 +95,16 @@ class Began:
         ids: int64 [rows, t], the likeliest tokens. sure: float32 [rows, t], the probability of each.
         there: bool [rows, t], False behind a row's end-of-sequence token.
         states: float [rows, hidden_size], the text model's last hidden state, which the first token was read from.
+        stayed: float32 [rows], in [0, 1]: of the attention that the prompt's last token pays to vision tokens (mean
+            over heads, in the layer before a cut), the share on those that stay; the product over all cuts inside the
+            decoder. None unless the policy ``gauges``.
     """
 
     ids: torch.Tensor
     sure: torch.Tensor
     there: torch.Tensor
     states: torch.Tensor
+    stayed: torch.Tensor | None = None
 
 
 class Tries(Protocol):
@@ -217,6 +221,11 @@ class Policy(Settings):
     def hears(self) -> int:
         """How many tokens of its answer :meth:`accept` is to see of each option."""
         return 1
+
+    @property
+    def gauges(self) -> bool:
+        """Whether :meth:`accept` is to see how much attention each option's cuts have left (``Began.stayed``)."""
+        return False
 
     def asks(self, question: str) -> bool:
         """Whether this policy answers one of :data:`QUESTIONS`."""

@@ -378,7 +378,7 @@ def main(
     print(markdown({"models": found}))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "auto.json").write_text(json.dumps(told, indent=1) + "\n")
+        (out / "auto.json").write_text(json.dumps(told) + "\n")
         (out / "auto.md").write_text(markdown(told))
         plot(told).savefig(out / "auto.png", dpi=60)
 

@@ -205,7 +205,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         about = {"hardware": results.hardware(model.device), "versions": results.versions(), "seed": seed}
         told = {"command": results.command(), **found, **about}
-        (out / "autoscale.json").write_text(json.dumps(told, indent=1) + "\n")
+        (out / "autoscale.json").write_text(json.dumps(told) + "\n")
         (out / "autoscale.md").write_text(markdown(found))
         plot(found).savefig(out / "autoscale.png", dpi=130)
 

@@ -30,7 +30,7 @@ def run(*args: str) -> tuple[int, str]:
         (["--limit", "320"], "give 29 more"),
         (["--limit", "400", "--data", "pocket:split=val"], "give 299 more"),
         (["--loss", "0"], "both lie between 0 and 1"),
-        (["--signal", "mood"], "choose auto, confidence or probe"),
+        (["--signal", "mood"], "choose auto, confidence, attention or probe"),
         (["--cost", "money"], "choose time or flops"),
         (["--data", "pocket:per_scene=9"], "1 to 8 to a picture"),
     ],

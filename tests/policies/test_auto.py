@@ -20,7 +20,7 @@ CHOICES = ["m3:tokens=1", "m3:tokens=4", "none"]
 def began(sure: list[list[float]], ids: list[list[int]], there: list[list[bool]] | None = None) -> Began:
     rows = torch.tensor(sure)
     flags = torch.ones_like(rows, dtype=torch.bool) if there is None else torch.tensor(there)
-    return Began(torch.tensor(ids), rows, flags, torch.zeros(len(sure), 4))
+    return Began(torch.tensor(ids), rows, flags, torch.zeros(len(sure), 4), torch.tensor([0.9, 0.4][: len(sure)]))
 
 
 ONE = began([[0.9, 0.5], [0.8, 0.1]], [[3, 4], [5, 0]], [[True, True], [True, False]])
@@ -48,6 +48,18 @@ def test_what_is_accepted() -> None:
     agrees = vtr.AutoPolicy(CHOICES, 0.1, signal="agreement", tokens=2)
     assert not agrees.accept(0, [ONE]).any()
     assert agrees.accept(1, [ONE, TWO]).tolist() == [False, True]
+
+
+def test_attention_is_judged_as_it_is_or_calibrated() -> None:
+    choices = ["fastv:keep=0.1,layer=1", "fastv:keep=0.5,layer=1", "none"]
+    made = vtr.AutoPolicy(choices, [0.5, 0.3], "attention")
+    assert made.gauges and not vtr.AutoPolicy(choices).gauges
+    assert made.accept(0, [ONE]).tolist() == [True, False] and made.accept(1, [ONE, TWO]).all()
+    lines = vtr.AutoPolicy(choices, 0.5, "attention", calibration=[[-1.0, 0.0], [0.0, 1.0]])
+    assert lines.accept(0, [ONE]).tolist() == [False, True] and lines.accept(1, [ONE, TWO]).all()
+    assert vtr.policy(lines.spec) == lines
+    with pytest.raises(ValueError, match="not gauged"):
+        made.accept(0, [Began(ONE.ids, ONE.sure, ONE.there, ONE.states)])
 
 
 def probe(width: int = 4, bias: float = 0.0) -> dict[str, torch.Tensor]:
@@ -109,11 +121,13 @@ def test_tensors_that_are_no_probe(tensors: dict[str, torch.Tensor], what: str) 
         ({"choices": []}, "vtr tune auto"),
         ({"choices": "m3:9"}, "a list"),
         ({"choices": ["autoscale", "none"]}, "chooses itself"),
-        ({"choices": ["fewer_crops", "none"]}, "vtr.processor"),
+        ({"choices": ["fewer_crops", "none"]}, r"takes few tokens .*vtr\.processor\(processor, 'fewer_crops"),
+        ({"choices": ["downsample:0.5+m3:tokens=9", "none"]}, r"'m3:tokens=9' instead; or .*'downsample:scale=0\.5"),
         ({"choices": [3]}, "spec strings"),
         ({"choices": CHOICES, "thresholds": [0.5]}, "1 thresholds for 2"),
         ({"choices": CHOICES, "thresholds": 1.5}, "from 0 to 1"),
         ({"choices": CHOICES, "signal": "mood"}, "confidence"),
+        ({"choices": CHOICES, "signal": "attention"}, "drops or pools tokens before the decoder"),
         ({"choices": CHOICES, "tokens": 0}, "tokens"),
         ({"choices": CHOICES, "calibration": [[1.0, 0.0]]}, "every choice but the last"),
         ({"choices": CHOICES, "promise": 3}, "mapping"),

@@ -106,9 +106,41 @@ def test_the_tuned_policy_does_what_was_measured() -> None:
     assert again == made
 
 
-@pytest.mark.parametrize("signal", ["confidence", "probe"])
+def gauged(n: int, seed: int = 0) -> Asked:
+    """As :func:`drawn`, under choices that drop tokens inside the decoder; their attention says what was right."""
+    asked, rng = drawn(n, seed), np.random.default_rng(seed)
+    asked.choices = ["fastv:keep=0.1,layer=1", "fastv:keep=0.5,layer=1", "none"]
+    right = asked.score[:, :2] >= asked.score[:, 2:]
+    asked.stayed = np.clip(0.2 + 0.6 * right + rng.normal(0, 0.1, right.shape), 0.01, 0.99).astype(np.float32)
+    return asked
+
+
+def test_the_signal_that_says_more_is_taken(tmp_path: Path) -> None:
+    asked = gauged(1500)
+    made = auto.tune(asked, COSTS, loss=0.05, confidence=0.9, binary=True)
+    assert made.signal == "attention" and made.promise is not None
+    losses = made.promise["signals"]
+    assert set(losses) == {"confidence", "attention", "probe"} and losses["attention"] == min(losses.values())
+    asked.save(tmp_path / "answers.npz")
+    again = Asked.load(tmp_path / "answers.npz")
+    assert again.stayed is not None and np.array_equal(again.stayed, asked.stayed)
+    assert auto.tune(again, COSTS, loss=0.05, confidence=0.9, binary=True) == made
+    asked.stayed = np.random.default_rng(1).random(asked.stayed.shape, np.float32)  # that says nothing
+    assert auto.tune(asked, COSTS, loss=0.05, confidence=0.9, binary=True).signal != "attention"
+
+
+def test_attention_where_some_choice_has_none(tmp_path: Path) -> None:
+    asked = drawn(1500)
+    asked.save(tmp_path / "answers.npz")
+    assert Asked.load(tmp_path / "answers.npz").stayed is None
+    with pytest.raises(ValueError, match="says nothing of some of these choices"):
+        auto.tune(asked, COSTS, signal="attention")
+    assert "attention" not in auto.fit_estimate(asked).compared
+
+
+@pytest.mark.parametrize("signal", ["confidence", "probe", "attention"])
 def test_estimates_are_those_of_the_policy(signal: str) -> None:
-    asked = drawn(600)
+    asked = gauged(600)
     fitted = auto.fit_estimate(asked, signal=signal)
     assert fitted.signal == signal and fitted.held_out.shape == (600, 2)
     mine, good = fitted.of(asked), auto.suffices(asked)
@@ -195,3 +227,39 @@ def test_asked_once_is_what_each_choice_says(tmp_path: Path) -> None:
         model.generate(**one, policy="m3:tokens=1", do_sample=False, max_new_tokens=1)
     assert costs.taken[0] == costs.tried[0] == vtr.report(model).flops
     assert auto.default_choices(model, processor, samples[0]) == names
+    assert asked.stayed is None  # pooled tokens have had no attention
+
+
+def test_asked_once_is_how_much_attention_stays() -> None:
+    """A rule on the record does what the policy does by it."""
+    model, processor = vtr.pocket.load("internvl")
+    vtr.patch(model)
+    samples = usable(open_data("pocket:split=val,per_scene=1", limit=4), "pocket")
+    names = ["fastv:keep=0.05,layer=1", "none"]
+    choices = [(name, None if name == "none" else vtr.policy(name)) for name in names]
+    asked = ask(model, processor, samples, choices, lambda r, s: float(r == s.answer), max_new_tokens=1, batch_size=4)
+    assert asked.stayed is not None and asked.stayed.shape == (4, 1) and len(set(asked.stayed[:, 0])) == 4
+    made = vtr.AutoPolicy(names, float(np.median(asked.stayed)), signal="attention")
+    from vtr.chat import encode
+
+    inputs = encode(processor, [one.asked for one in samples], [one.picture() for one in samples])
+    with torch.inference_mode():
+        model.generate(**inputs, policy=made, do_sample=False, max_new_tokens=1)
+    taken = [row.policy is not None for row in vtr.report(model).rows]
+    assert taken == made.accept(0, asked.began(0)).tolist() and sum(taken) == 2
+
+
+def test_what_signals_say() -> None:
+    from vtr.eval.studies.signals import markdown, said
+
+    asked = gauged(800)
+    found = {(one.choice, one.signal): one for one in said(asked, draws=100)}
+    assert len(found) == 6
+    for choice in asked.choices[:2]:
+        good = auto.suffices(asked)[:, asked.choices.index(choice)]
+        raw = asked.stayed[:, asked.choices.index(choice)]  # type: ignore[index]
+        higher = (raw[good][:, None] > raw[~good][None]).mean()
+        best = found[choice, "attention"]
+        assert best.auc == pytest.approx(higher, abs=1e-3) and best.low < best.auc <= best.high
+        assert best.loss < found[choice, "confidence"].loss < best.base
+    assert markdown(iter(found.values())).count("\n") == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,10 @@ def auto_command(
     choices: Annotated[
         str, typer.Option(help="specs joined by `;`", show_default="m3 at every scale of the grid; none")
     ] = "",
-    signal: Annotated[str, typer.Option(help="confidence, probe (of the hidden state); auto: the better one")] = "auto",
+    signal: Annotated[
+        str,
+        typer.Option(help="confidence, attention (on what is dropped), probe (of the hidden state); auto: the best"),
+    ] = "auto",
     tokens: Annotated[int, typer.Option(min=1, help="of the answer that are heard before it is judged")] = 1,
     cost: Annotated[str, typer.Option(help="what is to be saved: time, flops")] = "time",
     answers: Annotated[
@@ -108,8 +112,9 @@ def _tuned(
     answers: Path | None,
 ) -> tuple[Any, list[str]]:  # fmt: skip
     """The policy, and what to say of it."""
-    from vtr import patch
+    from vtr import AutoPolicy, patch
     from vtr.data.sources import open_data, settings_of, usable
+    from vtr.engine.install import patch_of
     from vtr.eval.accuracy.metrics import metric
     from vtr.models import check_name, find_device, load
     from vtr.pocket import data_of
@@ -117,8 +122,8 @@ def _tuned(
     from vtr.training.asked import Asked as Answers
     from vtr.training.asked import ask
 
-    if signal not in ("auto", "confidence", "probe"):
-        raise ValueError(f"signal={signal!r}: choose auto, confidence or probe")
+    if signal not in ("auto", "confidence", "attention", "probe"):
+        raise ValueError(f"signal={signal!r}: choose auto, confidence, attention or probe")
     if cost not in ("time", "flops"):
         raise ValueError(f"cost={cost!r}: choose time or flops")
     check_name(given.model)
@@ -133,6 +138,8 @@ def _tuned(
     model, processor = load(given.model, given.device, given.dtype)
     patch(model)
     named = _choices(choices, model, processor, samples[0])
+    if signal == "attention":
+        AutoPolicy([one for _, one in named], signal=signal).check(patch_of(model).decoder.depth)
     costs = auto.measure(
         model, processor, samples[:TIMED], named, unit=cost, tokens=tokens, max_new_tokens=given.max_new_tokens
     )
@@ -185,8 +192,10 @@ def _told(made: Any, found: Any, costs: Any) -> list[str]:
     ):
         lines.append(f"{name:<24} {score:>7.1%} {tokens:>7.0f} {cost / costs.taken[-1]:>18.0%}")
     thresholds = ", ".join(f"{one:.4f}" for one in made.thresholds)
+    losses = ", ".join(f"{name} {one:.4f}" for name, one in sorted(made.promise["signals"].items(), key=itemgetter(1)))
     return [
         *lines,
         f"taken: {', '.join(made.names)}; thresholds {thresholds} of its {made.signal}",
+        f"log loss of each signal on questions it has not seen: {losses}",
         f"promised: {words(made.promise)}",
     ]

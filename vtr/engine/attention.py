@@ -48,6 +48,8 @@ class Probe:
     asked: Queries | Asked | AskedNorms
     row: int | None = None
     """The only row asked for, where rows have cached tokens; its scores are then of its own tokens [n]."""
+    later: bool = False
+    """Worked out only if somebody asks: what goes into the sink is then a function that does it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +74,8 @@ class Plan:
     layers: Any = None
     """The cache's layers, or None without cache."""
     probes: tuple[Probe, ...] = ()
-    sink: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Where scores go: which probe → float32 [t], or [row's tokens] of a probe for one row."""
+    sink: dict[int, Any] = field(default_factory=dict)
+    """Where scores go: which probe → float32 [t], or [row's tokens] of a probe for one row; see ``Probe.later``."""
     clock: Clock | None = None
     scale: torch.Tensor | None = None
     """[1, t, 1] weights of the MLP output, or None."""
@@ -282,25 +284,34 @@ def _rank(
         if number in plan.sink:
             continue
         with nullcontext() if plan.clock is None else plan.clock:
-            asked, keys, own = probe.asked, key[0], plan.own
-            at = None if window is None else plan.positions
-            if isinstance(asked, AskedNorms):
-                norms = asked.found(keys, query.shape[1], module)
+            if isinstance(probe.asked, AskedNorms):
+                norms = probe.asked.found(key[0], query.shape[1], module)
                 plan.sink[number] = norms if probe.row is None else norms.split(plan.lengths)[probe.row]
                 continue
-            picked = query[0].index_select(1, asked.places.flatten())
-            if probe.row is not None:
-                row, past = probe.row, plan.past[probe.row]
-                start = sum(plan.lengths[:row])
-                here = slice(start, start + plan.lengths[row])
-                keys, at, asked = keys[:, here], None if at is None else at[here], asked.alone(past)
-                if past:
-                    cache = plan.layers[module.layer_idx]
-                    keys = torch.cat([_cached(module, cache, row, past)[0][0], keys], 1)
-                    at = None if at is None else torch.cat([cache.positions(row, past), at])
-                own = None if own is None else own.within(here, past)
-            found = asked.found(picked, keys, scaling, at, window, own)
-            plan.sink[number] = found if probe.row is None else found[..., -plan.lengths[probe.row] :]
+            picked = query[0].index_select(1, probe.asked.places.flatten())
+            found = partial(_paid, plan, module, probe, probe.asked, picked, key[0], window, scaling)
+            plan.sink[number] = found if probe.later else found()
+
+
+@torch.no_grad()
+def _paid(
+    plan: Plan, module: Any, probe: Probe, asked: Queries | Asked, query: torch.Tensor, keys: torch.Tensor,
+    window: int | None, scaling: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """What a probe's queries [heads, q, d] pay to the packed tokens, whose keys are [kv_heads, t, d]."""
+    at, own = None if window is None else plan.positions, plan.own
+    if probe.row is None:
+        return asked.found(query, keys, scaling, at, window, own)
+    row, past = probe.row, plan.past[probe.row]
+    start = sum(plan.lengths[:row])
+    here = slice(start, start + plan.lengths[row])
+    keys, at, asked = keys[:, here], None if at is None else at[here], asked.alone(past)
+    if past:
+        cache = plan.layers[module.layer_idx]
+        keys = torch.cat([_cached(module, cache, row, past)[0][0], keys], 1)
+        at = None if at is None else torch.cat([cache.positions(row, past), at])
+    own = None if own is None else own.within(here, past)
+    return asked.found(query, keys, scaling, at, window, own)[..., -plan.lengths[row] :]
 
 
 def _cached(module: Any, cache: RaggedLayer, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from vtr.base import Began, Policy, UnsupportedError
 from vtr.engine.ahead import Ahead, Drafted
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.compat import NAMES, cache_in, put_cache
+from vtr.engine.gauging import stayed
 from vtr.engine.joining import joined
 from vtr.engine.once import from_host
 from vtr.engine.prefix import begun, behind, columns_of
@@ -64,11 +65,12 @@ class Attempt:
     ended: torch.Tensor | None = None
     following: list[torch.Tensor] = field(default_factory=list)
 
-    def began(self, at: Sequence[int], tokens: int) -> Began:
-        """What some of its rows, by their place in it, begin to say: so many tokens at most."""
+    def began(self, at: Sequence[int], policy: Policy) -> Began:
+        """What some of its rows, by their place in it, begin to say, as their chooser hears it."""
         assert self.said is not None and self.sure is not None and self.there is not None
-        states = self.out.last_hidden_state[:, -1]
-        found = [self.said[:, :tokens], self.sure[:, :tokens], self.there[:, :tokens], states]
+        states, heard = self.out.last_hidden_state[:, -1], slice(policy.hears)
+        found = [self.said[:, heard], self.sure[:, heard], self.there[:, heard], states]
+        found += [stayed(self.trace.rows, states.device)] if policy.gauges else []
         if len(at) != len(self.rows):
             index = from_host(list(at), states.device)
             found = [t.index_select(0, index) for t in found]
@@ -100,11 +102,9 @@ class Choosing:
     def run(self) -> Any:
         """The text model's output; the cache of the call is filled with the rows of what each has accepted."""
         captures, open_, step = self.request.captures, list(range(len(self.options))), 0
-        taken: list[tuple[Attempt, list[int]]] = []
-        attempts: list[Attempt] = []
+        taken, attempts = list[tuple[Attempt, list[int]]](), list[Attempt]()
         while open_:
-            attempt = self._try(open_, [self.options[row][step] for row in open_])
-            attempts.append(attempt)
+            attempts.append(attempt := self._try(open_, step))
             doubtful = self._doubtful(attempt, step)
             mine = [i for i, row in enumerate(open_) if row not in doubtful]
             if mine:
@@ -116,13 +116,15 @@ class Choosing:
         return self._together(taken, attempts)
 
     # -- one try -----------------------------------------------------------------------------------------------------
-    def _try(self, rows: list[int], policies: list[Policy | None]) -> Attempt:
+    def _try(self, rows: list[int], step: int) -> Attempt:
         from transformers import DynamicCache
 
-        trace = Trace(self.patch.decoder.geometry)
+        trace, policies = Trace(self.patch.decoder.geometry), [self.options[row][step] for row in rows]
+        judged = [self.request.policies[row] if step < len(self.options[row]) - 1 else None for row in rows]
         request = replace(
             self.request, policies=policies, prompt=self.request.prompt.of(rows),
             answer_starts=[self.request.answer_starts[row] for row in rows], attempt=trace,
+            gauged=[one is not None and one.gauges for one in judged],
         )  # fmt: skip
         kwargs = dict(self.kwargs) if len(rows) == len(self.options) else self._part(rows)
         cache, read = DynamicCache(), self.before
@@ -177,7 +179,7 @@ class Choosing:
                 rows = [attempt.rows[i] for i in mine]
                 for i, row in zip(mine, rows, strict=True):
                     self.history[row].append((attempt, i))
-                accepted = policy.accept(step, self._began(rows, policy.hears))
+                accepted = policy.accept(step, self._began(rows, policy))
                 check_accepted(policy, accepted, len(rows))
                 said.append(accepted.to(self.embeds.device))
             known = torch.cat(said).tolist()
@@ -185,13 +187,13 @@ class Choosing:
         doubtful = {row for row, sure in zip(rows, known, strict=True) if not sure}
         return self._beams_alike(doubtful)
 
-    def _began(self, rows: list[int], tokens: int) -> list[Began]:
+    def _began(self, rows: list[int], policy: Policy) -> list[Began]:
         """What rows that have tried the same options begin to say under each."""
         out = []
         for tried in zip(*(self.history[row] for row in rows), strict=True):
             attempts = {id(attempt) for attempt, _ in tried}
             assert len(attempts) == 1  # rows are open together from the first option on
-            out.append(tried[0][0].began([i for _, i in tried], tokens))
+            out.append(tried[0][0].began([i for _, i in tried], policy))
         return out
 
     def _beams_alike(self, doubtful: set[int]) -> set[int]:

@@ -14,6 +14,7 @@ from vtr.engine.asked import Asked, AskedNorms, as_attention
 from vtr.engine.attention import Probe
 from vtr.engine.cache import RaggedLayer
 from vtr.engine.decoder import Decoder
+from vtr.engine.gauging import Gauge
 from vtr.engine.once import from_host
 from vtr.engine.packed import Packed, on_device, sums
 from vtr.engine.positions import Positions
@@ -34,7 +35,8 @@ class Probes:
         ranked: the rows that asked for it by one of the short forms.
         full: row → what it got for its other requests, in their order: [(heads,) (rows,) its vision tokens], and of its
             text where it asked for norms. in_tuples: the rows that asked by a tuple.
-        taken: what the attention function puts there: which probe → float32, what it found.
+        taken: what the attention function puts there: which probe → float32, what it found; or what finds it.
+        gauge: by how much attention goes, where cuts are gauged.
         masks: the model's own masks of this forward, or None. call: what the layer about to run is called with.
     """
 
@@ -49,7 +51,9 @@ class Probes:
         self.full: dict[int, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self.in_tuples: set[int] = set()
         self._split: Sequence[torch.Tensor] | None = None
-        self.taken: dict[int, torch.Tensor] = {}
+        self.taken: dict[int, Any] = {}
+        self.gauge = Gauge(self)
+        self._flops: list[int] = []
         self.masks: OwnMasks | None = None
         self.call: dict[str, Any] = {}
         self._pruned = any(row.asks("prune") for row in rows)
@@ -60,7 +64,7 @@ class Probes:
         self._queries: dict[tuple[bool, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor | None, bool]] = {}
 
     def to(self, device: torch.device) -> None:
-        self.taken = {probe: found.to(device) for probe, found in self.taken.items()}
+        self.taken = {n: self.now(n, found).to(device) for n, found in self.taken.items()}
         self._through = None if self._through is None else self._through.to(device)
         self._queries = {}
 
@@ -113,16 +117,17 @@ class Probes:
                 probes += [Probe(self._asked_of(kind, [i]), i) for i in rows]
             else:
                 probes.append(Probe(self._asked_of(kind, rows)))
+        probes += self.gauge.asked(past, asked.get("last", []))
         sizes = self.decoder.geometry.attention(index)
-        for probe in probes:
-            before = 0 if probe.row is None else past[probe.row]
-            self.trace.selector_flops += probe.asked.flops(sizes.heads, sizes.key, before)
+        befores = [0 if probe.row is None else past[probe.row] for probe in probes]
+        self._flops = [p.asked.flops(sizes.heads, sizes.key, n) for p, n in zip(probes, befores, strict=True)]
+        self.trace.selector_flops += sum(n for p, n in zip(probes, self._flops, strict=True) if not p.later)
         self._probes = tuple(probes)
         return self._probes
 
     def _asked_of(self, kind: Any, rows: list[int]) -> Queries | Asked | AskedNorms:
         if isinstance(kind, str):
-            return self._asked(kind, rows)
+            return self.asked(kind, rows)
         number, reduction = kind
         if isinstance(reduction, KeyNorms):
             each = on_device([torch.tensor(self._lengths)], self.packed.vision.device)[0]
@@ -195,7 +200,7 @@ class Probes:
             )
         return numbers + first
 
-    def _asked(self, kind: str, rows: list[int]) -> Queries:
+    def asked(self, kind: str, rows: list[int]) -> Queries:
         """The queries of some rows, where they stand among the tokens that pass the layer."""
         last = kind.startswith("last")
         index, weight, behind = self._text_queries(last, tuple(rows))
@@ -251,7 +256,7 @@ class Probes:
     ) -> Probes:  # fmt: skip
         """Of rows that go on from these (``old``), without a cache. index: int64, see :meth:`Packed.fork`."""
         made = Probes(rows, packed, positions, None, self.decoder, trace)
-        self.take_scores(index.device)
+        self.take_scores()
         if self.scores is not None:
             made.scores = self.scores.index_select(0, index)
             made.ranked = {new for new, row in enumerate(old) if row in self.ranked}
@@ -264,26 +269,44 @@ class Probes:
         self._queries, self._split = {}, None
         self.scores = None if self.scores is None else self.scores.index_select(0, kept)
 
-    def take_scores(self, device: torch.device) -> None:
+    def take_scores(self) -> None:
         """Make what the layer before found into scores of the packed tokens."""
+        self.gauge.take({n: t for n, t in self.taken.items() if self._probes[n].later})
+        self.taken = {n: t for n, t in self.taken.items() if not self._probes[n].later}
         if not self.taken:
             return
-        found: torch.Tensor | None = None
         short = {n: t for n, t in self.taken.items() if isinstance(self._probes[n].asked, Queries)}
+        self.scores, self._split = self.of_all(short), None
+        self.ranked = {row for n in short for row in self._probes[n].asked.rows}
+        for n, part in self.taken.items():
+            if n not in short:
+                self._take_full(self._probes[n], part)
+        self.taken = {}
+
+    def of_all(self, short: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """float32 [T] of what some probes found, each in rows of its own; None of none."""
+        found: torch.Tensor | None = None
         if any(self._probes[n].row is not None for n in short):
-            zero = torch.zeros(max(self.packed.lengths), device=device)
+            zero = torch.zeros(max(self.packed.lengths), device=self.packed.vision.device)
             alone = {self._probes[n].row: t for n, t in short.items()}
             found = torch.cat([alone.get(i, zero[:n]) for i, n in enumerate(self.packed.lengths)])
         for n, part in short.items():
             if self._probes[n].row is None:
                 part = self._among_all(part)
                 found = part if found is None else found + part
-        self.scores, self._split = found, None
-        self.ranked = {row for n in short for row in self._probes[n].asked.rows}
-        for n, part in self.taken.items():
-            if n not in short:
-                self._take_full(self._probes[n], part)
-        self.taken = {}
+        return found
+
+    def of(self, n: int) -> Probe:
+        """The ``n``-th of what the layer that has just run was to note."""
+        return self._probes[n]
+
+    def now(self, n: int, found: Any) -> torch.Tensor:
+        """What probe ``n`` found, worked out if it has not been."""
+        if callable(found):
+            self.trace.selector_flops += self._flops[n]
+            found = found()
+        made: torch.Tensor = found
+        return made
 
     def _among_all(self, part: torch.Tensor) -> torch.Tensor:
         """[tokens that passed] → [T], 0 for those that went around."""

@@ -81,13 +81,15 @@ class Questions:
             return None, None
         answers = self._ask("prune", index, hidden, self.pruned, layer)
         kept = self._kept("prune", answers, hidden.shape[-1])
-        self.probes.done()
         counts = self.packed.counts
         cut = [i for i, k in enumerate(kept) if k is not None]
         if not cut:
+            self.probes.done()
             return None, None
         merges = merges_of(answers)
         chosen, left = ranking.keep(kept, counts, hidden.device)
+        self.probes.gauge.cut(index, cut, chosen, left, traces)
+        self.probes.done()
         for i in cut:
             if self.rows[i].policy.renumbers:  # type: ignore[union-attr]
                 self.positions.lose(i, counts[i] - left[i] - (len(merges[i].states) if i in merges else 0))

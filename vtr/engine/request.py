@@ -27,6 +27,7 @@ class Request:
         generation: the running ``generate`` this forward is part of, or None.
         captures: what policies want of the vision tower, or None.
         offset: where this forward's slots start in the row the caller passed (a continuation runs the rest only).
+        gauged: per row, whether its cuts are gauged by the attention that goes (``vtr/engine/gauging.py``); None: none.
         attempt: the trace of a try of some rows (``vtr/engine/choosing.py``); None for a call's own forward.
     """
 
@@ -37,6 +38,7 @@ class Request:
     captures: Captures | None = None
     offset: int = 0
     attempt: Trace | None = None
+    gauged: Sequence[bool] | None = None
 
 
 KNOWN = (
@@ -76,7 +78,8 @@ def rows_of(request: Request | None, batch: int, length: int, valid: torch.Tenso
         prompt, policy, start = request.prompt, request.policies[b], request.answer_starts[b]
         is_vision, layouts, places = prompt.is_vision[b][slots], prompt.layouts[b], prompt.places[b]
         ids = None if prompt.ids is None else prompt.ids[b].index_select(0, slots[slots < prompt.ids.shape[1]])
-        rows.append(Row(RowInput(b, policy, slots, is_vision, layouts, places, start, ids)))
+        gauged = request.gauged is not None and request.gauged[b]
+        rows.append(Row(RowInput(b, policy, slots, is_vision, layouts, places, start, ids), gauged))
     return rows
 
 
@@ -115,7 +118,7 @@ def check_rows(rows: Sequence[Row], cached: bool, depth: int, rotary: Rotary | N
                 f"{p.spec!r} forgets words, and a forward over question and answer would cache them all: "
                 "pass none (it is run without, and returns none)"
             )
-        ranks = row.vision.count and (p.question_guided or any(map(p.needs, range(depth))))
+        ranks = row.vision.count and (row.gauged or p.question_guided or any(map(p.needs, range(depth))))
         if ranks and not row.text.rankable:
             raise ValueError(
                 f"row {row.index} has no text after its last image, so nothing can rank that image's tokens for "

@@ -121,9 +121,11 @@ class Row:
         slots: int64 [n] on the CPU: logical slots of the tokens that entered the text model.
         length: tokens still there, text and vision.
         memo: what the policy keeps for itself while the forward runs.
+        gauged: whether its cuts are gauged (``vtr/engine/gauging.py``).
     """
 
-    def __init__(self, given: RowInput) -> None:
+    def __init__(self, given: RowInput, gauged: bool = False) -> None:
+        self.gauged = gauged
         self.given, self.index, self.policy = given, given.index, given.policy
         self.slots, self.length = given.slots, len(given.slots)
         self.vision = VisionTokens.from_input(given)

@@ -251,7 +251,7 @@ class Session:
     def _cut(self, index: int, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drop what does not enter the layer. Returns [1, T, D] and which keys are masked (bool [T]; None: none)."""
         masked_keys = None
-        self.questions.probes.take_scores(hidden.device)
+        self.questions.probes.take_scores()
         if self.forgetting is not None:
             with self.log.clock:
                 remembered = self.forgetting.drop(index, self.packed, hidden)

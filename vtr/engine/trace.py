@@ -198,6 +198,8 @@ class RowTrace:
     """Per layer, how many vision tokens were queries, and keys, of its attention."""
     tries: list[tuple[str | None, int]] = field(default_factory=list)
     """Of each option that was tried in the same forward and not taken: its spec, and the vision tokens that entered."""
+    stayed: torch.Tensor | None = None
+    """float32 []: where cuts are gauged, the share of the attention on vision tokens that stayed; None: nothing cut."""
 
 
 @dataclass(eq=False)

@@ -17,10 +17,14 @@ import torch
 from tqdm import tqdm
 
 from vtr.accounting import report as last_report
+from vtr.auto_policy import why_not_gauged
 from vtr.base import Began, Policy
 from vtr.chat import decode, encode
 from vtr.data.records import Sample
+from vtr.engine.install import patch_of
 
+TRIED = ("ids", "sure", "there", "states", "stayed")
+"""What is kept of every choice but the last."""
 Score = Callable[[str, Sample], float]
 """How right a reply is, 0 … 1."""
 
@@ -35,6 +39,7 @@ class Asked:
         ids, sure, there: [n, c - 1, t], what each choice but the last said, see :class:`vtr.base.Began`.
         states: float16 [n, c - 1, hidden_size]. group: which picture. kind: what sort of question.
         said: [n, c], the answers.
+        stayed: float32 [n, c - 1], see :class:`vtr.base.Began`; None unless it says something of every choice.
     """
 
     choices: list[str]
@@ -47,19 +52,20 @@ class Asked:
     group: np.ndarray
     kind: np.ndarray
     said: np.ndarray
+    stayed: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.score)
 
     def part(self, rows: Any) -> Asked:
         """Some of the questions: a slice, or indices."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "choices"})
+        return replace(self, **{name: a[rows] for name, a in self._arrays().items()})
 
     def of(self, steps: Sequence[int]) -> Asked:
         """Some of the choices, by their place; the last one among them."""
         chosen, tried = list(steps), list(steps)[:-1]
         some = {name: getattr(self, name)[:, chosen] for name in ("score", "tokens", "said")}
-        some |= {name: getattr(self, name)[:, tried] for name in ("ids", "sure", "there", "states")}
+        some |= {name: a[:, tried] for name, a in self._arrays().items() if name in TRIED}
         return replace(self, choices=[self.choices[step] for step in chosen], **some)
 
     def began(self, step: int) -> list[Began]:
@@ -67,27 +73,36 @@ class Asked:
         whole = [torch.from_numpy(a) for a in (self.ids, self.sure, self.there)]
         states = torch.from_numpy(self.states).float()
         ids, sure, there = whole
-        return [Began(ids[:, i], sure[:, i], there[:, i], states[:, i]) for i in range(step + 1)]
+        stayed = None if self.stayed is None else torch.from_numpy(self.stayed)
+        return [
+            Began(ids[:, i], sure[:, i], there[:, i], states[:, i], None if stayed is None else stayed[:, i])
+            for i in range(step + 1)
+        ]
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """All that is said of questions, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "choices"}
+        return {name: a for name, a in found.items() if a is not None}
 
     def save(self, path: Path) -> None:
         """Write it (``.npz``), so that nothing need be asked again."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        arrays = {"choices": np.asarray(self.choices), **self._arrays()}
         np.savez_compressed(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]
 
     @staticmethod
     def load(path: Path) -> Asked:
         """Read what :meth:`save` wrote."""
         with np.load(path, allow_pickle=False) as found:
-            made = {f.name: found[f.name] for f in fields(Asked)}
+            made = {f.name: found[f.name] for f in fields(Asked) if f.name != "stayed" or f.name in found}
         return Asked(**{**made, "choices": made["choices"].tolist()})
 
 
 class Everything(Policy):
     """Tries every choice, and keeps what each begins to say; the last one answers."""
 
-    def __init__(self, choices: Sequence[Policy | None], tokens: int) -> None:
-        self.choices, self.most, self.began = list(choices), tokens, list[Began]()
+    def __init__(self, choices: Sequence[Policy | None], tokens: int, gauges: bool) -> None:
+        self.choices, self.most, self.began, self.gauged = list(choices), tokens, list[Began](), gauges
 
     def options(self) -> Sequence[Policy | None]:
         return self.choices
@@ -95,6 +110,10 @@ class Everything(Policy):
     @property
     def hears(self) -> int:
         return self.most
+
+    @property
+    def gauges(self) -> bool:
+        return self.gauged
 
     def accept(self, step: int, began: Sequence[Began]) -> torch.Tensor:
         self.began = list(began)
@@ -141,7 +160,9 @@ def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 def _ask(
     model: Any, processor: Any, rows: list[Sample], policies: Sequence[Policy | None], score: Score, longest: int
 ) -> dict[str, Any]:
-    chooser = Everything(policies, longest)
+    depth = patch_of(model).decoder.depth
+    gauges = not any(why_not_gauged(one, depth) for one in policies[:-1])
+    chooser = Everything(policies, longest, gauges)
     inputs = encode(processor, [row.asked for row in rows], [row.picture() for row in rows]).to(model.device)
     out = model.generate(**inputs, policy=chooser, do_sample=False, max_new_tokens=longest)
     report = last_report(model)
@@ -154,7 +175,8 @@ def _ask(
         return torch.stack(padded, 1).numpy()
 
     said = list(zip(*texts, strict=True))
-    return {
+    found = {"stayed": torch.stack([one.stayed for one in chooser.began], 1).cpu().numpy()} if gauges else {}  # type: ignore[misc]
+    return found | {
         "score": np.array([[score(text, row) for text in line] for line, row in zip(said, rows, strict=True)]),
         "tokens": np.array([[n for _, n in row.tries] + [row.vision_tokens[0]] for row in report.rows]),
         "ids": stacked("ids", 0), "sure": stacked("sure", 1.0), "there": stacked("there", False),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtr.auto_policy import AutoPolicy, confidence, features, logit
+from vtr.auto_policy import AutoPolicy, attention, confidence, features, logit
 from vtr.data.records import Sample
 from vtr.learned import fingerprint
 from vtr.training.asked import Asked
@@ -92,8 +92,9 @@ class Estimate:
     """How an AutoPolicy estimates that a choice suffices, fitted.
 
     Attributes:
-        lines: of the confidence, (slope, intercept) of each choice but the last. probe: a probe's tensors, or None.
+        lines: of the signal, (slope, intercept) of each choice but the last. probe: a probe's tensors. Or None.
         held_out: float [n, c - 1], for the questions it was fitted on, each by a fit without its picture.
+        worth: their mean log likelihood. compared: signal → that, of every signal that was there to be taken.
     """
 
     signal: str
@@ -102,6 +103,7 @@ class Estimate:
     probe: dict[str, torch.Tensor] | None
     held_out: np.ndarray
     worth: float = field(default=0.0)
+    compared: dict[str, float] = field(default_factory=dict)
 
     def policy(self, asked: Asked, thresholds: Sequence[float], promise: dict[str, Any] | None = None) -> AutoPolicy:
         """The policy that estimates so."""
@@ -128,16 +130,27 @@ def suffices(asked: Asked) -> np.ndarray:
     return asked.score[:, :-1] >= asked.score[:, -1:]
 
 
-def fit_confidence(asked: Asked, tokens: int, folds: np.ndarray) -> Estimate:
-    """Platt's scaling of each choice's confidence. folds: int [n], which part each question is held out with."""
-    raw = np.stack([confidence(asked.began(s)[-1], tokens).numpy() for s in range(len(asked.choices) - 1)], 1)
+def raw_of(asked: Asked, signal: str, tokens: int) -> np.ndarray:
+    """float32 [n, c - 1]: a signal before it is calibrated."""
+    began = asked.began(len(asked.choices) - 2)
+    seen = [attention(one) if signal == "attention" else confidence(one, tokens) for one in began]
+    return torch.stack(seen, 1).numpy()
+
+
+def fit_lines(asked: Asked, signal: str, tokens: int, folds: np.ndarray) -> Estimate:
+    """Platt's scaling of each choice's confidence, or attention.
+
+    Args:
+        signal: "confidence" or "attention". folds: int [n], which part each question is held out with.
+    """
+    raw = raw_of(asked, signal, tokens)
     good, held = suffices(asked), np.zeros_like(raw)
     for fold in np.unique(folds):
         rest = folds != fold
         for s in range(raw.shape[1]):
             held[~rest, s] = _sigmoid(line_of(raw[rest, s], good[rest, s]), raw[~rest, s])
     lines = [line_of(raw[:, s], good[:, s]) for s in range(raw.shape[1])]
-    return Estimate("confidence", tokens, lines, None, held, _log_likelihood(held, good))
+    return Estimate(signal, tokens, lines, None, held, _log_likelihood(held, good))
 
 
 def line_of(raw: np.ndarray, good: np.ndarray) -> tuple[float, float]:
@@ -199,19 +212,36 @@ def _logistic(x: np.ndarray, good: np.ndarray, strength: float) -> tuple[np.ndar
 
 
 def fit_estimate(
-    asked: Asked, tokens: int = 1, seed: int = 0, signal: str | None = None, plain: Estimate | None = None
+    asked: Asked, tokens: int = 1, seed: int = 0, signal: str | None = None, plain: Sequence[Estimate] | None = None
 ) -> Estimate:
     """The estimate that says most of questions it has not seen.
 
     Args:
-        tokens: of the answer that are heard. signal: "confidence" or "probe" and no other; None: the better one.
-        plain: what :func:`fit_confidence` has found, where that is known.
+        tokens: of the answer that are heard. signal: "confidence", "attention" or "probe"; None: the best one.
+        plain: what :func:`fit_plain` has found, where that is known.
+
+    Raises:
+        ValueError: attention that says nothing of some choice.
     """
-    folds = folds_of(asked, seed)
-    found = [] if signal == "probe" else [plain or fit_confidence(asked, tokens, folds)]
+    found = [*(fit_plain(asked, tokens, seed, signal) if plain is None else plain)]
     if signal == "probe" or (signal is None and len(asked) >= PROBED):
+        folds = folds_of(asked, seed)
         found += [fit_probe(asked, tokens, folds, strength) for strength in STRENGTHS]
-    return max(found, key=lambda one: one.worth)
+    best = max(found, key=lambda one: one.worth)
+    for one in sorted(found, key=lambda one: one.worth):
+        best.compared[one.signal] = one.worth
+    return best
+
+
+def fit_plain(asked: Asked, tokens: int, seed: int, signal: str | None) -> list[Estimate]:
+    """The estimates without a probe that are to be compared; see :func:`fit_estimate`."""
+    if signal == "attention" and asked.stayed is None:
+        raise ValueError(
+            "signal='attention' says nothing of some of these choices: name some that drop tokens inside the decoder "
+            "(fastv, gsearch) and ask anew, or take another signal"
+        )
+    signals = [signal] if signal else ["confidence"] + ["attention"] * (asked.stayed is not None)
+    return [fit_lines(asked, one, tokens, folds_of(asked, seed)) for one in signals if one != "probe"]
 
 
 def folds_of(asked: Asked, seed: int) -> np.ndarray:
@@ -244,13 +274,13 @@ def lay_path(
     nothing. How far along a path the promise will be kept depends on how many ``pictures`` test it.
     """
     last = len(asked.choices) - 1
-    whole = None if signal == "probe" else fit_confidence(asked, tokens, folds_of(asked, seed))
+    whole = fit_plain(asked, tokens, seed, signal)
     found: list[tuple[float, Path]] = []
     for size in range(1, last + 1):
         for some in combinations(range(last), size):
             steps = [*some, last]
             mine, cost = asked.of(steps), costs.of(steps)
-            plain = None if whole is None else whole.at(mine, list(some))
+            plain = [one.at(mine, list(some)) for one in whole]
             estimate = fit_estimate(mine, tokens, seed, signal, plain)
             settings = [thresholds_at(bold, cost) for bold in BOLD]
             points = [outcome(mine, estimate.held_out, one, cost) for one in settings]
@@ -340,7 +370,7 @@ def tune(
         "seen_last": round(float(mine.score[:, -1].mean()), 6),
         "p_values": "binomial" if binary and single else "Hoeffding-Bentkus", "fitted_on": int((~tested).sum()),
         "cost": round(float(taken.cost.mean() / cost.taken[-1]), 6), "cost_unit": cost.unit, "seed": seed,
-        **(about or {}),
+        "signals": {name: round(-worth, 4) for name, worth in path.estimate.compared.items()}, **(about or {}),
     }  # fmt: skip
     return path.estimate.policy(mine, path.settings[at], promise)
 
