@@ -20,7 +20,7 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
 pretrained() {
   local part percent of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
   python -m vtr.pocket.pretrained build
-  for part in 50:240 25:1000 11:520; do # percent of the tokens, questions
+  for part in 50:160 25:1000 11:520; do # percent of the tokens, questions
     percent=${part%:*}
     vtr eval "${of[@]}" -p all --budget "0.$percent" --limit "${part#*:}" --out "$runs/pretrained-$percent"
     cp "$runs/pretrained-$percent/results.json" "eval/results/pretrained-$percent.json"
@@ -35,7 +35,7 @@ pretrained() {
     specs+=";gsearch:schedule=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["settings"]["schedule"])' \
       "$runs/$found/vtr_policy.json" | tr -d ' ')"
   done
-  vtr eval "${of[@]}" -p "$specs" --limit 200 --out "$runs/pretrained-searched"
+  vtr eval "${of[@]}" -p "$specs" --limit 1000 --out "$runs/pretrained-searched"
   cp "$runs/pretrained-searched/results.json" eval/results/pretrained-searched.json
 }
 accuracy() {
