@@ -24,7 +24,6 @@ from vtr.eval.peers.driver import Plan, Row, Side, budget_of, calls, compare, fa
 from vtr.eval.report import results
 
 import vtr
-from vtr.settings import policy_class
 
 
 def run(peers: Sequence[Peer], plan: Plan, environments: Path, ours: Side) -> list[Row]:
@@ -124,8 +123,7 @@ class Run:
 
     def selectors(self, checkout: Path) -> None:
         """64 of 576 tokens chosen, as often as a prompt is timed in the other parts."""
-        names = sorted(n for n in vtr.list_policies() if policy_class(n).__module__.startswith(selection.ROOMS))
-        names = [n for n in names if n not in selection.LEFT_OUT]
+        names = selection.names()
         before, rounds = torch.get_num_threads(), self.how["timed"] * self.how["rounds"]
         torch.set_num_threads(self.how["threads"])
         try:

@@ -24,6 +24,7 @@ from vtr.eval.cost import midsize
 
 import vtr
 from vtr.image import Image
+from vtr.settings import policy_class
 
 PACKAGE = "angelslim.compressor.token_compressor"
 SIDE, HEADS, DEPTH, OBJECT = 24, 16, 4, 1
@@ -39,8 +40,8 @@ THEIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Method → module, function and settings of theirs."""
 ROOMS = ("vtr.policies.picture.", "vtr.policies.question.")
-LEFT_OUT = ("globalcom2",)
-"""Not set by a count of tokens."""
+LEFT_OUT = ("dycoke", "evs", "globalcom2", "vidcom2")
+"""Not set by a count of an image's tokens."""
 EMBEDDINGS = dict.fromkeys(("cdpruner", "trim"), ",relevance=embeddings")
 """What those are told that could have a CLIP text tower: there is none here."""
 
@@ -84,6 +85,12 @@ def load(folder: Path, name: str) -> Any:
             made.__path__ = [str(folder.joinpath(*parts[:n]))]
             sys.modules[package] = made
     return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def names() -> list[str]:
+    """Ours before the decoder that are set by a count of an image's tokens."""
+    rooms = (name for name in vtr.list_policies() if policy_class(name).__module__.startswith(ROOMS))
+    return sorted(name for name in rooms if name not in LEFT_OUT)
 
 
 class Looking(vtr.Policy):

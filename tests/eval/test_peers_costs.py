@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from vtr.eval.peers import costs, meter, random_models, wrapped
+from vtr.eval.peers import costs, meter, random_models, selection, wrapped
 from vtr.eval.peers.cases import Case
 from vtr.eval.peers.channel import PeerError
 from vtr.eval.peers.random_models import LLAVA, QWEN, SMALL
@@ -119,3 +119,9 @@ def test_a_tower_that_is_not_called_gives_no_prefill() -> None:
     with torch.inference_mode():
         found = meter.generate(model, torch.nn.Identity(), random_models.batch(LLAVA, [0], SMALL), STEPS)
     assert found["prefill_ms"] is None and found["first_ms"] > 0
+
+
+def test_all_selectors_can_be_told_a_count() -> None:
+    names = selection.names()
+    made = [vtr.policy(f"{name}:64{selection.EMBEDDINGS.get(name, '')}") for name in names]
+    assert len(made) >= 17 and set(selection.THEIRS) <= set(names) and all(policy.asks("compress") for policy in made)
