@@ -26,15 +26,9 @@ def loadings(states: torch.Tensor, there: torch.Tensor, groups: int) -> torch.Te
     """
     values = states.sigmoid()
     values = (values - values.mean(2, keepdim=True)) * there[..., None]
-    table, n = products(values)[0], states.shape[1]
-    if table.is_cuda:
-        vectors: torch.Tensor = torch.linalg.eigh(table)[1]
-        return vectors.flip(2)[:, :, :groups].abs()
-    from scipy.linalg import eigh  # of a few components alone
-
-    first = (max(n - groups, 0), n - 1)
-    parts = [torch.from_numpy(eigh(one, subset_by_index=first, check_finite=False)[1]) for one in table.cpu().numpy()]
-    return torch.stack(parts).flip(2).abs()
+    table = products(values)[0]
+    vectors: torch.Tensor = torch.linalg.eigh(table if table.is_cuda else table.cpu())[1]  # (MPS has none)
+    return vectors.flip(2)[:, :, :groups].abs()
 
 
 def threshold(units: torch.Tensor, there: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
