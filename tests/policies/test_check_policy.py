@@ -535,3 +535,13 @@ def test_the_references_tell_a_wrong_choice_apart() -> None:
     assert (one - other).abs().max() > 1e-3
     slots = [slot for slot in everything if slot not in vision[9:]]
     torch.testing.assert_close(masked(vision[:9], True)[-1], shorter(slots)[-1], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_in_place_where_torch_does_not_count_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made in inference mode, a remembered layout among it, has no version."""
+    monkeypatch.setattr(settings, "_POLICIES", dict(settings._POLICIES))
+    monkeypatch.setattr(oracles, "ALL", {name: oracles.ALL[name] for name in ("answers", "in place")})
+    assert "in place" in check_policy(vtr.FastV(0.5, layer=1), families=("llava_next",)).passed
+    with pytest.raises(PolicyError, match=r"writes into tokens\.hidden"):
+        check_policy(vtr.register_policy("writes")(dataclass(WritesHidden))(), families=("llava_next",))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtr import settings
 from vtr.base import Policy
+from vtr.engine.checks import version
 from vtr.engine.compression import IMAGE_TENSORS
 from vtr.image import Pooled
 from vtr.testing import tiny
@@ -69,10 +70,10 @@ def in_place(bench: Bench) -> None:
         ask = getattr(policy, question)
 
         def asked(*args: Any) -> Any:
-            before = [(name, t, t.clone(), t._version) for name, t in shown(args[-1])]
+            before = [(name, t, t.clone(), version(t)) for name, t in shown(args[-1])]
             answer = ask(*args)
-            for name, t, was, version in before:
-                if t._version != version or not torch.equal(t.nan_to_num(), was.nan_to_num()):
+            for name, t, was, written in before:
+                if version(t) != written or not torch.equal(t.nan_to_num(), was.nan_to_num()):
                     found.append((question.removesuffix("_all"), name))
             return answer
 
