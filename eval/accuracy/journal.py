@@ -58,8 +58,7 @@ class Journal:
             if not isinstance(known, dict):
                 raise ValueError(f"{path} is not the settings of a run: give another folder")
             for key in sorted({*known, *wanted}):
-                more = key == "limit" and known.get(key) is not None and _reaches(wanted.get(key), known[key])
-                if known.get(key) != wanted.get(key) and not more:
+                if not _goes_on(key, known.get(key), wanted.get(key)):
                     raise ValueError(
                         f"cannot go on with {self.folder}: {key} was {known.get(key)!r} and is now "
                         f"{wanted.get(key)!r}; give what was given then, or another folder"
@@ -99,9 +98,10 @@ class Journal:
         return rows
 
 
-def _reaches(limit: int | None, before: int) -> bool:
-    """Whether a run up to ``limit`` samples (None: all) contains one up to ``before``."""
-    return limit is None or limit >= before
+def _goes_on(key: str, before: Any, now: Any) -> bool:
+    """Whether a run with this setting contains one with that before: it is the same, or a limit that is larger (None:
+    none)."""
+    return before == now or (key == "limit" and before is not None and (now is None or now > before))
 
 
 def _line(row: Mapping[str, Any]) -> str:

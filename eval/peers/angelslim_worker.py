@@ -65,9 +65,8 @@ class AngelSlim:
 
     @torch.inference_mode()
     def time(self, seeds: list[int], steps: int) -> dict[str, Any]:
-        tower = self.model.model.vision_tower if self.kind == random_models.LLAVA else self.model.model.visual
         inputs = random_models.batch(self.kind, seeds, random_models.MIDDLE)
-        return meter.generate(self.model, tower, inputs, steps)
+        return meter.generate(self.model, random_models.tower(self.model, self.kind), inputs, steps)
 
 
 if __name__ == "__main__":

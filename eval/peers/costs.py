@@ -13,11 +13,10 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from vtr.eval.cost.interleave import median_ratio
 from vtr.eval.cost.peak_memory import available, let_peak_fall, resident
 from vtr.eval.peers.cases import Case
 from vtr.eval.peers.channel import PeerError, Worker
-from vtr.eval.peers.driver import ratio
+from vtr.eval.peers.driver import neighbours, ratio
 
 PROMPTS, STEPS = 8, 16
 """Prompts of a batch, and words decoded behind each."""
@@ -97,8 +96,7 @@ def throughput(times: dict[str, dict[str, list[float]]], batches: Sequence[dict[
     pairs = (first, decode), (mine["first"], mine["decode"])
     whole = [[a + STEPS * b for a, b in zip(*pair, strict=True)] for pair in pairs]
     found = {"first": (first, mine["first"]), "decode": (decode, mine["decode"]), "all": (whole[0], whole[1])}
-    ratios = {name: median_ratio(a, b) for name, (a, b) in found.items()}
-    return {name: {"median": r.value, "low": r.low, "high": r.high} for name, r in ratios.items()}
+    return {name: neighbours(a, b) for name, (a, b) in found.items()}
 
 
 def same(found: dict[str, Any], alone: dict[int, list[int]]) -> float:

@@ -193,10 +193,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def neighbours(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """a ÷ b, of neighbouring calls: the median with the smallest and the largest."""
+    found = median_ratio(a, b)
+    return {"median": found.value, "low": found.low, "high": found.high}
+
+
 def ratio(times: dict[str, list[float]]) -> dict[str, float]:
     """Ours ÷ theirs, of neighbouring calls."""
-    found = median_ratio(times["ours"], times["theirs"])
-    return {"median": found.value, "low": found.low, "high": found.high}
+    return neighbours(times["ours"], times["theirs"])
 
 
 def failed(peer: Peer, error: PeerError, plan: Plan) -> list[Row]:

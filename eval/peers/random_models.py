@@ -130,6 +130,11 @@ def inputs(kind: str, seed: int, size: Size = SMALL) -> dict[str, torch.Tensor]:
     return out | {"image_grid_thw": torch.tensor([[1, 2 * side, 2 * side]]), "mm_token_type_ids": (ids == IMAGE).int()}
 
 
+def tower(model: Any, kind: str) -> Any:
+    """The vision tower, where transformers 5 has it."""
+    return model.model.vision_tower if kind == LLAVA else model.model.visual
+
+
 def batch(kind: str, seeds: Sequence[int], size: Size) -> dict[str, torch.Tensor]:
     """Several prompts, all of one length."""
     rows = [inputs(kind, seed, size) for seed in seeds]

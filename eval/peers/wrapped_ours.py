@@ -29,9 +29,8 @@ class Ours:
     @torch.inference_mode()
     def time(self, seeds: list[int], steps: int) -> dict[str, Any]:
         model = self.models[self.kind]
-        tower = model.model.vision_tower if self.kind == random_models.LLAVA else model.model.visual
         inputs = random_models.batch(self.kind, seeds, random_models.MIDDLE)
-        return meter.generate(model, tower, inputs, steps, policy=self.policy)
+        return meter.generate(model, random_models.tower(model, self.kind), inputs, steps, policy=self.policy)
 
 
 if __name__ == "__main__":

@@ -44,18 +44,16 @@ def said(asked: Asked, tokens: int = 1, seed: int = 0, draws: int = 1000) -> Ite
     found = [*auto.fit_plain(asked, tokens, seed, None), auto.fit_estimate(asked, tokens, seed, "probe")]
     for step, choice in enumerate(asked.choices[:-1]):
         mine = good[:, step]
-        share = mine.mean()
-        base = -float(np.log(share) * share + np.log1p(-share) * (1 - share)) if 0 < share < 1 else 0.0
+        share = float(mine.mean())
+        base = -auto.log_likelihood(np.full(len(mine), share), mine)
         for one in found:
-            p = one.held_out[:, step].astype(float).clip(1e-6, 1 - 1e-6)
-            loss = -float(np.where(mine, np.log(p), np.log1p(-p)).mean())
+            p = one.held_out[:, step]
             raw = p if one.lines is None else auto.raw_of(asked, one.signal, tokens)[:, step]
-            yield Said(choice, one.signal, float(share), *_auc(raw, mine, asked.group, draws, seed), loss, base)
+            area, loss = _auc(raw, mine, asked.group, draws, seed), -auto.log_likelihood(p, mine)
+            yield Said(choice, one.signal, share, *area, loss, base)
 
 
-def _auc(
-    raw: np.ndarray, good: np.ndarray, group: np.ndarray, draws: int, seed: int
-) -> tuple[float, float, float]:  # fmt: skip
+def _auc(raw: np.ndarray, good: np.ndarray, group: np.ndarray, draws: int, seed: int) -> tuple[float, float, float]:
     """Area under the ROC curve, and 95 % of it (bootstrap over pictures)."""
     from sklearn.metrics import roc_auc_score
 

@@ -38,7 +38,7 @@ def test_output(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for tile in range(case["B"]):
         basis = numbers["basis_abs"][tile : tile + 1]
         assert torch.equal(basis.argmax(2)[0], numbers["group"][tile])
-        monkeypatch.setattr(prunesid, "loadings", lambda states, there, groups, basis=basis: basis[..., :groups])
+        monkeypatch.setattr(prunesid, "loadings", lambda states, there, groups, basis=basis: (basis[..., :groups], 0))
         image = seen(numbers["hidden_states"][tile : tile + 1, 1:], tower=tower_of(numbers, tile))
         made = policy.compress(image)
         assert isinstance(made, vtr.Pooled)
@@ -82,7 +82,7 @@ def test_exact_components(case: dict[str, Any]) -> None:
     """As many tokens come into the groups of the random approximation as an exact decomposition puts there."""
     numbers = given(case)
     there = torch.ones(case["B"], case["N"], dtype=torch.bool)
-    group = prunesid.loadings(numbers["hidden_states"][:, 1:], there, case["groups"]).argmax(2)
+    group = prunesid.loadings(numbers["hidden_states"][:, 1:], there, case["groups"])[0].argmax(2)
     same = float((group == numbers["group"]).float().mean())
     assert same == pytest.approx(case["same_groups_with_exact_svd"], abs=1.5 / group.numel())
 

@@ -117,7 +117,7 @@ class Estimate:
         assert self.lines is not None
         held = self.held_out[:, some]
         lines = [self.lines[step] for step in some]
-        return Estimate(self.signal, self.tokens, lines, None, held, _log_likelihood(held, suffices(mine)))
+        return Estimate(self.signal, self.tokens, lines, None, held, log_likelihood(held, suffices(mine)))
 
     def of(self, asked: Asked) -> np.ndarray:
         """float [n, c - 1], as the policy itself estimates."""
@@ -150,7 +150,7 @@ def fit_lines(asked: Asked, signal: str, tokens: int, folds: np.ndarray) -> Esti
         for s in range(raw.shape[1]):
             held[~rest, s] = _sigmoid(line_of(raw[rest, s], good[rest, s]), raw[~rest, s])
     lines = [line_of(raw[:, s], good[:, s]) for s in range(raw.shape[1])]
-    return Estimate(signal, tokens, lines, None, held, _log_likelihood(held, good))
+    return Estimate(signal, tokens, lines, None, held, log_likelihood(held, good))
 
 
 def line_of(raw: np.ndarray, good: np.ndarray) -> tuple[float, float]:
@@ -174,7 +174,7 @@ def _sigmoid(line: tuple[float, float], raw: np.ndarray) -> np.ndarray:
     return (line[0] * logit(torch.from_numpy(raw)) + line[1]).sigmoid().numpy()
 
 
-def _log_likelihood(estimates: np.ndarray, good: np.ndarray) -> float:
+def log_likelihood(estimates: np.ndarray, good: np.ndarray) -> float:
     """Mean over questions and choices, nats."""
     p = estimates.astype(float).clip(1e-6, 1 - 1e-6)
     return float(np.where(good, np.log(p), np.log1p(-p)).mean())
@@ -198,7 +198,7 @@ def fit_probe(asked: Asked, tokens: int, folds: np.ndarray, strength: float) -> 
         "weight": torch.from_numpy(np.stack([w for w, _ in fitted])).float(),
         "bias": torch.tensor([b for _, b in fitted]).float(),
     }  # fmt: skip
-    return Estimate("probe", tokens, None, probe, held, _log_likelihood(held, good))
+    return Estimate("probe", tokens, None, probe, held, log_likelihood(held, good))
 
 
 def _logistic(x: np.ndarray, good: np.ndarray, strength: float) -> tuple[np.ndarray, float]:

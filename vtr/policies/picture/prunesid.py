@@ -16,8 +16,9 @@ from vtr.policies.picture._tiles import Tilewise, first_of_groups, layout_of
 from vtr.settings import register_policy
 
 
-def loadings(states: torch.Tensor, there: torch.Tensor, groups: int) -> torch.Tensor:
-    """float32 [tiles, n, groups]: what part each patch has in a tile's first principal components, without sign.
+def loadings(states: torch.Tensor, there: torch.Tensor, groups: int) -> tuple[torch.Tensor, int]:
+    """float32 [tiles, n, groups]: what part each patch has in a tile's first principal components, without sign; and
+    the FLOPs of the products.
 
     Patches are the variables and channels the samples: ``sigmoid(states)``, each patch centred over its channels.
 
@@ -26,9 +27,9 @@ def loadings(states: torch.Tensor, there: torch.Tensor, groups: int) -> torch.Te
     """
     values = states.sigmoid()
     values = (values - values.mean(2, keepdim=True)) * there[..., None]
-    table = products(values)[0]
+    table, flops = products(values)
     vectors: torch.Tensor = torch.linalg.eigh(table if table.is_cuda else table.cpu())[1]  # (MPS has none)
-    return vectors.flip(2)[:, :, :groups].abs()
+    return vectors.flip(2)[:, :, :groups].abs(), flops
 
 
 def threshold(units: torch.Tensor, there: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -139,9 +140,10 @@ class PruneSID(Tilewise):
         states = image.tower.hidden_states().detach().float()
         groups = [max(budget // 4, 1) for budget in budgets]
         here, total = there.to(states.device), torch.tensor(budgets, device=states.device)
-        parts, units = loadings(states, here, max(groups)).cpu(), normalize(states, dim=-1)
-        image.flops += 2 * states.numel() * states.shape[1]
-        limits, scores, kept = threshold(units, here, total), saliency(image.tower).cpu(), []
+        (parts, flops), units = loadings(states, here, max(groups)), normalize(states, dim=-1)
+        image.flops += flops
+        parts, limits, scores = parts.cpu(), threshold(units, here, total), saliency(image.tower).cpu()
+        kept = []
         for tile, count in enumerate(counts):
             at = there[tile].nonzero().squeeze(1)
             if count >= len(at) or not count:
