@@ -16,6 +16,7 @@ from vtr.inputs import InputPolicy, parts_of
 from vtr.learned import Learned
 from vtr.limits import short, similar
 from vtr.parts import Parts
+from vtr.policies.picture._frames import Framewise
 from vtr.settings import policy_class
 from vtr.shares import check_share
 
@@ -44,11 +45,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What budgets depend on: decoder layers, patches along a tile's side; and the family, where it is known."""
+    """What budgets depend on: decoder layers, patches along a tile's side; the family, where it is known; and whether
+    the data may hold films."""
 
     layers: int
     side: int
     family: Any = None
+    films: bool = True
 
     @classmethod
     def from_model(cls, model: Any) -> Shapes:
@@ -174,6 +177,8 @@ def at_budget(budget: float, shapes: Shapes, weights: str | None = None) -> tupl
                 one = contender(vtr.Downsample(round(budget**0.5, 4)).spec)
             elif issubclass(policy_class(name), InputPolicy):
                 raise ValueError("it acts on pictures, so a budget says nothing to it: name it")
+            elif issubclass(policy_class(name), Framewise) and not shapes.films:
+                raise ValueError("it thins films, and leaves pictures whole")
             else:
                 learned = weights is not None and issubclass(policy_class(name), Learned)
                 one = _set(f"{name}:weights={weights}" if learned else name, budget, shapes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -169,7 +169,8 @@ def prepare(settings: Settings, rank: Rank) -> tuple[Bench, dict[str, str], Sour
     device = device_of(rank, settings.device)
     model, processor = load(settings.model, device, settings.dtype)
     weights = settings.name if settings.name in vtr.pocket.POLICIES else None
-    found, only_all, left_out = contenders(settings.policies, Shapes.from_model(model), settings.budget, weights)
+    shapes = replace(Shapes.from_model(model), films=settings.task in (None, "video"))
+    found, only_all, left_out = contenders(settings.policies, shapes, settings.budget, weights)
     for one in found:
         if one not in only_all:
             vtr.processor(processor, one.before)  # refused before anything is asked

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,30 @@ class Place:
     run: int
     first: int
     count: int
+
+
+@dataclass
+class Inside:
+    """What the hooked layers of a tower gave in one run: by layer, what entered it, and its queries and keys."""
+
+    entered: dict[int, Entered] = field(default_factory=dict)
+    asked: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def serves(self, captures: Captures | None) -> bool:
+        """Whether all that a call wants of the tower's layers is there."""
+        if captures is None:
+            return True
+        return captures.entered.keys() <= self.entered.keys() and captures.asked.keys() <= self.asked.keys()
+
+    def give(self, captures: Captures | None) -> None:
+        """Hand it to a call, as if the tower had run in it."""
+        if captures is None:
+            return
+        for layer, runs in captures.entered.items():
+            runs.append(self.entered[layer])
+        for layer, parts in captures.asked.items():
+            for name, runs_of in parts.items():
+                runs_of.append(self.asked[layer][name])
 
 
 class Captures:
@@ -165,6 +190,27 @@ class Captures:
 
 capturing: ContextVar[Callable[[], Captures | None] | None] = ContextVar("vtr_capturing", default=None)
 """The call that is taking in tower and projector outputs, in this context."""
+_keeping: ContextVar[Inside | None] = ContextVar("vtr_keeping", default=None)
+"""Where hooked layers put what they give in a run of the tower that other calls of this context may share."""
+
+
+def active() -> Captures | None:
+    """The call that takes in what tower and projector give here and now."""
+    if torch.compiler.is_compiling() or (found := capturing.get()) is None:
+        return None
+    captures = found()
+    return captures if captures is not None and captures.open else None
+
+
+@contextmanager
+def kept_inside() -> Iterator[Inside]:
+    """Keep what the hooked layers give within the block, whoever asked for the hooks."""
+    inside = Inside()
+    token = _keeping.set(inside)
+    try:
+        yield inside
+    finally:
+        _keeping.reset(token)
 
 
 def _cells(layout: Layout) -> int:
@@ -182,6 +228,12 @@ class VisionHooks:
         self.hooked: set[int] = set()
         """Layers of the tower that have a hook: those that some call has asked for."""
         self.hooked_attention: set[int] = set()
+
+    @staticmethod
+    def is_own(hook: Any) -> bool:
+        """Whether a module's hook is one that keeps what some layer of the tower gives."""
+        method = getattr(hook, "func", hook)
+        return isinstance(getattr(method, "__self__", None), VisionHooks)
 
     def install(self) -> list[Any]:
         """Register them; returns the handles."""
@@ -264,9 +316,11 @@ class VisionHooks:
         self.hooked.add(index)
 
     def _before_layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captures = self._active()
+        captures, inside = self._active(), None if torch.compiler.is_compiling() else _keeping.get()
         if captures is not None and index in captures.entered:
             captures.entered[index].append(entered(args, kwargs))
+        if inside is not None:
+            inside.entered[index] = entered(args, kwargs)
 
     def _after_last(self, index: int, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         self._before_layer(index, module, (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
@@ -281,17 +335,20 @@ class VisionHooks:
         self.hooked_attention.add(index)
 
     def _after_projection(self, index: int, which: str, module: Any, args: Any, out: torch.Tensor) -> None:
-        captures = self._active()
-        if captures is not None and index in captures.asked:
-            parts = dict(zip("qk", out.chunk(3, -1), strict=False)) if which == "qkv" else {which: out}
+        captures, inside = self._active(), None if torch.compiler.is_compiling() else _keeping.get()
+        wanted = captures is not None and index in captures.asked
+        if not wanted and inside is None:
+            return
+        parts = dict(zip("qk", out.chunk(3, -1), strict=False)) if which == "qkv" else {which: out}
+        if captures is not None and wanted:
             for name, part in parts.items():
                 captures.asked[index][name].append(part)
+        if inside is not None:
+            inside.asked.setdefault(index, {}).update(parts)
 
     def _active(self) -> Captures | None:
-        if torch.compiler.is_compiling() or (found := capturing.get()) is None:
-            return None
-        captures = found()
-        return captures if captures is not None and captures.open and captures.patch is self.patch else None
+        captures = active()
+        return captures if captures is not None and captures.patch is self.patch else None
 
     def before_tower(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         captures = self._active()

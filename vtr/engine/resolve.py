@@ -19,6 +19,7 @@ import torch
 from vtr.base import Answer, Policy, UnsupportedError
 from vtr.engine.adapters import Adapter, unwrapped
 from vtr.engine.call import last_traces
+from vtr.engine.captures import Captures, Inside, VisionHooks, active, kept_inside
 from vtr.engine.compat import cache_in
 from vtr.engine.prompt import Prompt
 from vtr.engine.trace import Clock, Tried
@@ -170,17 +171,23 @@ class Run:
     Attributes:
         states: the hidden states it was asked for: True for all, a set of layers, None for none.
         rest: its other arguments but the pixels.
+        inside: what of its layers policies read.
     """
 
     pixels: torch.Tensor
     states: bool | frozenset[int] | None
     rest: dict[str, Any]
     out: Any
+    inside: Inside
 
-    def serves(self, pixels: torch.Tensor, states: bool | frozenset[int] | None, rest: dict[str, Any]) -> bool:
+    def serves(
+        self, pixels: torch.Tensor, states: bool | frozenset[int] | None, rest: dict[str, Any], call: Captures | None
+    ) -> bool:
         """Whether this run gave what such a run would give, bit for bit."""
         mine = self.pixels
         if self.rest != rest or (self.states != states and (self.states is not True or states is None)):
+            return False
+        if not self.inside.serves(call):
             return False
         same = (pixels.shape, pixels.dtype, pixels.device) == (mine.shape, mine.dtype, mine.device)
         return same and torch.equal(pixels, mine)
@@ -218,14 +225,16 @@ class SharedForward:
         pixels = args[0] if args else rest.pop("pixel_values", None)
         if block is None or not isinstance(pixels, torch.Tensor) or not self._simple(args, rest):
             return self.forward(*args, **kwargs)
-        states = _states(rest.pop("output_hidden_states", None))
+        states, call = _states(rest.pop("output_hidden_states", None)), active()
         for run in block.runs:
-            if run.serves(pixels, states, rest):
+            if run.serves(pixels, states, rest, call):
                 block.reused += 1
+                run.inside.give(call)
                 return copy.copy(run.out)
-        out = self.forward(*args, **kwargs)
+        with kept_inside() as inside:
+            out = self.forward(*args, **kwargs)
         block.computed += 1
-        block.runs.append(Run(pixels, states, rest, out))
+        block.runs.append(Run(pixels, states, rest, out, inside))
         return copy.copy(out)
 
     def _simple(self, args: tuple[Any, ...], rest: dict[str, Any]) -> bool:
@@ -242,10 +251,14 @@ def _states(wanted: Any) -> bool | frozenset[int] | None:
 
 
 def _has_inner_hooks(tower: Any) -> bool:
-    """Whether somebody listens to the tower's inner modules; transformers' own hooks take part in the output."""
+    """Whether somebody else listens to the tower's inner modules; transformers' own hooks take part in the output."""
     inner = (module for module in tower.modules() if module is not tower)
     hooks = (h for m in inner for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+    return any(not (VisionHooks.is_own(hook) or _is_transformers(hook)) for hook in hooks)
+
+
+def _is_transformers(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
 @contextmanager
