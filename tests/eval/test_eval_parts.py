@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vtr.eval.accuracy.metrics import METRICS
 
 import vtr
 from tests import tiny
+from tests.families import FAMILIES, Family
+from tests.support import ROWS
 
 POCKET = Shapes(layers=10, side=12)
 
@@ -37,6 +40,35 @@ def test_shared_features_are_exact(family: str) -> None:
             assert torch.equal(model(**inputs, policy=policies[1]).logits, logits)
     assert all(map(torch.equal, alone, shared))
     assert "forward" not in model.get_encoder(modality="image").__dict__
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_policies_that_read_the_tower_share_its_run(family: Family) -> None:
+    """What layers gave is handed on with the output: one run for all, once all the hooks are there."""
+    model = vtr.patch(family.make())
+    inputs = family.batch(model, ROWS)
+    names = ("hiprune", "divprune", "globalcom2", "vscan", "holov", "mmtok")
+    policies = [None, *(name for name in names if name not in family.adapter.unsupported), "hiprune:keep=0.3", None]
+    with torch.inference_mode():
+        alone = [family.generate(model, inputs, policy=p, max_new_tokens=3)[1] for p in policies]
+        with vtr.shared_features(model) as memo:
+            shared = [family.generate(model, inputs, policy=p, max_new_tokens=3)[1] for p in policies]
+    assert all(map(torch.equal, alone, shared))
+    # two runs where a policy needs more of the states than the model itself
+    assert memo.computed <= 2 and memo.computed + memo.reused == len(policies)
+
+
+def test_a_run_without_what_a_policy_reads_does_not_serve_it() -> None:
+    """The hooks come with the first call that wants them: the run before has nothing of theirs."""
+    model, other = vtr.patch(tiny.llava()), vtr.patch(tiny.llava())
+    inputs = tiny.batch(model, [["ab", tiny.IMAGE, "cd"]])
+    with torch.inference_mode():
+        expected = tiny.generate(other, inputs, policy="hiprune:keep=0.5", max_new_tokens=4)
+        with vtr.shared_features(model) as memo:
+            tiny.generate(model, inputs, policy=None, max_new_tokens=4)
+            first, again = (tiny.generate(model, inputs, policy="hiprune:keep=0.5", max_new_tokens=4) for _ in "12")
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+    assert (memo.computed, memo.reused) == (2, 1)
 
 
 def test_other_pixels_are_computed_anew() -> None:
@@ -101,6 +133,14 @@ def test_all_is_one_of_each_registered_policy_at_the_budget() -> None:
     specs = {one.name: one.spec for one in found}
     assert specs["fastv"] == "fastv:keep=0.0625" and specs["random"] == "random:keep=0.25"
     assert specs["downsample"] == "downsample:scale=0.5"
+
+
+def test_of_pictures_all_leaves_out_what_thins_films() -> None:
+    thins = {"dycoke", "evs", "vidcom2"}
+    assert thins <= {one.name for one in contenders.contenders(["all"], POCKET)[0]}
+    found, _, left_out = contenders.contenders(["all", "evs:0.5"], replace(POCKET, films=False))
+    assert thins & {one.name for one in found} == {"evs"}  # named
+    assert {left_out[name] for name in thins} == {"it thins films, and leaves pictures whole"}
 
 
 def test_a_new_policy_takes_part_without_a_word_here() -> None:

@@ -164,33 +164,39 @@ def resolve_rows(
 
 
 # -- one run of the tower for all -------------------------------------------------------------------------------------
+PLAIN = (torch.Tensor, bool, int, float, str, type(None))
+"""What a tower may be called with, so that a run of it can be shared."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One forward of the tower.
 
     Attributes:
+        given: its arguments but for ``output_hidden_states``, by name or place.
         states: the hidden states it was asked for: True for all, a set of layers, None for none.
-        rest: its other arguments but the pixels.
         inside: what of its layers policies read.
     """
 
-    pixels: torch.Tensor
+    given: dict[str | int, Any]
     states: bool | frozenset[int] | None
-    rest: dict[str, Any]
     out: Any
     inside: Inside
 
-    def serves(
-        self, pixels: torch.Tensor, states: bool | frozenset[int] | None, rest: dict[str, Any], call: Captures | None
-    ) -> bool:
+    def serves(self, given: dict[str | int, Any], states: bool | frozenset[int] | None, call: Captures | None) -> bool:
         """Whether this run gave what such a run would give, bit for bit."""
-        mine = self.pixels
-        if self.rest != rest or (self.states != states and (self.states is not True or states is None)):
+        if self.states != states and (self.states is not True or states is None):
             return False
-        if not self.inside.serves(call):
-            return False
-        same = (pixels.shape, pixels.dtype, pixels.device) == (mine.shape, mine.dtype, mine.device)
-        return same and torch.equal(pixels, mine)
+        same = self.given.keys() == given.keys() and self.inside.serves(call)
+        return same and all(_equal(self.given[name], value) for name, value in given.items())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of two arguments. Tensors bit for bit, and where and how they are kept."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(one) is type(other) and one == other
+    same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same and torch.equal(one, other)
 
 
 @dataclass(eq=False)
@@ -221,25 +227,26 @@ class SharedForward:
     users: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        block, rest = _blocks.get().get(id(self.tower)), dict(kwargs)
-        pixels = args[0] if args else rest.pop("pixel_values", None)
-        if block is None or not isinstance(pixels, torch.Tensor) or not self._simple(args, rest):
+        block = _blocks.get().get(id(self.tower))
+        given = dict[str | int, Any](enumerate(args)) | kwargs
+        states = _states(given.pop("output_hidden_states", None))
+        if block is None or not self._simple(given):
             return self.forward(*args, **kwargs)
-        states, call = _states(rest.pop("output_hidden_states", None)), active()
+        call = active()
         for run in block.runs:
-            if run.serves(pixels, states, rest, call):
+            if run.serves(given, states, call):
                 block.reused += 1
                 run.inside.give(call)
                 return copy.copy(run.out)
         with kept_inside() as inside:
             out = self.forward(*args, **kwargs)
         block.computed += 1
-        block.runs.append(Run(pixels, states, rest, out, inside))
+        block.runs.append(Run(given, states, out, inside))
         return copy.copy(out)
 
-    def _simple(self, args: tuple[Any, ...], rest: dict[str, Any]) -> bool:
-        """Whether the output depends on the pixels and plain arguments alone, and nothing else is to happen."""
-        plain = len(args) <= 1 and not any(isinstance(value, torch.Tensor) for value in rest.values())
+    def _simple(self, given: dict[str | int, Any]) -> bool:
+        """Whether the output depends on tensors and plain values alone, and nothing else is to happen."""
+        plain = all(isinstance(value, PLAIN) for value in given.values())
         return plain and not torch.is_grad_enabled() and not _has_inner_hooks(self.tower)
 
 
@@ -265,7 +272,8 @@ def _is_transformers(hook: Any) -> bool:
 def shared_features(model: Any) -> Iterator[Shared]:
     """Within the block, the vision tower runs once for the same pixels; later calls get the same output again.
 
-    Exact: what is reused is the very output of an earlier run on bit-equal pixels with equal arguments. The tower's own
+    Exact: what is reused is the very output of an earlier run on bit-equal tensors with equal arguments, which must not
+    be changed in place meanwhile. The tower's own
     hooks, projector, packing and everything behind run as always. If a hook sits on a module inside the tower, or
     gradients are on, nothing is reused. Only this thread (this context) is concerned; a block inside a block shares the
     outer one's. The outputs are held until the block ends.
