@@ -21,7 +21,7 @@ FEW_KINDS = 8
 """So many kinds of questions get a table of their own."""
 EXAMPLES = 10
 """How many bad records are named in the results; all are in the rows."""
-NAMED = 20
+NAMED = 8
 """How many of the questions that a policy wins or loses are named; all are in the rows."""
 
 

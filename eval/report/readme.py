@@ -1,7 +1,7 @@
 """Tables of README and docs, made of result files: ``python -m vtr.eval.report.readme`` (``--check`` only compares).
 
 Between ``<!-- vtr:table NAME -->`` and ``<!-- /vtr:table -->`` stands the main table of NAME.json, or with NAME:TABLE
-another of its tables (``pocket:kinds``, ``best:short``).
+another of its tables (``pocket:kinds``, ``best:short``); with A+B+C what policies lose over several evaluations.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from vtr.eval.report import lost
 from vtr.eval.report.page import markdown, tables
 from vtr.eval.report.page.data import Result, files, per_file, read
 
@@ -40,14 +41,21 @@ def render(text: str, results: dict[str, Path]) -> str:
 
 
 def table(name: str, results: dict[str, Path]) -> str:
-    """The Markdown of table NAME or NAME:TABLE.
+    """The Markdown of table NAME, NAME:TABLE or NAME+NAME+….
 
     Raises:
         ValueError: no such result, or it has no such table.
     """
     stem, _, part = name.partition(":")
-    if stem not in results:
-        raise ValueError(f"table {name} needs {stem}.json, and there is only {', '.join(results) or 'no result file'}")
+    stems = stem.split("+")
+    if missing := next((one for one in stems if one not in results), None):
+        raise ValueError(
+            f"table {name} needs {missing}.json, and there is only {', '.join(results) or 'no result file'}"
+        )
+    if len(stems) > 1:
+        several = [read(results[one]) for one in stems]
+        commands = "\n".join(f"* {measured(one)}" for one in several)
+        return f"\n{markdown.table(lost.table(several))}\n{commands}\n\n"
     result = read(results[stem])
     made = {one.name: one for one in per_file(tables.all_of, [result])[0]}
     if part and part not in made:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ Kind = Literal[
     "published",
 ]  # fmt: skip
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
+DIGITS = 8
+"""Of numbers in result files."""
+PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s*\]")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
 
 
@@ -93,13 +97,28 @@ def save(
     Raises:
         ValueError: an unknown kind.
     """
-    data = {**head(kind, seed, device), **body}
+    data = rounded({**head(kind, seed, device), **body})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")  # a reader never sees half a file
-    fresh.write_text(json.dumps(data, indent=indent) + "\n")
+    fresh.write_text(written(data, indent))
     fresh.replace(path)
     return data
+
+
+def rounded(data: Any) -> Any:
+    """Numbers with as many digits as mean something (:data:`DIGITS`), in dicts and lists."""
+    if isinstance(data, float):
+        return float(f"{data:.{DIGITS}g}")
+    if isinstance(data, Mapping):
+        return {key: rounded(value) for key, value in data.items()}
+    return [rounded(value) for value in data] if isinstance(data, (list, tuple)) else data
+
+
+def written(data: Mapping[str, Any], indent: int | None = 1) -> str:
+    """A result file's text: what belongs together on a line of its own, a list of plain values as well."""
+    text = json.dumps(data, indent=indent)
+    return PLAIN_LIST.sub(lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", text) + "\n"
 
 
 def load(path: str | Path) -> dict[str, Any]:
