@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the committed figures again and writes them where they are kept.
-#   eval/measure.sh accuracy   on the pocket models: what policies keep (about two hours of two cores)
+#   eval/measure.sh accuracy   on the pocket models: what policies keep (about four hours of two cores)
 #   eval/measure.sh pretrained   on the pretrained pocket model: what policies keep at three budgets, and of 320 tokens (an hour and a half of two cores)
 #   eval/measure.sh best       the README's table: settings compared on some questions, the best ones reported on others (minutes)
 #   eval/measure.sh cost       what they cost: time and memory (about three hours; nothing else may run beside it)
@@ -16,6 +16,10 @@ evaluate() { # NAME QUESTIONS SPECS…: a run of vtr eval
   local name=$1 limit=$2 specs
   specs=$(IFS=';' && echo "${*:3}")
   vtr eval -p "$specs" --limit "$limit" --processes 2 --out "$runs/$name"
+}
+everything() { # NAME OPTIONS…: all policies at a budget, kept as eval/results/NAME.json
+  vtr eval -p all --processes 2 --out "$runs/$1" "${@:2}"
+  cp "$runs/$1/results.json" "eval/results/$1.json"
 }
 pretrained() {
   local part percent of=(--model pocket-pretrained --max-new-tokens 8 --dtype bfloat16)
@@ -40,13 +44,19 @@ pretrained() {
 }
 accuracy() {
   best
-  evaluate pocket 2000 all
-  cp "$runs/pocket/results.json" eval/results/pocket.json
-  vtr eval --model pocket-internvl -p all -p m3:tokens=1 --limit 480 --processes 1 --out "$runs/pocket-internvl"
-  cp "$runs/pocket-internvl/results.json" eval/results/pocket-internvl.json
-  local learnt="dynamic-llava:weights=pocket-joint"
-  vtr eval --model pocket-joint -p all -p "m3:tokens=1;$learnt" --limit 480 --max-new-tokens 4 --processes 1 --out "$runs/joint"
-  cp "$runs/joint/results.json" eval/results/pocket-joint.json
+  local part learnt="dynamic-llava:weights=pocket-joint"
+  local internvl=(--model pocket-internvl --limit 480) joint=(--model pocket-joint --limit 480 --max-new-tokens 4)
+  everything pocket --limit 2000
+  everything pocket-internvl "${internvl[@]}" -p m3:tokens=1
+  everything pocket-joint "${joint[@]}" -p "m3:tokens=1;$learnt"
+  for part in 11:0.111 6:0.056; do # in names, of all tokens
+    everything "pocket-${part%:*}" --budget "${part#*:}" --limit 2000
+    everything "pocket-internvl-${part%:*}" --budget "${part#*:}" "${internvl[@]}"
+    everything "pocket-joint-${part%:*}" --budget "${part#*:}" "${joint[@]}"
+  done
+  python -m vtr.eval.report.lost eval/results/pocket{,-joint,-internvl}{,-11,-6}.json --out docs/results/lost.png
+  evaluate inside 2000 'ee-mllm:layers="all"' scm:keep=0.5 {uniform,random}:keep=0.0625,layer=2
+  cp "$runs/inside/results.json" eval/results/inside.json
   learnt="none;pmod:weights=pocket-joint;$learnt;$learnt,forget=false"
   vtr eval --model pocket-joint --data pocket:task=listing --metric listing --limit 100 --processes 1 --out "$runs/lists" \
     -p "$learnt;m3:tokens=36;m3:tokens=9;pool:grid=6;uniform:keep=0.25,layer=2;random:keep=0.25,layer=2;fastv:keep=0.25,layer=2;downsample:scale=0.5"
