@@ -8,6 +8,7 @@ as the layer makes them; GlobalCom²'s scores apply norm and projections to the 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +24,10 @@ CLS = ("class_embedding", "cls_token")
 """What towers with a CLS token call its embedding."""
 LEADING = (*CLS, "register_tokens", "distillation_token")
 """What towers call the embeddings of all tokens that they put in front of the patches."""
+
+
+_turns: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Towers that were looked through, and whether they have a module that turns queries and keys."""
 
 
 class Entered(NamedTuple):
@@ -193,7 +198,9 @@ def cls_scores(tower: Any, states: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def check_not_turned(tower: Any) -> None:
     """Raise UnsupportedError if a tower with a CLS token turns queries and keys by where they are."""
-    if any("rope" in name.rpartition(".")[2] for name, _ in tower.named_modules()):
+    if tower not in _turns:
+        _turns[tower] = any("rope" in name.rpartition(".")[2] for name, _ in tower.named_modules())
+    if _turns[tower]:
         raise UnsupportedError(
             f"{type(tower).__name__} has a CLS token, but turns the queries and keys of its patches by where they are "
             "(rope), which CLS scores leave out: use a policy that needs none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import normalize
@@ -98,12 +99,13 @@ def members(into: torch.Tensor) -> dict[int, list[int]]:
         into: int64 [tiles, n] on the CPU, -1 for nowhere.
     """
     tiles, n = into.shape
+    own = torch.arange(tiles * n)
     flat = torch.where(into >= 0, into + torch.arange(tiles)[:, None] * n, -1).flatten()
-    found: dict[int, list[int]] = {at: [at] for at in (flat == torch.arange(tiles * n)).nonzero().squeeze(1).tolist()}
-    for patch, target in enumerate(flat.tolist()):
-        if target >= 0 and target != patch:
-            found.setdefault(target, []).append(patch)
-    return found
+    order = (2 * flat + (flat != own)).argsort(stable=True)
+    targets, sizes = flat[order].unique_consecutive(return_counts=True)
+    patches, ends = order.tolist(), sizes.cumsum(0).tolist()
+    found = zip(targets.tolist(), pairwise([0, *ends]), strict=True)
+    return {target: patches[first:last] for target, (first, last) in found if target >= 0}
 
 
 def tokens_of(layout: Layout, patches: Sequence[Sequence[int]]) -> list[list[int]]:
