@@ -42,13 +42,15 @@ def labels(results: Sequence[Result]) -> list[str]:
 
 
 def ranked(results: Sequence[Result]) -> list[str]:
-    """The policies, those that lose least first; behind them those that some evaluation left out."""
+    """The policies: those that hold every budget, then those that keep more, then those that some evaluation left out;
+    among them those that lose least first."""
     found = [rows_of(result) for result in results]
     names = list(dict.fromkeys(name for rows in found for name in rows))
 
-    def place(name: str) -> tuple[int, float]:
-        lost = [rows[name]["versus_none"]["difference"] for rows in found if name in rows]
-        return len(found) - len(lost), -sum(lost) / len(lost)
+    def place(name: str) -> tuple[int, bool, float]:
+        mine = [(rows[name], result) for rows, result in zip(found, results, strict=True) if name in rows]
+        lost = [row["versus_none"]["difference"] for row, _ in mine]
+        return len(found) - len(mine), any(mark(row, result) for row, result in mine), -sum(lost) / len(lost)
 
     return sorted(names, key=place)
 
@@ -97,7 +99,7 @@ def caption(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result]) -> Any:
-    """The same as colours: policies by group, those that lose least first; evaluations side by side."""
+    """The same as colours: policies by group, ranked as in the table; evaluations side by side."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 

@@ -97,6 +97,7 @@ def points(part: dict[str, Any]) -> str:
 
 
 POCKET, SCALES = "eval/results/pocket.json", "eval/results/scales.json"
+ELEVEN, INSIDE = "eval/results/pocket-11.json", "eval/results/inside.json"
 WHERE = {
     "fastv": "fastv", "pyramid": "pyramid", "random": "baselines", "uniform": "baselines", "pool": "baselines",
     "cls": "baselines", "autoscale": "baselines", "pmod": "pmod", "dynamic-llava": "dynamic-llava",
@@ -116,10 +117,9 @@ def test_the_table_that_chooses() -> None:
     page = (DOCS / "choosing.md").read_text()
     for name in ("m3", "pyramid", "fastv", "globalcom2", "cls"):
         assert points(row(POCKET, name)["versus_none"]) in page, name
-    by_type = "docs/results/globalcom2.json"
-    assert accuracy(by_type, "uniform:keep=0.25") == accuracy(by_type, "random:keep=0.25") == accuracy(by_type, "none")
-    assert f"{accuracy(by_type, 'none')[:-2]} against {accuracy(by_type, 'none')}" in page
-    assert f"{accuracy(by_type, 'uniform:keep=0.1')} at a tenth" in page
+    assert f"{accuracy(POCKET, 'uniform')[:-2]} against {accuracy(POCKET, 'none')}" in page
+    assert f"{accuracy(ELEVEN, 'uniform')} at 11 %" in page
+    assert f"{accuracy(POCKET, 'random')[:-2]} and {accuracy(POCKET, 'uniform')} at a quarter" in page
     ranked = [row(POCKET, name)["accuracy"] for name in ("fastv", "pyramid", "gsearch")]
     assert f"have {100 * min(ranked):.1f} to {100 * max(ranked):.1f} %" in page
     rows = {r["spec"]: r for r in result("docs/results/budgets.json")}
@@ -209,23 +209,22 @@ def test_the_table_of_trained_policies(said: str, name: str) -> None:
 
 def test_what_is_said_of_methods_before_the_decoder() -> None:
     """Ten lines of results, and two rows of the table that chooses."""
-    result_file = "eval/results/before-11.json"
     results, choosing = ((DOCS / f"{name}.md").read_text() for name in ("results", "choosing"))
     for name in ("mmtok", "cdpruner", "pool", "tome", "scope", "uniform", "fastervlm"):
-        middle, _, rest = points(row(result_file, name)["versus_none"]).partition(" points")
+        middle, _, rest = points(row(ELEVEN, name)["versus_none"]).partition(" points")
         assert f"{middle.replace('−0.0', '+0.0')}{rest}" in " ".join(results.split()), name
     for name in ("mmtok", "cdpruner", "tome", "scope", "divprune"):
-        assert points(row(result_file, name)["versus_none"]).partition("[")[2] in choosing, name
+        assert points(row(ELEVEN, name)["versus_none"]).partition("[")[2] in choosing, name
 
 
 def test_what_is_said_of_methods_inside_the_decoder() -> None:
-    result_file = "eval/results/inside-25.json"
     results, choosing = ((DOCS / f"{name}.md").read_text() for name in ("results", "choosing"))
-    none = row(result_file, "none")["gflops"]
-    for spec in ('ee-mllm:layers="all"', "ee-mllm:layers=0.5"):
-        one = row(result_file, spec)
+    none, everywhere, half = row(POCKET, "none")["gflops"], 'ee-mllm:layers="all"', "ee-mllm:layers=0.5"
+    for file, spec in ((INSIDE, everywhere), (POCKET, half)):
+        one = row(file, spec)
         middle, low, high = (100 * one["versus_none"][key] for key in ("difference", "low", "high"))
-        assert f"{middle:+.1f} points [{low:+.1f}, {high:+.1f}] at {100 * one['gflops'] / none:.0f} %" in choosing
-    for spec, written in (('ee-mllm:layers="all"', "has {:.0f} % of"), ("ee-mllm:layers=0.5", "deeper half {:.0f} %"),
-                          ("zipvl:tau=0.975", "saves little here ({:.0f} %)")):  # fmt: skip
-        assert written.format(100 * row(result_file, spec)["gflops"] / none) in " ".join(results.split()), spec
+        said = f"{middle:+.1f} points [{low:+.1f}, {high:+.1f}] at {100 * one['gflops'] / none:.0f} %"
+        assert said.replace("-", "−") in choosing
+    for file, spec, written in ((INSIDE, everywhere, "has {:.0f} % of"), (POCKET, half, "deeper half {:.0f} %"),
+                                (POCKET, "zipvl:tau=0.975", "saves little here ({:.0f} %)")):  # fmt: skip
+        assert written.format(100 * row(file, spec)["gflops"] / none) in " ".join(results.split()), spec

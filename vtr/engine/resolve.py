@@ -164,8 +164,8 @@ def resolve_rows(
 
 
 # -- one run of the tower for all -------------------------------------------------------------------------------------
-PLAIN = (torch.Tensor, bool, int, float, str, type(None))
-"""What a tower may be called with, so that a run of it can be shared."""
+PLAIN = (bool, int, float, str, type(None))
+"""What a tower may be called with beside tensors, by itself or in a list, so that a run of it can be shared."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,12 @@ class SharedForward:
 
     def _simple(self, given: dict[str | int, Any]) -> bool:
         """Whether the output depends on tensors and plain values alone, and nothing else is to happen."""
-        plain = all(isinstance(value, PLAIN) for value in given.values())
+        plain = all(isinstance(value, torch.Tensor) or _is_plain(value) for value in given.values())
         return plain and not torch.is_grad_enabled() and not _has_inner_hooks(self.tower)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(isinstance(one, PLAIN) for one in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _states(wanted: Any) -> bool | frozenset[int] | None:
@@ -272,11 +276,11 @@ def _is_transformers(hook: Any) -> bool:
 def shared_features(model: Any) -> Iterator[Shared]:
     """Within the block, the vision tower runs once for the same pixels; later calls get the same output again.
 
-    Exact: what is reused is the very output of an earlier run on bit-equal tensors with equal arguments, which must not
-    be changed in place meanwhile. The tower's own
-    hooks, projector, packing and everything behind run as always. If a hook sits on a module inside the tower, or
-    gradients are on, nothing is reused. Only this thread (this context) is concerned; a block inside a block shares the
-    outer one's. The outputs are held until the block ends.
+    Exact: what is reused is the very output of an earlier run on bit-equal tensors with equal arguments (tensors that
+    are not changed in place meanwhile), and what the layers gave in it, where a policy reads them. The tower's own
+    hooks, projector, packing and everything behind run as always. If a hook of somebody else sits on a module inside
+    the tower, or gradients are on, nothing is reused. Only this thread (this context) is concerned; a block inside a
+    block shares the outer one's. The outputs are held until the block ends.
 
     Raises:
         ValueError: the model has no vision tower of its own.
