@@ -96,7 +96,7 @@ class Run:
 
     def save(self, kind: results.Kind, body: dict[str, Any]) -> None:
         path = (self.out or Path(OUT[kind])) / f"{kind}.json"
-        results.save(path, kind, body, seed=self.seed, indent=None)
+        results.save(path, kind, body, seed=self.seed)
         self.console.print(f"written to {path}")
 
     def packages(self, peers: Sequence[Peer], keep: float, layer: int, timeout: float) -> None:

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -27,7 +26,6 @@ Kind = Literal[
 PACKAGES = ("vision-token-reduction", "torch", "transformers", "numpy")
 DIGITS = 8
 """Of numbers in result files."""
-PLAIN_LIST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s*\]")
 NEEDED = ("kind", "command", "hardware", "versions", "seed")
 
 
@@ -88,11 +86,8 @@ def head(kind: Kind, seed: int, device: str | torch.device = "cpu") -> dict[str,
 
 def save(
     path: str | Path, kind: Kind, body: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu",
-    indent: int | None = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Write ``body`` with what it was measured by and on; returns what was written.
-
-    indent: None writes one line, for files that would be too long.
 
     Raises:
         ValueError: an unknown kind.
@@ -101,7 +96,7 @@ def save(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")  # a reader never sees half a file
-    fresh.write_text(written(data, indent))
+    fresh.write_text(written(data))
     fresh.replace(path)
     return data
 
@@ -115,10 +110,16 @@ def rounded(data: Any) -> Any:
     return [rounded(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
-def written(data: Mapping[str, Any], indent: int | None = 1) -> str:
-    """A result file's text: what belongs together on a line of its own, a list of plain values as well."""
-    text = json.dumps(data, indent=indent)
-    return PLAIN_LIST.sub(lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", text) + "\n"
+def written(data: Mapping[str, Any]) -> str:
+    """A result file's text: one thing a line, of a list of rows one row."""
+    lines = []
+    for name, value in data.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def load(path: str | Path) -> dict[str, Any]:

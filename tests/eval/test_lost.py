@@ -113,9 +113,9 @@ def test_markdown_files_have_it_between_marks(two: list[Path]) -> None:
 
 
 # -- how result files are written --------------------------------------------------------------------------------------
-def test_lists_of_plain_values_are_on_one_line_and_numbers_have_eight_digits(tmp_path: Path) -> None:
-    body = {"x": [1, 2.5, None], "names": ["a[\n]", "b"], "rows": [{"y": 1 / 3, "z": ()}], "no": []}
+def test_a_row_is_a_line_and_numbers_have_eight_digits(tmp_path: Path) -> None:
+    body = {"x": [1, 2.5, None], "names": ["a[\n]", "b"], "rows": [{"y": 1 / 3, "z": ()}, {"y": 2}], "no": []}
     told = results.save(tmp_path / "a.json", "engine", body, seed=0)
     text = (tmp_path / "a.json").read_text()
-    assert ' "x": [1, 2.5, null],\n' in text and '"y": 0.33333333,\n' in text
+    assert ' "x": [1, 2.5, null],\n' in text and '\n  {"y": 0.33333333, "z": []},\n  {"y": 2}\n ],\n' in text
     assert json.loads(text) == told and told["names"] == body["names"] and told["no"] == []
