@@ -18,6 +18,7 @@ from vtr.data.videos import FRAMES, read_video
 from vtr.limits import folded
 from vtr.models import load
 from vtr.picture import is_right, vision_tokens
+from vtr.settings import policy_class
 from vtr.shares import ratio
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def run_command(
 
     * `vtr run --sample 0 --policy fastv:keep=0.1 --compare --show kept.png`
 
+    * `vtr run --sample 1 --policy gsearch --show kept.png` — a bare name; on the pocket model with what ships for it
+
     * `vtr run --sample 0 --policy fastv --budget 192` — of this prompt's vision tokens, in the mean over layers
 
     * `vtr run --video film.gif "what shape moved" --policy evs:0.5 --show frames.png`
@@ -75,6 +78,8 @@ def run_command(
     try:
         check_show(show)
         mean = mean_of(budget, policy)
+        if mean is None and model in (None, vtr.pocket.SHIPPED_NAMES[0]):
+            policy = in_full(policy)
         before, _ = vtr.split(None if policy == "none" else policy)  # refused before a model is loaded
         if before is not None and video is not None:
             raise ValueError(
@@ -202,6 +207,18 @@ class Outcome:
     """Whether the answer is the right one; None where nobody knows."""
 
 
+def in_full(policy: str) -> str:
+    """A policy's bare name as its example on the pocket model, where it says nothing by itself: G-Search needs a
+    schedule, trained policies their weights. All else as it is."""
+    if policy not in vtr.list_policies():
+        return policy
+    example = policy_class(policy).example()
+    try:
+        return policy if vtr.policy(policy).spec == example else example
+    except (TypeError, ValueError):  # a setting without a default
+        return example
+
+
 def prepare(image: Path | None, question: str | None, sample: int | None, name: str | None, device: str) -> Asked:
     """Load the model and tokenize the question.
 
@@ -313,7 +330,7 @@ def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) ->
     report = vtr.report(model)
     text = asked.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     timed: Any = chosen
-    if chosen is not None and chosen.asks("resolve"):
+    if chosen is not None and (chosen.asks("resolve") or chosen.asks("accept")):
         timed = report.rows[0].policy  # what it has chosen: a forward by itself does not choose
     timing = time_call(model, inputs, timed, repeats=repeats, new_tokens=8)
     entering, total = report.rows[0].vision_tokens, total_of(asked)
