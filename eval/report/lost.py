@@ -35,7 +35,8 @@ def rows_of(result: Result) -> dict[str, dict[str, Any]]:
 def labels(results: Sequence[Result]) -> list[str]:
     """What tells the evaluations apart: the budget, the model, or both."""
     models = [result.model for result in results]
-    shares = [f"{100 * result.data['settings']['budget']:g} %" for result in results]
+    budgets = [result.data["settings"]["budget"] for result in results]
+    shares = [f"{100 * budget:g} %" if budget < 1 else f"{budget:g} tokens" for budget in budgets]
     if len(set(models)) == 1:
         return shares
     return models if len(set(shares)) == 1 else [", ".join(pair) for pair in zip(models, shares, strict=True)]
@@ -83,7 +84,8 @@ def _cell(row: dict[str, Any] | None, result: Result) -> Cell:
 
 def mark(row: dict[str, Any], result: Result) -> str:
     """:data:`ABOVE` or nothing."""
-    return ABOVE if row["mean_keep"] > 2 * result.data["settings"]["budget"] else ""
+    budget = result.data["settings"]["budget"]  # 1 and more: tokens of a tile
+    return ABOVE if budget < 1 and row["mean_keep"] > 2 * budget else ""
 
 
 def caption(results: Sequence[Result]) -> str:

@@ -67,6 +67,7 @@ def test_what_keeps_more_than_twice_the_budget_is_marked(two: list[Path]) -> Non
     [
         ({"model": "other"}, ["pocket", "other"]),
         ({"model": "other", "settings": {"budget": 0.5}}, ["pocket, 25 %", "other, 50 %"]),
+        ({"settings": {"budget": 64.0}}, ["25 %", "64 tokens"]),
     ],
 )
 def test_columns_are_called_by_what_differs(told: dict[str, Any], columns: list[str], tmp_path: Path) -> None:
