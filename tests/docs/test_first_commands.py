@@ -16,7 +16,7 @@ import vtr
 from tests.docs.test_docs import PAGES, ROOT, commands, commands_of
 from vtr.chat import decode
 from vtr.cli import app
-from vtr.commands.run import mean_of, prepare, tokenize
+from vtr.commands.run import in_full, mean_of, prepare, tokenize
 
 
 def examples() -> dict[str, list[str]]:
@@ -47,7 +47,7 @@ def test_a_first_command_gives_the_right_answer(line: str, where: list[str]) -> 
     given = options(line)
     asked = prepare(None, None, given["sample"], given["model"], "cpu")
     spec, mean = given["policy"], mean_of(given["budget"], given["policy"])
-    spec = spec if mean is None else at_budget(asked, spec, mean)
+    spec = in_full(spec) if mean is None else at_budget(asked, spec, mean)
     before, policy = vtr.split(None if spec == "none" else spec)
     inputs = tokenize(asked.processor, asked.picture, asked.question, "cpu", before)
     with torch.inference_mode():
