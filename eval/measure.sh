@@ -26,11 +26,9 @@ pretrained() {
   python -m vtr.pocket.pretrained build
   for part in 50:160 25:1000 11:520; do # percent of the tokens, questions
     percent=${part%:*}
-    vtr eval "${of[@]}" -p all --budget "0.$percent" --limit "${part#*:}" --out "$runs/pretrained-$percent"
-    cp "$runs/pretrained-$percent/results.json" "eval/results/pretrained-$percent.json"
+    everything "pretrained-$percent" "${of[@]}" --budget "0.$percent" --limit "${part#*:}"
   done
-  vtr eval "${of[@]}" -p all --budget 0.25 --data pocket:task=canvases,side=448 --limit 32 --out "$runs/pretrained-448"
-  cp "$runs/pretrained-448/results.json" eval/results/pretrained-448.json
+  everything pretrained-448 "${of[@]}" --budget 0.25 --data pocket:task=canvases,side=448 --limit 32
   local searched=(--model pocket-pretrained --calibration 24 --evaluation 64 --dtype bfloat16)
   vtr search gsearch "${searched[@]}" --out "$runs/gsearch"
   vtr search psigmoid --budget 0.25 --measure keep "${searched[@]}" --out "$runs/psigmoid"

@@ -32,6 +32,11 @@ def rows_of(result: Result) -> dict[str, dict[str, Any]]:
     return found
 
 
+def looks_of(results: Sequence[Result]) -> dict[str, str]:
+    """Name of a policy → the title of its group."""
+    return {name: group for result in results for name, group in groups.of(result).items()}
+
+
 def labels(results: Sequence[Result]) -> list[str]:
     """What tells the evaluations apart: the budget, the model, or both."""
     models = [result.model for result in results]
@@ -58,8 +63,7 @@ def ranked(results: Sequence[Result]) -> list[str]:
 
 def table(results: Sequence[Result]) -> Table:
     """Points lost against no reduction, with their intervals: a row per policy, a column per evaluation."""
-    found = [rows_of(result) for result in results]
-    looks = {name: group for result in results for name, group in groups.of(result).items()}
+    found, looks = [rows_of(result) for result in results], looks_of(results)
     columns = [Column("policy", numeric=False), Column("group", numeric=False), *map(Column, labels(results))]
     rows = [
         Row(
@@ -105,8 +109,7 @@ def plot(results: Sequence[Result]) -> Any:
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    found = [rows_of(result) for result in results]
-    looks = {name: group for result in results for name, group in groups.of(result).items()}
+    found, looks = [rows_of(result) for result in results], looks_of(results)
     names = ranked(results)
     lines: list[str | None] = []  # None is the title of a group
     for group in (titles := list(dict.fromkeys(looks.values()))):

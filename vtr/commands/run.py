@@ -329,9 +329,8 @@ def answer_with(asked: Asked, policy: str, max_new_tokens: int, repeats: int) ->
     out = model.generate(**inputs, policy=chosen, max_new_tokens=max_new_tokens, do_sample=False)
     report = vtr.report(model)
     text = asked.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    timed: Any = chosen
-    if chosen is not None and (chosen.asks("resolve") or chosen.asks("accept")):
-        timed = report.rows[0].policy  # what it has chosen: a forward by itself does not choose
+    chooses = chosen is not None and (chosen.asks("resolve") or chosen.asks("accept"))
+    timed: Any = report.rows[0].policy if chooses else chosen  # a forward by itself does not choose
     timing = time_call(model, inputs, timed, repeats=repeats, new_tokens=8)
     entering, total = report.rows[0].vision_tokens, total_of(asked)
     share = sum(entering) / len(entering) / total if total else 1.0

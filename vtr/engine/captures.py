@@ -202,6 +202,11 @@ def active() -> Captures | None:
     return captures if captures is not None and captures.open else None
 
 
+def keeping() -> Inside | None:
+    """Where hooked layers put what they give here and now, for other calls."""
+    return None if torch.compiler.is_compiling() else _keeping.get()
+
+
 @contextmanager
 def kept_inside() -> Iterator[Inside]:
     """Keep what the hooked layers give within the block, whoever asked for the hooks."""
@@ -316,11 +321,15 @@ class VisionHooks:
         self.hooked.add(index)
 
     def _before_layer(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captures, inside = self._active(), None if torch.compiler.is_compiling() else _keeping.get()
-        if captures is not None and index in captures.entered:
-            captures.entered[index].append(entered(args, kwargs))
+        captures, inside = self._active(), keeping()
+        wanted = captures is not None and index in captures.entered
+        if not wanted and inside is None:
+            return
+        given = entered(args, kwargs)
+        if captures is not None and wanted:
+            captures.entered[index].append(given)
         if inside is not None:
-            inside.entered[index] = entered(args, kwargs)
+            inside.entered[index] = given
 
     def _after_last(self, index: int, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         self._before_layer(index, module, (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
@@ -335,7 +344,7 @@ class VisionHooks:
         self.hooked_attention.add(index)
 
     def _after_projection(self, index: int, which: str, module: Any, args: Any, out: torch.Tensor) -> None:
-        captures, inside = self._active(), None if torch.compiler.is_compiling() else _keeping.get()
+        captures, inside = self._active(), keeping()
         wanted = captures is not None and index in captures.asked
         if not wanted and inside is None:
             return
